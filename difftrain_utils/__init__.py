@@ -1,0 +1,1 @@
+"""Helpers of the difftrain scripts: each module is one subject."""

@@ -1,0 +1,365 @@
+"""The configuration of a run: its fields, their meaning, and what they may be.
+
+A run's config is a YAML file (`--config FILE`); any field is overridden on the command line by its
+dotted name (`--train.max_steps 200`). Nothing here imports torch, so a typo is told at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from difftrain_utils.errors import InputError
+
+MIXED_PRECISION = {None: None, "fp32": "no", "fp16": "fp16", "bf16": "bf16"}  # train.precision as accelerate says it
+ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
+
+
+@dataclass
+class ModelConfig:
+    """The checkpoint to train."""
+
+    pretrained_model_name_or_path: str
+    """A diffusers checkpoint: a folder, a hub name, or `builtin:tiny-stable-diffusion` (needs no download)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. `fp16`."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the denoiser predicts; null: what the checkpoint's scheduler says."""
+    train_from_scratch: bool = False
+    """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
+    The builtin has no trained denoiser, so it always does."""
+
+
+@dataclass
+class DataConfig:
+    """Images and captions, and how an image becomes a training sample."""
+
+    dataset: str
+    """A folder of images with a `metadata.jsonl`, a hub data set, or `builtin:shapes` (needs no download)."""
+    split: str = "train"
+    """The split of the data set to train on."""
+    image_column: str = "image"
+    """Column of the images (an image folder calls it `image`)."""
+    caption_column: str = "text"
+    """Column of the captions: a string, or a list of strings of which one is drawn."""
+    resolution: int = 512
+    """Side of the square training image in pixels; the image's shorter side is resized to it."""
+    center_crop: bool = False
+    """Crop the centre instead of a random place."""
+    random_flip: bool = False
+    """Mirror half of the samples."""
+    image_interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """Pillow's filter for resizing."""
+    caption_dropout: float = 0.0
+    """Probability of an empty caption, for classifier-free guidance (0.1 is usual)."""
+    num_workers: int = 0
+    """Processes that load images, for each training process; 0: the training process does it."""
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    output_dir: str = "runs/text-to-image"
+    """Folder for all that the run leaves (short form: --output-dir)."""
+    resume_from: str | None = None
+    """`latest` or a checkpoint folder to go on from (short form: --resume-from). `latest` starts from the
+    beginning where there is no checkpoint yet, so one command serves for start and restart."""
+    overwrite: bool = False
+    """Delete the run that `output_dir` holds and start afresh."""
+    seed: int = 0
+    """Everything random about a run is a function of this and of the number of the sample."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Samples of one optimizer step, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is split into to save memory; the losses stay the same."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; null: no clipping."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Mixed precision; null: what `accelerate config` or `accelerate launch` says."""
+    deterministic: bool = False
+    """Only deterministic algorithms, bit-equal on the same GPU; slower. A CPU run is bit-equal without."""
+    cpu_threads: int | None = None
+    """Threads of a process; null: what the launcher says (`accelerate launch` says 1)."""
+    log_every: int = 10
+    """Steps between two lines of metrics (the loss is the mean since the last line)."""
+    eval_every: int = 500
+    """Steps between two grids of `evaluation.prompts`; 0: none."""
+    save_every: int = 500
+    """Steps between two checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0: all."""
+    report_to: str | list[str] | None = None
+    """Accelerate trackers besides metrics.jsonl: `tensorboard`, `wandb`, … or a list of them."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Any optimizer of any library: its class and its arguments."""
+
+    class_path: str = "torch.optim.AdamW"
+    """Import path of the class."""
+    init_args: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-4})
+    """Arguments of the class, e.g. --optimizer.init_args.lr 1e-4."""
+
+
+@dataclass
+class LrSchedulerConfig:
+    """diffusers' learning rate schedules."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
+    """The schedule over `train.max_steps`."""
+    num_warmup_steps: int = 0
+    """Steps over which the rate rises from 0."""
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights; grids and `pipeline/` use it."""
+
+    enabled: bool = True
+    """Keep the average."""
+    decay: float = 0.9999
+    """The average's largest decay; at step s it is at most (1 + s) / (10 + s)."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The grid of images that shows the progress."""
+
+    prompts: list[str] = field(default_factory=list)
+    """One image each."""
+    seed: int = 0
+    """Prompt i starts from the same noise every time."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1: none."""
+    batch_size: int = 8
+    """Images generated at a time."""
+    shapes_judge: bool = False
+    """Count the images that show the colour and shape of their prompts (for `builtin:shapes`)."""
+
+
+@dataclass
+class Config:
+    """One run of `train_text_to_image.py`."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> Config:
+    """Read the config from a command line (`sys.argv` if None).
+
+    Raises:
+        InputError: a field or option does not exist, or a value is not allowed.
+        SystemExit: after --help or --print_config.
+    """
+    argv = _expand_short_forms(sys.argv[1:] if argv is None else argv)
+    parser = _build_parser(prog)
+    _refuse_unknown_options(argv)
+    try:
+        namespace = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(_one_line(str(error))) from None
+    sections = {
+        section.name: section.type(**vars(getattr(namespace, section.name))) for section in dataclasses.fields(Config)
+    }
+    config = Config(**sections)
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first value that is out of its range or does not fit another's."""
+    model, data, train, ema, evaluation = config.model, config.data, config.train, config.ema, config.evaluation
+
+    def require(allowed: bool, name: str, rule: str) -> None:
+        if not allowed:
+            section, field_name = name.split(".")
+            value = getattr(getattr(config, section), field_name)
+            raise InputError(f"{name}: {rule}, got {value!r}")
+
+    require(model.pretrained_model_name_or_path != "", "model.pretrained_model_name_or_path", "must not be empty")
+    require(data.dataset != "", "data.dataset", "must not be empty")
+    require(data.resolution >= 8, "data.resolution", "must be at least 8")
+    require(0 <= data.caption_dropout <= 1, "data.caption_dropout", "must be between 0 and 1")
+    require(data.num_workers >= 0, "data.num_workers", "must be 0 or more")
+    require(train.output_dir != "", "train.output_dir", "must not be empty")
+    require(train.seed >= 0, "train.seed", "must be 0 or more")
+    for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
+    for name in ("eval_every", "save_every", "keep_checkpoints"):
+        require(getattr(train, name) >= 0, f"train.{name}", "must be 0 or more")
+    require(train.max_grad_norm is None or train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0, or null")
+    require(train.cpu_threads is None or train.cpu_threads >= 1, "train.cpu_threads", "must be at least 1, or null")
+    require(not (train.overwrite and train.resume_from), "train.overwrite", "cannot go with train.resume_from")
+    check_split(train, num_processes=1)
+    warmup, name = config.lr_scheduler.num_warmup_steps, config.lr_scheduler.name
+    require(warmup >= 0, "lr_scheduler.num_warmup_steps", "must be 0 or more")
+    require(
+        not (warmup and name == "constant"), "lr_scheduler.name", "has no warm-up (constant_with_warmup has, "
+        f"lr_scheduler.num_warmup_steps is {warmup})",
+    )  # fmt: skip
+    require(0 <= ema.decay < 1, "ema.decay", "must be at least 0 and below 1")
+    require(evaluation.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1")
+    require(evaluation.guidance_scale >= 1, "evaluation.guidance_scale", "must be at least 1")
+    require(evaluation.batch_size >= 1, "evaluation.batch_size", "must be at least 1")
+    require(evaluation.seed >= 0, "evaluation.seed", "must be 0 or more")
+    require(
+        not evaluation.shapes_judge or data.dataset == "builtin:shapes",
+        "evaluation.shapes_judge", f"needs data.dataset builtin:shapes (it is {data.dataset!r})",
+    )  # fmt: skip
+
+
+def check_split(train: TrainConfig, num_processes: int) -> None:
+    """Raise InputError unless a batch splits evenly over accumulation steps and processes."""
+    parts = train.gradient_accumulation_steps * num_processes
+    if train.batch_size % parts:
+        allowed = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * num_processes) == 0]
+        below = train.batch_size // parts * parts
+        sizes = f"{below} or {below + parts}" if below else f"{parts}"
+        raise InputError(
+            f"train.batch_size: {train.batch_size} does not divide by train.gradient_accumulation_steps "
+            f"{train.gradient_accumulation_steps} × {num_processes} processes; batch_size {sizes} would"
+            + (f", or gradient_accumulation_steps {', '.join(map(str, allowed))}" if allowed else "")
+        )
+
+
+def field_names() -> list[str]:
+    """The dotted names of all fields, in order."""
+    return [f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)]
+
+
+def _build_parser(prog: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog or os.path.basename(sys.argv[0]),
+        description="Every field of the config, by its dotted name. --output-dir and --resume-from are short "
+        "for --train.output_dir and --train.resume_from.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of the fields below.")
+    for section in dataclasses.fields(Config):
+        if section.type is not OptimizerConfig:
+            parser.add_class_arguments(section.type, section.name)
+    # By hand: jsonargparse would take these two names for a class of its own to build, and import torch.
+    optimizer = parser.add_argument_group("Any optimizer of any library: its class and its arguments")
+    default = OptimizerConfig()
+    optimizer.add_argument(
+        "--optimizer.class_path", type=str, default=default.class_path, help="Import path of the class."
+    )
+    optimizer.add_argument(
+        "--optimizer.init_args",
+        type=dict[str, Any],
+        default=default.init_args,
+        help="Arguments of the class, e.g. --optimizer.init_args.lr 1e-4.",
+    )
+    return parser
+
+
+def _expand_short_forms(argv: Sequence[str]) -> list[str]:
+    """--output-dir is --train.output_dir, and a switch without a value (--train.overwrite) means true."""
+    expanded = []
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name, equals, value = arg.partition("=")
+        expanded.append(ALIASES.get(name, name) + equals + value)
+        if name[2:] in _switches() and not equals and following.startswith("--"):
+            expanded.append("true")
+    return expanded
+
+
+def _switches() -> list[str]:
+    return [
+        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type) if f.type is bool
+    ]
+
+
+def _refuse_unknown_options(argv: Sequence[str]) -> None:
+    """Look at names before values: an unknown name gets a suggestion, which jsonargparse does not give."""
+    known = field_names()
+    for position, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            continue
+        name, _, value = arg[2:].partition("=")
+        if name == "config":
+            path = value or (argv[position + 1] if position + 1 < len(argv) else "")
+            for unknown in _unknown_fields(path):
+                raise InputError(f"{path}: {_no_such_field(unknown, known)}")
+        elif (
+            name not in [*known, "help", "print_config"]
+            and name.removesuffix("+") not in known
+            and not name.startswith("optimizer.init_args.")
+        ):
+            raise InputError(f"--{_no_such_field(name, known, '--')}")
+
+
+def _unknown_fields(path: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: must hold sections ({', '.join(_sections())}), got {content!r:.60}")
+    for section, fields in content.items():
+        if section not in _sections():
+            yield str(section)
+        elif not isinstance(fields, dict):
+            raise InputError(f"{path}: {section}: must hold fields, got {fields!r:.60}")
+        else:
+            yield from (f"{section}.{name}" for name in fields if f"{section}.{name}" not in field_names())
+
+
+def _sections() -> list[str]:
+    return [section.name for section in dataclasses.fields(Config)]
+
+
+def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
+    by_last_part = {k.split(".")[1]: k for k in known}
+    matches = difflib.get_close_matches(name, known if "." in name else _sections(), n=1, cutoff=0.7)
+    matches = matches or [
+        by_last_part[m] for m in difflib.get_close_matches(name.split(".")[-1], by_last_part, n=1, cutoff=0.7)
+    ]
+    return f"{name}: no such field" + (f"; did you mean {prefix}{matches[0]}?" if matches else "; see --help")
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message as one line, e.g. `train.max_steps: Expected a <class 'int'>. Got value: x`."""
+    if "Union subtypes" in message:
+        name = message.split('"')[1]
+        expected = [
+            line.strip(" -").removeprefix("Expected a ") for line in message.splitlines() if "- Expected" in line
+        ]
+        value = message.rsplit("Given value: ", 1)[-1]
+        message = f"{name}: Expected {' or '.join(expected)}. Got value: {value}"
+    message = message.replace('Parser key "', "").replace('":', ":")
+    message = message.replace("typing.Literal", "one of ").replace("<class 'NoneType'>", "null")
+    return " ".join(message.split())

@@ -1,0 +1,238 @@
+"""Sample k of a run: which image, crop, flip and caption it has is a function of (config, seed, k).
+
+A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer step s takes the samples
+[s·G, (s+1)·G), G the global batch size. So a resumed run starts its stream at k = step·G and needs no
+state of a data loader, and processes and gradient accumulation only split [s·G, (s+1)·G).
+"""
+
+import functools
+import hashlib
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from difftrain_utils.config import DataConfig
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.shapes import draw_shape
+
+NUM_BUILTIN_SHAPES = 1800
+
+
+class Samples(torch.utils.data.Dataset):
+    """Item k is sample k: {"key": k, "pixel_values": (3, H, W) float32 in [-1, 1], "caption": str}."""
+
+    def __init__(self, data: datasets.Dataset, config: DataConfig, seed: int, num_samples: int):
+        self.data, self.config, self.seed, self.num_samples = data, config, seed, num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        index = self.index_of(k)
+        row = self.data[index]
+        name = image_name(row[self.config.image_column], index)
+        image = open_image(read_bytes(row[self.config.image_column]), name)
+        captions = captions_of(row[self.config.caption_column], name)
+        return {"key": k, "pixel_values": self._transform(image, k), "caption": self._choose(captions, k)}
+
+    def index_of(self, k: int) -> int:
+        """The row of sample k: epochs are permutations, each image comes once in each."""
+        epoch, position = divmod(k, len(self.data))
+        return _permutation(self.seed, epoch, len(self.data))[position].item()
+
+    def _transform(self, image: Image.Image, k: int) -> torch.Tensor:
+        size = self.config.resolution
+        scale = size / min(image.size)
+        width, height = (max(size, round(edge * scale)) for edge in image.size)
+        image = image.resize((width, height), Image.Resampling[self.config.image_interpolation.upper()])
+        across, down = torch.rand(2, generator=generator_for(self.seed, "crop", k)).tolist()
+        if self.config.center_crop:
+            across = down = 0.5
+        # rand is below 1, so each of the (width - size + 1) places is as likely as any other
+        left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
+        image = image.crop((left, top, left + size, top + size))
+        if self.config.random_flip and torch.rand((), generator=generator_for(self.seed, "flip", k)) < 0.5:
+            image = ImageOps.mirror(image)
+        return to_pixel_values(image)
+
+    def _choose(self, captions: list[str], k: int) -> str:
+        dropped = torch.rand((), generator=generator_for(self.seed, "caption_dropout", k))
+        if dropped < self.config.caption_dropout:
+            return ""
+        return captions[torch.randint(len(captions), (), generator=generator_for(self.seed, "caption", k)).item()]
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: {"keys": list of int, "pixel_values": (batch, 3, H, W), "captions": list of str}.
+
+    The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
+    """
+    return {
+        "keys": [sample["key"] for sample in samples],
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "captions": [sample["caption"] for sample in samples],
+    }
+
+
+@functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the data set is tiny
+def _permutation(seed: int, epoch: int, length: int) -> torch.Tensor:
+    return torch.randperm(length, generator=generator_for(seed, "order", epoch))
+
+
+def load_data(config: DataConfig) -> datasets.Dataset:
+    """The rows of `data.dataset`, with images undecoded ({"bytes", "path"}).
+
+    Raises:
+        InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
+    """
+    folder = Path(config.dataset).expanduser()
+    if config.dataset == "builtin:shapes":
+        data = draw_shapes(config.resolution)
+    elif config.dataset.startswith("builtin:"):
+        raise InputError(f"data.dataset: no such builtin: {config.dataset!r}; there is builtin:shapes")
+    else:
+        arguments = {"path": config.dataset}
+        if folder.is_dir():
+            metadata = [path for path in (folder, folder / config.split) if (path / "metadata.jsonl").is_file()]
+            if metadata:
+                check_metadata(metadata[0], config)
+                arguments = {"path": "imagefolder", "data_dir": str(folder)}
+            elif any(next(folder.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow")):
+                arguments = {"path": str(folder)}
+            else:
+                raise InputError(f"data.dataset: {folder} has no metadata.jsonl (and no parquet or arrow files)")
+        with blame(f"data.dataset: cannot load {config.dataset!r}", Exception):  # whatever stops datasets
+            data = datasets.load_dataset(**arguments, split=config.split)
+    for name, field in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
+        if name not in data.column_names:
+            raise InputError(
+                f"data.{field}: no column {name!r} in {config.dataset}; it has {', '.join(data.column_names)}"
+            )
+    if not isinstance(data.features[config.image_column], datasets.Image):
+        raise InputError(f"data.image_column: column {config.image_column!r} of {config.dataset} does not hold images")
+    if len(data) == 0:
+        raise InputError(f"data.dataset: {config.dataset} has no images")
+    return data.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def draw_shapes(resolution: int) -> datasets.Dataset:
+    """`builtin:shapes` as a data set of PNGs in memory, with the columns `image` and `text`."""
+    images, captions = [], []
+    for index in range(NUM_BUILTIN_SHAPES):
+        image, caption = draw_shape(index, resolution)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})
+        captions.append(caption)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
+
+
+def check_metadata(folder: Path, config: DataConfig) -> None:
+    """Raise InputError for the first line of `metadata.jsonl` that is not what an image folder needs."""
+    path = folder / "metadata.jsonl"
+    if config.image_column != "image":
+        raise InputError(f"data.image_column: an image folder has its images in 'image', got {config.image_column!r}")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} line {number}: not JSON: {error.msg} at column {error.colno}") from None
+            if row is None:
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise InputError(f'{path} line {number}: needs a "file_name", got {line.strip():.80}')
+            if config.caption_column not in row:
+                raise InputError(
+                    f"data.caption_column: no {config.caption_column!r} in {path} line {number}; "
+                    f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
+                )
+            if not (folder / row["file_name"]).is_file():
+                raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+
+
+def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
+    """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
+
+    The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order.
+
+    Raises:
+        InputError: an image that Pillow does not know, or a caption that is no string (names the file).
+    """
+
+    def digest(index: int) -> bytes:
+        row = data[index]
+        name = image_name(row[config.image_column], index)
+        content = read_bytes(row[config.image_column])
+        captions = captions_of(row[config.caption_column], name)
+        open_image_header(content, name)
+        # the file's name alone, so that a moved folder keeps its fingerprint
+        entry = [Path(name).name, captions, hashlib.sha256(content).hexdigest()]
+        return hashlib.sha256(json.dumps(entry).encode()).digest()
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for row_digest in pool.map(digest, range(len(data))):
+            total.update(row_digest)
+    return {"dataset": config.dataset, "num_images": len(data), "sha256": total.hexdigest()}
+
+
+def image_name(value: dict[str, Any], index: int) -> str:
+    """How errors call a row's image."""
+    return value.get("path") or f"row {index}"
+
+
+def read_bytes(value: dict[str, Any]) -> bytes:
+    """The content of an undecoded `datasets.Image`, which is in the row or in a file."""
+    if value["bytes"] is not None:
+        return value["bytes"]
+    try:
+        return Path(value["path"]).read_bytes()
+    except OSError as error:
+        raise InputError(f"{value['path']}: {error.strerror}") from None
+
+
+def captions_of(value: Any, name: str) -> list[str]:
+    """A row's captions: one string, or a list of at least one."""
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise InputError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
+    return captions
+
+
+def open_image_header(content: bytes, name: str) -> Image.Image:
+    """Recognise an image without decoding it."""
+    try:
+        return Image.open(io.BytesIO(content))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{name}: {reason}") from None
+
+
+def open_image(content: bytes, name: str) -> Image.Image:
+    """Decode an image to RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
+    image = open_image_header(content, name)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
+            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{name}: cannot decode the image: {error}") from None
+
+
+def to_pixel_values(image: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 of shape (3, height, width) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)

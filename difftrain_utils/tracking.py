@@ -1,0 +1,90 @@
+"""metrics.jsonl, and accelerate's trackers beside it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from PIL import Image
+
+from difftrain_utils.config import Config
+from difftrain_utils.errors import InputError
+
+
+def check_trackers(report_to: str | list[str] | None) -> list[str]:
+    """The trackers as a list. Accelerate would drop one that is not installed without a word: refuse it.
+
+    Raises:
+        InputError: a tracker is unknown or not installed.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    known = [tracker.value for tracker in LoggerType if tracker != LoggerType.ALL]
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"train.report_to: no tracker {name!r}; there is {', '.join(known)}")
+        if name not in available:
+            raise InputError(f"train.report_to: {name} is not installed (pip install {name})")
+    return names
+
+
+class Metrics:
+    """Writes `metrics.jsonl` (one JSON object a logged step) and passes the values on to the trackers.
+
+    A resumed run cuts the file back to the step that it goes on from, so that it ends like an unbroken one.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, global_step: int):
+        self.accelerator = accelerator
+        self.path = Path(config.train.output_dir) / "metrics.jsonl"
+        if accelerator.is_main_process:
+            _cut_back(self.path, global_step)
+        if accelerator.log_with:
+            sections = dataclasses.asdict(config).items()
+            flat = {f"{s}.{name}": _primitive(value) for s, fields in sections for name, value in fields.items()}
+            # a resumed TensorBoard run hides what the run that was cut off logged after this step
+            tensorboard = {"purge_step": global_step + 1} if global_step else {}
+            accelerator.init_trackers("difftrain", flat, init_kwargs={"tensorboard": tensorboard})
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.accelerator.log(values, step=step)
+
+    def log_images(self, step: int, name: str, images: list[Image.Image]) -> None:
+        """Show images of one size in the trackers that show images (TensorBoard, Weights & Biases)."""
+        for tracker in self.accelerator.trackers:
+            kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if tracker.name in ("tensorboard", "wandb"):
+                tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    metrics = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def _cut_back(path: Path, global_step: int) -> None:
+    if path.exists():
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= global_step]
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        aside.replace(path)
+
+
+def _primitive(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -1,0 +1,47 @@
+"""Check a config, its model and its data, and write the run's snapshot without training.
+
+    python -m difftrain_utils.validate_config --config configs/quickstart.yaml --output-dir /tmp/check [--deterministic]
+
+Takes the options of train_text_to_image.py; --deterministic is short for --train.deterministic.
+"""
+
+import sys
+from pathlib import Path
+
+from difftrain_utils.config import MIXED_PRECISION, check_split, parse_config
+from difftrain_utils.errors import blame, one_line_errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    argv = ["--train.deterministic" if arg == "--deterministic" else arg for arg in argv]
+    config = parse_config(argv, prog="python -m difftrain_utils.validate_config")
+
+    # after the config, so that a typo is told at once
+    from accelerate import Accelerator
+
+    from difftrain_utils.checkpoints import find_checkpoint
+    from difftrain_utils.families import load_family
+    from difftrain_utils.optimizers import build_optimizer
+    from difftrain_utils.samples import inspect_data, load_data
+    from difftrain_utils.snapshot import set_deterministic, write_snapshot
+    from difftrain_utils.tracking import check_trackers
+
+    if config.train.deterministic:
+        set_deterministic()
+    check_trackers(config.train.report_to)
+    with blame("train.precision", ValueError):
+        accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
+    check_split(config.train, accelerator.num_processes)
+    find_checkpoint(config.train.resume_from, Path(config.train.output_dir))
+    family = load_family(config.model, config.train.seed)
+    family.check_resolution(config.data.resolution)
+    build_optimizer(config.optimizer, family.denoiser.parameters())
+    data = load_data(config.data)
+    write_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
+    print(f"The config is fine; its snapshot is in {config.train.output_dir}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,148 @@
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from difftrain_utils.config import ModelConfig
+from difftrain_utils.errors import InputError
+from difftrain_utils.families import BUILTINS, load_family
+from difftrain_utils.samples import to_pixel_values
+from difftrain_utils.shapes import count_right, draw_shape
+from difftrain_utils.snapshot import weights_digest
+
+BUILTIN = "builtin:tiny-stable-diffusion"
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return load_family(ModelConfig(BUILTIN), seed=0)
+
+
+@pytest.fixture
+def pixel_values():
+    return torch.stack([to_pixel_values(draw_shape(10**6 + i, 32)[0]) for i in range(36)])
+
+
+def test_the_builtins_vae_is_small_and_keeps_what_an_image_shows(builtin, pixel_values):
+    assert (BUILTINS[BUILTIN] / "vae/diffusion_pytorch_model.safetensors").stat().st_size <= 500_000
+    shape = builtin.latent_shape(pixel_values)
+    latents = builtin.encode_images(pixel_values, torch.randn(36, *shape, generator=torch.Generator().manual_seed(0)))
+    assert 0.8 < latents.std() < 1.2
+    pipeline = builtin.pipeline(builtin.denoiser)
+    decoded = builtin.vae.decode(latents / builtin.vae.config.scaling_factor).sample
+    images = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    assert count_right(images, [draw_shape(10**6 + i, 32)[1] for i in range(36)]) >= 35
+
+
+def test_the_builtins_words_are_single_tokens_that_differ(builtin):
+    assert len(builtin.tokenizer("a magenta triangle").input_ids) == 5
+    states = builtin.encode_prompts(["a red circle", "a blue circle", "a red square", ""])
+    assert states.shape == (4, 16, 64)
+    distances = torch.cdist(states.flatten(1), states.flatten(1))[~torch.eye(4, dtype=bool)]
+    assert distances.min() > 5
+
+
+def test_frozen_parts_are_frozen(builtin):
+    for module in (builtin.vae, builtin.text_encoder):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert all(p.requires_grad for p in builtin.denoiser.parameters())
+
+
+def test_latents_are_the_vaes_scaled_posterior_sample(builtin, pixel_values):
+    posterior = builtin.vae.encode(pixel_values).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    expected = posterior.sample(torch.Generator().manual_seed(3)) * builtin.vae.config.scaling_factor
+    assert builtin.latent_shape(pixel_values) == expected.shape[1:]
+    torch.testing.assert_close(builtin.encode_images(pixel_values, noise), expected)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(builtin):
+    prompts = ["a red circle", "", "a much longer caption, which is cut where the model's tokens end, wherever that is"]
+    expected, _ = builtin.pipeline(builtin.denoiser).encode_prompt(prompts, "cpu", 1, False)
+    torch.testing.assert_close(builtin.encode_prompts(prompts), expected)
+
+
+def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
+    family = load_family(ModelConfig(str(checkpoint_folder)), seed=1)
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
+    for name, module in family.modules.items():
+        assert weights_digest(module) == weights_digest(getattr(pipeline, name))
+
+
+def test_training_from_scratch_starts_from_the_seed_alone(checkpoint_folder):
+    def digest(seed: int) -> str:
+        config = ModelConfig(str(checkpoint_folder), train_from_scratch=True)
+        return weights_digest(load_family(config, seed).denoiser)
+
+    torch.manual_seed(5)
+    first = digest(0)
+    state = torch.get_rng_state()
+    assert first == digest(0) != digest(1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first != weights_digest(load_family(ModelConfig(str(checkpoint_folder)), 0).denoiser)
+
+
+def test_the_prediction_type_is_the_checkpoints_unless_the_config_says_otherwise(tmp_path):
+    family = load_family(ModelConfig(BUILTIN), seed=0)
+    assert isinstance(family.noise_scheduler, DDPMScheduler)
+    assert family.noise_scheduler.config.prediction_type == "v_prediction"
+    family = load_family(ModelConfig(BUILTIN, prediction_type="sample"), seed=0)
+    assert family.noise_scheduler.config.prediction_type == "sample"
+    family.save_pipeline(tmp_path / "pipeline", family.denoiser)
+    scheduler = DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler
+    assert scheduler.config.prediction_type == "sample"
+    torch.testing.assert_close(scheduler.alphas_cumprod, family.noise_scheduler.alphas_cumprod)
+
+
+def test_a_saved_pipeline_predicts_what_the_family_predicts(checkpoint_folder):
+    family = load_family(ModelConfig(str(checkpoint_folder)), seed=0)
+    family.denoiser.eval()
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
+    generator = torch.Generator().manual_seed(0)
+    noisy_latents, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 900])
+    states = family.encode_prompts(["a red circle", "x"])
+    with torch.no_grad():
+        expected = pipeline.unet(noisy_latents, timesteps, encoder_hidden_states=states).sample
+        torch.testing.assert_close(family.predict(family.denoiser, noisy_latents, timesteps, states), expected)
+
+
+def test_the_resolution_must_fit(builtin):
+    builtin.check_resolution(32)
+    with pytest.raises(InputError, match=r"data.resolution: .* needs a multiple of 8, got 36"):
+        builtin.check_resolution(36)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("builtin:huge", "builtin:huge: no such builtin; there is builtin:tiny-stable-diffusion"),
+        ("/no/such/folder", "/no/such/folder: no such folder"),
+        ("./models/none", "./models/none: no such folder"),
+        ("nobody/nothing-here", "nobody/nothing-here: "),
+    ],
+)
+def test_a_wrong_name_is_refused(name, message):
+    with pytest.raises(InputError, match=f"model.pretrained_model_name_or_path: {message}") as caught:
+        load_family(ModelConfig(name), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_folder_that_lacks_a_part_is_refused(checkpoint_folder, tmp_path, missing):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder, folder)
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    with pytest.raises(InputError, match=missing) as caught:
+        load_family(ModelConfig(str(folder)), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_family_is_refused_by_name(checkpoint_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(InputError, match="a FluxPipeline; known is StableDiffusionPipeline"):
+        load_family(ModelConfig(str(folder)), seed=0)

@@ -1,0 +1,250 @@
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from difftrain_utils.config import DataConfig
+from difftrain_utils.errors import InputError
+from difftrain_utils.samples import Samples, collate, inspect_data, load_data, open_image, to_pixel_values
+
+
+def make_samples(data: datasets.Dataset, seed: int = 0, **fields) -> Samples:
+    config = DataConfig(dataset="memory", **({"resolution": 16} | fields))
+    return Samples(data.cast_column("image", datasets.Image(decode=False)), config, seed, num_samples=10_000)
+
+
+def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
+    rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
+    return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def numbered() -> datasets.Dataset:
+    """Seven images of one grey level each, so that a sample tells which image it is of."""
+    return make_data([Image.new("RGB", (20, 16), (10 * i,) * 3) for i in range(7)], [str(i) for i in range(7)])
+
+
+def test_each_epoch_is_another_order_of_all_images(numbered):
+    samples = make_samples(numbered)
+    captions = [samples[k]["caption"] for k in range(70)]
+    epochs = [captions[i : i + 7] for i in range(0, 70, 7)]
+    assert all(sorted(epoch) == list("0123456") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+    for k in range(70):
+        assert samples[k]["pixel_values"][0, 0, 0] == pytest.approx(10 * int(captions[k]) / 127.5 - 1, abs=1e-6)
+
+
+def test_a_sample_is_a_function_of_seed_and_key(numbered):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(5)]
+    data = make_data(images, [["a", "b", "c"]] * 5)
+    fields = {"random_flip": True, "caption_dropout": 0.3}
+    one, same, other = (make_samples(data, seed, **fields) for seed in (1, 1, 2))
+    forwards = {k: one[k] for k in range(40)}
+    for k in reversed(range(40)):  # whatever was asked for before
+        sample = same[k]
+        assert sample["key"] == k and sample["caption"] == forwards[k]["caption"]
+        assert torch.equal(sample["pixel_values"], forwards[k]["pixel_values"])
+    assert any(not torch.equal(other[k]["pixel_values"], forwards[k]["pixel_values"]) for k in range(40))
+
+
+def test_crops_and_flips_take_all_places_equally():
+    # a ramp from left to right: the first pixel tells the crop's place, the slope the flip
+    ramp = Image.fromarray(np.tile(np.arange(20, dtype=np.uint8)[None, :, None], (16, 1, 3)))
+    samples = make_samples(make_data([ramp], [""]), random_flip=True)
+    rows = [((samples[k]["pixel_values"][0, 0] + 1) * 127.5).round() for k in range(1000)]
+    flipped = sum(bool(row[0] > row[-1]) for row in rows)
+    assert 440 < flipped < 560
+    places = np.bincount([int(row.min()) for row in rows], minlength=5)
+    assert len(places) == 5 and places.min() > 150
+    centred = make_samples(make_data([ramp], [""]), center_crop=True)
+    assert all(((centred[k]["pixel_values"][0, 0, 0] + 1) * 127.5).round() == 2 for k in range(20))
+
+
+def test_captions_are_drawn_and_dropped():
+    samples = make_samples(make_data([Image.new("RGB", (16, 16))], [["a", "b", "c"]]), caption_dropout=0.25)
+    captions = [samples[k]["caption"] for k in range(2000)]
+    assert 430 < captions.count("") < 570
+    for caption in "abc":
+        assert 430 < captions.count(caption) < 570
+    kept = make_samples(make_data([Image.new("RGB", (16, 16))], [["a", "b", "c"]]))
+    # dropping some captions does not change which the others are
+    assert all(kept[k]["caption"] == captions[k] for k in range(2000) if captions[k])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 16), (16, 53), (7, 9), (301, 200)])
+def test_any_size_becomes_a_square(size):
+    sample = make_samples(make_data([Image.new("RGB", size, "red")], [""]))[0]
+    assert sample["pixel_values"].shape == (3, 16, 16)
+    assert torch.equal(sample["pixel_values"], to_pixel_values(Image.new("RGB", (16, 16), "red")))
+
+
+def test_a_batch_keeps_its_keys_as_integers(numbered):
+    samples = make_samples(numbered)
+    batch = collate([samples[3], samples[4]])
+    assert batch["keys"] == [3, 4] and batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert batch["captions"] == [samples[3]["caption"], samples[4]["caption"]]
+
+
+class TestOpenImage:
+    def pixels(self, image: Image.Image, format: str = "PNG", **options) -> np.ndarray:
+        opened = open_image(encode(image, format, **options), "test")
+        assert opened.mode == "RGB"
+        return np.asarray(opened)
+
+    def test_transparency_shows_white(self):
+        image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+        image.putpixel((0, 0), (0, 0, 0, 0))
+        image.putpixel((1, 0), (0, 0, 0, 128))
+        pixels = self.pixels(image)
+        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [255, 0, 0]
+        assert abs(int(pixels[0, 1, 0]) - 127) <= 1
+
+    def test_a_palette_is_looked_up_with_its_transparent_colour(self):
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([0, 0, 255, 0, 255, 0])
+        image.putpixel((0, 0), 1)
+        assert self.pixels(image)[0, 0].tolist() == [0, 255, 0]
+        pixels = self.pixels(image, transparency=1)
+        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [0, 0, 255]
+
+    def test_greyscale_has_three_equal_channels(self):
+        assert self.pixels(Image.new("L", (4, 4), 77))[2, 2].tolist() == [77, 77, 77]
+        grey = Image.new("LA", (4, 4), (77, 0))
+        assert self.pixels(grey)[2, 2].tolist() == [255, 255, 255]
+
+    def test_sixteen_bits_are_scaled(self):
+        ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+        pixels = self.pixels(Image.fromarray(ramp))
+        assert np.abs(pixels[..., 0].ravel().astype(float) - np.linspace(0, 255, 16)).max() <= 1
+
+    def test_an_image_is_turned_upright(self):
+        image = Image.new("RGB", (8, 4), "blue")
+        image.paste("red", (0, 0, 4, 4))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        pixels = self.pixels(image, exif=exif)
+        assert pixels.shape == (8, 4, 3)
+        assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[7, 0].tolist() == [0, 0, 255]
+
+    def test_cmyk(self):
+        assert np.abs(self.pixels(Image.new("CMYK", (8, 8)), "JPEG").astype(int) - 255).max() <= 2
+
+    def test_what_is_no_image_is_refused_by_name(self):
+        with pytest.raises(InputError, match=r"cat.png: not an image"):
+            open_image(b"no image", "cat.png")
+        rng = np.random.default_rng(0)
+        content = encode(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+        with pytest.raises(InputError, match=r"cat.png: cannot decode"):
+            open_image(content[: len(content) // 2], "cat.png")
+
+
+class TestLoadData:
+    def test_an_image_folder(self, image_folder):
+        data = load_data(DataConfig(dataset=str(image_folder)))
+        rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
+        assert data["text"] == [row["text"] for row in rows]
+        assert [value["path"].rsplit("/")[-1] for value in data["image"]] == [row["file_name"] for row in rows]
+
+    def test_caption_lists(self, image_folder, tmp_path):
+        (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "captions": ["one", "two"]}\n')
+        data = load_data(DataConfig(dataset=str(tmp_path), caption_column="captions"))
+        assert data[0]["captions"] == ["one", "two"]
+
+    def test_a_folder_of_parquet_files(self, numbered, tmp_path):
+        numbered.to_parquet(tmp_path / "train.parquet")
+        config = DataConfig(dataset=str(tmp_path), resolution=16)
+        samples = Samples(load_data(config), config, seed=0, num_samples=7)
+        direct = make_samples(numbered)
+        assert all(torch.equal(samples[k]["pixel_values"], direct[k]["pixel_values"]) for k in range(7))
+
+    def test_a_folder_with_a_folder_for_each_split(self, image_folder, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / split).mkdir()
+            (tmp_path / split / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
+            (tmp_path / split / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{split}"}}\n')
+        assert load_data(DataConfig(dataset=str(tmp_path), split="test"))["text"] == ["test"]
+
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            ("not json", r"metadata.jsonl line 1: not JSON"),
+            ('{"text": "no name"}', r'metadata.jsonl line 1: needs a "file_name"'),
+            ('{"file_name": "a.png", "text": "x"}\n[1]', r'metadata.jsonl line 2: needs a "file_name"'),
+            ('{"file_name": "b.png", "text": "x"}', r"metadata.jsonl line 1: no such file: b.png"),
+            ('{"file_name": "a.png", "caption": "x"}', r"data.caption_column: no 'text' in .* line 1; it has caption"),
+        ],
+    )
+    def test_bad_metadata_is_told_with_its_line(self, image_folder, tmp_path, lines, message):
+        (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
+        (tmp_path / "metadata.jsonl").write_text(lines + "\n")
+        with pytest.raises(InputError, match=message):
+            load_data(DataConfig(dataset=str(tmp_path)))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"dataset": "builtin:circles"}, "no such builtin: 'builtin:circles'"),
+            ({"dataset": "/no/such/folder"}, "data.dataset: cannot load '/no/such/folder'"),
+            ({"dataset": "builtin:shapes", "caption_column": "caption"}, "no column 'caption' .* it has image, text"),
+            ({"dataset": "builtin:shapes", "image_column": "text"}, "'text' of builtin:shapes does not hold images"),
+        ],
+    )
+    def test_bad_names_are_refused(self, fields, message):
+        with pytest.raises(InputError, match=message):
+            load_data(DataConfig(**({"resolution": 8} | fields)))
+
+    def test_no_metadata(self, tmp_path):
+        with pytest.raises(InputError, match=r"has no metadata.jsonl"):
+            load_data(DataConfig(dataset=str(tmp_path)))
+
+
+class TestFingerprint:
+    def fingerprint(self, images, captions) -> str:
+        config = DataConfig(dataset="memory")
+        data = make_data(images, captions).cast_column("image", datasets.Image(decode=False))
+        return inspect_data(data, config)["sha256"]
+
+    def test_it_changes_with_one_pixel_one_caption_and_the_order(self):
+        images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)]
+        first = self.fingerprint(images, ["a", "b", "c"])
+        assert first == self.fingerprint(images, ["a", "b", "c"])
+        assert first != self.fingerprint(images, ["a", "b", "d"])
+        changed = [image.copy() for image in images]
+        changed[2].putpixel((7, 7), (2, 0, 1))
+        assert first != self.fingerprint(changed, ["a", "b", "c"])
+        assert first != self.fingerprint(images[::-1], ["a", "b", "c"][::-1])
+
+    def test_it_does_not_change_when_the_folder_moves(self, image_folder, tmp_path):
+        moved = tmp_path / "elsewhere"
+        moved.mkdir()
+        for path in image_folder.iterdir():
+            (moved / path.name).write_bytes(path.read_bytes())
+        digests = [
+            inspect_data(load_data(config), config)["sha256"]
+            for config in (DataConfig(dataset=str(folder)) for folder in (image_folder, moved))
+        ]
+        assert digests[0] == digests[1]
+
+    def test_what_is_no_image_or_no_caption_is_refused_by_name(self):
+        config = DataConfig(dataset="memory")
+        images = [{"bytes": b"no image", "path": "cat.png"}]
+        data = datasets.Dataset.from_dict({"image": images, "text": ["a cat"]})
+        with pytest.raises(InputError, match=r"cat.png: not an image"):
+            inspect_data(data, config)
+        data = datasets.Dataset.from_dict(
+            {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3]}
+        )
+        with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
+            inspect_data(data, config)
