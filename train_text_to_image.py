@@ -10,7 +10,7 @@ function of (config, seed, k), and optimizer step s takes the samples [s·G, (s+
 a run can be stopped and resumed anywhere, or split over other numbers of processes, and sees the same samples.
 """
 
-from difftrain_utils.config import MIXED_PRECISION, check_split, parse_config
+from difftrain_utils.config import MIXED_PRECISION, parse_config
 from difftrain_utils.errors import InputError, blame, one_line_errors
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is told at once
@@ -32,11 +32,12 @@ from difftrain_utils.checkpoints import delete_run, find_checkpoint, load_checkp
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid
 from difftrain_utils.families import load_family
 from difftrain_utils.keyed_random import keyed_randint, keyed_randn, seed_for
+from difftrain_utils.launch import check_launch
 from difftrain_utils.objectives import add_noise, get_target
 from difftrain_utils.optimizers import build_optimizer
 from difftrain_utils.samples import Samples, collate, inspect_data, load_data
 from difftrain_utils.shapes import count_right
-from difftrain_utils.snapshot import set_deterministic, write_snapshot
+from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
 from difftrain_utils.tracking import Metrics, check_trackers
 
 
@@ -48,7 +49,8 @@ def main(config):
         set_deterministic()
     if config.train.cpu_threads:
         torch.set_num_threads(config.train.cpu_threads)
-    with blame("train.precision", ValueError):  # fp16 on a CPU, say
+    trackers = check_trackers(config.train.report_to)
+    with blame("train.precision", ValueError):  # what this device cannot do
         accelerator = Accelerator(
             mixed_precision=MIXED_PRECISION[config.train.precision],
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -56,10 +58,10 @@ def main(config):
             ),
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
-            log_with=check_trackers(config.train.report_to) or None,
+            log_with=trackers or None,
             project_dir=output_dir / "logs",
         )
-    check_split(config.train, accelerator.num_processes)
+    check_launch(config.train, accelerator)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # ── The data, the model, and where to start. What is wrong with the input shows here, before any writing ─
@@ -79,11 +81,7 @@ def main(config):
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if accelerator.is_main_process:
-        data_fingerprint = inspect_data(data, config.data)
-        if config.train.overwrite:
-            delete_run(output_dir)
-        write_snapshot(config, accelerator, family.modules, data_fingerprint)
-    accelerator.wait_for_everyone()
+        snapshot = take_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
@@ -93,9 +91,13 @@ def main(config):
         ema_model = EMAModel(denoiser.parameters(), decay=config.ema.decay, foreach=True)
     global_step, loss_sum = 0, torch.zeros((), device=accelerator.device)  # the sum since the last line of metrics
     if checkpoint is not None:
-        state = load_checkpoint(accelerator, checkpoint, ema_model)
+        state = load_checkpoint(accelerator, checkpoint, ema_model, config.train.max_steps)
         global_step, loss_sum = state["global_step"], loss_sum + state["loss_sum"]
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
+    if accelerator.is_main_process:
+        if config.train.overwrite:
+            delete_run(output_dir)
+        write_snapshot(output_dir, snapshot)
     metrics = Metrics(accelerator, config, global_step)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────

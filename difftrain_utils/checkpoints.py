@@ -48,14 +48,18 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, ema_model: EMAModel | None) -> dict[str, Any]:
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, ema_model: EMAModel | None, max_steps: int
+) -> dict[str, Any]:
     """Bring everything that was prepared back to where `folder` left it, and return the loop's state.
 
     Raises:
-        InputError: the folder is no checkpoint of this run's model, optimizer and EMA setting.
+        InputError: the folder is no checkpoint of this run's model, optimizer and EMA setting, or is past `max_steps`.
     """
     with blame(f"train.resume_from: cannot load {folder}", OSError, RuntimeError, ValueError, KeyError):
         state = json.loads((folder / STATE_FILE).read_text())
+        if state["global_step"] > max_steps:
+            raise ValueError(f"it is past train.max_steps, which is {max_steps}")
         accelerator.load_state(str(folder))
         if ema_model is not None:
             saved = load_file(folder / EMA_FILE)

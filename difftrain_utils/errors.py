@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 
 class InputError(ValueError):
     """The user's input is wrong: config, data, model folder, checkpoint or command line.
@@ -31,5 +33,5 @@ def one_line_errors() -> Iterator[None]:
         # A data loader's worker wraps the message in its traceback: the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.InputError: ")
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {message}", file=sys.stderr)
+            tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
         sys.exit(2)

@@ -26,15 +26,13 @@ ENVIRONMENT = (
 )
 
 
-def write_snapshot(
+def take_snapshot(
     config: Config, accelerator: Accelerator, modules: dict[str, torch.nn.Module], data: dict[str, Any]
-) -> None:
-    """Write `config.resolved.yaml`, `env.json` and `run_manifest.json` into `train.output_dir`.
+) -> dict[str, str]:
+    """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
 
-    `modules` are those of the base model, `data` is what `inspect_data` returned.
+    `modules` are those of the base model, before training; `data` is what `inspect_data` returned.
     """
-    output_dir = Path(config.train.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -53,9 +51,17 @@ def write_snapshot(
         },
         "data": data,
     }
-    (output_dir / "config.resolved.yaml").write_text(config.to_yaml())
-    write_json(output_dir / "env.json", describe_environment())
-    write_json(output_dir / "run_manifest.json", manifest)
+    return {
+        "config.resolved.yaml": config.to_yaml(),
+        "env.json": _json(describe_environment()),
+        "run_manifest.json": _json(manifest),
+    }
+
+
+def write_snapshot(output_dir: Path, snapshot: dict[str, str]) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in snapshot.items():
+        (output_dir / name).write_text(content, encoding="utf-8")
 
 
 def weights_digest(module: torch.nn.Module) -> str:
@@ -109,8 +115,8 @@ def set_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -8,7 +8,7 @@ Takes the options of train_text_to_image.py; --deterministic is short for --trai
 import sys
 from pathlib import Path
 
-from difftrain_utils.config import MIXED_PRECISION, check_split, parse_config
+from difftrain_utils.config import MIXED_PRECISION, parse_config
 from difftrain_utils.errors import blame, one_line_errors
 
 
@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from difftrain_utils.checkpoints import find_checkpoint
     from difftrain_utils.families import load_family
+    from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
     from difftrain_utils.samples import inspect_data, load_data
-    from difftrain_utils.snapshot import set_deterministic, write_snapshot
+    from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
     from difftrain_utils.tracking import check_trackers
 
     if config.train.deterministic:
@@ -32,13 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     check_trackers(config.train.report_to)
     with blame("train.precision", ValueError):
         accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
-    check_split(config.train, accelerator.num_processes)
+    check_launch(config.train, accelerator)
     find_checkpoint(config.train.resume_from, Path(config.train.output_dir))
     family = load_family(config.model, config.train.seed)
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())
     data = load_data(config.data)
-    write_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
+    snapshot = take_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
+    write_snapshot(Path(config.train.output_dir), snapshot)
     print(f"The config is fine; its snapshot is in {config.train.output_dir}")
 
 

@@ -9,8 +9,7 @@ from difftrain_utils.config import ModelConfig
 from difftrain_utils.errors import blame
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 
-transformers.logging.set_verbosity_error()  # it warns of torchvision, which nothing here needs
-transformers.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
 BUILTINS = {"builtin:tiny-stable-diffusion": Path(__file__).parent.parent / "tiny_stable_diffusion"}
 
 

@@ -44,8 +44,7 @@ class StableDiffusion:
                 unet_config = UNet2DConditionModel.load_config(source, subfolder="unet", **at)
                 torch.manual_seed(seed_for(init_seed, "weights", 0))
                 denoiser = UNet2DConditionModel.from_config(unet_config)
-        vae, text_encoder = cls._load_frozen(source, revision, variant)
-        tokenizer = _load_part(CLIPTokenizer, source, "tokenizer", **at)
+        vae, text_encoder, tokenizer = cls._load_frozen(source, revision, variant)
         if len(tokenizer) != text_encoder.config.vocab_size:  # transformers makes an empty one where files are missing
             raise ValueError(f"tokenizer has {len(tokenizer)} tokens, text_encoder {text_encoder.config.vocab_size}")
         return cls(
@@ -61,11 +60,12 @@ class StableDiffusion:
         )
 
     @staticmethod
-    def _load_frozen(source: str, revision, variant) -> tuple[AutoencoderKL, CLIPTextModel]:
+    def _load_frozen(source: str, revision, variant) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         at = {"revision": revision, "variant": variant}
         vae = _load_part(AutoencoderKL, source, "vae", **at)
         text_encoder = _load_part(CLIPTextModel, source, "text_encoder", dtype=torch.float32, **at)
-        return vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False)
+        tokenizer = _load_part(CLIPTokenizer, source, "tokenizer", revision=revision)
+        return vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -79,7 +79,7 @@ class StableDiffusion:
             raise InputError(f"data.resolution: {self.source} needs a multiple of {multiple}, got {resolution}")
 
     def move_frozen_parts(self, device: torch.device, weight_dtype: torch.dtype) -> None:
-        self.vae.to(device, weight_dtype)
+        torch.nn.Module.to(self.vae, device, weight_dtype)  # diffusers' own `to` warns of an empty list of modules
         self.text_encoder.to(device, weight_dtype)
 
     @torch.no_grad()
@@ -115,17 +115,18 @@ class StableDiffusion:
 
     def pipeline(self, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
         """A pipeline of the parts in memory around `denoiser`, to generate with."""
-        return self._pipeline(denoiser, self.vae, self.text_encoder)
+        return self._pipeline(denoiser, self.vae, self.text_encoder, self.tokenizer)
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
-        """Write a pipeline around `denoiser` with the checkpoint's own frozen parts, in float32."""
+        """Write a pipeline around `denoiser` with the checkpoint's own frozen parts, in float32 and unused (a
+        tokenizer that has padded would be saved with its padding)."""
         self._pipeline(denoiser, *self._load_frozen(self.source, self.revision, self.variant)).save_pretrained(folder)
 
-    def _pipeline(self, denoiser, vae, text_encoder) -> StableDiffusionPipeline:
+    def _pipeline(self, denoiser, vae, text_encoder, tokenizer) -> StableDiffusionPipeline:
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             unet=denoiser,
             scheduler=self.scheduler,
             safety_checker=None,

@@ -1,0 +1,398 @@
+"""The script as a whole: what a run leaves, that it repeats, resumes and splits exactly, and what it refuses."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SCRIPT,
+    launch,
+    launch_environment,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+)
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from difftrain_utils.config import ModelConfig, parse_config
+from difftrain_utils.families import load_family
+from difftrain_utils.snapshot import weights_digest
+
+
+def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
+    prompts = ["a red circle", "a blue square"]
+    output_dir = train(
+        [
+            *short_run,
+            *("--train.eval_every", "3", "--evaluation.prompts", json.dumps(prompts)),
+            *("--train.report_to", "tensorboard", "--evaluation.num_inference_steps", "2"),
+        ]
+    )  # fmt: skip
+    assert sorted(path.name for path in output_dir.iterdir()) == [
+        "checkpoint-4", "checkpoint-6", "config.resolved.yaml", "env.json", "logs", "metrics.jsonl", "pipeline",
+        "run_manifest.json", "samples",
+    ]  # fmt: skip
+
+    metrics = metrics_without_times(output_dir)
+    assert [entry["step"] for entry in metrics] == [1, 2, 3, 4, 5, 6]
+    assert all(set(entry) == {"step", "loss", "lr", "grad_norm"} and entry["loss"] > 0 for entry in metrics)
+    assert [entry["lr"] for entry in metrics][:3] == [0, 5e-4, 1e-3]  # warm-up: the rate that the step was made with
+
+    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-000003.png", "step-000006.png"]
+    assert Image.open(output_dir / "samples/step-000006.png").size[0] > 2 * 128
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / "logs/difftrain")).Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
+        (m["step"], m["loss"]) for m in metrics
+    ]
+    assert [e.step for e in events.Images("samples/0" if "samples/0" in events.Tags()["images"] else "samples")] == [
+        3,
+        6,
+    ]
+
+    # plain diffusers loads the pipeline: the EMA weights in the trained checkpoint's other parts
+    pipeline = DiffusionPipeline.from_pretrained(output_dir / "pipeline")
+    ema = load_file(output_dir / "checkpoint-6/ema.safetensors")
+    for i, parameter in enumerate(pipeline.unet.parameters()):
+        assert torch.equal(parameter, ema[str(i)])
+    base = DiffusionPipeline.from_pretrained(checkpoint_folder)
+    assert weights_digest(pipeline.vae) == weights_digest(base.vae)
+    assert weights_digest(pipeline.unet) != weights_digest(base.unet)
+
+    # nothing in a checkpoint but tensors and JSON
+    for path in (output_dir / "checkpoint-6").iterdir():
+        assert path.suffix in (".safetensors", ".json", ".bin"), path
+        if path.suffix == ".bin":
+            torch.load(path, weights_only=True)
+
+    manifest = json.loads((output_dir / "run_manifest.json").read_text())
+    family = load_family(ModelConfig(str(checkpoint_folder)), seed=0)
+    assert manifest["base_model"]["sha256"] == {name: weights_digest(m) for name, m in family.modules.items()}
+    assert manifest["data"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
+    assert manifest["versions"]["torch"] == torch.__version__
+    resolved = parse_config(["--config", str(output_dir / "config.resolved.yaml")])
+    assert resolved.evaluation.prompts == prompts and resolved.train.max_steps == 6
+
+
+def test_the_weights_are_what_a_plain_loop_gives(short_run):
+    """The first loss, by hand from the keyed draws and diffusers' own functions."""
+    from difftrain_utils.keyed_random import keyed_randint, keyed_randn
+    from difftrain_utils.samples import Samples, collate, load_data
+
+    config = parse_config([*short_run, "--train.max_steps", "1"])
+    output_dir = train([*short_run, "--train.max_steps", "1"])
+    family = load_family(config.model, 0)
+    family.denoiser.eval()
+    samples = Samples(load_data(config.data), config.data, 0, 4)
+    batch = collate([samples[k] for k in range(4)])
+    posterior = family.vae.encode(batch["pixel_values"]).latent_dist
+    latents = posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(4), (4, 8, 8))
+    latents = latents * family.vae.config.scaling_factor
+    noise, timesteps = keyed_randn(0, "noise", range(4), (4, 8, 8)), keyed_randint(0, "timestep", range(4), 0, 1000)
+    noisy = family.noise_scheduler.add_noise(latents, noise, timesteps)
+    target = family.noise_scheduler.get_velocity(latents, noise, timesteps)
+    # with the dropout of the script's own seed
+    from difftrain_utils.keyed_random import seed_for
+
+    family.denoiser.train()
+    torch.manual_seed(seed_for(0, "model", 0))
+    model_pred = family.denoiser(noisy, timesteps, family.encode_prompts(batch["captions"])).sample
+    loss = (model_pred - target).square().mean().item()
+    assert metrics_without_times(output_dir)[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(short_run, tmp_path):
+    first, again = (train([*short_run, "--output-dir", str(tmp_path / name)]) for name in ("first", "again"))
+    assert pipeline_bytes(first) == pipeline_bytes(again)
+    assert metrics_without_times(first) == metrics_without_times(again)
+    other = train([*short_run, "--output-dir", str(tmp_path / "other"), "--train.seed", "1"])
+    assert pipeline_bytes(first) != pipeline_bytes(other)
+
+
+def test_evaluating_and_saving_change_nothing(short_run, tmp_path):
+    quiet = train([*short_run, "--output-dir", str(tmp_path / "quiet"), "--train.save_every", "0"])
+    busy = train(
+        [
+            *short_run,
+            *("--output-dir", str(tmp_path / "busy"), "--train.save_every", "1", "--train.eval_every", "1"),
+            *("--evaluation.prompts", '["a red circle"]', "--evaluation.num_inference_steps", "2"),
+            *("--train.keep_checkpoints", "0"),
+        ]
+    )
+    assert pipeline_bytes(quiet) == pipeline_bytes(busy)
+    assert metrics_without_times(quiet) == metrics_without_times(busy)
+    assert len(list(busy.glob("checkpoint-*"))) == 6 and len(list(quiet.glob("checkpoint-*"))) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers):
+    def losses(accumulation: int) -> torch.Tensor:
+        fields = {
+            "train.batch_size": 16,
+            "train.max_steps": 10,
+            "train.gradient_accumulation_steps": accumulation,
+            "train.output_dir": tmp_path / str(accumulation),
+            "train.save_every": 0,
+            "data.num_workers": workers,
+        }
+        # dropout is the model's own: it is drawn for a whole batch, so it does depend on how that is split
+        return torch.tensor([entry["loss"] for entry in metrics_without_times(train([*no_dropout, *options(fields)]))])
+
+    no_dropout = [*short_run, "--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    whole = losses(1)
+    assert len(whole) == 10
+    for accumulation in (2, 4):
+        torch.testing.assert_close(losses(accumulation), whole, rtol=1e-5, atol=0)
+
+
+def without_dropout(short_run, tmp_path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(short_run[short_run.index("--model.pretrained_model_name_or_path") + 1], folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
+    return folder
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_learns(short_run, prediction_type):
+    fields = {
+        "model.prediction_type": prediction_type,
+        "train.max_steps": 150,
+        "train.batch_size": 8,
+        "train.save_every": 0,
+        "train.log_every": 50,
+        "optimizer.init_args.lr": 3e-3,
+        "ema.enabled": False,
+    }
+    output_dir = train([*short_run, *options(fields)])
+    losses = [entry["loss"] for entry in metrics_without_times(output_dir)]
+    assert losses[-1] < 0.9 * losses[0]
+    scheduler = DiffusionPipeline.from_pretrained(output_dir / "pipeline").scheduler
+    assert scheduler.config.prediction_type == prediction_type
+
+
+@pytest.mark.parametrize("option", ["--train.gradient_checkpointing", "--train.deterministic"])
+def test_options_that_change_no_result(short_run, tmp_path, option):
+    plain = train([*short_run, "--output-dir", str(tmp_path / "plain")])
+    with_option = train([*short_run, "--output-dir", str(tmp_path / "option"), option])
+    torch.use_deterministic_algorithms(False)
+    losses = [[entry["loss"] for entry in metrics_without_times(run)] for run in (plain, with_option)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bf16_trains_and_its_pipeline_keeps_the_frozen_parts(short_run, checkpoint_folder):
+    evaluation = ["--train.eval_every", "6", "--evaluation.prompts", '["a"]', "--evaluation.num_inference_steps", "2"]
+    output_dir = train([*short_run, "--train.precision", "bf16", *evaluation])
+    assert json.loads((output_dir / "run_manifest.json").read_text())["mixed_precision"] == "bf16"
+    trained, base = (DiffusionPipeline.from_pretrained(f) for f in (output_dir / "pipeline", checkpoint_folder))
+    assert weights_digest(trained.vae) == weights_digest(base.vae)
+    losses = [
+        [e["loss"] for e in metrics_without_times(run)]
+        for run in (output_dir, train([*short_run, "--output-dir", str(output_dir) + "-fp32"]))
+    ]
+    assert losses[0] != losses[1]  # autocast was on
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert next(trained.unet.parameters()).dtype == torch.float32
+
+
+class TestResume:
+    def test_killed_at_any_moment_a_run_ends_like_an_unbroken_one(self, short_run, tmp_path):
+        """SIGKILL while steps, with accumulation 4, across epochs, loss logged over several steps."""
+        argv = [
+            *short_run,
+            *("--train.batch_size", "8", "--train.gradient_accumulation_steps", "4", "--train.max_steps", "14"),
+            *("--train.log_every", "3", "--train.save_every", "4", "--data.num_workers", "1"),
+        ]
+        unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+        broken = tmp_path / "broken"
+        for kill_at in (3, 9):  # before the first checkpoint, and between two of them
+            run = start([*argv, "--output-dir", str(broken), "--resume-from", "latest"])
+            wait_for(lambda step=kill_at: last_step(broken) >= step, run)
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            assert not (broken / "pipeline").exists()
+        resumed = launch([*argv, "--output-dir", str(broken), "--resume-from", "latest"])
+        assert resumed.returncode == 0, resumed.stderr
+        assert re.search(r"Resuming from .*checkpoint-(8|12) at step", resumed.stdout)
+        assert pipeline_bytes(broken) == pipeline_bytes(unbroken)
+        assert metrics_without_times(broken) == metrics_without_times(unbroken)
+        assert [path.name for path in broken.glob("checkpoint-*.partial")] == []
+
+    def test_from_every_checkpoint(self, short_run, tmp_path):
+        unbroken = train([*short_run, "--train.save_every", "1", "--train.keep_checkpoints", "0"])
+        for step in range(1, 7):
+            branch = tmp_path / f"branch-{step}"
+            resume = [*short_run, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")]
+            assert pipeline_bytes(train(resume)) == pipeline_bytes(unbroken)
+            assert metrics_without_times(branch) == metrics_without_times(unbroken)[step:] if step < 6 else True
+
+    def test_a_finished_run_stays_as_it_is(self, short_run):
+        output_dir = train(short_run)
+        before = pipeline_bytes(output_dir), metrics_without_times(output_dir)
+        train([*short_run, "--resume-from", "latest"])
+        assert (pipeline_bytes(output_dir), metrics_without_times(output_dir)) == before
+
+    def test_going_on_for_longer_is_the_longer_run(self, short_run, tmp_path):
+        constant = [*short_run, "--lr_scheduler.name", "constant_with_warmup"]
+        long = train([*constant, "--output-dir", str(tmp_path / "long")])
+        extended = train([*constant, "--train.max_steps", "4"])
+        train([*constant, "--resume-from", "latest"])
+        assert pipeline_bytes(extended) == pipeline_bytes(long)
+        assert metrics_without_times(extended) == metrics_without_times(long)
+
+    def test_a_second_run_is_refused_and_overwrite_replaces_the_first(self, short_run):
+        output_dir = train([*short_run, "--train.seed", "1"])
+        refused = launch(short_run)
+        assert_refused(refused, r"train.output_dir: .* already holds a run \(checkpoint-6\)")
+        assert json.loads((output_dir / "run_manifest.json").read_text())["seed"] == 1
+        first = pipeline_bytes(output_dir)
+        train([*short_run, "--train.overwrite"])
+        assert pipeline_bytes(output_dir) != first
+        assert len(metrics_without_times(output_dir)) == 6
+
+    def test_a_checkpoint_of_another_model_is_refused(self, short_run, tmp_path):
+        output_dir = train(short_run)
+        before = {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+        other = ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]
+        assert_refused(
+            launch([*short_run, *other, "--resume-from", "latest"]),
+            r"train.resume_from: cannot load .*checkpoint-6: .*size mismatch",
+        )
+        assert_refused(
+            launch([*short_run, "--train.max_steps", "5", "--resume-from", "latest"]),
+            r"train.resume_from: cannot load .*checkpoint-6: it is past train.max_steps, which is 5",
+        )
+        assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+
+
+def test_two_processes_see_the_same_samples(short_run, tmp_path):
+    """Real data parallelism (gloo): losses as with one process, and exact resume."""
+    model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+
+    def run(name: str, *argv: str) -> Path:
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), "--main_process_port", "0"]
+        command += [str(SCRIPT), *short_run, *model, "--output-dir", str(tmp_path / name), *argv]
+        environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    one = train([*short_run, *model, "--output-dir", str(tmp_path / "one")])
+    two = run("two")
+    assert json.loads((two / "run_manifest.json").read_text())["num_processes"] == 2
+    losses = [[entry["loss"] for entry in metrics_without_times(path)] for path in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    resumed = run("resumed", "--resume-from", str(two / "checkpoint-4"))
+    assert pipeline_bytes(resumed) == pipeline_bytes(two)
+
+
+class TestRefusals:
+    """Bad input: one line that names the culprit, exit code 2, nothing written."""
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            ("--train.max_step 3", r"--train.max_step: no such field; did you mean --train.max_steps\?"),
+            ("--config no-such.yaml", r"--config no-such.yaml: No such file or directory"),
+            ("--data.caption_column cap", r"data.caption_column: no 'cap' in .*metadata.jsonl line 1; it has text"),
+            ("--data.dataset no/such/data", r"data.dataset: cannot load 'no/such/data'"),
+            (
+                "--model.pretrained_model_name_or_path ./no",
+                r"model.pretrained_model_name_or_path: ./no: no such folder",
+            ),
+            ("--train.batch_size 10 --train.gradient_accumulation_steps 4", r"train.batch_size: 10 does not divide"),
+            ("--data.resolution 33", r"data.resolution: .* needs a multiple of 8, got 33"),
+            ("--optimizer.init_args.rate 1", r"optimizer.init_args.rate: torch.optim.AdamW has no such argument"),
+            ("--train.precision fp16", r"train.precision: fp16 needs a GPU"),
+            ("--train.report_to comet", r"train.report_to: no tracker 'comet'"),
+            ("--resume-from no/such/checkpoint", r"train.resume_from: no checkpoint at no/such/checkpoint"),
+        ],
+    )
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine there")
+    def test_one_line(self, short_run, tmp_path, argv, message):
+        assert_refused(launch([*short_run, *argv.split()]), message)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_an_image_that_is_no_image(self, short_run, image_folder, tmp_path, workers):
+        folder = tmp_path / "data"
+        shutil.copytree(image_folder, folder)
+        (folder / "000007.png").write_bytes(b"this is text")
+        result = launch([*short_run, "--data.dataset", str(folder), "--data.num_workers", workers])
+        assert_refused(result, r".*/000007.png: not an image that Pillow knows")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_truncated_image_is_told_from_a_worker(self, short_run, image_folder, tmp_path):
+        folder = tmp_path / "data"
+        shutil.copytree(image_folder, folder)
+        for path in folder.glob("*.png"):
+            path.write_bytes(path.read_bytes()[:120])
+        result = launch([*short_run, "--data.dataset", str(folder), "--data.num_workers", "1"])
+        assert_refused(result, r".*/00000\d.png: cannot decode the image: ")
+
+    def test_through_accelerate_launch(self, short_run, tmp_path):
+        command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *short_run, "--train.max_step", "3"]
+        result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+        assert result.returncode != 0
+        assert "\nerror: --train.max_step: no such field; did you mean --train.max_steps?\n" in "\n" + result.stderr
+
+
+def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_path):
+    command = [sys.executable, "-m", "difftrain_utils.validate_config", *short_run, "--deterministic"]
+    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    names = ["config.resolved.yaml", "env.json", "run_manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    manifest = json.loads((tmp_path / "run/run_manifest.json").read_text())
+    assert manifest["deterministic"] is True
+    assert launch([*short_run, "--train.max_steps", "1"]).returncode == 0
+    trained = json.loads((tmp_path / "run/run_manifest.json").read_text())
+    for key in ("base_model", "data", "git", "versions", "seed"):
+        assert trained[key] == manifest[key]
+    command = [*command, "--train.max_stepz", "1"]
+    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    assert_refused(result, "--train.max_stepz: no such field; did you mean --train.max_steps")
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), result.stderr
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *argv],
+        cwd=ROOT,
+        env=launch_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        time.sleep(0.005)
+
+
+def last_step(output_dir: Path) -> int:
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
