@@ -19,25 +19,29 @@ if __name__ == "__main__":  # before the slow imports, so that a typo is told at
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, tqdm
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from difftrain_utils.checkpoints import delete_run, find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
-from difftrain_utils.evaluation import evaluation_weights, generate, save_grid
+from difftrain_utils.dream import rectify_noise
+from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
-from difftrain_utils.keyed_random import keyed_randint, keyed_randn, seed_for
+from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.launch import check_launch
-from difftrain_utils.objectives import add_noise, get_target
+from difftrain_utils.loss import elementwise_loss, loss_weights
+from difftrain_utils.noise import perturb_input, sample_noise
+from difftrain_utils.objectives import add_noise, append_dims, get_target
 from difftrain_utils.optimizers import build_optimizer
-from difftrain_utils.samples import Samples, collate, inspect_data, load_data
+from difftrain_utils.samples import Samples, collate, inspect_data, load_data, split_data
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
+from difftrain_utils.timesteps import sample_timesteps
 from difftrain_utils.tracking import Metrics, check_trackers
 
 
@@ -61,15 +65,15 @@ def main(config):
             log_with=trackers or None,
             project_dir=output_dir / "logs",
         )
-    check_launch(config.train, accelerator)
+    check_launch(config, accelerator)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # ── The data, the model, and where to start. What is wrong with the input shows here, before any writing ─
     checkpoint = None if config.train.overwrite else find_checkpoint(config.train.resume_from, output_dir)
-    family = load_family(config.model, seed)
+    family = load_family(config)
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
-        data = load_data(config.data)
+        data, validation_data = split_data(load_data(config.data), config.data)
     denoiser, noise_scheduler = family.denoiser.train(), family.noise_scheduler
     optimizer = build_optimizer(config.optimizer, denoiser.parameters())
     lr_scheduler = get_scheduler(
@@ -81,7 +85,9 @@ def main(config):
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if accelerator.is_main_process:
-        snapshot = take_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
+        rows = {"train": data, "validation": validation_data}
+        fingerprints = {name: inspect_data(part, config.data) for name, part in rows.items() if part is not None}
+        snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
@@ -127,16 +133,26 @@ def main(config):
             latent_shape = family.latent_shape(pixel_values)
             vae_noise = keyed_randn(seed, "vae_noise", keys, latent_shape, accelerator.device)
             latents = family.encode_images(pixel_values, vae_noise)
-            conditioning = family.encode_prompts(batch["captions"])
+            predict = partial(family.predict, denoiser, conditioning=family.encode_prompts(batch["captions"]))
 
-            noise = keyed_randn(seed, "noise", keys, latent_shape, accelerator.device)
-            num_timesteps = noise_scheduler.config.num_train_timesteps
-            timesteps = keyed_randint(seed, "timestep", keys, 0, num_timesteps, accelerator.device)
+            noise = sample_noise(config.noise, seed, keys, latents)
+            timesteps = sample_timesteps(
+                config.timesteps, noise_scheduler, seed, keys, config.train.batch_size, accelerator.device
+            )
+            if config.strategy.dream_training and global_step >= config.strategy.dream_start_step:
+                denoiser.eval()  # the probe sees the model as a sampler does
+                p = config.strategy.dream_detail_preservation
+                rectified = rectify_noise(predict, noise_scheduler, latents, noise, timesteps, p)
+                denoiser.train()
+                chosen = keyed_rand(seed, "dream", keys, accelerator.device) < config.strategy.dream_probability
+                noise = torch.where(append_dims(chosen, noise), rectified, noise)
 
-            noisy_latents = add_noise(noise_scheduler, latents, noise, timesteps)
+            input_noise = perturb_input(config.noise, seed, keys, noise)
+            noisy_latents = add_noise(noise_scheduler, latents, input_noise, timesteps)
             target = get_target(noise_scheduler, latents, noise, timesteps)
-            model_pred = family.predict(denoiser, noisy_latents, timesteps, conditioning)
-            loss = F.mse_loss(model_pred, target, reduction="none").flatten(1).mean(1).mean()
+            model_pred = predict(noisy_latents, timesteps)
+            losses = elementwise_loss(config.loss, noise_scheduler, model_pred, target, timesteps).flatten(1).mean(1)
+            loss = (losses * loss_weights(config.loss, noise_scheduler, timesteps)).mean()
 
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.train.max_grad_norm is not None:
@@ -167,6 +183,14 @@ def main(config):
             samples = (global_step - clock_step) * config.train.batch_size
             logs["samples_per_second"] = samples / (time.perf_counter() - clock)
             progress_bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
+        if is_due(config.train.eval_every) and validation_data is not None:
+            with evaluation_weights(denoiser, None):
+                logs |= validation_loss(accelerator, family, denoiser, validation_data, config, "validation_loss")
+            if ema_model is not None:
+                with evaluation_weights(denoiser, ema_model):
+                    logs |= validation_loss(
+                        accelerator, family, denoiser, validation_data, config, "validation_loss_ema"
+                    )
         if is_due(config.train.eval_every) and config.evaluation.prompts and accelerator.is_main_process:
             with evaluation_weights(denoiser, ema_model), accelerator.autocast():
                 pipeline = family.pipeline(accelerator.unwrap_model(denoiser))

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class ModelConfig:
     """Branch, tag or commit of a hub checkpoint."""
     variant: str | None = None
     """Variant of the weight files, e.g. `fp16`."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
     """What the denoiser predicts; null: what the checkpoint's scheduler says."""
     train_from_scratch: bool = False
     """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
@@ -61,6 +61,10 @@ class DataConfig:
     """Pillow's filter for resizing."""
     caption_dropout: float = 0.0
     """Probability of an empty caption, for classifier-free guidance (0.1 is usual)."""
+    validation_split: float = 0.0
+    """Share of the images to hold out for the validation loss, chosen by their file names."""
+    validation_dir: str | None = None
+    """Another data set for the validation loss, instead of a share of this one."""
     num_workers: int = 0
     """Processes that load images, for each training process; 0: the training process does it."""
 
@@ -129,6 +133,104 @@ class LrSchedulerConfig:
 
 
 @dataclass
+class SchedulerConfig:
+    """The noise schedule; null: as the checkpoint has it."""
+
+    name: str | None = None
+    """diffusers' class of the sampler for grids and `pipeline/`, e.g. `DDIMScheduler`."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    """How noise grows with the timestep (not for flow_prediction)."""
+    num_train_timesteps: int | None = None
+    """Timesteps of the schedule, 1000 as a rule."""
+    rescale_betas_zero_snr: bool | None = None
+    """End in pure noise (terminal SNR of zero; not for epsilon, which then says nothing of the image)."""
+    flow_shift: float = 1.0
+    """Shift of flow_prediction's noise levels towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ)."""
+    flow_base_resolution: int | None = None
+    """Multiply flow_shift by resolution / flow_base_resolution: larger images need more noise."""
+
+
+@dataclass
+class TimestepsConfig:
+    """Which noise levels are trained on how often."""
+
+    density: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal", "table"] = "uniform"
+    """Distribution of the timesteps; see `difftrain_utils/timesteps.py`."""
+    stratified: bool = False
+    """One timestep in each of batch_size equal parts of the distribution: less variance from step to step."""
+    min: float = 0.0
+    """Where the timesteps begin, as a fraction of the schedule."""
+    max: float = 1.0
+    """Where the timesteps end, as a fraction of the schedule."""
+    logit_mean: float = 0.0
+    """Mean of `logit_normal`."""
+    logit_std: float = 1.0
+    """Standard deviation of `logit_normal`."""
+    mode_scale: float = 1.29
+    """Scale of `mode`, between -1 and 1.75."""
+    p_mean: float = -1.2
+    """Mean of the logarithm of the noise-to-signal ratio, of `log_normal`."""
+    p_std: float = 1.2
+    """Standard deviation of that logarithm."""
+    table: list[float] | None = None
+    """Weights of equal parts of the schedule, of `table`: any number of them."""
+
+
+@dataclass
+class NoiseConfig:
+    """The noise that samples are mixed with."""
+
+    offset: float = 0.0
+    """Add this much noise that is constant over a channel (0.1 is usual)."""
+    pyramid_discount: float = 0.0
+    """Add coarser noise, weighted by this to the power of its level (0.8 is usual; 0: none)."""
+    input_perturbation: float = 0.0
+    """Add this much more noise to the input, but not to the target (0.1 is usual)."""
+    immiscible: bool = False
+    """Give each image of a batch the noise that is nearest to it."""
+    immiscible_batch_size: int | None = None
+    """Samples among which `immiscible` assigns the noise; null: the batch, which then cannot be split."""
+
+
+@dataclass
+class StrategyConfig:
+    """How a training sample is made out of the model's own predictions."""
+
+    dream_training: bool = False
+    """DREAM: train on the inputs that the model's own errors lead to."""
+    dream_detail_preservation: float = 1.0
+    """DREAM's p: 0 corrects all noise levels alike, larger values the noisier ones more."""
+    dream_start_step: int = 0
+    """The first step with DREAM."""
+    dream_probability: float = 1.0
+    """The share of samples with DREAM."""
+
+
+@dataclass
+class LossConfig:
+    """How far a prediction is from its target, and how much each noise level counts."""
+
+    type: Literal["mse", "l1", "huber", "smooth_l1"] = "mse"
+    """The loss of an element; see `difftrain_utils/loss.py`."""
+    huber_c: float = 0.1
+    """Threshold of the huber losses, between quadratic and linear."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
+    """How the threshold falls with the noise level: from 1 to huber_c, or not."""
+    weighting: Literal["uniform", "snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "sigma_sqrt", "cosmap"] = (
+        "uniform"
+    )
+    """Weight of a noise level; see `loss_weights` in `difftrain_utils/loss.py`."""
+    snr_gamma: float = 5.0
+    """γ of min_snr and soft_min_snr (4 is usual for the latter)."""
+    p2_gamma: float = 1.0
+    """γ of p2."""
+    p2_k: float = 1.0
+    """k of p2."""
+    edm_sigma_data: float = 0.5
+    """Standard deviation of the data, of edm."""
+
+
+@dataclass
 class EmaConfig:
     """Exponential moving average of the weights; grids and `pipeline/` use it."""
 
@@ -140,7 +242,7 @@ class EmaConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The grid of images that shows the progress."""
+    """The grid of images and the validation loss that show the progress."""
 
     prompts: list[str] = field(default_factory=list)
     """One image each."""
@@ -152,6 +254,10 @@ class EvaluationConfig:
     """Classifier-free guidance; 1: none."""
     batch_size: int = 8
     """Images generated at a time."""
+    num_validation_samples: int = 256
+    """Fixed (image, noise, noise level) triples of the validation loss."""
+    num_validation_bins: int = 8
+    """Noise levels from low to high that the validation loss is told for."""
     shapes_judge: bool = False
     """Count the images that show the colour and shape of their prompts (for `builtin:shapes`)."""
 
@@ -165,6 +271,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -208,6 +319,10 @@ def check_config(config: Config) -> None:
     require(data.dataset != "", "data.dataset", "must not be empty")
     require(data.resolution >= 8, "data.resolution", "must be at least 8")
     require(0 <= data.caption_dropout <= 1, "data.caption_dropout", "must be between 0 and 1")
+    require(0 <= data.validation_split < 1, "data.validation_split", "must be at least 0 and below 1")
+    require(
+        not (data.validation_split and data.validation_dir), "data.validation_dir", "cannot go with validation_split"
+    )
     require(data.num_workers >= 0, "data.num_workers", "must be 0 or more")
     require(train.output_dir != "", "train.output_dir", "must not be empty")
     require(train.seed >= 0, "train.seed", "must be 0 or more")
@@ -225,15 +340,60 @@ def check_config(config: Config) -> None:
         not (warmup and name == "constant"), "lr_scheduler.name", "has no warm-up (constant_with_warmup has, "
         f"lr_scheduler.num_warmup_steps is {warmup})",
     )  # fmt: skip
+    check_objective(config, require)
     require(0 <= ema.decay < 1, "ema.decay", "must be at least 0 and below 1")
     require(evaluation.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1")
     require(evaluation.guidance_scale >= 1, "evaluation.guidance_scale", "must be at least 1")
     require(evaluation.batch_size >= 1, "evaluation.batch_size", "must be at least 1")
+    bins = evaluation.num_validation_bins
+    require(bins >= 1, "evaluation.num_validation_bins", "must be at least 1")
+    require(
+        evaluation.num_validation_samples >= bins and evaluation.num_validation_samples % bins == 0,
+        "evaluation.num_validation_samples", f"must be a multiple of num_validation_bins, {bins}",
+    )  # fmt: skip
     require(evaluation.seed >= 0, "evaluation.seed", "must be 0 or more")
     require(
         not evaluation.shapes_judge or data.dataset == "builtin:shapes",
         "evaluation.shapes_judge", f"needs data.dataset builtin:shapes (it is {data.dataset!r})",
     )  # fmt: skip
+
+
+def check_objective(config: Config, require: Callable[[bool, str, str], None]) -> None:
+    """The rules of the sections scheduler, timesteps, noise, strategy and loss."""
+    scheduler, timesteps, noise = config.scheduler, config.timesteps, config.noise
+    steps, base = scheduler.num_train_timesteps, scheduler.flow_base_resolution
+    require(steps is None or steps >= 2, "scheduler.num_train_timesteps", "must be at least 2, or null")
+    require(scheduler.flow_shift > 0, "scheduler.flow_shift", "must be above 0")
+    require(base is None or base >= 1, "scheduler.flow_base_resolution", "must be at least 1, or null")
+    require(0 <= timesteps.min < timesteps.max, "timesteps.min", f"must be from 0 to below max, {timesteps.max}")
+    require(timesteps.max <= 1, "timesteps.max", "must be at most 1")
+    require(timesteps.logit_std > 0, "timesteps.logit_std", "must be above 0")
+    require(-1 <= timesteps.mode_scale <= 1.75, "timesteps.mode_scale", "must be between -1 and 1.75")
+    require(timesteps.p_std > 0, "timesteps.p_std", "must be above 0")
+    is_table, table = timesteps.density == "table", timesteps.table
+    require((table is not None) == is_table, "timesteps.table", "goes with timesteps.density table, and only with it")
+    require(
+        not is_table or (min(table, default=-1) >= 0 and sum(table) > 0),
+        "timesteps.table", "must be weights of 0 or more, some above",
+    )  # fmt: skip
+    require(0 <= noise.pyramid_discount < 1, "noise.pyramid_discount", "must be at least 0 and below 1")
+    require(noise.input_perturbation >= 0, "noise.input_perturbation", "must be 0 or more")
+    size = noise.immiscible_batch_size
+    require(size is None or noise.immiscible, "noise.immiscible_batch_size", "goes with noise.immiscible only")
+    require(size is None or size >= 1, "noise.immiscible_batch_size", "must be at least 1, or null")
+    strategy, loss = config.strategy, config.loss
+    require(strategy.dream_detail_preservation >= 0, "strategy.dream_detail_preservation", "must be 0 or more")
+    require(strategy.dream_start_step >= 0, "strategy.dream_start_step", "must be 0 or more")
+    require(0 <= strategy.dream_probability <= 1, "strategy.dream_probability", "must be between 0 and 1")
+    require(0 < loss.huber_c <= 1, "loss.huber_c", "must be above 0 and at most 1")
+    require(loss.snr_gamma > 0, "loss.snr_gamma", "must be above 0")
+    require(loss.p2_k > 0, "loss.p2_k", "must be above 0")
+    require(loss.p2_gamma >= 0, "loss.p2_gamma", "must be 0 or more")
+    require(loss.edm_sigma_data > 0, "loss.edm_sigma_data", "must be above 0")
+    huber = loss.type in ("huber", "smooth_l1")
+    require(
+        huber or loss.huber_schedule == "constant", "loss.huber_schedule", f"does nothing for loss.type {loss.type}"
+    )
 
 
 def check_split(train: TrainConfig, num_processes: int) -> None:
@@ -247,6 +407,18 @@ def check_split(train: TrainConfig, num_processes: int) -> None:
             f"train.batch_size: {train.batch_size} does not divide by train.gradient_accumulation_steps "
             f"{train.gradient_accumulation_steps} × {num_processes} processes; batch_size {sizes} would"
             + (f", or gradient_accumulation_steps {', '.join(map(str, allowed))}" if allowed else "")
+        )
+
+
+def check_immiscible(config: Config, num_processes: int) -> None:
+    """Raise InputError unless each group of immiscible noise lies in one part of a batch."""
+    parts = config.train.gradient_accumulation_steps * num_processes
+    part, group = config.train.batch_size // parts, config.noise.immiscible_batch_size or config.train.batch_size
+    if config.noise.immiscible and part % group:
+        got = config.noise.immiscible_batch_size or "null (the whole batch)"
+        raise InputError(
+            f"noise.immiscible_batch_size: must divide a part of the batch, which is {part} (train.batch_size "
+            f"{config.train.batch_size} in {parts} parts), got {got}"
         )
 
 

@@ -20,6 +20,8 @@ def blame(culprit: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn a library's `errors` into an InputError about `culprit`, with the library's reason in one line."""
     try:
         yield
+    except InputError:  # names its culprit already
+        raise
     except errors as error:
         raise InputError(f"{culprit}: {' '.join(str(error).split()) or type(error).__name__}") from error
 

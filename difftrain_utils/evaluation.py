@@ -1,17 +1,23 @@
-"""Pictures of the progress: the evaluation prompts, generated from the same noise every time."""
+"""How a run does: pictures of the evaluation prompts, and a validation loss. Both use the same noise every time, and
+take nothing from the training stream."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 
-from difftrain_utils.config import EvaluationConfig
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.config import Config, EvaluationConfig
+from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn
+from difftrain_utils.loss import error_scale
+from difftrain_utils.objectives import add_noise, alphas_and_sigmas, compute_snr, get_prediction_type, get_target
+from difftrain_utils.samples import read_row, to_square
 
 
 @contextmanager
@@ -45,6 +51,56 @@ def generate(pipeline: DiffusionPipeline, config: EvaluationConfig, resolution: 
             generator=generators,
         ).images
     return images
+
+
+@torch.no_grad()
+def validation_loss(
+    accelerator: Accelerator, family, denoiser: torch.nn.Module, data: datasets.Dataset, config: Config, name: str
+) -> dict[str, float | list[float]]:
+    """The loss at fixed (image, noise, noise level) triples: {name: mean, name_bins: means from low to high noise}.
+
+    The triples depend on `evaluation.seed` alone, not on the run, so that runs can be compared; the processes share
+    them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is the
+    unweighted squared error of v = cos φ·ε - sin φ·x_0, whatever the model predicts, which is (SNR + 1)·|x̂_0 - x_0|².
+    """
+    evaluation, noise_scheduler = config.evaluation, family.noise_scheduler
+    bins = torch.zeros(evaluation.num_validation_bins, dtype=torch.float64, device=accelerator.device)
+    mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
+    for start in range(0, len(mine), evaluation.batch_size):
+        keys = mine[start : start + evaluation.batch_size]
+        rows = [read_row(data, j % len(data), config.data) for j in keys]
+        pixel_values = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, _ in rows])
+        pixel_values = pixel_values.to(accelerator.device)
+        latent_shape = family.latent_shape(pixel_values)
+        vae_noise, noise = (
+            keyed_randn(evaluation.seed, purpose, keys, latent_shape, accelerator.device)
+            for purpose in ("validation_vae_noise", "validation_noise")
+        )
+        latents = family.encode_images(pixel_values, vae_noise)
+        timesteps = validation_timesteps(evaluation, noise_scheduler, keys).to(accelerator.device)
+        noisy_latents = add_noise(noise_scheduler, latents, noise, timesteps)
+        target = get_target(noise_scheduler, latents, noise, timesteps)
+        conditioning = family.encode_prompts([captions[0] for _, captions in rows])
+        model_pred = family.predict(denoiser, noisy_latents, timesteps, conditioning)
+        losses = (model_pred - target).square().flatten(1).mean(1)
+        losses *= (compute_snr(noise_scheduler, timesteps) + 1) / error_scale(noise_scheduler, timesteps)
+        bins.index_add_(0, torch.tensor([j % len(bins) for j in keys], device=bins.device), losses.double())
+    bins = accelerator.reduce(bins, "sum") * len(bins) / evaluation.num_validation_samples
+    return {name: bins.mean().item(), f"{name}_bins": bins.tolist()}
+
+
+def validation_timesteps(config: EvaluationConfig, noise_scheduler, keys: Iterable[int]) -> torch.Tensor:
+    """The timesteps whose noise level is that of the triples `keys`, or nearest to it: triple j lies in bin j modulo
+    `evaluation.num_validation_bins` of the angle φ = atan(s/a), at a place drawn from (evaluation.seed, j)."""
+    bins = config.num_validation_bins
+    places = keyed_rand(config.seed, "validation_noise_level", keys).double()
+    angles = (torch.tensor([j % bins for j in keys]) + places) / bins * (math.pi / 2)
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    if get_prediction_type(noise_scheduler) == "flow_prediction":
+        sigmas = angles.tan() / (1 + angles.tan())
+        return (sigmas * num_timesteps).float()
+    alphas, sigmas = alphas_and_sigmas(noise_scheduler, torch.arange(num_timesteps))
+    return (torch.atan2(sigmas, alphas)[None, :] - angles[:, None]).abs().argmin(1)
 
 
 def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:

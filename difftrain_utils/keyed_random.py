@@ -32,6 +32,12 @@ def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[in
     return torch.stack(rows).to(device)
 
 
+def keyed_rand(seed: int, purpose: str, keys: Iterable[int], device=None) -> torch.Tensor:
+    """Numbers uniform in [0, 1), shape (len(keys),), float32; entry i depends on keys[i] alone."""
+    rows = [torch.rand((), generator=generator_for(seed, purpose, k)) for k in _integers(keys)]
+    return torch.stack(rows).to(device)
+
+
 def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int, device=None) -> torch.Tensor:
     """Integers uniform in [low, high), shape (len(keys),), int64; entry i depends on keys[i] alone."""
     rows = [torch.randint(low, high, (), generator=generator_for(seed, purpose, k)) for k in _integers(keys)]

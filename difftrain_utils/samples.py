@@ -5,6 +5,7 @@ A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer ste
 state of a data loader, and processes and gradient accumulation only split [s·G, (s+1)·G).
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -36,11 +37,7 @@ class Samples(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        index = self.index_of(k)
-        row = self.data[index]
-        name = image_name(row[self.config.image_column], index)
-        image = open_image(read_bytes(row[self.config.image_column]), name)
-        captions = captions_of(row[self.config.caption_column], name)
+        image, captions = read_row(self.data, self.index_of(k), self.config)
         return {"key": k, "pixel_values": self._transform(image, k), "caption": self._choose(captions, k)}
 
     def index_of(self, k: int) -> int:
@@ -49,19 +46,11 @@ class Samples(torch.utils.data.Dataset):
         return _permutation(self.seed, epoch, len(self.data))[position].item()
 
     def _transform(self, image: Image.Image, k: int) -> torch.Tensor:
-        size = self.config.resolution
-        scale = size / min(image.size)
-        width, height = (max(size, round(edge * scale)) for edge in image.size)
-        image = image.resize((width, height), Image.Resampling[self.config.image_interpolation.upper()])
         across, down = torch.rand(2, generator=generator_for(self.seed, "crop", k)).tolist()
         if self.config.center_crop:
             across = down = 0.5
-        # rand is below 1, so each of the (width - size + 1) places is as likely as any other
-        left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
-        image = image.crop((left, top, left + size, top + size))
-        if self.config.random_flip and torch.rand((), generator=generator_for(self.seed, "flip", k)) < 0.5:
-            image = ImageOps.mirror(image)
-        return to_pixel_values(image)
+        flip = self.config.random_flip and torch.rand((), generator=generator_for(self.seed, "flip", k)) < 0.5
+        return to_square(image, self.config, across, down, flip)
 
     def _choose(self, captions: list[str], k: int) -> str:
         dropped = torch.rand((), generator=generator_for(self.seed, "caption_dropout", k))
@@ -121,6 +110,29 @@ def load_data(config: DataConfig) -> datasets.Dataset:
     if len(data) == 0:
         raise InputError(f"data.dataset: {config.dataset} has no images")
     return data.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def split_data(data: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of the image's
+    file name, so that a row stays on its side when others come or go; or those of `data.validation_dir`.
+
+    Raises:
+        InputError: one of the two is empty, or `data.validation_dir` cannot be loaded.
+    """
+    if config.validation_dir is not None:
+        return data, load_data(dataclasses.replace(config, dataset=config.validation_dir))
+    if not config.validation_split:
+        return data, None
+    names = [Path(image_name(value, i)).name for i, value in enumerate(data[config.image_column])]
+    held_out = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
+    training = [i for i, share in enumerate(held_out) if share >= config.validation_split]
+    validation = [i for i, share in enumerate(held_out) if share < config.validation_split]
+    if not training or not validation:
+        raise InputError(
+            f"data.validation_split: {config.validation_split} of {len(data)} images leaves {len(training)} to train on "
+            f"and {len(validation)} to validate on"
+        )
+    return data.select(training), data.select(validation)
 
 
 def draw_shapes(resolution: int) -> datasets.Dataset:
@@ -187,6 +199,13 @@ def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
     return {"dataset": config.dataset, "num_images": len(data), "sha256": total.hexdigest()}
 
 
+def read_row(data: datasets.Dataset, index: int, config: DataConfig) -> tuple[Image.Image, list[str]]:
+    """The decoded image and the captions of a row."""
+    row = data[index]
+    name = image_name(row[config.image_column], index)
+    return open_image(read_bytes(row[config.image_column]), name), captions_of(row[config.caption_column], name)
+
+
 def image_name(value: dict[str, Any], index: int) -> str:
     """How errors call a row's image."""
     return value.get("path") or f"row {index}"
@@ -232,6 +251,18 @@ def open_image(content: bytes, name: str) -> Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{name}: cannot decode the image: {error}") from None
+
+
+def to_square(image: Image.Image, config: DataConfig, across: float, down: float, flip: bool) -> torch.Tensor:
+    """Resize the shorter side to `data.resolution` and cut a square, `across` and `down` in [0, 1) of the way."""
+    size = config.resolution
+    scale = size / min(image.size)
+    width, height = (max(size, round(edge * scale)) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling[config.image_interpolation.upper()])
+    # each of the (width - size + 1) places is as likely as any other
+    left, top = int(across * (width - size + 1)), int(down * (height - size + 1))
+    image = image.crop((left, top, left + size, top + size))
+    return to_pixel_values(ImageOps.mirror(image) if flip else image)
 
 
 def to_pixel_values(image: Image.Image) -> torch.Tensor:

@@ -31,7 +31,8 @@ def take_snapshot(
 ) -> dict[str, str]:
     """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
 
-    `modules` are those of the base model, before training; `data` is what `inspect_data` returned.
+    `modules` are those of the base model, before training; `data` is what `inspect_data` returned for the
+    training rows and, where there are any, the validation rows.
     """
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

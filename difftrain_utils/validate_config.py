@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.families import load_family
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
-    from difftrain_utils.samples import inspect_data, load_data
+    from difftrain_utils.samples import inspect_data, load_data, split_data
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
     from difftrain_utils.tracking import check_trackers
 
@@ -33,13 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     check_trackers(config.train.report_to)
     with blame("train.precision", ValueError):
         accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
-    check_launch(config.train, accelerator)
+    check_launch(config, accelerator)
     find_checkpoint(config.train.resume_from, Path(config.train.output_dir))
-    family = load_family(config.model, config.train.seed)
+    family = load_family(config)
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())
-    data = load_data(config.data)
-    snapshot = take_snapshot(config, accelerator, family.modules, inspect_data(data, config.data))
+    data, validation_data = split_data(load_data(config.data), config.data)
+    rows = {"train": data, "validation": validation_data}
+    fingerprints = {name: inspect_data(part, config.data) for name, part in rows.items() if part is not None}
+    snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
     write_snapshot(Path(config.train.output_dir), snapshot)
     print(f"The config is fine; its snapshot is in {config.train.output_dir}")
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
 
 from difftrain_utils import shapes
-from difftrain_utils.config import ModelConfig, parse_config
+from difftrain_utils.config import Config, DataConfig, ModelConfig, parse_config
 from difftrain_utils.families import load_family
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ TIMES = ("samples_per_second",)
 def checkpoint_folder(tmp_path_factory) -> Path:
     """A diffusers checkpoint with weights: the builtin's parts around a UNet small enough for quick tests."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    family = load_family(ModelConfig("builtin:tiny-stable-diffusion"), seed=0)
+    family = load_family(Config(ModelConfig("builtin:tiny-stable-diffusion"), DataConfig("builtin:shapes")))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,

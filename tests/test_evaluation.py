@@ -3,14 +3,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from difftrain_utils.config import EvaluationConfig, ModelConfig
+from difftrain_utils.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from difftrain_utils.evaluation import evaluation_weights, generate, labelled_grid
 from difftrain_utils.families import load_family
 from difftrain_utils.snapshot import weights_digest
 
 
 def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
-    family = load_family(ModelConfig(str(checkpoint_folder)), seed=0)
+    family = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("data")))
     family.denoiser.eval()
     prompts = ["a red circle", "a blue square", "a green triangle"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 
-from difftrain_utils.config import ModelConfig
+from difftrain_utils.config import Config, DataConfig, ModelConfig, TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families import BUILTINS, load_family
 from difftrain_utils.samples import to_pixel_values
@@ -15,9 +15,13 @@ from difftrain_utils.snapshot import weights_digest
 BUILTIN = "builtin:tiny-stable-diffusion"
 
 
+def load(name, seed: int = 0, **model):
+    return load_family(Config(ModelConfig(str(name), **model), DataConfig("data"), TrainConfig(seed=seed)))
+
+
 @pytest.fixture(scope="module")
 def builtin():
-    return load_family(ModelConfig(BUILTIN), seed=0)
+    return load(BUILTIN)
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(builtin):
 
 
 def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
-    family = load_family(ModelConfig(str(checkpoint_folder)), seed=1)
+    family = load(checkpoint_folder, seed=1)
     pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
     for name, module in family.modules.items():
         assert weights_digest(module) == weights_digest(getattr(pipeline, name))
@@ -73,22 +77,21 @@ def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
 
 def test_training_from_scratch_starts_from_the_seed_alone(checkpoint_folder):
     def digest(seed: int) -> str:
-        config = ModelConfig(str(checkpoint_folder), train_from_scratch=True)
-        return weights_digest(load_family(config, seed).denoiser)
+        return weights_digest(load(checkpoint_folder, seed, train_from_scratch=True).denoiser)
 
     torch.manual_seed(5)
     first = digest(0)
     state = torch.get_rng_state()
     assert first == digest(0) != digest(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert first != weights_digest(load_family(ModelConfig(str(checkpoint_folder)), 0).denoiser)
+    assert first != weights_digest(load(checkpoint_folder).denoiser)
 
 
 def test_the_prediction_type_is_the_checkpoints_unless_the_config_says_otherwise(tmp_path):
-    family = load_family(ModelConfig(BUILTIN), seed=0)
+    family = load(BUILTIN)
     assert isinstance(family.noise_scheduler, DDPMScheduler)
     assert family.noise_scheduler.config.prediction_type == "v_prediction"
-    family = load_family(ModelConfig(BUILTIN, prediction_type="sample"), seed=0)
+    family = load(BUILTIN, prediction_type="sample")
     assert family.noise_scheduler.config.prediction_type == "sample"
     family.save_pipeline(tmp_path / "pipeline", family.denoiser)
     scheduler = DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler
@@ -97,7 +100,7 @@ def test_the_prediction_type_is_the_checkpoints_unless_the_config_says_otherwise
 
 
 def test_a_saved_pipeline_predicts_what_the_family_predicts(checkpoint_folder):
-    family = load_family(ModelConfig(str(checkpoint_folder)), seed=0)
+    family = load(checkpoint_folder)
     family.denoiser.eval()
     pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +128,7 @@ def test_the_resolution_must_fit(builtin):
 )
 def test_a_wrong_name_is_refused(name, message):
     with pytest.raises(InputError, match=f"model.pretrained_model_name_or_path: {message}") as caught:
-        load_family(ModelConfig(name), seed=0)
+        load(name)
     assert "\n" not in str(caught.value)
 
 
@@ -135,7 +138,7 @@ def test_a_folder_that_lacks_a_part_is_refused(checkpoint_folder, tmp_path, miss
     shutil.copytree(checkpoint_folder, folder)
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
     with pytest.raises(InputError, match=missing) as caught:
-        load_family(ModelConfig(str(folder)), seed=0)
+        load(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -145,4 +148,4 @@ def test_another_family_is_refused_by_name(checkpoint_folder, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(InputError, match="a FluxPipeline; known is StableDiffusionPipeline"):
-        load_family(ModelConfig(str(folder)), seed=0)
+        load(folder)

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftrain_utils.config import ModelConfig, parse_config
+from difftrain_utils.config import parse_config
 from difftrain_utils.families import load_family
 from difftrain_utils.snapshot import weights_digest
 
@@ -79,9 +79,9 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
             torch.load(path, weights_only=True)
 
     manifest = json.loads((output_dir / "run_manifest.json").read_text())
-    family = load_family(ModelConfig(str(checkpoint_folder)), seed=0)
+    family = load_family(parse_config(short_run))
     assert manifest["base_model"]["sha256"] == {name: weights_digest(m) for name, m in family.modules.items()}
-    assert manifest["data"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
+    assert manifest["data"]["train"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
     resolved = parse_config(["--config", str(output_dir / "config.resolved.yaml")])
     assert resolved.evaluation.prompts == prompts and resolved.train.max_steps == 6
@@ -89,24 +89,24 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
 def test_the_weights_are_what_a_plain_loop_gives(short_run):
     """The first loss, by hand from the keyed draws and diffusers' own functions."""
-    from difftrain_utils.keyed_random import keyed_randint, keyed_randn
+    from difftrain_utils.keyed_random import keyed_randn, seed_for
     from difftrain_utils.samples import Samples, collate, load_data
+    from difftrain_utils.timesteps import sample_timesteps
 
     config = parse_config([*short_run, "--train.max_steps", "1"])
     output_dir = train([*short_run, "--train.max_steps", "1"])
-    family = load_family(config.model, 0)
+    family = load_family(config)
     family.denoiser.eval()
     samples = Samples(load_data(config.data), config.data, 0, 4)
     batch = collate([samples[k] for k in range(4)])
     posterior = family.vae.encode(batch["pixel_values"]).latent_dist
     latents = posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(4), (4, 8, 8))
     latents = latents * family.vae.config.scaling_factor
-    noise, timesteps = keyed_randn(0, "noise", range(4), (4, 8, 8)), keyed_randint(0, "timestep", range(4), 0, 1000)
+    noise = keyed_randn(0, "noise", range(4), (4, 8, 8))
+    timesteps = sample_timesteps(config.timesteps, family.noise_scheduler, 0, range(4), 4)
     noisy = family.noise_scheduler.add_noise(latents, noise, timesteps)
     target = family.noise_scheduler.get_velocity(latents, noise, timesteps)
     # with the dropout of the script's own seed
-    from difftrain_utils.keyed_random import seed_for
-
     family.denoiser.train()
     torch.manual_seed(seed_for(0, "model", 0))
     model_pred = family.denoiser(noisy, timesteps, family.encode_prompts(batch["captions"])).sample
@@ -166,7 +166,7 @@ def without_dropout(short_run, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_every_prediction_type_learns(short_run, prediction_type):
     fields = {
         "model.prediction_type": prediction_type,

@@ -5,7 +5,7 @@ from pathlib import Path
 import transformers
 from diffusers import DiffusionPipeline
 
-from difftrain_utils.config import ModelConfig
+from difftrain_utils.config import Config
 from difftrain_utils.errors import blame
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 
@@ -13,15 +13,14 @@ transformers.logging.disable_progress_bar()  # a bar for each of a model's parts
 BUILTINS = {"builtin:tiny-stable-diffusion": Path(__file__).parent.parent / "tiny_stable_diffusion"}
 
 
-def load_family(config: ModelConfig, seed: int) -> StableDiffusion:
+def load_family(config: Config) -> StableDiffusion:
     """Load the checkpoint that `model.pretrained_model_name_or_path` names, on the CPU in float32.
 
-    `seed` starts the denoiser's weights where it is trained from scratch.
-
     Raises:
-        InputError: there is no such checkpoint, a part of it is missing, or its family is not known.
+        InputError: there is no such checkpoint, a part of it is missing, its family is not known, or its noise
+            schedule cannot be what the config asks for.
     """
-    name = config.pretrained_model_name_or_path
+    name = config.model.pretrained_model_name_or_path
     path = BUILTINS.get(name, Path(name).expanduser())
     with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
         if name.startswith("builtin:") and name not in BUILTINS:
@@ -31,14 +30,8 @@ def load_family(config: ModelConfig, seed: int) -> StableDiffusion:
         if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
             raise ValueError("no such folder")
         source = str(path) if path.is_dir() else name
-        model_index = DiffusionPipeline.load_config(source, revision=config.revision)
+        model_index = DiffusionPipeline.load_config(source, revision=config.model.revision)
         if model_index["_class_name"] != "StableDiffusionPipeline":
             raise ValueError(f"a {model_index['_class_name']}; known is StableDiffusionPipeline")
-        return StableDiffusion.load(
-            source,
-            model_index,
-            revision=config.revision,
-            variant=config.variant,
-            prediction_type=config.prediction_type,
-            init_seed=seed if config.train_from_scratch or name in BUILTINS else None,
-        )
+        from_scratch = config.model.train_from_scratch or name in BUILTINS
+        return StableDiffusion.load(source, model_index, config, init_seed=config.train.seed if from_scratch else None)

@@ -1,15 +1,19 @@
 """Stable Diffusion 1.x and 2.x: a UNet on VAE latents that attends to CLIP's text states."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.config import Config
+from difftrain_utils.errors import InputError
 from difftrain_utils.keyed_random import seed_for
+from difftrain_utils.noise_schedule import build_schedulers
 
 
 @dataclass
@@ -24,24 +28,24 @@ class StableDiffusion:
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    noise_scheduler: DDPMScheduler
+    noise_scheduler: diffusers.SchedulerMixin
     """The noise schedule to train with."""
     scheduler: diffusers.SchedulerMixin
-    """The checkpoint's own sampler, for pipelines."""
+    """The sampler of the same schedule, for pipelines."""
 
     @classmethod
-    def load(cls, source: str, model_index: dict, revision, variant, prediction_type, init_seed) -> "StableDiffusion":
+    def load(cls, source: str, model_index: dict, config: Config, init_seed: int | None) -> "StableDiffusion":
         """Load all parts in float32 on the CPU; the denoiser starts from `init_seed` unless that is None."""
+        revision, variant = config.model.revision, config.model.variant
         at = {"revision": revision}
         scheduler_class = getattr(diffusers, model_index["scheduler"][1])
-        scheduler = _load_part(scheduler_class, source, "scheduler", **at)
-        if prediction_type is not None:
-            scheduler = scheduler_class.from_config(scheduler.config, prediction_type=prediction_type)
+        scheduler = _load_part(scheduler_class.from_pretrained, source, "scheduler", **at)
+        noise_scheduler, scheduler = build_schedulers(scheduler_class, scheduler.config, config)
         if init_seed is None:
-            denoiser = _load_part(UNet2DConditionModel, source, "unet", variant=variant, **at)
+            denoiser = _load_part(UNet2DConditionModel.from_pretrained, source, "unet", variant=variant, **at)
         else:
-            with blame("unet", OSError), torch.random.fork_rng(devices=[]):
-                unet_config = UNet2DConditionModel.load_config(source, subfolder="unet", **at)
+            unet_config = _load_part(UNet2DConditionModel.load_config, source, "unet", **at)
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(init_seed, "weights", 0))
                 denoiser = UNet2DConditionModel.from_config(unet_config)
         vae, text_encoder, tokenizer = cls._load_frozen(source, revision, variant)
@@ -55,16 +59,16 @@ class StableDiffusion:
             vae,
             text_encoder,
             tokenizer,
-            noise_scheduler=DDPMScheduler.from_config(scheduler.config),
+            noise_scheduler=noise_scheduler,
             scheduler=scheduler,
         )
 
     @staticmethod
     def _load_frozen(source: str, revision, variant) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         at = {"revision": revision, "variant": variant}
-        vae = _load_part(AutoencoderKL, source, "vae", **at)
-        text_encoder = _load_part(CLIPTextModel, source, "text_encoder", dtype=torch.float32, **at)
-        tokenizer = _load_part(CLIPTokenizer, source, "tokenizer", revision=revision)
+        vae = _load_part(AutoencoderKL.from_pretrained, source, "vae", **at)
+        text_encoder = _load_part(CLIPTextModel.from_pretrained, source, "text_encoder", dtype=torch.float32, **at)
+        tokenizer = _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
         return vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
 
     @property
@@ -109,9 +113,9 @@ class StableDiffusion:
         ).input_ids
         return self.text_encoder(input_ids.to(self.text_encoder.device)).last_hidden_state
 
-    def predict(self, denoiser, noisy_latents, timesteps, encoder_hidden_states) -> torch.Tensor:
-        """The denoiser's output for noisy latents, float32, of their shape."""
-        return denoiser(noisy_latents, timesteps, encoder_hidden_states).sample.float()
+    def predict(self, denoiser, noisy_latents, timesteps, conditioning) -> torch.Tensor:
+        """The denoiser's output for noisy latents, float32, of their shape; conditioning is from encode_prompts."""
+        return denoiser(noisy_latents, timesteps, conditioning).sample.float()
 
     def pipeline(self, denoiser: torch.nn.Module) -> StableDiffusionPipeline:
         """A pipeline of the parts in memory around `denoiser`, to generate with."""
@@ -137,6 +141,8 @@ class StableDiffusion:
         return pipeline
 
 
-def _load_part(part_class, source: str, name: str, **kwargs):
-    with blame(name, OSError, ValueError):
-        return part_class.from_pretrained(source, subfolder=name, **kwargs)
+def _load_part(load: Callable[..., Any], source: str, name: str, **kwargs):
+    try:
+        return load(source, subfolder=name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
