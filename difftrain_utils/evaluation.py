@@ -60,8 +60,8 @@ def validation_loss(
     """The loss at fixed (image, noise, noise level) triples: {name: mean, name_bins: means from low to high noise}.
 
     The triples depend on `evaluation.seed` alone, not on the run, so that runs can be compared; the processes share
-    them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is the
-    unweighted squared error of v = cos φ·ε - sin φ·x_0, whatever the model predicts, which is (SNR + 1)·|x̂_0 - x_0|².
+    them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is
+    the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts.
     """
     evaluation, noise_scheduler = config.evaluation, family.noise_scheduler
     bins = torch.zeros(evaluation.num_validation_bins, dtype=torch.float64, device=accelerator.device)

@@ -129,8 +129,8 @@ def split_data(data: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dat
     validation = [i for i, share in enumerate(held_out) if share < config.validation_split]
     if not training or not validation:
         raise InputError(
-            f"data.validation_split: {config.validation_split} of {len(data)} images leaves {len(training)} to train on "
-            f"and {len(validation)} to validate on"
+            f"data.validation_split: {config.validation_split} of {len(data)} images leaves {len(training)} to train "
+            f"on and {len(validation)} to validate on"
         )
     return data.select(training), data.select(validation)
 

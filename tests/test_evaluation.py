@@ -1,11 +1,22 @@
 import numpy as np
+import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from difftrain_utils.config import Config, DataConfig, EvaluationConfig, ModelConfig
-from difftrain_utils.evaluation import evaluation_weights, generate, labelled_grid
+from difftrain_utils.evaluation import (
+    evaluation_weights,
+    generate,
+    labelled_grid,
+    validation_loss,
+    validation_timesteps,
+)
 from difftrain_utils.families import load_family
+from difftrain_utils.objectives import alphas_and_sigmas, append_dims, get_target
+from difftrain_utils.samples import load_data
 from difftrain_utils.snapshot import weights_digest
 
 
@@ -51,3 +62,52 @@ def test_the_grid_shows_each_picture_above_its_label():
     assert dark > 50  # the labels are there
     long = labelled_grid([Image.new("RGB", (512, 512))], ["a very long prompt " * 20])
     assert long.width < 540
+
+
+class TestValidationLoss:
+    def loss(self, checkpoint_folder, data, prediction=None, name="validation_loss", **fields) -> dict:
+        evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
+        config = Config(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
+        config.evaluation = evaluation
+        family = load_family(config)
+        family.denoiser.eval()
+        if prediction is not None:
+            family.predict = lambda denoiser, noisy, timesteps, conditioning: prediction(family, noisy, timesteps)
+        return validation_loss(Accelerator(), family, family.denoiser, data, config, name)
+
+    def test_it_is_a_function_of_the_weights_and_the_evaluation_seed(self, checkpoint_folder, image_folder):
+        data = load_data(DataConfig(str(image_folder)))
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = self.loss(checkpoint_folder, data)
+        assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
+        assert first == self.loss(checkpoint_folder, data)
+        assert first["validation_loss"] > 0 and len(first["validation_loss_bins"]) == 8
+        assert first["validation_loss"] == pytest.approx(np.mean(first["validation_loss_bins"]))
+        other = self.loss(checkpoint_folder, data, evaluation={"seed": 1})
+        assert other["validation_loss"] != first["validation_loss"]
+
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+    def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type):
+        """A model that always says x̂_0 = 0: v̂ - v = x_0 / sin φ, at the same noise levels for every type."""
+        data = load_data(DataConfig(str(image_folder)))
+
+        def blank(family, noisy, timesteps):
+            zeros = torch.zeros_like(noisy)
+            _, sigmas = alphas_and_sigmas(family.noise_scheduler, timesteps)
+            implied_noise = noisy / append_dims(sigmas, noisy)
+            return get_target(family.noise_scheduler, zeros, implied_noise, timesteps)
+
+        bins = self.loss(checkpoint_folder, data, blank, prediction_type=prediction_type)["validation_loss_bins"]
+        expected = self.loss(checkpoint_folder, data, blank)["validation_loss_bins"]
+        # an integer timestep only comes near the noise level that is asked for
+        assert bins[1:] == pytest.approx(expected[1:], rel=0.02)
+        angles = (torch.arange(8) + 0.5) / 8 * torch.pi / 2
+        assert bins[4:] == pytest.approx((0.95 / angles.sin() ** 2).tolist()[4:], rel=0.35)
+
+    def test_noise_levels_are_spread_over_the_bins(self):
+        for noise_scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler()):
+            timesteps = validation_timesteps(EvaluationConfig(), noise_scheduler, range(800))
+            alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
+            bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
+            assert (bins == torch.arange(800) % 8).float().mean() > 0.97

@@ -9,7 +9,7 @@ from PIL import Image
 
 from difftrain_utils.config import DataConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.samples import Samples, collate, inspect_data, load_data, open_image, to_pixel_values
+from difftrain_utils.samples import Samples, collate, inspect_data, load_data, open_image, split_data, to_pixel_values
 
 
 def make_samples(data: datasets.Dataset, seed: int = 0, **fields) -> Samples:
@@ -208,6 +208,33 @@ class TestLoadData:
     def test_no_metadata(self, tmp_path):
         with pytest.raises(InputError, match=r"has no metadata.jsonl"):
             load_data(DataConfig(dataset=str(tmp_path)))
+
+
+class TestSplit:
+    def split(self, n: int, share: float, first: int = 0) -> tuple[set, set]:
+        images = [Image.new("RGB", (4, 4))] * n
+        rows = [{"bytes": encode(image), "path": f"/somewhere/{first + i}.png"} for i, image in enumerate(images)]
+        data = datasets.Dataset.from_dict({"image": rows, "text": [str(first + i) for i in range(n)]})
+        training, validation = split_data(data, DataConfig("memory", validation_split=share))
+        return set(training["text"]), set(validation["text"])
+
+    def test_a_share_is_held_out_by_name(self):
+        training, validation = self.split(1000, 0.2)
+        assert training.isdisjoint(validation) and len(training | validation) == 1000
+        assert 160 < len(validation) < 240
+        # a row stays on its side when others come and when the share grows
+        assert self.split(500, 0.2, first=500)[1] <= validation <= self.split(1000, 0.3)[1]
+
+    def test_another_folder_holds_the_validation_rows(self, image_folder):
+        data = load_data(DataConfig("builtin:shapes", resolution=8))
+        config = DataConfig("builtin:shapes", resolution=8, validation_dir=str(image_folder))
+        training, validation = split_data(data, config)
+        assert training is data and len(validation) == 10
+        assert split_data(data, DataConfig("builtin:shapes"))[1] is None
+
+    def test_an_empty_side_is_refused(self):
+        with pytest.raises(InputError, match=r"data.validation_split: 0.001 of 3 images leaves 3 to train on and 0 to"):
+            self.split(3, 0.001)
 
 
 class TestFingerprint:

@@ -122,18 +122,25 @@ def test_the_same_command_twice_gives_the_same_bytes(short_run, tmp_path):
     assert pipeline_bytes(first) != pipeline_bytes(other)
 
 
-def test_evaluating_and_saving_change_nothing(short_run, tmp_path):
+def test_evaluating_and_saving_change_nothing(short_run, image_folder, tmp_path):
+    image_folder, few = str(image_folder), ["--evaluation.num_validation_samples", "16"]
     quiet = train([*short_run, "--output-dir", str(tmp_path / "quiet"), "--train.save_every", "0"])
     busy = train(
         [
             *short_run,
             *("--output-dir", str(tmp_path / "busy"), "--train.save_every", "1", "--train.eval_every", "1"),
             *("--evaluation.prompts", '["a red circle"]', "--evaluation.num_inference_steps", "2"),
-            *("--train.keep_checkpoints", "0"),
+            *("--train.keep_checkpoints", "0", "--data.validation_dir", image_folder, *few),
         ]
     )
     assert pipeline_bytes(quiet) == pipeline_bytes(busy)
-    assert metrics_without_times(quiet) == metrics_without_times(busy)
+    metrics = metrics_without_times(busy)
+    validation = [{k: entry.pop(k) for k in list(entry) if k.startswith("validation_loss")} for entry in metrics]
+    assert metrics_without_times(quiet) == metrics
+    # the raw weights change from step to step, and the EMA weights are others (but after the first step)
+    assert len({entry["validation_loss"] for entry in validation}) == 6
+    assert validation[-1]["validation_loss"] != validation[-1]["validation_loss_ema"]
+    assert len(validation[-1]["validation_loss_ema_bins"]) == 8
     assert len(list(busy.glob("checkpoint-*"))) == 6 and len(list(quiet.glob("checkpoint-*"))) == 1
 
 
@@ -281,6 +288,7 @@ class TestResume:
 def test_two_processes_see_the_same_samples(short_run, tmp_path):
     """Real data parallelism (gloo): losses as with one process, and exact resume."""
     model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    model += ["--data.validation_split", "0.3", "--train.eval_every", "6", "--evaluation.num_validation_samples", "24"]
 
     def run(name: str, *argv: str) -> Path:
         command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -294,8 +302,11 @@ def test_two_processes_see_the_same_samples(short_run, tmp_path):
     one = train([*short_run, *model, "--output-dir", str(tmp_path / "one")])
     two = run("two")
     assert json.loads((two / "run_manifest.json").read_text())["num_processes"] == 2
-    losses = [[entry["loss"] for entry in metrics_without_times(path)] for path in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, steps in (("loss", range(6)), ("validation_loss", [5]), ("validation_loss_ema_bins", [5])):
+        values = [[metrics_without_times(path)[i][name] for i in steps] for path in (one, two)]
+        assert torch.tensor(values[0]).flatten().tolist() == pytest.approx(
+            torch.tensor(values[1]).flatten().tolist(), 1e-5
+        )
     resumed = run("resumed", "--resume-from", str(two / "checkpoint-4"))
     assert pipeline_bytes(resumed) == pipeline_bytes(two)
 
