@@ -34,9 +34,9 @@ from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, 
 from difftrain_utils.families import load_family
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.launch import check_launch
-from difftrain_utils.loss import elementwise_loss, loss_weights
+from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
 from difftrain_utils.noise import perturb_input, sample_noise
-from difftrain_utils.objectives import add_noise, append_dims, get_target
+from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
 from difftrain_utils.optimizers import build_optimizer
 from difftrain_utils.samples import Samples, collate, inspect_data, load_data, split_data
 from difftrain_utils.shapes import count_right
@@ -74,8 +74,10 @@ def main(config):
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
         data, validation_data = split_data(load_data(config.data), config.data)
-    denoiser, noise_scheduler = family.denoiser.train(), family.noise_scheduler
-    optimizer = build_optimizer(config.optimizer, denoiser.parameters())
+    noise_scheduler, models = family.noise_scheduler, [family.denoiser.train()]  # models: all that is trained
+    if config.loss.learned_uncertainty:
+        models.append(LearnedUncertainty())
+    optimizer = build_optimizer(config.optimizer, [parameter for model in models for parameter in model.parameters()])
     lr_scheduler = get_scheduler(
         config.lr_scheduler.name,
         optimizer,
@@ -83,7 +85,7 @@ def main(config):
         num_training_steps=config.train.max_steps,
     )
     if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        family.denoiser.enable_gradient_checkpointing()
     if accelerator.is_main_process:
         rows = {"train": data, "validation": validation_data}
         fingerprints = {name: inspect_data(part, config.data) for name, part in rows.items() if part is not None}
@@ -91,7 +93,8 @@ def main(config):
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
-    denoiser, optimizer, lr_scheduler = accelerator.prepare(denoiser, optimizer, lr_scheduler)
+    *models, optimizer, lr_scheduler = accelerator.prepare(*models, optimizer, lr_scheduler)
+    denoiser, uncertainty = (*models, None)[:2]
     ema_model = None
     if config.ema.enabled:
         ema_model = EMAModel(denoiser.parameters(), decay=config.ema.decay, foreach=True)
@@ -127,7 +130,7 @@ def main(config):
     for batch in train_dataloader:
         keys = batch["keys"]
         torch.manual_seed(seed_for(seed, "model", keys[0]))  # for what the model itself draws, such as dropout
-        with accelerator.accumulate(denoiser):
+        with accelerator.accumulate(*models):
             # ── One step ─────────────────────────────────────────────────────────────────────────────────────
             pixel_values = batch["pixel_values"]
             latent_shape = family.latent_shape(pixel_values)
@@ -152,7 +155,10 @@ def main(config):
             target = get_target(noise_scheduler, latents, noise, timesteps)
             model_pred = predict(noisy_latents, timesteps)
             losses = elementwise_loss(config.loss, noise_scheduler, model_pred, target, timesteps).flatten(1).mean(1)
-            loss = (losses * loss_weights(config.loss, noise_scheduler, timesteps)).mean()
+            losses = losses * loss_weights(config.loss, noise_scheduler, timesteps)
+            if uncertainty is not None:
+                losses = uncertainty(losses, compute_snr(noise_scheduler, timesteps))
+            loss = losses.mean()
 
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.train.max_grad_norm is not None:

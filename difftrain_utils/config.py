@@ -220,6 +220,8 @@ class LossConfig:
         "uniform"
     )
     """Weight of a noise level; see `loss_weights` in `difftrain_utils/loss.py`."""
+    learned_uncertainty: bool = False
+    """EDM2's: learn how large the loss of each noise level is, and divide by it (on top of `weighting`)."""
     snr_gamma: float = 5.0
     """γ of min_snr and soft_min_snr (4 is usual for the latter)."""
     p2_gamma: float = 1.0

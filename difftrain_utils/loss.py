@@ -5,6 +5,7 @@ import math
 import torch
 
 from difftrain_utils.config import LossConfig
+from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.objectives import append_dims, compute_snr, get_prediction_type
 
 
@@ -100,3 +101,26 @@ def error_scale(noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
     if prediction_type == "v_prediction":
         return snr + 1
     return (snr.sqrt() + 1) ** 2
+
+
+class LearnedUncertainty(torch.nn.Module):
+    """EDM2's learned loss weighting (Karras et al. 2024, arXiv:2312.02696, section 2.2): loss / exp(u) + u.
+
+    u is a linear function of Fourier features of the noise level c = ln(σ)/4, trained along with the denoiser. At its
+    minimum exp(u) is the expected loss of the noise level, so that all levels contribute gradients of like size. It
+    starts at u = 0, the loss as it was.
+    """
+
+    def __init__(self, num_features: int = 128):
+        super().__init__()
+        generator = generator_for(0, "uncertainty_features", 0)  # fixed: no part of a run's randomness
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(num_features, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_features, generator=generator))
+        self.weight = torch.nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, losses: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
+        """Weighted losses of shape (batch,) from losses and signal-to-noise ratios of that shape."""
+        noise_level = -snr.log() / 8  # ln(σ)/4, σ = SNR^(-1/2)
+        features = math.sqrt(2) * torch.cos(noise_level[:, None] * self.frequencies + self.phases)
+        log_uncertainty = (features * self.weight).sum(1) / math.sqrt(len(self.weight))  # float32 under autocast, too
+        return losses / log_uncertainty.exp() + log_uncertainty

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from difftrain_utils.config import LossConfig
-from difftrain_utils.loss import clean_weight, elementwise_loss, huber_threshold, loss_weights
+from difftrain_utils.loss import LearnedUncertainty, clean_weight, elementwise_loss, huber_threshold, loss_weights
 from difftrain_utils.objectives import (
     PREDICTION_TYPES,
     add_noise,
@@ -127,3 +127,26 @@ class TestElementwise:
         config = LossConfig(type="huber", huber_schedule="snr", huber_c=0.01)
         sigmas = ((1 - noise_scheduler.alphas_cumprod) / noise_scheduler.alphas_cumprod).sqrt()[timesteps]
         torch.testing.assert_close(huber_threshold(config, noise_scheduler, timesteps), 0.99 / (1 + sigmas) ** 2 + 0.01)
+
+
+class TestLearnedUncertainty:
+    def test_it_starts_as_the_loss_itself(self):
+        losses, snr = torch.rand(20), torch.logspace(-6, 6, 20)
+        assert torch.equal(LearnedUncertainty()(losses, snr), losses)
+
+    def test_it_learns_the_loss_of_each_noise_level(self):
+        """At the minimum of E[loss / exp(u) + u], exp(u) = E[loss]: weighted, all levels are alike."""
+        uncertainty, generator = LearnedUncertainty(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.05)
+        for _ in range(400):
+            snr = torch.exp(4 * torch.randn(256, generator=generator))
+            losses = (0.1 + 1 / (1 + snr)) * torch.empty(256).exponential_(generator=generator)
+            optimizer.zero_grad()
+            uncertainty(losses, snr).mean().backward()
+            optimizer.step()
+        snr = torch.exp(torch.linspace(-6, 6, 9))
+        with torch.no_grad():
+            zero, one = (uncertainty(torch.full((9,), value), snr) for value in (0.0, 1.0))
+        learned = 1 / (one - zero)
+        torch.testing.assert_close(learned, 0.1 + 1 / (1 + snr), rtol=0.3, atol=0)
+        torch.testing.assert_close(zero, learned.log())

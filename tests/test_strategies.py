@@ -65,6 +65,11 @@ COVERING = {
         "timesteps.stratified": True,
         "loss.weighting": "cosmap",
     },
+    "learned-uncertainty": {
+        "loss.learned_uncertainty": True,
+        "loss.weighting": "edm",
+        "timesteps.density": "log_normal",
+    },
     "other-schedule": {
         "scheduler.name": "DPMSolverMultistepScheduler",
         "scheduler.beta_schedule": "scaled_linear",
