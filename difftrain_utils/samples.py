@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, RowError, blame
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.shapes import draw_shape
 
@@ -178,7 +178,7 @@ def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
     The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order.
 
     Raises:
-        InputError: an image that Pillow does not know, or a caption that is no string (names the file).
+        RowError: an image that Pillow does not know, or a caption that is no string (names the file).
     """
 
     def digest(index: int) -> bytes:
@@ -218,14 +218,14 @@ def read_bytes(value: dict[str, Any]) -> bytes:
     try:
         return Path(value["path"]).read_bytes()
     except OSError as error:
-        raise InputError(f"{value['path']}: {error.strerror}") from None
+        raise RowError(f"{value['path']}: {error.strerror}") from None
 
 
 def captions_of(value: Any, name: str) -> list[str]:
     """A row's captions: one string, or a list of at least one."""
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
+        raise RowError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
     return captions
 
 
@@ -235,7 +235,7 @@ def open_image_header(content: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(content))
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name}: {reason}") from None
+        raise RowError(f"{name}: {reason}") from None
 
 
 def open_image(content: bytes, name: str) -> Image.Image:
@@ -250,7 +250,7 @@ def open_image(content: bytes, name: str) -> Image.Image:
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name}: cannot decode the image: {error}") from None
+        raise RowError(f"{name}: cannot decode the image: {error}") from None
 
 
 def to_square(image: Image.Image, config: DataConfig, across: float, down: float, flip: bool) -> torch.Tensor:

@@ -27,7 +27,10 @@ from safetensors.torch import load_file
 
 from difftrain_utils.config import parse_config
 from difftrain_utils.families import load_family
+from difftrain_utils.keyed_random import keyed_randn, seed_for
+from difftrain_utils.samples import Samples, collate, load_data
 from difftrain_utils.snapshot import weights_digest
+from difftrain_utils.timesteps import sample_timesteps
 
 
 def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
@@ -89,10 +92,6 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
 def test_the_weights_are_what_a_plain_loop_gives(short_run):
     """The first loss, by hand from the keyed draws and diffusers' own functions."""
-    from difftrain_utils.keyed_random import keyed_randn, seed_for
-    from difftrain_utils.samples import Samples, collate, load_data
-    from difftrain_utils.timesteps import sample_timesteps
-
     config = parse_config([*short_run, "--train.max_steps", "1"])
     output_dir = train([*short_run, "--train.max_steps", "1"])
     family = load_family(config)
@@ -285,17 +284,33 @@ class TestResume:
         assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
 
 
+def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
+    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    config = parse_config([*short_run, "--data.dataset", str(folder)])
+    row = Samples(load_data(config.data), config.data, 0, 4).index_of(2)  # the second process's first sample
+    image = folder / f"{row:06d}.png"
+    image.write_bytes(image.read_bytes()[:120])
+    result = launch_two([*short_run, "--data.dataset", str(folder)])
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and f"{image}: cannot decode the image" in lines[0], result.stderr
+
+
 def test_two_processes_see_the_same_samples(short_run, tmp_path):
     """Real data parallelism (gloo): losses as with one process, and exact resume."""
     model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
     model += ["--data.validation_split", "0.3", "--train.eval_every", "6", "--evaluation.num_validation_samples", "24"]
 
     def run(name: str, *argv: str) -> Path:
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), "--main_process_port", "0"]
-        command += [str(SCRIPT), *short_run, *model, "--output-dir", str(tmp_path / name), *argv]
-        environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = launch_two([*short_run, *model, "--output-dir", str(tmp_path / name), *argv])
         assert result.returncode == 0, result.stderr
         return tmp_path / name
 
