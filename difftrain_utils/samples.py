@@ -98,7 +98,8 @@ def load_data(config: DataConfig) -> datasets.Dataset:
                 arguments = {"path": str(folder)}
             else:
                 raise InputError(f"data.dataset: {folder} has no metadata.jsonl (and no parquet or arrow files)")
-        with blame(f"data.dataset: cannot load {config.dataset!r}", Exception):  # whatever stops datasets
+        what = f"cannot load {config.dataset!r}" + ("" if folder.is_dir() else ", which is no folder here")
+        with blame(f"data.dataset: {what}", Exception):  # whatever stops datasets
             data = datasets.load_dataset(**arguments, split=config.split)
     for name, field in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
         if name not in data.column_names:
