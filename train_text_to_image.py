@@ -38,6 +38,7 @@ from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weig
 from difftrain_utils.noise import perturb_input, sample_noise
 from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
 from difftrain_utils.optimizers import build_optimizer
+from difftrain_utils.power_ema import PowerEMA
 from difftrain_utils.samples import Samples, collate, inspect_data, load_data, split_data
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
@@ -98,9 +99,12 @@ def main(config):
     ema_model = None
     if config.ema.enabled:
         ema_model = EMAModel(denoiser.parameters(), decay=config.ema.decay, foreach=True)
+    power_ema = None
+    if config.ema.power_sigma_rels:
+        power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
     global_step, loss_sum = 0, torch.zeros((), device=accelerator.device)  # the sum since the last line of metrics
     if checkpoint is not None:
-        state = load_checkpoint(accelerator, checkpoint, ema_model, config.train.max_steps)
+        state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema, config.train.max_steps)
         global_step, loss_sum = state["global_step"], loss_sum + state["loss_sum"]
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
     if accelerator.is_main_process:
@@ -173,6 +177,8 @@ def main(config):
         if ema_model is not None:
             ema_model.step(denoiser.parameters())
         global_step += 1
+        if power_ema is not None:
+            power_ema.step(denoiser.parameters(), global_step)
         progress_bar.update()
 
         # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────────
@@ -207,10 +213,13 @@ def main(config):
                 logs["shapes_right"] = count_right(images, config.evaluation.prompts) / len(images)
         if logs:
             metrics.log(global_step, logs)
+        if power_ema is not None and is_due(config.ema.snapshot_every) and accelerator.is_main_process:
+            names = [name for name, _ in accelerator.unwrap_model(denoiser).named_parameters()]
+            power_ema.save_snapshot(output_dir, global_step, names)
         if is_due(config.train.save_every) or global_step == config.train.max_steps:
             loss_sum = accelerator.reduce(loss_sum, "mean")
             state = {"global_step": global_step, "loss_sum": loss_sum.item()}
-            save_checkpoint(accelerator, output_dir, state, ema_model, keep=config.train.keep_checkpoints)
+            save_checkpoint(accelerator, output_dir, state, ema_model, power_ema, config.train.keep_checkpoints)
         if global_step % config.train.log_every == 0:
             clock, clock_step = time.perf_counter(), global_step
     progress_bar.close()

@@ -17,12 +17,19 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.power_ema import SNAPSHOTS, PowerEMA
 
-STATE_FILE, EMA_FILE, PARTIAL = "training_state.json", "ema.safetensors", ".partial"
+STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
+PARTIAL = ".partial"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, state: dict[str, Any], ema_model: EMAModel | None, keep: int
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: dict[str, Any],
+    ema_model: EMAModel | None,
+    power_ema: PowerEMA | None,
+    keep: int,
 ) -> None:
     """Write `output_dir/checkpoint-{state["global_step"]}`, then delete all but the `keep` newest (0: none).
 
@@ -40,6 +47,8 @@ def save_checkpoint(
             random_state.unlink()
         if ema_model is not None:
             save_file({str(i): p.contiguous() for i, p in enumerate(ema_model.shadow_params)}, partial / EMA_FILE)
+        if power_ema is not None:
+            save_file(power_ema.state_tensors(), partial / POWER_EMA_FILE)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
         replace_folder(partial, folder)
         if keep:
@@ -49,7 +58,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, ema_model: EMAModel | None, max_steps: int
+    accelerator: Accelerator, folder: Path, ema_model: EMAModel | None, power_ema: PowerEMA | None, max_steps: int
 ) -> dict[str, Any]:
     """Bring everything that was prepared back to where `folder` left it, and return the loop's state.
 
@@ -66,6 +75,8 @@ def load_checkpoint(
             for i, shadow in enumerate(ema_model.shadow_params):
                 shadow.copy_(saved[str(i)])
             ema_model.optimization_step = state["global_step"]
+        if power_ema is not None:
+            power_ema.load_state_tensors(load_file(folder / POWER_EMA_FILE))
     return state
 
 
@@ -106,7 +117,10 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 def delete_run(output_dir: Path) -> None:
     """Delete what a run leaves in its folder, checkpoints first, and nothing else."""
-    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in ("pipeline", "samples", "logs"))]:
+    for path in [
+        *output_dir.glob("checkpoint-*"),
+        *(output_dir / name for name in ("pipeline", "samples", "logs", SNAPSHOTS)),
+    ]:
         shutil.rmtree(path, ignore_errors=True)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
 

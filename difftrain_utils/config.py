@@ -240,6 +240,11 @@ class EmaConfig:
     """Keep the average."""
     decay: float = 0.9999
     """The average's largest decay; at step s it is at most (1 + s) / (10 + s)."""
+    power_sigma_rels: list[float] = field(default_factory=list)
+    """Widths of EDM2's power-function averages to keep besides, e.g. [0.05, 0.1]; their snapshots make an average of
+    any width after the run (`python -m difftrain_utils.posthoc_ema`)."""
+    snapshot_every: int = 500
+    """Steps between two snapshots of those averages, in `ema_snapshots/`."""
 
 
 @dataclass
@@ -344,6 +349,13 @@ def check_config(config: Config) -> None:
     )  # fmt: skip
     check_objective(config, require)
     require(0 <= ema.decay < 1, "ema.decay", "must be at least 0 and below 1")
+    widths = ema.power_sigma_rels
+    require(all(0 < w <= 0.28 for w in widths), "ema.power_sigma_rels", "must be above 0 and at most 0.28")
+    require(
+        all(round(w, 3) == w for w in widths) and len(set(widths)) == len(widths),
+        "ema.power_sigma_rels", "must be different widths of three decimals at most",
+    )  # fmt: skip
+    require(ema.snapshot_every >= 1, "ema.snapshot_every", "must be at least 1")
     require(evaluation.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1")
     require(evaluation.guidance_scale >= 1, "evaluation.guidance_scale", "must be at least 1")
     require(evaluation.batch_size >= 1, "evaluation.batch_size", "must be at least 1")

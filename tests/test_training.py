@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from difftrain_utils import posthoc_ema
 from difftrain_utils.config import parse_config
 from difftrain_utils.families import load_family
 from difftrain_utils.keyed_random import keyed_randn, seed_for
@@ -244,6 +245,21 @@ class TestResume:
             resume = [*short_run, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")]
             assert pipeline_bytes(train(resume)) == pipeline_bytes(unbroken)
             assert metrics_without_times(branch) == metrics_without_times(unbroken)[step:] if step < 6 else True
+
+    def test_power_function_averages_and_their_snapshots(self, short_run, tmp_path):
+        argv = [*short_run, "--ema.power_sigma_rels", "[0.1, 0.2]", "--ema.snapshot_every", "1"]
+        unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+        assert len(list((unbroken / "ema_snapshots").iterdir())) == 12
+        branch = tmp_path / "branch"
+        train([*argv, "--output-dir", str(branch), "--resume-from", str(unbroken / "checkpoint-4")])
+        for path in (branch / "ema_snapshots").iterdir():
+            snapshot, expected = load_file(path), load_file(unbroken / "ema_snapshots" / path.name)
+            assert snapshot.keys() == expected.keys() and all(torch.equal(snapshot[n], expected[n]) for n in expected)
+        # a stored width comes out as it was stored
+        posthoc_ema.main([str(unbroken), "--sigma-rel", "0.1", "--output-dir", str(tmp_path / "posthoc")])
+        made = DiffusionPipeline.from_pretrained(tmp_path / "posthoc").unet.state_dict()
+        for name, stored in load_file(unbroken / "ema_snapshots/step-000006-0.100.safetensors").items():
+            torch.testing.assert_close(made[name], stored, rtol=1e-5, atol=1e-6)
 
     def test_a_finished_run_stays_as_it_is(self, short_run):
         output_dir = train(short_run)
