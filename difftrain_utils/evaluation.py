@@ -64,6 +64,7 @@ def validation_loss(
     the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts.
     """
     evaluation, noise_scheduler = config.evaluation, family.noise_scheduler
+    denoiser = accelerator.unwrap_model(denoiser)  # the processes may have unlike numbers of batches
     bins = torch.zeros(evaluation.num_validation_bins, dtype=torch.float64, device=accelerator.device)
     mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
     for start in range(0, len(mine), evaluation.batch_size):
