@@ -39,7 +39,7 @@ from difftrain_utils.noise import perturb_input, sample_noise
 from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
 from difftrain_utils.optimizers import build_optimizer
 from difftrain_utils.power_ema import PowerEMA
-from difftrain_utils.samples import Samples, collate, inspect_data, load_data, split_data
+from difftrain_utils.samples import Samples, collate, inspect_splits, load_data, split_data
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
 from difftrain_utils.timesteps import sample_timesteps
@@ -88,8 +88,7 @@ def main(config):
     if config.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     if accelerator.is_main_process:
-        rows = {"train": data, "validation": validation_data}
-        fingerprints = {name: inspect_data(part, config.data) for name, part in rows.items() if part is not None}
+        fingerprints = inspect_splits(data, validation_data, config.data)
         snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────

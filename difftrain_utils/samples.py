@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -124,7 +125,9 @@ def split_data(data: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dat
         return data, load_data(dataclasses.replace(config, dataset=config.validation_dir))
     if not config.validation_split:
         return data, None
-    names = [Path(image_name(value, i)).name for i, value in enumerate(data[config.image_column])]
+    # the paths alone: in parquet the images lie in the same column
+    paths = pc.struct_field(data.with_format("arrow")[:][config.image_column], "path").to_pylist()
+    names = [Path(image_name({"path": path}, i)).name for i, path in enumerate(paths)]
     held_out = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
     training = [i for i, share in enumerate(held_out) if share >= config.validation_split]
     validation = [i for i, share in enumerate(held_out) if share < config.validation_split]
@@ -198,6 +201,14 @@ def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
             for row_digest in pool.map(digest, range(start, min(start + 1024, len(data)))):
                 total.update(row_digest)
     return {"dataset": config.dataset, "num_images": len(data), "sha256": total.hexdigest()}
+
+
+def inspect_splits(
+    data: datasets.Dataset, validation_data: datasets.Dataset | None, config: DataConfig
+) -> dict[str, dict[str, Any]]:
+    """What `inspect_data` returns for the training rows and, where there are any, the validation rows."""
+    splits = {"train": data, "validation": validation_data}
+    return {name: inspect_data(split, config) for name, split in splits.items() if split is not None}
 
 
 def read_row(data: datasets.Dataset, index: int, config: DataConfig) -> tuple[Image.Image, list[str]]:

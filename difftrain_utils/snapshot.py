@@ -31,8 +31,7 @@ def take_snapshot(
 ) -> dict[str, str]:
     """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
 
-    `modules` are those of the base model, before training; `data` is what `inspect_data` returned for the
-    training rows and, where there are any, the validation rows.
+    `modules` are those of the base model, before training; `data` is what `inspect_splits` returned.
     """
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

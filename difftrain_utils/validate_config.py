@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.families import load_family
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
-    from difftrain_utils.samples import inspect_data, load_data, split_data
+    from difftrain_utils.samples import inspect_splits, load_data, split_data
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
     from difftrain_utils.tracking import check_trackers
 
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())
     data, validation_data = split_data(load_data(config.data), config.data)
-    rows = {"train": data, "validation": validation_data}
-    fingerprints = {name: inspect_data(part, config.data) for name, part in rows.items() if part is not None}
+    fingerprints = inspect_splits(data, validation_data, config.data)
     snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
     write_snapshot(Path(config.train.output_dir), snapshot)
     print(f"The config is fine; its snapshot is in {config.train.output_dir}")
