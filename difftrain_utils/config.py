@@ -144,10 +144,11 @@ class SchedulerConfig:
     """Timesteps of the schedule, 1000 as a rule."""
     rescale_betas_zero_snr: bool | None = None
     """End in pure noise (terminal SNR of zero; not for epsilon, which then says nothing of the image)."""
-    flow_shift: float = 1.0
-    """Shift of flow_prediction's noise levels towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ)."""
+    flow_shift: float | None = None
+    """Shift of flow_prediction's noise levels towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ). 1: no shift."""
     flow_base_resolution: int | None = None
-    """Multiply flow_shift by resolution / flow_base_resolution: larger images need more noise."""
+    """Multiply flow_shift (which has to be given) by resolution / flow_base_resolution: larger images need more
+    noise."""
 
 
 @dataclass
@@ -377,8 +378,11 @@ def check_objective(config: Config, require: Callable[[bool, str, str], None]) -
     scheduler, timesteps, noise = config.scheduler, config.timesteps, config.noise
     steps, base = scheduler.num_train_timesteps, scheduler.flow_base_resolution
     require(steps is None or steps >= 2, "scheduler.num_train_timesteps", "must be at least 2, or null")
-    require(scheduler.flow_shift > 0, "scheduler.flow_shift", "must be above 0")
+    shift = scheduler.flow_shift
+    require(shift is None or shift > 0, "scheduler.flow_shift", "must be above 0, or null")
     require(base is None or base >= 1, "scheduler.flow_base_resolution", "must be at least 1, or null")
+    # null means the checkpoint's own shift, which may have been multiplied already
+    require(base is None or shift is not None, "scheduler.flow_base_resolution", "needs scheduler.flow_shift")
     require(0 <= timesteps.min < timesteps.max, "timesteps.min", f"must be from 0 to below max, {timesteps.max}")
     require(timesteps.max <= 1, "timesteps.max", "must be at most 1")
     require(timesteps.logit_std > 0, "timesteps.logit_std", "must be above 0")

@@ -30,12 +30,14 @@ def build_schedulers(
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     wanted = dict(checkpoint_config) | overrides
-    prediction_type = wanted.get("prediction_type", "epsilon")
+    own_type = "flow_prediction" if "FlowMatch" in checkpoint_class.__name__ else "epsilon"  # where it does not say
+    prediction_type = wanted.get("prediction_type", own_type)
     sampler_class = checkpoint_class if fields.name is None else _sampler_class(fields.name)
     if prediction_type == "flow_prediction":
         if fields.beta_schedule or fields.rescale_betas_zero_snr:
             raise InputError("scheduler: flow_prediction has no betas; leave beta_schedule and rescale_betas_zero_snr")
-        shift = fields.flow_shift * (config.data.resolution / (fields.flow_base_resolution or config.data.resolution))
+        shift = fields.flow_shift or checkpoint_config.get("shift") or checkpoint_config.get("flow_shift", 1.0)
+        shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
         num_timesteps = wanted["num_train_timesteps"]
         noise_scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps, shift=shift)
         flow = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}

@@ -66,9 +66,12 @@ def test_flow_has_a_sampler_that_integrates_it():
 
 def test_a_saved_flow_pipelines_scheduler_is_understood_again():
     _, sampler = build("flow_prediction", flow_shift=3.0)
-    noise_scheduler, again = build(checkpoint=sampler, flow_shift=3.0)
-    assert isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler)
-    assert again.config.flow_shift == 3 and again.config.prediction_type == "flow_prediction"
+    for checkpoint in (sampler, FlowMatchEulerDiscreteScheduler(shift=3.0)):  # the latter does not name its type
+        noise_scheduler, again = build(checkpoint=checkpoint)
+        assert isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler) and noise_scheduler.config.shift == 3
+        assert again.config.flow_shift == 3 and again.config.prediction_type == "flow_prediction"
+    noise_scheduler, _ = build(checkpoint=sampler, flow_shift=1.0)
+    assert noise_scheduler.config.shift == 1
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_it_trains_resumes_and_splits_exactly(short_run, tmp_path, name):
         ({"timesteps.min": 0.5, "timesteps.max": 0.5}, "timesteps.min: must be from 0 to below max"),
         ({"loss.huber_schedule": "snr"}, "loss.huber_schedule: does nothing for loss.type mse"),
         ({"noise.immiscible_batch_size": 2}, "noise.immiscible_batch_size: goes with noise.immiscible only"),
+        ({"scheduler.flow_base_resolution": 512}, "scheduler.flow_base_resolution: needs scheduler.flow_shift"),
         ({"noise.pyramid_discount": 1.0}, "noise.pyramid_discount: must be at least 0 and below 1, got 1.0"),
         ({"strategy.dream_detail_preservation": -1.0}, "strategy.dream_detail_preservation: must be 0 or more"),
         ({"strategy.dream_probability": 2.0}, "strategy.dream_probability: must be between 0 and 1, got 2.0"),

@@ -323,8 +323,13 @@ def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_
     assert len(lines) == 1 and f"{image}: cannot decode the image" in lines[0], result.stderr
 
 
-def test_two_processes_see_the_same_samples(short_run, tmp_path):
+DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
+
+
+@pytest.mark.parametrize("strategy", [{}, DREAM | {"train.gradient_accumulation_steps": 2}], ids=["plain", "dream"])
+def test_two_processes_see_the_same_samples(short_run, tmp_path, strategy):
     """Real data parallelism (gloo): losses as with one process, and exact resume."""
+    short_run += options(strategy)
     model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
     model += ["--data.validation_split", "0.3", "--train.eval_every", "6", "--evaluation.num_validation_samples", "24"]
 
@@ -333,7 +338,8 @@ def test_two_processes_see_the_same_samples(short_run, tmp_path):
         assert result.returncode == 0, result.stderr
         return tmp_path / name
 
-    one = train([*short_run, *model, "--output-dir", str(tmp_path / "one")])
+    whole = ["--train.gradient_accumulation_steps", "1", "--output-dir", str(tmp_path / "one")]
+    one = train([*short_run, *model, *whole])
     two = run("two")
     assert json.loads((two / "run_manifest.json").read_text())["num_processes"] == 2
     for name, steps in (("loss", range(6)), ("validation_loss", [5]), ("validation_loss_ema_bins", [5])):
@@ -343,6 +349,19 @@ def test_two_processes_see_the_same_samples(short_run, tmp_path):
         )
     resumed = run("resumed", "--resume-from", str(two / "checkpoint-4"))
     assert pipeline_bytes(resumed) == pipeline_bytes(two)
+
+
+def test_dream_under_autocast(short_run, tmp_path):
+    """In bf16 the probe is part of the run: it resumes to the same bytes, and the losses are about those of fp32."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        common = [*short_run, *options(DREAM), "--train.precision", precision]
+        run = train([*common, "--output-dir", str(tmp_path / precision), "--train.keep_checkpoints", "0"])
+        losses[precision] = [entry["loss"] for entry in metrics_without_times(run)]
+    resume = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(run / "checkpoint-2")]
+    assert pipeline_bytes(train([*common, *resume])) == pipeline_bytes(run)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != pytest.approx(losses["fp32"], rel=1e-5)
 
 
 class TestRefusals:
