@@ -1,0 +1,54 @@
+"""How much a validation loss jumps from evaluation to evaluation, with fixed and with fresh noise.
+
+    accelerate launch train_text_to_image.py --config configs/quickstart.yaml --train.max_steps 400 \
+        --train.save_every 10 --train.keep_checkpoints 0 --train.eval_every 0 --output-dir runs/validation-noise
+    python benchmarks/validation_noise.py runs/validation-noise
+
+Takes the EMA weights of the checkpoints in the second half of a run, and their validation loss twice: at the same
+(noise, noise level) pairs each time, as training does, and at pairs that are drawn afresh each time. The images are the
+same. The spread is the standard deviation of what a quadratic curve over the steps leaves.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from difftrain_utils.checkpoints import EMA_FILE, list_checkpoints
+from difftrain_utils.config import parse_config
+from difftrain_utils.evaluation import validation_loss
+from difftrain_utils.families import load_family
+from difftrain_utils.samples import load_data, split_data
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("run", type=Path)
+run = parser.parse_args().run
+
+config = parse_config(["--config", str(run / "config.resolved.yaml")])
+accelerator, family = Accelerator(), load_family(config)
+_, validation_data = split_data(load_data(config.data), config.data)
+family.denoiser.to(accelerator.device).eval()
+family.move_frozen_parts(accelerator.device, torch.float32)
+
+checkpoints = list_checkpoints(run)
+steps, losses = [], {"fixed": [], "fresh": []}
+for step, folder in checkpoints[len(checkpoints) // 2 :]:
+    weights = load_file(folder / EMA_FILE)
+    for i, parameter in enumerate(family.denoiser.parameters()):
+        parameter.data.copy_(weights[str(i)])
+    steps.append(step)
+    for noise, seed in (("fixed", 0), ("fresh", step)):
+        config.evaluation.seed = seed
+        found = validation_loss(accelerator, family, family.denoiser, validation_data, config, "loss")
+        losses[noise].append(found["loss"])
+    print(f"step {step}: fixed {losses['fixed'][-1]:.5f}, fresh {losses['fresh'][-1]:.5f}", flush=True)
+
+spread = {}
+for noise, values in losses.items():
+    residuals = np.array(values) - np.polyval(np.polyfit(steps, values, 2), steps)
+    spread[noise] = np.sqrt((residuals**2).sum() / (len(steps) - 3))
+    print(f"{noise} noise: mean {np.mean(values):.5f}, spread {spread[noise]:.6f} over {len(steps)} evaluations")
+print(f"fresh / fixed: {spread['fresh'] / spread['fixed']:.1f}")
