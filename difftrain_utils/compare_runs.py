@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.metrics_file import read_metrics
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "samples_per_second"}  # as final metrics
@@ -77,7 +78,7 @@ def load_run(folder: Path, name: str) -> Run:
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
     config = flatten(_read_mapping(folder / "config.resolved.yaml"))
     manifest, env = _read_mapping(folder / "run_manifest.json"), _read_mapping(folder / "env.json")
-    return Run(folder, name, config, facts_of(manifest, env), read_metrics(folder / "metrics.jsonl"))
+    return Run(folder, name, config, facts_of(manifest, env), load_metrics(folder / "metrics.jsonl"))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -89,22 +90,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """tracking.read_metrics without its import of torch; refuses damage other than a last line that was cut off."""
+def load_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; the run has not logged a step")
-    with blame(str(path), OSError, UnicodeDecodeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path} line {number}: not JSON: {error}") from error
-            continue
-        if not isinstance(metrics[-1], dict) or not isinstance(metrics[-1].get("step"), int):
-            raise InputError(f"{path} line {number}: must be a JSON object with a step")
+    metrics = read_metrics(path)
     if not metrics:
         raise InputError(f"{path}: empty; the run has not logged a step")
     return metrics
