@@ -10,11 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from difftrain_utils.compare_html import BOTTOM, LEFT, RIGHT, TOP, smooth, ticks
 from difftrain_utils.compare_runs import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
     as_text,
     brief,
     by_value,
@@ -23,12 +20,10 @@ from difftrain_utils.compare_runs import (
     main,
     notes,
     number,
-    smooth,
     steps_done,
     summary,
     summary_table,
     text_table,
-    ticks,
     unfair,
     verdict,
 )
