@@ -29,6 +29,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from difftrain_utils.checkpoints import delete_run, find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
+from difftrain_utils.data import inspect_splits, load_data, split_data
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
@@ -39,7 +40,7 @@ from difftrain_utils.noise import perturb_input, sample_noise
 from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
 from difftrain_utils.optimizers import build_optimizer
 from difftrain_utils.power_ema import PowerEMA
-from difftrain_utils.samples import Samples, collate, inspect_splits, load_data, split_data
+from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
 from difftrain_utils.timesteps import sample_timesteps

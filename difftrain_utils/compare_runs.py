@@ -7,7 +7,6 @@ deviation are shown. --output also writes one self-contained HTML file with curv
 """
 
 import argparse
-import base64
 import hashlib
 import json
 import math
@@ -15,13 +14,14 @@ import re
 import statistics
 import textwrap
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from difftrain_utils import compare_html as html
 from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.metrics_file import read_metrics
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "samples_per_second"}  # as final metrics
@@ -30,15 +30,6 @@ OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "schedule
 VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
 DENOISER = "base_model.sha256.unet"
 ORDER = {FINAL: 0, BEST: 1, "shapes_right": 2, "final train loss": 4, "samples/s": 5}  # of columns; other metrics are 3
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc3399", "#8c6d1f", "#56b4e9", "#222222", "#7b3fb5", "#e6a000", "#d62728")
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 70, 740, 15, 300  # of a chart, in pixels; the legend is right of RIGHT
-STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
-div { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; margin: .5em 0 1em }
-td, th { border-bottom: 1px solid #ccc; padding: 3px 10px; text-align: right; vertical-align: top }
-td:first-child, th:first-child, .values td, .values th { text-align: left } .numbers { white-space: nowrap }
-.unfair { color: #a11; font-weight: 600 } svg { font: 12px system-ui, sans-serif; max-width: 100%; height: auto }
-.samples { display: flex; flex-wrap: wrap; gap: 16px } figure { margin: 0; flex: 1 1 300px; max-width: 520px }
-img { width: 100% } figcaption { font-size: 13px; overflow-wrap: anywhere }"""
 
 
 @dataclass
@@ -77,7 +68,7 @@ def load_run(folder: Path, name: str) -> Run:
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
     config = flatten(_read_mapping(folder / "config.resolved.yaml"))
     manifest, env = _read_mapping(folder / "run_manifest.json"), _read_mapping(folder / "env.json")
-    return Run(folder, name, config, facts_of(manifest, env), read_metrics(folder / "metrics.jsonl"))
+    return Run(folder, name, config, facts_of(manifest, env), load_metrics(folder / "metrics.jsonl"))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -89,22 +80,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """tracking.read_metrics without its import of torch; refuses damage other than a last line that was cut off."""
+def load_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; the run has not logged a step")
-    with blame(str(path), OSError, UnicodeDecodeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path} line {number}: not JSON: {error}") from error
-            continue
-        if not isinstance(metrics[-1], dict) or not isinstance(metrics[-1].get("step"), int):
-            raise InputError(f"{path} line {number}: must be a JSON object with a step")
+    metrics = read_metrics(path)
     if not metrics:
         raise InputError(f"{path}: empty; the run has not logged a step")
     return metrics
@@ -180,7 +159,7 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
-# ── Groups of seeds, and who won ─────────────────────────────────────────────────────────────────────────────
+# ── Groups of seeds ──────────────────────────────────────────────────────────────────────────────────────────
 def from_scratch(run: Run) -> bool:
     name = str(run.config.get("model.pretrained_model_name_or_path"))
     return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
@@ -213,6 +192,7 @@ def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+# ── The tables ───────────────────────────────────────────────────────────────────────────────────────────────
 def summary_table(runs: list[Run]) -> list[list[str]]:
     """Header, a row for each run, and a row of means for each group of seeds."""
     settings, summaries = settings_of(runs), [summary(run) for run in runs]
@@ -244,39 +224,6 @@ def bins_table(runs: list[Run]) -> list[list[str]]:
         if losses:
             rows.append([name, str(step), *map(number, losses), *["–"] * (count - len(losses))])
     return rows
-
-
-def verdict(runs: list[Run]) -> str:
-    """Who won on the final validation loss, as far as the seeds can tell."""
-    settings = settings_of(runs)
-    letters = group_letters(settings)
-    varied = differing([group[0].config for group in settings])
-    if len(settings) == 1:
-        return "All runs are one setting: nothing to win." if len(runs) > 1 else ""
-
-    def called(group: list[Run]) -> str:
-        return f"group {letters[group[0].name]}" if len(group) > 1 else group[0].name
-
-    def described(group: list[Run]) -> str:
-        values = {name: brief(as_text(group[0].config.get(name))) for name in varied if name != "train.seed"}
-        named = ", ".join(f"{name}: {value}" for name, value in values.items()) if len(values) < 3 else ""
-        return f"{called(group)} ({named})" if named else called(group)
-
-    ranked = [(*spread, group) for group in settings if (spread := mean_and_sd(group, FINAL))]
-    ranked = sorted((entry for entry in ranked if math.isfinite(entry[0])), key=lambda entry: entry[0])
-    if len(ranked) < 2:
-        return f"{len(ranked) or 'No'} setting has a finite validation loss: nothing to compare."
-    (mean, sd, best), (next_mean, next_sd, second) = ranked[:2]
-    text = f"Final validation loss: {described(best)} {number(mean)}, then {described(second)} {number(next_mean)}. "
-    gap, alone = next_mean - mean, [group[0].name for group in (best, second) if len(group) == 1]
-    if alone:
-        outcome = f"{called(best)} won" if gap > 0 else "They are equal"
-        return f"{text}{outcome}, but one seed says nothing about spread ({' and '.join(alone)}): it may be chance."
-    error = math.sqrt(sd**2 / len(best) + next_sd**2 / len(second))
-    won = gap > 0 and gap >= 2 * error
-    text += f"The difference {number(gap, 2)} has a standard error of {number(error, 2)}: "
-    text += f"{called(best)} won." if won else "not distinguishable."
-    return text + (" With so few seeds the standard error is itself rough." if min(len(best), len(second)) < 5 else "")
 
 
 # ── What differs ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -367,6 +314,45 @@ def notes(runs: list[Run]) -> list[str]:
     return [f"note: {note}" for note in found]
 
 
+# ── Who won ──────────────────────────────────────────────────────────────────────────────────────────────────
+def verdict(runs: list[Run]) -> str:
+    """Who won on the final validation loss, as far as the seeds can tell."""
+    settings = settings_of(runs)
+    letters = group_letters(settings)
+    varied = differing([group[0].config for group in settings])
+    if len(settings) == 1:
+        return "All runs are one setting: nothing to win." if len(runs) > 1 else ""
+
+    def called(group: list[Run]) -> str:
+        return f"group {letters[group[0].name]}" if len(group) > 1 else group[0].name
+
+    def described(group: list[Run]) -> str:
+        values = {name: brief(as_text(group[0].config.get(name))) for name in varied if name != "train.seed"}
+        named = ", ".join(f"{name}: {value}" for name, value in values.items()) if len(values) < 3 else ""
+        return f"{called(group)} ({named})" if named else called(group)
+
+    ranked = [(*spread, group) for group in settings if (spread := mean_and_sd(group, FINAL))]
+    ranked = sorted((entry for entry in ranked if math.isfinite(entry[0])), key=lambda entry: entry[0])
+    if len(ranked) < 2:
+        return f"{len(ranked) or 'No'} setting has a finite validation loss: nothing to compare."
+    (mean, sd, best), (next_mean, next_sd, second) = ranked[:2]
+    text = f"Final validation loss: {described(best)} {number(mean)}, then {described(second)} {number(next_mean)}. "
+    gap, alone = next_mean - mean, [group[0].name for group in (best, second) if len(group) == 1]
+    if alone:
+        outcome = f"{called(best)} won" if gap > 0 else "They are equal"
+        return f"{text}{outcome}, but one seed says nothing about spread ({' and '.join(alone)}): it may be chance."
+    error = math.sqrt(sd**2 / len(best) + next_sd**2 / len(second))
+    won = gap > 0 and gap >= 2 * error
+    text += f"The difference {number(gap, 2)} has a standard error of {number(error, 2)}: "
+    text += f"{called(best)} won." if won else "not distinguishable."
+    return text + (" With so few seeds the standard error is itself rough." if min(len(best), len(second)) < 5 else "")
+
+
+def conclusion(runs: list[Run]) -> str:
+    text = verdict(runs)
+    return f"{text} But the comparison is unfair: see the differences." if text and unfair(runs) else text
+
+
 # ── The report as text ───────────────────────────────────────────────────────────────────────────────────────
 def text_table(rows: list[list[str]], width: int = 120) -> str:
     """Aligned columns; those beyond `width` characters follow underneath, after the first column once more."""
@@ -378,11 +364,6 @@ def text_table(rows: list[list[str]], width: int = 120) -> str:
         blocks[-1].append(i)
     lines = [[row[0].ljust(widths[0]) + "".join(f"  {row[i]:>{widths[i]}}" for i in b) for row in rows] for b in blocks]
     return "\n\n".join("\n".join(block) for block in lines)
-
-
-def conclusion(runs: list[Run]) -> str:
-    text = verdict(runs)
-    return f"{text} But the comparison is unfair: see the differences." if text and unfair(runs) else text
 
 
 def text_report(runs: list[Run]) -> str:
@@ -397,105 +378,37 @@ def text_report(runs: list[Run]) -> str:
 
 
 # ── The report as HTML ───────────────────────────────────────────────────────────────────────────────────────
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean of each point and some points around it, fewer towards the ends; the first and last are kept."""
-    values, half = [y for _, y in points], max(1, len(points) // 40)
-    reach = [min(half, i, len(points) - 1 - i) for i in range(len(points))]
-    return [
-        (x, statistics.fmean(values[i - k : i + k + 1]))
-        for i, ((x, _), k) in enumerate(zip(points, reach, strict=True))
-    ]
-
-
-def ticks(low: float, high: float, smallest: float = 0.0) -> list[float]:
-    """About five round numbers from low to high, no closer than `smallest`."""
-    power = 10 ** math.floor(math.log10((high - low) / 5))
-    step = max(smallest, next(power * m for m in (1, 2, 5, 10) if power * m * 5.001 >= high - low))
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def chart(title: str, x_label: str, curves: list[tuple[str, list, list]], markers: bool = True) -> str:
-    """SVG of curves (name, points, faint points behind them); its edges are the extremes of all finite points."""
-    curves = [(name, *([p for p in points if math.isfinite(p[1])] for points in both)) for name, *both in curves]
-    drawn = [point for _, *both in curves for points in both for point in points]
-    if not drawn:
-        return ""
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*drawn, strict=True))
-    x1, y0, y1 = max(x1, x0 + 1), *((y0, y1) if y0 < y1 else (y0 - 0.5, y0 + 0.5))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (x - x0) / (x1 - x0) * (RIGHT - LEFT), BOTTOM - (y - y0) / (y1 - y0) * (BOTTOM - TOP)
-
-    height = max(BOTTOM + 42, TOP + 20 * len(curves))
-    parts = [f'<h2>{escape(title)}</h2><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
-    for value in ticks(y0, y1):
-        y = place(x0, value)[1]
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.10g}</text>')
-    for value in ticks(x0, x1, smallest=1):
-        x = place(value, y0)[0]
-        parts.append(f'<path d="M{x:.1f} {BOTTOM}v5" stroke="#444"/>')
-        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 19}" text-anchor="middle">{value:.10g}</text>')
-    parts.append(f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#444"/>')
-    parts.append(f'<text x="{(LEFT + RIGHT) // 2}" y="{BOTTOM + 37}" text-anchor="middle">{escape(x_label)}</text>')
-    for i, (name, points, faint) in enumerate(curves):
-        dash = ("", ' stroke-dasharray="7 3"', ' stroke-dasharray="2 3"')[i // len(COLORS) % 3]
-        line = f'fill="none" stroke="{COLORS[i % len(COLORS)]}"{dash}'
-        for those, look in ((faint, 'stroke-opacity="0.35"'), (points, 'stroke-width="1.8"')):
-            if those:
-                placed = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in those))
-                parts.append(f'<polyline points="{placed}" {line} {look}/>')
-        for x, y in (place(*point) for point in points if markers):
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{COLORS[i % len(COLORS)]}"/>')
-        y = TOP + 8 + 20 * i
-        parts.append(f'<path d="M{RIGHT + 16} {y}h24" stroke-width="2.5" {line}/>')
-        label = name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}"
-        parts.append(f'<text x="{RIGHT + 47}" y="{y + 4}"><title>{escape(name)}</title>{escape(label)}</text>')
-    return "\n".join([*parts, "</svg>"])
+def html_report(runs: list[Run]) -> str:
+    """The same, with curves and pictures, as one file that needs no other."""
+    title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
+    parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
+    parts += [html.conclusion(text)] if (text := conclusion(runs)) else []
+    if len(runs) > 1:
+        found = [[name, *map(brief, row)] for rows in differences(runs) for name, row in rows.items()]
+        parts += [html.heading("Differences") + html.paragraph(headline(runs))]
+        parts += [html.paragraph(warning, "unfair") for warning in unfair(runs)]
+        parts += [html.table([["", *(run.name for run in runs)], *found], "values")] if found else []
+    parts += [charts(runs), html.table(bins, "numbers") if len(bins) > 1 else ""]
+    parts += [html.heading("Last samples") + '<div class="samples">', *map(last_sample, runs), "</div>"]
+    return html.page(title, parts)
 
 
 def charts(runs: list[Run]) -> str:
-    training = [(run.name, smooth(series(run, "loss")), series(run, "loss")) for run in runs]
+    training = [(run.name, html.smooth(series(run, "loss")), series(run, "loss")) for run in runs]
     validation = [(run.name, validation_loss(run), []) for run in runs]
     bins = [(run.name, list(enumerate(validation_bins(run)[1], 1)), []) for run in runs]
-    drawn = [chart("Training loss (running mean; faint: as logged)", "step", training, markers=False)]
-    drawn += [chart("Validation loss", "step", validation)]
-    drawn += [chart("Last validation loss by noise level", "bin, from low to high noise", bins)]
+    drawn = [html.chart("Training loss (running mean; faint: as logged)", "step", training, markers=False)]
+    drawn += [html.chart("Validation loss", "step", validation)]
+    drawn += [html.chart("Last validation loss by noise level", "bin, from low to high noise", bins)]
     return "\n".join(drawn)
 
 
 def last_sample(run: Run) -> str:
     """The newest grid of samples as a figure."""
     grids = {int(p.stem[5:]): p for p in run.folder.glob("samples/step-*.png") if p.stem[5:].isdecimal()}
-    caption = f"{run.name}, " + (f"step {max(grids)}" if grids else "no samples")
-    image = ""
-    if grids:
-        content = base64.b64encode(grids[max(grids)].read_bytes()).decode()
-        image = f'<img src="data:image/png;base64,{content}" alt="{escape(caption)}"/>'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def html_table(rows: list[list[str]], kind: str) -> str:
-    tags = ["th"] + ["td"] * (len(rows) - 1)
-    cells = ["".join(f"<{t}>{escape(cell)}</{t}>" for cell in row) for t, row in zip(tags, rows, strict=True)]
-    return f'<div><table class="{kind}">' + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table></div>"
-
-
-def html_report(runs: list[Run]) -> str:
-    """One file that needs no other; also well-formed XML."""
-    title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
-    parts = [html_table(summary_table(runs), "numbers"), *(f"<p>{escape(note)}</p>" for note in notes(runs))]
-    parts += [f"<p><strong>{escape(text)}</strong></p>"] if (text := conclusion(runs)) else []
-    if len(runs) > 1:
-        found = [[name, *map(brief, row)] for table in differences(runs) for name, row in table.items()]
-        parts += [f"<h2>Differences</h2><p>{escape(headline(runs))}</p>"]
-        parts += [f'<p class="unfair">{escape(warning)}</p>' for warning in unfair(runs)]
-        parts += [html_table([["", *(run.name for run in runs)], *found], "values")] if found else []
-    parts += [charts(runs), html_table(bins, "numbers") if len(bins) > 1 else ""]
-    parts += ['<h2>Last samples</h2><div class="samples">', *map(last_sample, runs), "</div>"]
-    head = f'<meta charset="utf-8"/><title>{escape(title)}</title><style>{STYLE}</style>'
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    newest = max(grids, default=None)
+    caption = f"{run.name}, " + ("no samples" if newest is None else f"step {newest}")
+    return html.figure(caption, grids.get(newest))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,10 +14,11 @@ from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config import Config, EvaluationConfig
+from difftrain_utils.data import read_row
 from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn
 from difftrain_utils.loss import error_scale
 from difftrain_utils.objectives import add_noise, alphas_and_sigmas, compute_snr, get_prediction_type, get_target
-from difftrain_utils.samples import read_row, to_square
+from difftrain_utils.samples import to_square
 
 
 @contextmanager

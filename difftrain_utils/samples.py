@@ -5,27 +5,17 @@ A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer ste
 state of a data loader, and processes and gradient accumulation only split [s·G, (s+1)·G).
 """
 
-import dataclasses
 import functools
-import hashlib
-import io
-import json
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.errors import InputError, RowError, blame
+from difftrain_utils.data import read_row
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.shapes import draw_shape
-
-NUM_BUILTIN_SHAPES = 1800
 
 
 class Samples(torch.utils.data.Dataset):
@@ -75,194 +65,6 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the data set is tiny
 def _permutation(seed: int, epoch: int, length: int) -> torch.Tensor:
     return torch.randperm(length, generator=generator_for(seed, "order", epoch))
-
-
-def load_data(config: DataConfig) -> datasets.Dataset:
-    """The rows of `data.dataset`, with images undecoded ({"bytes", "path"}).
-
-    Raises:
-        InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
-    """
-    folder = Path(config.dataset).expanduser()
-    if config.dataset == "builtin:shapes":
-        data = draw_shapes(config.resolution)
-    elif config.dataset.startswith("builtin:"):
-        raise InputError(f"data.dataset: no such builtin: {config.dataset!r}; there is builtin:shapes")
-    else:
-        arguments = {"path": config.dataset}
-        if folder.is_dir():
-            metadata = [path for path in (folder, folder / config.split) if (path / "metadata.jsonl").is_file()]
-            if metadata:
-                check_metadata(metadata[0], config)
-                arguments = {"path": "imagefolder", "data_dir": str(folder)}
-            elif any(next(folder.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow")):
-                arguments = {"path": str(folder)}
-            else:
-                raise InputError(f"data.dataset: {folder} has no metadata.jsonl (and no parquet or arrow files)")
-        what = f"cannot load {config.dataset!r}" + ("" if folder.is_dir() else ", which is no folder here")
-        with blame(f"data.dataset: {what}", Exception):  # whatever stops datasets
-            data = datasets.load_dataset(**arguments, split=config.split)
-    for name, field in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
-        if name not in data.column_names:
-            raise InputError(
-                f"data.{field}: no column {name!r} in {config.dataset}; it has {', '.join(data.column_names)}"
-            )
-    if not isinstance(data.features[config.image_column], datasets.Image):
-        raise InputError(f"data.image_column: column {config.image_column!r} of {config.dataset} does not hold images")
-    if len(data) == 0:
-        raise InputError(f"data.dataset: {config.dataset} has no images")
-    return data.cast_column(config.image_column, datasets.Image(decode=False))
-
-
-def split_data(data: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of the image's
-    file name, so that a row stays on its side when others come or go; or those of `data.validation_dir`.
-
-    Raises:
-        InputError: one of the two is empty, or `data.validation_dir` cannot be loaded.
-    """
-    if config.validation_dir is not None:
-        return data, load_data(dataclasses.replace(config, dataset=config.validation_dir))
-    if not config.validation_split:
-        return data, None
-    # the paths alone: in parquet the images lie in the same column
-    paths = pc.struct_field(data.with_format("arrow")[:][config.image_column], "path").to_pylist()
-    names = [Path(image_name({"path": path}, i)).name for i, path in enumerate(paths)]
-    held_out = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
-    training = [i for i, share in enumerate(held_out) if share >= config.validation_split]
-    validation = [i for i, share in enumerate(held_out) if share < config.validation_split]
-    if not training or not validation:
-        raise InputError(
-            f"data.validation_split: {config.validation_split} of {len(data)} images leaves {len(training)} to train "
-            f"on and {len(validation)} to validate on"
-        )
-    return data.select(training), data.select(validation)
-
-
-def draw_shapes(resolution: int) -> datasets.Dataset:
-    """`builtin:shapes` as a data set of PNGs in memory, with the columns `image` and `text`."""
-    images, captions = [], []
-    for index in range(NUM_BUILTIN_SHAPES):
-        image, caption = draw_shape(index, resolution)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})
-        captions.append(caption)
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    return datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
-
-
-def check_metadata(folder: Path, config: DataConfig) -> None:
-    """Raise InputError for the first line of `metadata.jsonl` that is not what an image folder needs."""
-    path = folder / "metadata.jsonl"
-    if config.image_column != "image":
-        raise InputError(f"data.image_column: an image folder has its images in 'image', got {config.image_column!r}")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number}: not JSON: {error.msg} at column {error.colno}") from None
-            if row is None:
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise InputError(f'{path} line {number}: needs a "file_name", got {line.strip():.80}')
-            if config.caption_column not in row:
-                raise InputError(
-                    f"data.caption_column: no {config.caption_column!r} in {path} line {number}; "
-                    f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
-                )
-            if not (folder / row["file_name"]).is_file():
-                raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
-
-
-def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
-    """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
-
-    The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order.
-
-    Raises:
-        RowError: an image that Pillow does not know, or a caption that is no string (names the file).
-    """
-
-    def digest(index: int) -> bytes:
-        row = data[index]
-        name = image_name(row[config.image_column], index)
-        content = read_bytes(row[config.image_column])
-        captions = captions_of(row[config.caption_column], name)
-        open_image_header(content, name)
-        # the file's name alone, so that a moved folder keeps its fingerprint
-        entry = [Path(name).name, captions, hashlib.sha256(content).hexdigest()]
-        return hashlib.sha256(json.dumps(entry).encode()).digest()
-
-    total = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(data), 1024):  # a million rows are not a million waiting tasks
-            for row_digest in pool.map(digest, range(start, min(start + 1024, len(data)))):
-                total.update(row_digest)
-    return {"dataset": config.dataset, "num_images": len(data), "sha256": total.hexdigest()}
-
-
-def inspect_splits(
-    data: datasets.Dataset, validation_data: datasets.Dataset | None, config: DataConfig
-) -> dict[str, dict[str, Any]]:
-    """What `inspect_data` returns for the training rows and, where there are any, the validation rows."""
-    splits = {"train": data, "validation": validation_data}
-    return {name: inspect_data(split, config) for name, split in splits.items() if split is not None}
-
-
-def read_row(data: datasets.Dataset, index: int, config: DataConfig) -> tuple[Image.Image, list[str]]:
-    """The decoded image and the captions of a row."""
-    row = data[index]
-    name = image_name(row[config.image_column], index)
-    return open_image(read_bytes(row[config.image_column]), name), captions_of(row[config.caption_column], name)
-
-
-def image_name(value: dict[str, Any], index: int) -> str:
-    """How errors call a row's image."""
-    return value.get("path") or f"row {index}"
-
-
-def read_bytes(value: dict[str, Any]) -> bytes:
-    """The content of an undecoded `datasets.Image`, which is in the row or in a file."""
-    if value["bytes"] is not None:
-        return value["bytes"]
-    try:
-        return Path(value["path"]).read_bytes()
-    except OSError as error:
-        raise RowError(f"{value['path']}: {error.strerror}") from None
-
-
-def captions_of(value: Any, name: str) -> list[str]:
-    """A row's captions: one string, or a list of at least one."""
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise RowError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
-    return captions
-
-
-def open_image_header(content: bytes, name: str) -> Image.Image:
-    """Recognise an image without decoding it."""
-    try:
-        return Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise RowError(f"{name}: {reason}") from None
-
-
-def open_image(content: bytes, name: str) -> Image.Image:
-    """Decode an image to RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    image = open_image_header(content, name)
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RowError(f"{name}: cannot decode the image: {error}") from None
 
 
 def to_square(image: Image.Image, config: DataConfig, across: float, down: float, flip: bool) -> torch.Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError
+from difftrain_utils.metrics_file import read_metrics
 
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -37,6 +38,9 @@ class Metrics:
     """Writes `metrics.jsonl` (one JSON object a logged step) and passes the values on to the trackers.
 
     A resumed run cuts the file back to the step that it goes on from, so that it ends like an unbroken one.
+
+    Raises:
+        InputError: the file to cut back is damaged, other than by a last line that was cut off.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, global_step: int):
@@ -65,17 +69,6 @@ class Metrics:
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if tracker.name in ("tensorboard", "wandb"):
                 tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    metrics = []
-    for line in path.read_text().splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
 
 
 def _cut_back(path: Path, global_step: int) -> None:

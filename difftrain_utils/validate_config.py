@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import Accelerator
 
     from difftrain_utils.checkpoints import find_checkpoint
+    from difftrain_utils.data import inspect_splits, load_data, split_data
     from difftrain_utils.families import load_family
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
-    from difftrain_utils.samples import inspect_splits, load_data, split_data
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
     from difftrain_utils.tracking import check_trackers
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -7,10 +8,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality holds for one number of threads
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from difftrain_utils import shapes
 from difftrain_utils.config import Config, DataConfig, ModelConfig, parse_config
@@ -72,6 +75,17 @@ def short_run(checkpoint_folder, image_folder, tmp_path) -> list[str]:
             "lr_scheduler.num_warmup_steps": 2,
         }
     )
+
+
+def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
+    rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
+    return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
 
 
 def options(fields: dict) -> list[str]:

@@ -10,11 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from difftrain_utils.compare_html import BOTTOM, LEFT, RIGHT, TOP, smooth, ticks
 from difftrain_utils.compare_runs import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
     as_text,
     brief,
     by_value,
@@ -23,13 +20,10 @@ from difftrain_utils.compare_runs import (
     main,
     notes,
     number,
-    read_metrics,
-    smooth,
     steps_done,
     summary,
     summary_table,
     text_table,
-    ticks,
     unfair,
     verdict,
 )
@@ -514,7 +508,7 @@ def test_ticks_are_round():
         ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', r"run/metrics.jsonl line 2: not JSON: "),
         ("metrics.jsonl", '{"step": 1}\n[2]\n', r"run/metrics.jsonl line 2: must be a JSON object with a step"),
         ("metrics.jsonl", '{"loss": 1}\n', r"run/metrics.jsonl line 1: must be a JSON object with a step"),
-        ("metrics.jsonl", b"\xff\xfe", r"run/metrics.jsonl: .*utf-8"),
+        ("metrics.jsonl", b"\xff\xfe\n", r"run/metrics.jsonl line 1: not JSON: .*utf-8"),
         ("config.resolved.yaml", "model: [", r"run/config.resolved.yaml: not YAML: "),
         ("config.resolved.yaml", "!!python/object/apply:os.getcwd []", r"run/config.resolved.yaml: not YAML: .*python"),
         ("config.resolved.yaml", "- a list", r"run/config.resolved.yaml: must hold a mapping"),
@@ -554,16 +548,6 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("mse/0", "huber/0", "huber/1")]
     assert [run.name for run in load_runs(folders)] == ["mse/0", "huber/0", "huber/1"]
     assert [run.name for run in load_runs(folders[1:])] == ["0", "1"]
-
-
-def test_metrics_are_read_as_the_run_itself_reads_them(tmp_path):
-    from difftrain_utils import tracking
-
-    path = write_run(tmp_path / "a") / "metrics.jsonl"
-    with path.open("a") as file:
-        file.write('{"step": 41, "lo')  # cut off by a crash
-    assert read_metrics(path) == tracking.read_metrics(path)
-    assert [entry["step"] for entry in read_metrics(path)] == [10, 20, 30, 40]
 
 
 def test_starts_without_torch_and_tells_errors_in_one_line(tmp_path):

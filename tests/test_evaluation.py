@@ -7,6 +7,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from difftrain_utils.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from difftrain_utils.data import load_data
 from difftrain_utils.evaluation import (
     evaluation_weights,
     generate,
@@ -16,7 +17,6 @@ from difftrain_utils.evaluation import (
 )
 from difftrain_utils.families import load_family
 from difftrain_utils.objectives import alphas_and_sigmas, append_dims, get_target
-from difftrain_utils.samples import load_data
 from difftrain_utils.snapshot import weights_digest
 
 

@@ -1,31 +1,17 @@
-import io
-import json
-
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import make_data
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.errors import InputError
-from difftrain_utils.samples import Samples, collate, inspect_data, load_data, open_image, split_data, to_pixel_values
+from difftrain_utils.samples import Samples, collate, to_pixel_values
 
 
 def make_samples(data: datasets.Dataset, seed: int = 0, **fields) -> Samples:
     config = DataConfig(dataset="memory", **({"resolution": 16} | fields))
     return Samples(data.cast_column("image", datasets.Image(decode=False)), config, seed, num_samples=10_000)
-
-
-def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
-    rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
-    return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
-
-
-def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -94,184 +80,3 @@ def test_a_batch_keeps_its_keys_as_integers(numbered):
     batch = collate([samples[3], samples[4]])
     assert batch["keys"] == [3, 4] and batch["pixel_values"].shape == (2, 3, 16, 16)
     assert batch["captions"] == [samples[3]["caption"], samples[4]["caption"]]
-
-
-class TestOpenImage:
-    def pixels(self, image: Image.Image, format: str = "PNG", **options) -> np.ndarray:
-        opened = open_image(encode(image, format, **options), "test")
-        assert opened.mode == "RGB"
-        return np.asarray(opened)
-
-    def test_transparency_shows_white(self):
-        image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-        image.putpixel((0, 0), (0, 0, 0, 0))
-        image.putpixel((1, 0), (0, 0, 0, 128))
-        pixels = self.pixels(image)
-        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [255, 0, 0]
-        assert abs(int(pixels[0, 1, 0]) - 127) <= 1
-
-    def test_a_palette_is_looked_up_with_its_transparent_colour(self):
-        image = Image.new("P", (4, 4), 0)
-        image.putpalette([0, 0, 255, 0, 255, 0])
-        image.putpixel((0, 0), 1)
-        assert self.pixels(image)[0, 0].tolist() == [0, 255, 0]
-        pixels = self.pixels(image, transparency=1)
-        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [0, 0, 255]
-
-    def test_greyscale_has_three_equal_channels(self):
-        assert self.pixels(Image.new("L", (4, 4), 77))[2, 2].tolist() == [77, 77, 77]
-        grey = Image.new("LA", (4, 4), (77, 0))
-        assert self.pixels(grey)[2, 2].tolist() == [255, 255, 255]
-
-    def test_sixteen_bits_are_scaled(self):
-        ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
-        pixels = self.pixels(Image.fromarray(ramp))
-        assert np.abs(pixels[..., 0].ravel().astype(float) - np.linspace(0, 255, 16)).max() <= 1
-
-    def test_an_image_is_turned_upright(self):
-        image = Image.new("RGB", (8, 4), "blue")
-        image.paste("red", (0, 0, 4, 4))
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-        pixels = self.pixels(image, exif=exif)
-        assert pixels.shape == (8, 4, 3)
-        assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[7, 0].tolist() == [0, 0, 255]
-
-    def test_cmyk(self):
-        assert np.abs(self.pixels(Image.new("CMYK", (8, 8)), "JPEG").astype(int) - 255).max() <= 2
-
-    def test_what_is_no_image_is_refused_by_name(self):
-        with pytest.raises(InputError, match=r"cat.png: not an image"):
-            open_image(b"no image", "cat.png")
-        rng = np.random.default_rng(0)
-        content = encode(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-        with pytest.raises(InputError, match=r"cat.png: cannot decode"):
-            open_image(content[: len(content) // 2], "cat.png")
-
-
-class TestLoadData:
-    def test_an_image_folder(self, image_folder):
-        data = load_data(DataConfig(dataset=str(image_folder)))
-        rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
-        assert data["text"] == [row["text"] for row in rows]
-        assert [value["path"].rsplit("/")[-1] for value in data["image"]] == [row["file_name"] for row in rows]
-
-    def test_caption_lists(self, image_folder, tmp_path):
-        (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
-        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "captions": ["one", "two"]}\n')
-        data = load_data(DataConfig(dataset=str(tmp_path), caption_column="captions"))
-        assert data[0]["captions"] == ["one", "two"]
-
-    def test_a_folder_of_parquet_files(self, numbered, tmp_path):
-        numbered.to_parquet(tmp_path / "train.parquet")
-        config = DataConfig(dataset=str(tmp_path), resolution=16)
-        samples = Samples(load_data(config), config, seed=0, num_samples=7)
-        direct = make_samples(numbered)
-        assert all(torch.equal(samples[k]["pixel_values"], direct[k]["pixel_values"]) for k in range(7))
-
-    def test_a_folder_with_a_folder_for_each_split(self, image_folder, tmp_path):
-        for split in ("train", "test"):
-            (tmp_path / split).mkdir()
-            (tmp_path / split / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
-            (tmp_path / split / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{split}"}}\n')
-        assert load_data(DataConfig(dataset=str(tmp_path), split="test"))["text"] == ["test"]
-
-    @pytest.mark.parametrize(
-        ("lines", "message"),
-        [
-            ("not json", r"metadata.jsonl line 1: not JSON"),
-            ('{"text": "no name"}', r'metadata.jsonl line 1: needs a "file_name"'),
-            ('{"file_name": "a.png", "text": "x"}\n[1]', r'metadata.jsonl line 2: needs a "file_name"'),
-            ('{"file_name": "b.png", "text": "x"}', r"metadata.jsonl line 1: no such file: b.png"),
-            ('{"file_name": "a.png", "caption": "x"}', r"data.caption_column: no 'text' in .* line 1; it has caption"),
-        ],
-    )
-    def test_bad_metadata_is_told_with_its_line(self, image_folder, tmp_path, lines, message):
-        (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
-        (tmp_path / "metadata.jsonl").write_text(lines + "\n")
-        with pytest.raises(InputError, match=message):
-            load_data(DataConfig(dataset=str(tmp_path)))
-
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [
-            ({"dataset": "builtin:circles"}, "no such builtin: 'builtin:circles'"),
-            ({"dataset": "/no/such/folder"}, "data.dataset: cannot load '/no/such/folder'"),
-            ({"dataset": "builtin:shapes", "caption_column": "caption"}, "no column 'caption' .* it has image, text"),
-            ({"dataset": "builtin:shapes", "image_column": "text"}, "'text' of builtin:shapes does not hold images"),
-        ],
-    )
-    def test_bad_names_are_refused(self, fields, message):
-        with pytest.raises(InputError, match=message):
-            load_data(DataConfig(**({"resolution": 8} | fields)))
-
-    def test_no_metadata(self, tmp_path):
-        with pytest.raises(InputError, match=r"has no metadata.jsonl"):
-            load_data(DataConfig(dataset=str(tmp_path)))
-
-
-class TestSplit:
-    def split(self, n: int, share: float, first: int = 0) -> tuple[set, set]:
-        images = [Image.new("RGB", (4, 4))] * n
-        rows = [{"bytes": encode(image), "path": f"/somewhere/{first + i}.png"} for i, image in enumerate(images)]
-        data = datasets.Dataset.from_dict({"image": rows, "text": [str(first + i) for i in range(n)]})
-        training, validation = split_data(data, DataConfig("memory", validation_split=share))
-        return set(training["text"]), set(validation["text"])
-
-    def test_a_share_is_held_out_by_name(self):
-        training, validation = self.split(1000, 0.2)
-        assert training.isdisjoint(validation) and len(training | validation) == 1000
-        assert 160 < len(validation) < 240
-        # a row stays on its side when others come and when the share grows
-        assert self.split(500, 0.2, first=500)[1] <= validation <= self.split(1000, 0.3)[1]
-
-    def test_another_folder_holds_the_validation_rows(self, image_folder):
-        data = load_data(DataConfig("builtin:shapes", resolution=8))
-        config = DataConfig("builtin:shapes", resolution=8, validation_dir=str(image_folder))
-        training, validation = split_data(data, config)
-        assert training is data and len(validation) == 10
-        assert split_data(data, DataConfig("builtin:shapes"))[1] is None
-
-    def test_an_empty_side_is_refused(self):
-        with pytest.raises(InputError, match=r"data.validation_split: 0.001 of 3 images leaves 3 to train on and 0 to"):
-            self.split(3, 0.001)
-
-
-class TestFingerprint:
-    def fingerprint(self, images, captions) -> str:
-        config = DataConfig(dataset="memory")
-        data = make_data(images, captions).cast_column("image", datasets.Image(decode=False))
-        return inspect_data(data, config)["sha256"]
-
-    def test_it_changes_with_one_pixel_one_caption_and_the_order(self):
-        images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)]
-        first = self.fingerprint(images, ["a", "b", "c"])
-        assert first == self.fingerprint(images, ["a", "b", "c"])
-        assert first != self.fingerprint(images, ["a", "b", "d"])
-        changed = [image.copy() for image in images]
-        changed[2].putpixel((7, 7), (2, 0, 1))
-        assert first != self.fingerprint(changed, ["a", "b", "c"])
-        assert first != self.fingerprint(images[::-1], ["a", "b", "c"][::-1])
-
-    def test_it_does_not_change_when_the_folder_moves(self, image_folder, tmp_path):
-        moved = tmp_path / "elsewhere"
-        moved.mkdir()
-        for path in image_folder.iterdir():
-            (moved / path.name).write_bytes(path.read_bytes())
-        digests = [
-            inspect_data(load_data(config), config)["sha256"]
-            for config in (DataConfig(dataset=str(folder)) for folder in (image_folder, moved))
-        ]
-        assert digests[0] == digests[1]
-
-    def test_what_is_no_image_or_no_caption_is_refused_by_name(self):
-        config = DataConfig(dataset="memory")
-        images = [{"bytes": b"no image", "path": "cat.png"}]
-        data = datasets.Dataset.from_dict({"image": images, "text": ["a cat"]})
-        with pytest.raises(InputError, match=r"cat.png: not an image"):
-            inspect_data(data, config)
-        data = datasets.Dataset.from_dict(
-            {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3]}
-        )
-        with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
-            inspect_data(data, config)

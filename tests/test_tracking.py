@@ -6,7 +6,8 @@ from conftest import metrics_without_times
 
 from difftrain_utils.config import Config, DataConfig, ModelConfig, TrainConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.tracking import Metrics, check_trackers, read_metrics
+from difftrain_utils.metrics_file import read_metrics
+from difftrain_utils.tracking import Metrics, check_trackers
 
 
 def start(output_dir, global_step: int) -> Metrics:
@@ -30,6 +31,14 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
     start(tmp_path, 3).log(4, {"loss": 0.125})
     assert [entry["step"] for entry in metrics_without_times(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path / "metrics.jsonl")[:3] == [json.loads(line) for line in lines[:3]]
+
+
+def test_a_damaged_file_is_not_cut_back(tmp_path):
+    damaged = '{"step": 1}\n{"st\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(InputError, match=r"/metrics\.jsonl line 2: not JSON: Unterminated string"):
+        start(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
 
 
 def test_trackers_are_refused_rather_than_dropped():

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 from difftrain_utils import posthoc_ema
 from difftrain_utils.config import parse_config
+from difftrain_utils.data import load_data
 from difftrain_utils.families import load_family
 from difftrain_utils.keyed_random import keyed_randn, seed_for
-from difftrain_utils.samples import Samples, collate, load_data
+from difftrain_utils.samples import Samples, collate
 from difftrain_utils.snapshot import weights_digest
 from difftrain_utils.timesteps import sample_timesteps
 
