@@ -11,13 +11,14 @@ a run can be stopped and resumed anywhere, or split over other numbers of proces
 """
 
 from difftrain_utils.config import MIXED_PRECISION, parse_config
-from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.errors import RunError, blame, one_line_errors
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is told at once
     with one_line_errors():
         config = parse_config()
 
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,21 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from difftrain_utils.checkpoints import delete_run, find_checkpoint, load_checkpoint, replace_folder, save_checkpoint
+from difftrain_utils.checkpoints import (
+    check_origin,
+    delete_run,
+    find_checkpoint,
+    is_finished,
+    load_checkpoint,
+    replace_folder,
+    save_checkpoint,
+    set_newer_aside,
+)
 from difftrain_utils.data import inspect_splits, load_data, split_data
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
+from difftrain_utils.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.launch import check_launch
 from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
@@ -42,13 +53,13 @@ from difftrain_utils.optimizers import build_optimizer
 from difftrain_utils.power_ema import PowerEMA
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
-from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
+from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
 from difftrain_utils.timesteps import sample_timesteps
 from difftrain_utils.tracking import Metrics, check_trackers
 
 
 def main(config):
-    seed, output_dir = config.train.seed, Path(config.train.output_dir)
+    seed, output_dir, started = config.train.seed, Path(config.train.output_dir), time.monotonic()
 
     # ── The machine ──────────────────────────────────────────────────────────────────────────────────────────
     if config.train.deterministic:
@@ -71,7 +82,10 @@ def main(config):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # ── The data, the model, and where to start. What is wrong with the input shows here, before any writing ─
-    checkpoint = None if config.train.overwrite else find_checkpoint(config.train.resume_from, output_dir)
+    checkpoint = find_checkpoint(config)
+    if is_finished(config, checkpoint):
+        accelerator.print(f"Nothing to do: {output_dir} is finished, at step {config.train.max_steps}")
+        return
     family = load_family(config)
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
@@ -88,9 +102,12 @@ def main(config):
     )
     if config.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
+    snapshot = None
     if accelerator.is_main_process:
         fingerprints = inspect_splits(data, validation_data, config.data)
         snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
+        if checkpoint is not None:
+            check_origin(checkpoint, snapshot, config)
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
@@ -102,23 +119,26 @@ def main(config):
     power_ema = None
     if config.ema.power_sigma_rels:
         power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
-    global_step, loss_sum = 0, torch.zeros((), device=accelerator.device)  # the sum since the last line of metrics
+    global_step, skipped_steps = 0, 0
+    loss_sum, loss_steps = torch.zeros((), device=accelerator.device), 0  # since the last line of metrics
     if checkpoint is not None:
-        state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema, config.train.max_steps)
-        global_step, loss_sum = state["global_step"], loss_sum + state["loss_sum"]
+        state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema)
+        global_step, skipped_steps, loss_steps = (state[n] for n in ("global_step", "skipped_steps", "loss_steps"))
+        loss_sum += state["loss_sum"]
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
     if accelerator.is_main_process:
         if config.train.overwrite:
             delete_run(output_dir)
-        write_snapshot(output_dir, snapshot)
+        set_newer_aside(output_dir, global_step)
+        write_snapshot(output_dir, snapshot, global_step, checkpoint)
     metrics = Metrics(accelerator, config, global_step)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    num_samples = config.train.max_steps * config.train.batch_size
+    samples = Samples(data, config.data, seed, config.train.max_steps * config.train.batch_size)
     train_dataloader = accelerator.prepare(
         torch.utils.data.DataLoader(
-            Samples(data, config.data, seed, num_samples),
-            sampler=range(global_step * config.train.batch_size, num_samples),
+            samples,
+            sampler=range(global_step * config.train.batch_size, len(samples)),
             batch_size=config.train.batch_size // config.train.gradient_accumulation_steps,
             collate_fn=collate,
             num_workers=config.data.num_workers,
@@ -129,6 +149,14 @@ def main(config):
     def is_due(every):
         return every > 0 and (global_step % every == 0 or global_step == config.train.max_steps)
 
+    def save(required=False):
+        state = {"global_step": global_step, "skipped_steps": skipped_steps, "loss_steps": loss_steps}
+        state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
+        parts = (snapshot, ema_model, power_ema)
+        save_checkpoint(accelerator, output_dir, state, *parts, config.train.keep_checkpoints, required)
+
+    step_loss, stop = torch.zeros_like(loss_sum), None  # the mean over the parts of a step
+    interruptions = Interruptions(config.train, accelerator, started)
     progress_bar = tqdm(total=config.train.max_steps, initial=global_step, desc="Steps", smoothing=0.05)
     clock, clock_step = time.perf_counter(), global_step
     for batch in train_dataloader:
@@ -165,13 +193,27 @@ def main(config):
             loss = losses.mean()
 
             accelerator.backward(loss)
-            if accelerator.sync_gradients and config.train.max_grad_norm is not None:
-                grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), config.train.max_grad_norm)
+            step_loss += loss.detach() / config.train.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(
+                    denoiser.parameters(),
+                    math.inf if config.train.max_grad_norm is None else config.train.max_grad_norm,
+                )
+                is_finite = grad_norm.isfinite().item()
+                if not is_finite and accelerator.scaler is None:  # with fp16 this is usual, and skipped by the scaler
+                    if config.train.on_nonfinite == "stop" or skipped_steps >= config.train.max_skipped_steps:
+                        save(required=True)
+                        raise RunError(samples.describe_nonfinite(global_step, config.train, grad_norm.item()))
+                    optimizer.zero_grad()  # without gradients the optimizer changes nothing
             optimizer.step()
             optimizer.zero_grad()
-        loss_sum += loss.detach()
         if not accelerator.sync_gradients:
             continue
+        if is_finite:
+            loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
+        else:
+            skipped_steps += 1
+        step_loss.zero_()
         lr = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema_model is not None:
@@ -182,16 +224,16 @@ def main(config):
         progress_bar.update()
 
         # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────────
-        logs = {}
+        logs, (stop, save_now) = {}, interruptions.poll()
         if global_step % config.train.log_every == 0:
-            num_losses = config.train.log_every * config.train.gradient_accumulation_steps
-            loss_mean = accelerator.reduce(loss_sum, "mean").item() / num_losses  # the device is asked only here
-            loss_sum.zero_()
-            if not math.isfinite(loss_mean):
-                raise InputError(f"the loss is {loss_mean} in steps {clock_step + 1} to {global_step}; stopping")
-            logs |= {"loss": loss_mean, "lr": lr}
-            if config.train.max_grad_norm is not None:
+            if loss_steps == 0:
+                raise RunError(f"no gradient was finite in steps {clock_step + 1} to {global_step}")
+            logs = {"loss": accelerator.reduce(loss_sum, "mean").item() / loss_steps, "lr": lr}
+            loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
+            if is_finite:
                 logs["grad_norm"] = grad_norm.item()
+            if skipped_steps:
+                logs["skipped_steps"] = skipped_steps
             samples = (global_step - clock_step) * config.train.batch_size
             logs["samples_per_second"] = samples / (time.perf_counter() - clock)
             progress_bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
@@ -216,19 +258,31 @@ def main(config):
         if power_ema is not None and is_due(config.ema.snapshot_every) and accelerator.is_main_process:
             names = [name for name, _ in accelerator.unwrap_model(denoiser).named_parameters()]
             power_ema.save_snapshot(output_dir, global_step, names)
-        if is_due(config.train.save_every) or global_step == config.train.max_steps:
-            loss_sum = accelerator.reduce(loss_sum, "mean")
-            state = {"global_step": global_step, "loss_sum": loss_sum.item()}
-            save_checkpoint(accelerator, output_dir, state, ema_model, power_ema, config.train.keep_checkpoints)
+        is_last = global_step == config.train.max_steps
+        if is_due(config.train.save_every) or save_now or stop or is_last:
+            save(required=stop or is_last)
+            interruptions.saved()
         if global_step % config.train.log_every == 0:
             clock, clock_step = time.perf_counter(), global_step
+        if stop:
+            break
     progress_bar.close()
+    interruptions.end()
+    if global_step < config.train.max_steps:
+        if accelerator.is_main_process:
+            end_snapshot(output_dir, global_step, stop)
+            print(f"Stopped at step {global_step} by {stop}; --resume-from latest goes on")
+        accelerator.end_training()
+        sys.exit(EXIT_CODE)
 
     # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
     if accelerator.is_main_process:
+        weights = {"raw": weights_digest(accelerator.unwrap_model(denoiser))}
         with evaluation_weights(denoiser, ema_model):
+            weights["pipeline"] = weights_digest(accelerator.unwrap_model(denoiser))
             family.save_pipeline(output_dir / "pipeline.partial", accelerator.unwrap_model(denoiser))
         replace_folder(output_dir / "pipeline.partial", output_dir / "pipeline")
+        end_snapshot(output_dir, global_step, "finished", weights)
         print(f"Done: {output_dir / 'pipeline'} holds the trained pipeline")
     accelerator.end_training()
 

@@ -84,14 +84,22 @@ class TrainConfig:
     """Everything random about a run is a function of this and of the number of the sample."""
     max_steps: int = 1000
     """Optimizer steps."""
+    max_hours: float | None = None
+    """Save and stop after this time, to be resumed; null: no limit."""
     batch_size: int = 16
     """Samples of one optimizer step, over all processes and accumulation steps."""
+    num_processes: int | None = None
+    """Refuse to start with another number of processes; null: with any."""
     gradient_accumulation_steps: int = 1
     """Parts that a batch is split into to save memory; the losses stay the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; null: no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When the gradient is infinite or NaN: save what was before and stop, or leave the step's update out."""
+    max_skipped_steps: int = 10
+    """Updates left out by `skip` before the run stops all the same."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Mixed precision; null: what `accelerate config` or `accelerate launch` says."""
     deterministic: bool = False
@@ -104,6 +112,8 @@ class TrainConfig:
     """Steps between two grids of `evaluation.prompts`; 0: none."""
     save_every: int = 500
     """Steps between two checkpoints; 0: only at the end."""
+    save_minutes: float | None = None
+    """Minutes after which a checkpoint is written besides; null: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
     report_to: str | list[str] | None = None
@@ -336,7 +346,10 @@ def check_config(config: Config) -> None:
     require(train.seed >= 0, "train.seed", "must be 0 or more")
     for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
         require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
-    for name in ("eval_every", "save_every", "keep_checkpoints"):
+    for name in ("max_hours", "save_minutes", "num_processes"):
+        value = getattr(train, name)
+        require(value is None or value > 0, f"train.{name}", "must be above 0, or null")
+    for name in ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps"):
         require(getattr(train, name) >= 0, f"train.{name}", "must be 0 or more")
     require(train.max_grad_norm is None or train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0, or null")
     require(train.cpu_threads is None or train.cpu_threads >= 1, "train.cpu_threads", "must be at least 1, or null")

@@ -1,5 +1,6 @@
-"""Bad input is told in one line that names the culprit, and exits with code 2."""
+"""What goes wrong is told in one line that names the culprit."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -7,9 +8,11 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+
 
 class InputError(ValueError):
-    """The user's input is wrong: config, data, model folder, checkpoint or command line.
+    """The user's input is wrong: config, data, model folder, checkpoint or command line. Exit code 2.
 
     The message is one line: the file, field or step, what was got and what is allowed.
     """
@@ -17,6 +20,13 @@ class InputError(ValueError):
 
 class RowError(InputError):
     """One row of the data is wrong, which perhaps only one of several processes gets to see."""
+
+
+class RunError(RuntimeError):
+    """A run with good input cannot go on: the loss is not finite, the disk is full. Exit code 1.
+
+    The message is one line: what happened at which step, and what is left to go on from.
+    """
 
 
 @contextmanager
@@ -27,22 +37,41 @@ def blame(culprit: str, *errors: type[Exception]) -> Iterator[None]:
     except InputError:  # names its culprit already
         raise
     except errors as error:
-        raise InputError(f"{culprit}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise InputError(f"{culprit}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Print a line on stderr, once for all processes, on a line of its own whatever progress bar is shown."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print an `InputError` as one line on stderr and exit with code 2.
+    """Print an `InputError`, a `RunError` or an error of the disk as one line on stderr, and exit with 2 or 1.
 
     What all processes see, the main process alone tells.
     """
     try:
         yield
-    except InputError as error:
+    except (InputError, RunError) as error:
         # A data loader's worker wraps the message in its traceback: the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        if os.environ.get("RANK", "0") == "0":
-            tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
-        elif isinstance(error, RowError):
-            print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the bar is another process's
-        sys.exit(2)
+        _tell(message, everywhere=isinstance(error, RowError))
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _tell(f"cannot write {error.filename or 'a file'}: {error.strerror}", everywhere=True)
+        sys.exit(1)
+
+
+def _tell(message: str, everywhere: bool) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
+    elif everywhere:
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the bar is another process's

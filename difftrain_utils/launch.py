@@ -1,15 +1,42 @@
 """Refuse to start where what was launched is not what was asked for."""
 
 import importlib.util
+import os
 
 from accelerate import Accelerator
 
 from difftrain_utils.config import MIXED_PRECISION, Config, check_immiscible, check_split
 from difftrain_utils.errors import InputError
 
+# who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
 
 def check_launch(config: Config, accelerator: Accelerator) -> None:
-    """Raise InputError unless the batch splits over the processes and what the config asks for is possible here."""
+    """Raise InputError unless accelerate runs what was launched and configured, and the batch splits over it.
+
+    Accelerate falls back without a word: processes that do not find each other train a copy each, and on a CPU FSDP and
+    DeepSpeed become something else.
+    """
+    launched = next((int(os.environ[name]) for name in WORLD_SIZES if name in os.environ), 1)
+    for asked, whose in ((config.train.num_processes, "train.num_processes asks for"), (launched, "launched were")):
+        if asked not in (None, accelerator.num_processes):
+            raise InputError(
+                f"accelerate launch: {whose} {asked} processes, accelerate runs {accelerator.num_processes}; on a CPU, "
+                "ACCELERATE_USE_CPU=true accelerate launch --config_file accelerate_configs/cpu_ddp.yaml starts two"
+            )
+    for variable, engine in ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(f"accelerate launch: asked for {engine}; this script runs on one device or with DDP")
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
+        raise InputError(f"accelerate launch: asked for torch.compile ({backend}), which this script does not do yet")
+    if accelerator.mixed_precision not in MIXED_PRECISION.values():
+        raise InputError(f"accelerate launch: asked for {accelerator.mixed_precision}; there is fp32, fp16 and bf16")
     check_split(config.train, accelerator.num_processes)
     check_immiscible(config, accelerator.num_processes)
     asked = MIXED_PRECISION[config.train.precision]

@@ -7,6 +7,8 @@ from typing import Any
 
 from difftrain_utils.errors import InputError, blame
 
+TIMES = ("samples_per_second",)  # what differs between two equal runs
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl, in order; a last line that a crash cut off is left out.

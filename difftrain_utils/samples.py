@@ -6,6 +6,7 @@ state of a data loader, and processes and gradient accumulation only split [s·G
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from difftrain_utils.config import DataConfig
-from difftrain_utils.data import read_row
+from difftrain_utils.config import DataConfig, TrainConfig
+from difftrain_utils.data import image_name, read_row
 from difftrain_utils.keyed_random import generator_for
 
 
@@ -35,6 +36,20 @@ class Samples(torch.utils.data.Dataset):
         """The row of sample k: epochs are permutations, each image comes once in each."""
         epoch, position = divmod(k, len(self.data))
         return _permutation(self.seed, epoch, len(self.data))[position].item()
+
+    def names_of(self, keys: Iterable[int]) -> list[str]:
+        """The file names of the samples `keys`."""
+        rows = [self.index_of(k) for k in keys]
+        return [image_name(self.data[row][self.config.image_column], row) for row in rows]
+
+    def describe_nonfinite(self, global_step: int, train: TrainConfig, grad_norm: float) -> str:
+        """What to tell when the step after `global_step` has a gradient that is not finite."""
+        first, last = global_step * train.batch_size, (global_step + 1) * train.batch_size - 1
+        names = ", ".join(dict.fromkeys(self.names_of(range(first, last + 1))))
+        return (
+            f"the norm of the gradient is {grad_norm} at step {global_step + 1}, samples {first} to {last} ({names}); "
+            f"{train.output_dir}/checkpoint-{global_step} holds the state before it"
+        )
 
     def _transform(self, image: Image.Image, k: int) -> torch.Tensor:
         across, down = torch.rand(2, generator=generator_for(self.seed, "crop", k)).tolist()

@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config import Config
+from difftrain_utils.metrics_file import TIMES, read_metrics
 
+CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow")
 ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -34,8 +36,9 @@ def take_snapshot(
     `modules` are those of the base model, before training; `data` is what `inspect_splits` returned.
     """
     manifest = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": _now(),
         "command": sys.argv,
+        "host": platform.node(),
         "git": describe_git(Path(sys.argv[0]).resolve().parent),
         "versions": {"python": platform.python_version(), **_versions(PACKAGES)},
         "seed": config.train.seed,
@@ -52,16 +55,67 @@ def take_snapshot(
         "data": data,
     }
     return {
-        "config.resolved.yaml": config.to_yaml(),
-        "env.json": _json(describe_environment()),
-        "run_manifest.json": _json(manifest),
+        CONFIG_FILE: config.to_yaml(),
+        ENVIRONMENT_FILE: _json(describe_environment()),
+        MANIFEST_FILE: _json(manifest),
     }
 
 
-def write_snapshot(output_dir: Path, snapshot: dict[str, str]) -> None:
+def write_snapshot(
+    output_dir: Path, snapshot: dict[str, str], global_step: int = 0, checkpoint: Path | None = None
+) -> None:
+    """Write the files of a run that starts at `global_step`, from `checkpoint` if it goes on from one.
+
+    `segments` of the manifest lists each start: when, on which host, from which step, and as `differs` what of the
+    manifest was not as at the first start. A run that goes on in its folder keeps the rest of its first manifest.
+    """
+    manifest = json.loads(snapshot[MANIFEST_FILE])
+    segment = {name: manifest[name] for name in ("started", "host", "command")} | {"from_step": global_step}
+    first = manifest | {"segments": []}
+    if checkpoint is not None:
+        segment["resumed_from"] = str(checkpoint)
+        if checkpoint.resolve().parent == output_dir.resolve():
+            first = read_manifest(output_dir)
+            first.pop("final", None)
+            segment["differs"] = {
+                name: value for name, value in manifest.items() if name not in segment and value != first.get(name)
+            }
+    first["segments"] = [*first["segments"], segment]
+    snapshot[MANIFEST_FILE] = _json(first)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, content in snapshot.items():
-        (output_dir / name).write_text(content, encoding="utf-8")
+        write_text(output_dir / name, content)
+
+
+def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[str, str] | None = None) -> None:
+    """Note in the manifest where the present segment ended, and why.
+
+    `weights`, the digests of the final weights, end the run: they are noted as `final`, with that of the loss trace.
+    """
+    manifest = read_manifest(output_dir)
+    manifest["segments"][-1] |= {"ended": _now(), "to_step": global_step, "reason": reason}
+    if weights is not None:
+        trace = loss_trace_digest(output_dir / "metrics.jsonl")
+        manifest["final"] = {"global_step": global_step, "weights": weights, "loss_trace": trace}
+    write_text(output_dir / MANIFEST_FILE, _json(manifest))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file whole: a kill or a full disk leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+
+
+def loss_trace_digest(path: Path) -> str:
+    """SHA-256 over a metrics.jsonl without the times of its steps."""
+    entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
+    metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
+    return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:
@@ -113,6 +167,10 @@ def set_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _json(content: Any) -> str:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     with blame("train.precision", ValueError):
         accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
     check_launch(config, accelerator)
-    find_checkpoint(config.train.resume_from, Path(config.train.output_dir))
+    find_checkpoint(config)
     family = load_family(config)
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())

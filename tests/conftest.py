@@ -18,10 +18,10 @@ from PIL import Image
 from difftrain_utils import shapes
 from difftrain_utils.config import Config, DataConfig, ModelConfig, parse_config
 from difftrain_utils.families import load_family
+from difftrain_utils.metrics_file import TIMES
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_text_to_image.py"
-TIMES = ("samples_per_second",)
 
 
 @pytest.fixture(scope="session")
