@@ -11,7 +11,7 @@ a run can be stopped and resumed anywhere, or split over other numbers of proces
 """
 
 from difftrain_utils.config import MIXED_PRECISION, parse_config
-from difftrain_utils.errors import RunError, blame, one_line_errors
+from difftrain_utils.errors import RunError, blame, one_line_errors, writing
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is told at once
     with one_line_errors():
@@ -226,10 +226,14 @@ def main(config):
         # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────────
         logs, (stop, save_now) = {}, interruptions.poll()
         if global_step % config.train.log_every == 0:
-            if loss_steps == 0:
-                raise RunError(f"no gradient was finite in steps {clock_step + 1} to {global_step}")
-            logs = {"loss": accelerator.reduce(loss_sum, "mean").item() / loss_steps, "lr": lr}
-            loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
+            if accelerator.scaler is not None and accelerator.scaler.get_scale() < 1e-4:
+                raise RunError(
+                    f"at step {global_step} fp16 finds no loss scale for which the gradient is finite; use bf16"
+                )
+            if loss_steps:
+                logs["loss"] = accelerator.reduce(loss_sum, "mean").item() / loss_steps
+                loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
+            logs["lr"] = lr
             if is_finite:
                 logs["grad_norm"] = grad_norm.item()
             if skipped_steps:
@@ -278,10 +282,10 @@ def main(config):
     # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
     if accelerator.is_main_process:
         weights = {"raw": weights_digest(accelerator.unwrap_model(denoiser))}
-        with evaluation_weights(denoiser, ema_model):
+        with evaluation_weights(denoiser, ema_model), writing(output_dir / "pipeline"):
             weights["pipeline"] = weights_digest(accelerator.unwrap_model(denoiser))
             family.save_pipeline(output_dir / "pipeline.partial", accelerator.unwrap_model(denoiser))
-        replace_folder(output_dir / "pipeline.partial", output_dir / "pipeline")
+            replace_folder(output_dir / "pipeline.partial", output_dir / "pipeline")
         end_snapshot(output_dir, global_step, "finished", weights)
         print(f"Done: {output_dir / 'pipeline'} holds the trained pipeline")
     accelerator.end_training()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
@@ -38,6 +39,15 @@ def blame(culprit: str, *errors: type[Exception]) -> Iterator[None]:
         raise
     except errors as error:
         raise InputError(f"{culprit}: {one_line(error)}") from error
+
+
+@contextmanager
+def writing(path: os.PathLike) -> Iterator[None]:
+    """Turn what stops a file or folder from being written into a RunError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {path}: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from difftrain_utils.errors import writing
+
 MAX_SIGMA_REL = 0.28  # γ = 0, the plain mean of all steps, has 0.289
 SNAPSHOTS = "ema_snapshots"
 
@@ -162,10 +164,11 @@ class PowerEMA:
             path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
             partial = path.with_name(path.name + ".partial")
             tensors = {name: average.contiguous() for name, average in zip(names, averages, strict=True)}
-            save_file(tensors, partial, {"sigma_rel": str(sigma_rel), "step": str(global_step)})
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            with writing(path):
+                save_file(tensors, partial, {"sigma_rel": str(sigma_rel), "step": str(global_step)})
+                with open(partial, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
 
 
 def _describe(tensor: torch.Tensor) -> str:

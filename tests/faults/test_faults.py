@@ -1,0 +1,192 @@
+"""Faults injected into real runs: kills at any moment, disks that fail, checkpoints that rot."""
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # accelerate brings it
+import pytest
+from conftest import ROOT, SCRIPT, launch, launch_environment, metrics_without_times, options, pipeline_bytes, train
+from test_training import assert_refused
+
+from difftrain_utils.checkpoints import PARTIAL, find_checkpoint, list_checkpoints
+from difftrain_utils.config import parse_config
+from difftrain_utils.errors import InputError
+
+HERE = Path(__file__).parent
+ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them
+
+
+@pytest.fixture(scope="session")
+def faults_library(tmp_path_factory) -> Path:
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("needs Linux and a C compiler")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"], check=True)
+    return library
+
+
+def fault(library: Path, path: str, at: int, error: int) -> dict[str, str]:
+    """Environment variables that let the `at`-th operation on files named like `path` fail."""
+    return {"LD_PRELOAD": str(library), "FAULT_PATH": path, "FAULT_AT": str(at), "FAULT_ERROR": str(error)}
+
+
+def start(argv: list[str], num_processes: int, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *argv]
+    if num_processes > 1:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
+        environment = environment | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment() | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def kill(run: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and all that it started."""
+    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
+        process.kill()
+    run.wait()
+
+
+def run_with_kills(argv, output_dir, kills, num_processes, faults_library, seed) -> int:
+    """Start again and again, killed at random moments and, every third time, at a random file operation of a save, then
+    let it end. Returns how many kills left half a checkpoint behind."""
+    chance, inside_a_save, done = random.Random(seed), 0, 0
+    command = [*argv, "--output-dir", str(output_dir), "--resume-from", "latest"]
+    while done < kills:
+        in_save = done % 3 == 2
+        environment = fault(faults_library, PARTIAL, chance.randint(1, 300), KILL) if in_save else {}
+        run, metrics = start(command, num_processes, environment), output_dir / "metrics.jsonl"
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        while not in_save and run.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        if in_save:
+            run.wait()
+            if num_processes == 1:
+                assert run.returncode in (-9, 0)
+        else:
+            time.sleep(chance.uniform(0, 1.5))
+        if run.poll() is None:
+            kill(run)
+        assert not (output_dir / "pipeline").exists(), "the run is too short for so many kills"
+        inside_a_save += bool(list(output_dir.glob(f"checkpoint-*{PARTIAL}")))
+        done += 1
+    run = start(command, num_processes, {})
+    assert run.wait() == 0
+    return inside_a_save
+
+
+def assert_same_end(run: Path, unbroken: Path) -> None:
+    assert pipeline_bytes(run) == pipeline_bytes(unbroken)
+    assert metrics_without_times(run) == metrics_without_times(unbroken)
+    assert list(run.glob(f"*{PARTIAL}")) == []
+
+
+@pytest.mark.parametrize(
+    ("kills", "num_processes", "accumulation"),
+    [(5, 1, 4), *(pytest.param(9, n, a, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4))],
+)
+def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
+    short_run, tmp_path, faults_library, kills, num_processes, accumulation
+):
+    fields = {"train.max_steps": 15 * kills, "train.batch_size": 8, "train.gradient_accumulation_steps": accumulation}
+    argv = [*short_run, *options(fields | {"lr_scheduler.num_warmup_steps": 9})]
+    unbroken = start([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
+    assert unbroken.wait() == 0
+    inside = run_with_kills(argv, tmp_path / "killed", kills, num_processes, faults_library, seed=accumulation)
+    assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
+    assert inside >= 1
+
+
+@pytest.mark.parametrize("error", [ENOSPC, EIO])
+def test_a_write_that_fails_anywhere_in_a_save_loses_nothing(tmp_path, faults_library, error):
+    environment = launch_environment() | fault(faults_library, PARTIAL, -1, error)
+    command = [sys.executable, str(HERE / "saves.py"), str(tmp_path), str(error)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    failed, operations = (int(word) for word in result.stdout.split() if word.isdigit())
+    assert failed >= operations - 1 > 40
+
+
+def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults_library):
+    """The first save fails; the run goes on, and ends like one that had no such trouble."""
+    unbroken = train([*short_run, "--output-dir", str(tmp_path / "unbroken")])
+    run = tmp_path / "run"
+    result = launch_with(fault(faults_library, "checkpoint-2.partial", 9, ENOSPC), short_run)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1 and f"cannot save {run}/checkpoint-2: " in lines[0]
+    assert lines[0].endswith("training goes on, there is no checkpoint yet")
+    assert_same_end(run, unbroken)
+    assert [step for step, _ in list_checkpoints(run)] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("metrics.jsonl", "error: cannot write .*: No space left on device"),
+        ("checkpoint-6.partial", "error: cannot save .*checkpoint-6: .*; the newest checkpoint is checkpoint-4"),
+        ("pipeline.partial", "error: cannot write .*pipeline: .*No space left on device.*"),
+    ],
+)
+def test_where_a_run_cannot_go_on_it_says_so_in_a_line(short_run, tmp_path, faults_library, path, message):
+    result = launch_with(fault(faults_library, path, 7, ENOSPC), short_run)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.fullmatch(message, errors[0]) and "Traceback" not in result.stderr, result.stderr
+    # and the same command, with room again, ends like a run that had no such trouble
+    assert launch([*short_run, "--resume-from", "latest"]).returncode == 0
+    assert_same_end(tmp_path / "run", train([*short_run, "--output-dir", str(tmp_path / "unbroken")]))
+
+
+def launch_with(environment: dict[str, str], argv: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, cwd=ROOT, env=launch_environment() | environment, capture_output=True, text=True)
+
+
+def test_a_byte_that_flips_in_a_checkpoint_is_noticed(short_run, tmp_path):
+    """Each file of the newest checkpoint in turn: an explicit resume refuses it, `latest` takes the one before."""
+    output_dir = train([*short_run, "--ema.power_sigma_rels", "[0.1]"])
+    common = [*short_run, "--ema.power_sigma_rels", "[0.1]"]
+    latest = parse_config([*common, "--resume-from", "latest"])
+    newest, before = output_dir / "checkpoint-6", output_dir / "checkpoint-4"
+    explicit = parse_config([*common, "--output-dir", str(tmp_path / "branch"), "--resume-from", str(newest)])
+    assert find_checkpoint(latest) == find_checkpoint(explicit) == newest
+    paths = sorted(path for path in newest.iterdir())
+    assert len(paths) == 10
+    chance = random.Random(0)
+    for path in paths:
+        content = path.read_bytes()
+        for place in (0, len(content) - 1, chance.randrange(len(content))):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(flipped)
+            with pytest.raises(InputError, match=r"checkpoint-6 is damaged: ") as told:
+                find_checkpoint(explicit)
+            if path.name != "SHA256SUMS":
+                assert str(told.value).endswith(f"{path.name} has not the SHA-256 that SHA256SUMS says")
+            assert find_checkpoint(latest) == before
+        path.unlink()
+        assert find_checkpoint(latest) == before
+        path.write_bytes(content)
+    assert find_checkpoint(latest) == newest
+    (newest / "more.bin").touch()
+    assert find_checkpoint(latest) == before
+
+    # a run goes on from the intact one, and ends as it did; the damaged one is kept aside
+    first = pipeline_bytes(output_dir), metrics_without_times(output_dir)
+    result = launch([*common, "--resume-from", "latest"])
+    assert f"warning: {newest} is damaged: SHA256SUMS does not list what is there; going on" in result.stderr
+    assert (pipeline_bytes(output_dir), metrics_without_times(output_dir)) == first
+    assert find_checkpoint(latest) == newest and (output_dir / "checkpoint-6.damaged").is_dir()
+    for step in (4, 6):
+        (output_dir / f"checkpoint-{step}/model.safetensors").write_bytes(b"")
+    assert_refused(
+        launch([*common, "--resume-from", "latest"]),
+        r"train.resume_from: no intact checkpoint: .*checkpoint-6 is damaged: .*checkpoint-4 is damaged: model.safet",
+    )
