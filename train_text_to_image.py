@@ -32,6 +32,7 @@ from difftrain_utils.checkpoints import delete_run, find_checkpoint, load_checkp
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
+from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.launch import check_launch
 from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
@@ -75,6 +76,7 @@ def main(config):
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
         data, validation_data = split_data(load_data(config.data), config.data)
+        metric_networks = load_metric_networks(config, validation_data, accelerator.device)
     noise_scheduler, models = family.noise_scheduler, [family.denoiser.train()]  # models: all that is trained
     if config.loss.learned_uncertainty:
         models.append(LearnedUncertainty())
@@ -210,6 +212,10 @@ def main(config):
             metrics.log_images(global_step, "samples", images)
             if config.evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, config.evaluation.prompts) / len(images)
+        if is_due(config.train.eval_every) and metric_networks:
+            with evaluation_weights(denoiser, ema_model), accelerator.autocast():
+                pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
+                logs |= image_metrics(accelerator, metric_networks, pipeline, validation_data, config)
         if logs:
             metrics.log(global_step, logs)
         if power_ema is not None and is_due(config.ema.snapshot_every) and accelerator.is_main_process:
