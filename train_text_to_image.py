@@ -43,6 +43,7 @@ from difftrain_utils.data import inspect_splits, load_data, split_data
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
+from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.launch import check_launch
@@ -90,6 +91,7 @@ def main(config):
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
         data, validation_data = split_data(load_data(config.data), config.data)
+        metric_networks = load_metric_networks(config, validation_data, accelerator.device)
     noise_scheduler, models = family.noise_scheduler, [family.denoiser.train()]  # models: all that is trained
     if config.loss.learned_uncertainty:
         models.append(LearnedUncertainty())
@@ -134,11 +136,11 @@ def main(config):
     metrics = Metrics(accelerator, config, global_step)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    samples = Samples(data, config.data, seed, config.train.max_steps * config.train.batch_size)
+    train_dataset = Samples(data, config.data, seed, config.train.max_steps * config.train.batch_size)
     train_dataloader = accelerator.prepare(
         torch.utils.data.DataLoader(
-            samples,
-            sampler=range(global_step * config.train.batch_size, len(samples)),
+            train_dataset,
+            sampler=range(global_step * config.train.batch_size, len(train_dataset)),
             batch_size=config.train.batch_size // config.train.gradient_accumulation_steps,
             collate_fn=collate,
             num_workers=config.data.num_workers,
@@ -203,7 +205,7 @@ def main(config):
                 if not is_finite and accelerator.scaler is None:  # with fp16 this is usual, and skipped by the scaler
                     if config.train.on_nonfinite == "stop" or skipped_steps >= config.train.max_skipped_steps:
                         save(required=True)
-                        raise RunError(samples.describe_nonfinite(global_step, config.train, grad_norm.item()))
+                        raise RunError(train_dataset.describe_nonfinite(global_step, config.train, grad_norm.item()))
                     optimizer.zero_grad()  # without gradients the optimizer changes nothing
             optimizer.step()
             optimizer.zero_grad()
@@ -227,9 +229,7 @@ def main(config):
         logs, (stop, save_now) = {}, interruptions.poll()
         if global_step % config.train.log_every == 0:
             if accelerator.scaler is not None and accelerator.scaler.get_scale() < 1e-4:
-                raise RunError(
-                    f"at step {global_step} fp16 finds no loss scale for which the gradient is finite; use bf16"
-                )
+                raise RunError(f"at step {global_step} no loss scale makes fp16's gradient finite; use bf16")
             if loss_steps:
                 logs["loss"] = accelerator.reduce(loss_sum, "mean").item() / loss_steps
                 loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
@@ -257,6 +257,10 @@ def main(config):
             metrics.log_images(global_step, "samples", images)
             if config.evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, config.evaluation.prompts) / len(images)
+        if is_due(config.train.eval_every) and metric_networks:
+            with evaluation_weights(denoiser, ema_model), accelerator.autocast():
+                pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
+                logs |= image_metrics(accelerator, metric_networks, pipeline, validation_data, config)
         if logs:
             metrics.log(global_step, logs)
         if power_ema is not None and is_due(config.ema.snapshot_every) and accelerator.is_main_process:

@@ -109,7 +109,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of metrics (the loss is the mean since the last line)."""
     eval_every: int = 500
-    """Steps between two grids of `evaluation.prompts`; 0: none."""
+    """Steps between two evaluations: grids, validation loss and image metrics; 0: none."""
     save_every: int = 500
     """Steps between two checkpoints; 0: only at the end."""
     save_minutes: float | None = None
@@ -260,7 +260,7 @@ class EmaConfig:
 
 @dataclass
 class EvaluationConfig:
-    """The grid of images and the validation loss that show the progress."""
+    """The grid of images, the validation loss and the image metrics that show the progress."""
 
     prompts: list[str] = field(default_factory=list)
     """One image each."""
@@ -278,6 +278,13 @@ class EvaluationConfig:
     """Noise levels from low to high that the validation loss is told for."""
     shapes_judge: bool = False
     """Count the images that show the colour and shape of their prompts (for `builtin:shapes`)."""
+    fid_features: str | None = None
+    """Network whose features FID and KID compare: an image model of transformers (a folder or hub name, such as
+    `facebook/dinov2-base`) or `inception`; null: no FID and KID."""
+    clip_score_model: str | None = None
+    """CLIP model of the CLIP score (a folder or hub name, such as `openai/clip-vit-base-patch16`); null: none."""
+    num_metric_images: int = 1000
+    """Images generated for these metrics, from the captions of as many held-out images."""
 
 
 @dataclass
@@ -384,6 +391,13 @@ def check_config(config: Config) -> None:
         not evaluation.shapes_judge or data.dataset == "builtin:shapes",
         "evaluation.shapes_judge", f"needs data.dataset builtin:shapes (it is {data.dataset!r})",
     )  # fmt: skip
+    for name in ("fid_features", "clip_score_model"):
+        require(getattr(evaluation, name) != "", f"evaluation.{name}", "must not be empty")
+        require(
+            getattr(evaluation, name) is None or data.validation_split or data.validation_dir,
+            f"evaluation.{name}", "needs held-out images: data.validation_split or data.validation_dir",
+        )  # fmt: skip
+    require(evaluation.num_metric_images >= 2, "evaluation.num_metric_images", "must be at least 2")
 
 
 def check_objective(config: Config, require: Callable[[bool, str, str], None]) -> None:

@@ -2,7 +2,7 @@
 take nothing from the training stream."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,12 +37,14 @@ def evaluation_weights(denoiser: torch.nn.Module, ema_model: EMAModel | None) ->
 
 
 @torch.no_grad()
-def generate(pipeline: DiffusionPipeline, config: EvaluationConfig, resolution: int) -> list[Image.Image]:
-    """One image for each prompt; prompt i's noise depends on (evaluation.seed, i) alone."""
-    images = []
+def generate(
+    pipeline: DiffusionPipeline, config: EvaluationConfig, resolution: int, keys: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone. None: keys[i] is i."""
+    images, keys = [], range(len(config.prompts)) if keys is None else keys
     for start in range(0, len(config.prompts), config.batch_size):
         prompts = config.prompts[start : start + config.batch_size]
-        generators = [generator_for(config.seed, "evaluation", start + i) for i in range(len(prompts))]
+        generators = [generator_for(config.seed, "evaluation", k) for k in keys[start : start + len(prompts)]]
         images += pipeline(
             prompts,
             height=resolution,

@@ -47,3 +47,5 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
         raise InputError("train.precision: fp16 needs a GPU; a CPU has bf16 and fp32")
     if config.noise.immiscible and importlib.util.find_spec("scipy") is None:
         raise InputError("noise.immiscible: scipy is not installed (pip install scipy)")
+    if config.evaluation.fid_features and importlib.util.find_spec("torchmetrics") is None:
+        raise InputError("evaluation.fid_features: torchmetrics is not installed (pip install torchmetrics)")

@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.checkpoints import find_checkpoint
     from difftrain_utils.data import inspect_splits, load_data, split_data
     from difftrain_utils.families import load_family
+    from difftrain_utils.image_metrics import load_metric_networks
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())
     data, validation_data = split_data(load_data(config.data), config.data)
+    load_metric_networks(config, validation_data, accelerator.device)
     fingerprints = inspect_splits(data, validation_data, config.data)
     snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
     write_snapshot(Path(config.train.output_dir), snapshot)
