@@ -103,9 +103,11 @@ def main(config):
     if config.ema.power_sigma_rels:
         power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
     global_step, loss_sum = 0, torch.zeros((), device=accelerator.device)  # the sum since the last line of metrics
+    skipped_rows = torch.zeros_like(loss_sum)  # likewise
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema, config.train.max_steps)
         global_step, loss_sum = state["global_step"], loss_sum + state["loss_sum"]
+        skipped_rows += state.get("skipped_rows", 0) / accelerator.num_processes
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
     if accelerator.is_main_process:
         if config.train.overwrite:
@@ -170,6 +172,7 @@ def main(config):
             optimizer.step()
             optimizer.zero_grad()
         loss_sum += loss.detach()
+        skipped_rows += sum(batch["skipped"])
         if not accelerator.sync_gradients:
             continue
         lr = lr_scheduler.get_last_lr()[0]
@@ -190,6 +193,9 @@ def main(config):
             if not math.isfinite(loss_mean):
                 raise InputError(f"the loss is {loss_mean} in steps {clock_step + 1} to {global_step}; stopping")
             logs |= {"loss": loss_mean, "lr": lr}
+            if config.data.on_bad_row == "skip":
+                logs["skipped_rows"] = round(accelerator.reduce(skipped_rows, "sum").item())
+                skipped_rows.zero_()
             if config.train.max_grad_norm is not None:
                 logs["grad_norm"] = grad_norm.item()
             samples = (global_step - clock_step) * config.train.batch_size
@@ -217,8 +223,12 @@ def main(config):
             names = [name for name, _ in accelerator.unwrap_model(denoiser).named_parameters()]
             power_ema.save_snapshot(output_dir, global_step, names)
         if is_due(config.train.save_every) or global_step == config.train.max_steps:
-            loss_sum = accelerator.reduce(loss_sum, "mean")
-            state = {"global_step": global_step, "loss_sum": loss_sum.item()}
+            loss_sum, skipped_rows = (accelerator.reduce(total, "mean") for total in (loss_sum, skipped_rows))
+            state = {
+                "global_step": global_step,
+                "loss_sum": loss_sum.item(),
+                "skipped_rows": round(skipped_rows.item() * accelerator.num_processes),
+            }
             save_checkpoint(accelerator, output_dir, state, ema_model, power_ema, config.train.keep_checkpoints)
         if global_step % config.train.log_every == 0:
             clock, clock_step = time.perf_counter(), global_step
