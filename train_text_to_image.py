@@ -103,7 +103,7 @@ def main(config):
     if config.ema.power_sigma_rels:
         power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
     global_step, loss_sum = 0, torch.zeros((), device=accelerator.device)  # the sum since the last line of metrics
-    skipped_rows = torch.zeros_like(loss_sum)  # likewise
+    skipped_rows = torch.zeros_like(loss_sum)  # likewise, the samples that other rows stand in for
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema, config.train.max_steps)
         global_step, loss_sum = state["global_step"], loss_sum + state["loss_sum"]
