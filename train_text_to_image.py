@@ -56,7 +56,7 @@ from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
 from difftrain_utils.timesteps import sample_timesteps
-from difftrain_utils.tracking import Metrics, check_trackers
+from difftrain_utils.tracking import Metrics, Totals, check_trackers
 
 
 def main(config):
@@ -121,12 +121,10 @@ def main(config):
     power_ema = None
     if config.ema.power_sigma_rels:
         power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
-    global_step, skipped_steps = 0, 0
-    loss_sum, loss_steps = torch.zeros((), device=accelerator.device), 0  # since the last line of metrics
+    global_step, skipped_steps, state = 0, 0, {}
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema)
-        global_step, skipped_steps, loss_steps = (state[n] for n in ("global_step", "skipped_steps", "loss_steps"))
-        loss_sum += state["loss_sum"]
+        global_step, skipped_steps = state["global_step"], state["skipped_steps"]
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
     if accelerator.is_main_process:
         if config.train.overwrite:
@@ -134,6 +132,7 @@ def main(config):
         set_newer_aside(output_dir, global_step)
         write_snapshot(output_dir, snapshot, global_step, checkpoint)
     metrics = Metrics(accelerator, config, global_step)
+    totals = Totals(accelerator, state.get("totals"))  # of the steps since the last line of metrics
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
     train_dataset = Samples(data, config.data, seed, config.train.max_steps * config.train.batch_size)
@@ -152,12 +151,11 @@ def main(config):
         return every > 0 and (global_step % every == 0 or global_step == config.train.max_steps)
 
     def save(required=False):
-        state = {"global_step": global_step, "skipped_steps": skipped_steps, "loss_steps": loss_steps}
-        state["loss_sum"] = accelerator.reduce(loss_sum, "mean").item()
+        state = {"global_step": global_step, "skipped_steps": skipped_steps, "totals": totals.state()}
         parts = (snapshot, ema_model, power_ema)
         save_checkpoint(accelerator, output_dir, state, *parts, config.train.keep_checkpoints, required)
 
-    step_loss, stop = torch.zeros_like(loss_sum), None  # the mean over the parts of a step
+    stop = None
     interruptions = Interruptions(config.train, accelerator, started)
     progress_bar = tqdm(total=config.train.max_steps, initial=global_step, desc="Steps", smoothing=0.05)
     clock, clock_step = time.perf_counter(), global_step
@@ -195,7 +193,7 @@ def main(config):
             loss = losses.mean()
 
             accelerator.backward(loss)
-            step_loss += loss.detach() / config.train.gradient_accumulation_steps
+            totals.add(loss.detach() / config.train.gradient_accumulation_steps, batch["skipped"])
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(
                     denoiser.parameters(),
@@ -211,11 +209,8 @@ def main(config):
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
-        if is_finite:
-            loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
-        else:
-            skipped_steps += 1
-        step_loss.zero_()
+        totals.end_step(is_finite)
+        skipped_steps += not is_finite
         lr = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
         if ema_model is not None:
@@ -230,10 +225,9 @@ def main(config):
         if global_step % config.train.log_every == 0:
             if accelerator.scaler is not None and accelerator.scaler.get_scale() < 1e-4:
                 raise RunError(f"at step {global_step} no loss scale makes fp16's gradient finite; use bf16")
-            if loss_steps:
-                logs["loss"] = accelerator.reduce(loss_sum, "mean").item() / loss_steps
-                loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
-            logs["lr"] = lr
+            logs = totals.take() | {"lr": lr}
+            if config.data.on_bad_row == "stop":
+                del logs["skipped_rows"]
             if is_finite:
                 logs["grad_norm"] = grad_norm.item()
             if skipped_steps:

@@ -24,7 +24,7 @@ from difftrain_utils.errors import InputError, blame, one_line_errors
 from difftrain_utils.metrics_file import read_metrics
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
-NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "samples_per_second"}  # as final metrics
+NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "samples_per_second", "skipped_rows"}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
 VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
@@ -307,6 +307,8 @@ def notes(runs: list[Run]) -> list[str]:
     for run in runs:
         if (losses := validation_loss(run)) and losses[-1][0] != steps_done(run):
             found.append(f"{run.name} was last validated at step {losses[-1][0]}, not at its last step")
+        if skipped := sum(count for _, count in series(run, "skipped_rows")):
+            found.append(f"{run.name} took {skipped} samples from other rows than were due, which could not be read")
     if any(name.startswith(OBJECTIVE) for name in differences(runs)[0]):
         found.append("the training losses are of different objectives: do not compare them")
     if len(runs) > 1 and not any(run.facts.get("git.commit") for run in runs):

@@ -65,6 +65,9 @@ class DataConfig:
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dir: str | None = None
     """Another data set for the validation loss, instead of a share of this one."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
+    (`skipped_rows` in metrics.jsonl)."""
     num_workers: int = 0
     """Processes that load images, for each training process; 0: the training process does it."""
 

@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from difftrain_utils.errors import InputError, RowError, blame
 from difftrain_utils.shapes import draw_shape
 
 NUM_BUILTIN_SHAPES = 1800
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is an error here: open_image_header
 
 
 def load_data(config: DataConfig) -> datasets.Dataset:
@@ -34,9 +38,8 @@ def load_data(config: DataConfig) -> datasets.Dataset:
     else:
         arguments = {"path": config.dataset}
         if folder.is_dir():
-            metadata = [path for path in (folder, folder / config.split) if (path / "metadata.jsonl").is_file()]
-            if metadata:
-                check_metadata(metadata[0], config)
+            if (metadata := find_metadata(config)) is not None:
+                check_metadata(metadata, config)
                 arguments = {"path": "imagefolder", "data_dir": str(folder)}
             elif any(next(folder.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow")):
                 arguments = {"path": str(folder)}
@@ -95,48 +98,78 @@ def draw_shapes(resolution: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
 
 
-def check_metadata(folder: Path, config: DataConfig) -> None:
-    """Raise InputError for the first line of `metadata.jsonl` that is not what an image folder needs."""
-    path = folder / "metadata.jsonl"
+def find_metadata(config: DataConfig) -> Path | None:
+    """The `metadata.jsonl` of an image folder; None if `data.dataset` is something else."""
+    folder = Path(config.dataset).expanduser()
+    paths = (folder / "metadata.jsonl", folder / config.split / "metadata.jsonl")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def check_metadata(path: Path, config: DataConfig) -> None:
+    """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
+    whose image is missing."""
     if config.image_column != "image":
         raise InputError(f"data.image_column: an image folder has its images in 'image', got {config.image_column!r}")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number}: not JSON: {error.msg} at column {error.colno}") from None
-            if row is None:
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise InputError(f'{path} line {number}: needs a "file_name", got {line.strip():.80}')
-            if config.caption_column not in row:
-                raise InputError(
-                    f"data.caption_column: no {config.caption_column!r} in {path} line {number}; "
-                    f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
-                )
-            if not (folder / row["file_name"]).is_file():
-                raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+    for number, line in metadata_lines(path):
+        row = read_metadata_line(line, f"{path} line {number}", config)
+        if config.on_bad_row == "stop" and not (path.parent / row["file_name"]).is_file():
+            raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+
+
+def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1 on."""
+    with path.open("rb") as file:
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+
+
+def read_metadata_line(line: bytes, place: str, config: DataConfig) -> dict[str, Any]:
+    """A line's object, which has a file name and a caption.
+
+    Raises:
+        InputError: it has not, or is no JSON; the message begins with `place`, or names it.
+    """
+    try:
+        row = json.loads(line.decode().rstrip())  # so that the column is one of this line
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: not UTF-8") from None
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise InputError(f'{place}: needs a "file_name", got {line.decode().strip():.80}')
+    if config.caption_column not in row:
+        raise InputError(
+            f"data.caption_column: no {config.caption_column!r} in {place}; "
+            f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
+        )
+    return row
 
 
 def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
     """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
 
-    The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order.
+    The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order. Where bad rows are
+    skipped, it has their bytes as they are, and null for an image that is not there.
 
     Raises:
-        RowError: an image that Pillow does not know, or a caption that is no string (names the file).
+        RowError: an image that Pillow does not know, or a caption that is no string (names the file), unless
+            `data.on_bad_row` is skip.
     """
 
     def digest(index: int) -> bytes:
         row = data[index]
         name = image_name(row[config.image_column], index)
-        content = read_bytes(row[config.image_column])
-        captions = captions_of(row[config.caption_column], name)
-        open_image_header(content, name)
+        captions, content = row[config.caption_column], None
+        captions = [captions] if isinstance(captions, str) else captions
+        try:
+            content = read_bytes(row[config.image_column], name)
+            captions_of(captions, name)
+            open_image_header(content, name)
+        except RowError:
+            if config.on_bad_row == "stop":
+                raise
         # the file's name alone, so that a moved folder keeps its fingerprint
-        entry = [Path(name).name, captions, hashlib.sha256(content).hexdigest()]
-        return hashlib.sha256(json.dumps(entry).encode()).digest()
+        entry = [Path(name).name, captions, content if content is None else hashlib.sha256(content).hexdigest()]
+        return hashlib.sha256(json.dumps(entry, default=str).encode()).digest()
 
     total = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
@@ -155,25 +188,31 @@ def inspect_splits(
 
 
 def read_row(data: datasets.Dataset, index: int, config: DataConfig) -> tuple[Image.Image, list[str]]:
-    """The decoded image and the captions of a row."""
+    """The decoded image and the captions of a row.
+
+    Raises:
+        RowError: the image is missing, damaged or too large, or the caption is no string.
+    """
     row = data[index]
     name = image_name(row[config.image_column], index)
-    return open_image(read_bytes(row[config.image_column]), name), captions_of(row[config.caption_column], name)
+    return open_image(read_bytes(row[config.image_column], name), name), captions_of(row[config.caption_column], name)
 
 
-def image_name(value: dict[str, Any], index: int) -> str:
+def image_name(value: dict[str, Any] | None, index: int) -> str:
     """How errors call a row's image."""
-    return value.get("path") or f"row {index}"
+    return (value or {}).get("path") or f"row {index}"
 
 
-def read_bytes(value: dict[str, Any]) -> bytes:
+def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
     """The content of an undecoded `datasets.Image`, which is in the row or in a file."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        raise RowError(f"{name}: no image")
     if value["bytes"] is not None:
         return value["bytes"]
     try:
         return Path(value["path"]).read_bytes()
     except OSError as error:
-        raise RowError(f"{value['path']}: {error.strerror}") from None
+        raise RowError(f"{name}: {error.strerror}") from None
 
 
 def captions_of(value: Any, name: str) -> list[str]:
@@ -185,12 +224,20 @@ def captions_of(value: Any, name: str) -> list[str]:
 
 
 def open_image_header(content: bytes, name: str) -> Image.Image:
-    """Recognise an image without decoding it."""
+    """Recognise an image without decoding it, and refuse one that Pillow would warn of as a decompression bomb."""
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        return Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise RowError(f"{name}: {reason}") from None
+        image = Image.open(io.BytesIO(content))
+        pixels = image.width * image.height
+    except Image.DecompressionBombError as error:  # of twice the limit; the error tells the size first
+        pixels = int(re.search(r"\d+", str(error))[0])
+    except UnidentifiedImageError:
+        raise RowError(f"{name}: not an image that Pillow knows") from None
+    except Exception as error:
+        raise RowError(f"{name}: cannot read the image's header: {_one_line(error)}") from None
+    if limit is not None and pixels > limit:
+        raise RowError(f"{name}: an image of {pixels} pixels; the limit is {limit} (Pillow's MAX_IMAGE_PIXELS)")
+    return image
 
 
 def open_image(content: bytes, name: str) -> Image.Image:
@@ -204,5 +251,11 @@ def open_image(content: bytes, name: str) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RowError(f"{name}: cannot decode the image: {error}") from None
+    except MemoryError:  # not the image's fault
+        raise
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged bytes
+        raise RowError(f"{name}: cannot decode the image: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

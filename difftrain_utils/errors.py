@@ -62,7 +62,8 @@ def warn(message: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print an `InputError`, a `RunError` or an error of the disk as one line on stderr, and exit with 2 or 1.
+    """Print an `InputError`, a `RunError`, an error of the disk or the end of a data loader's worker as one line on
+    stderr, and exit with 2 (input) or 1.
 
     What all processes see, the main process alone tells.
     """
@@ -71,17 +72,24 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, RunError) as error:
         # A data loader's worker wraps the message in its traceback: the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-        _tell(message, everywhere=isinstance(error, RowError))
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _exit(message, everywhere=isinstance(error, RowError), code=2 if isinstance(error, InputError) else 1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _tell(f"cannot write {error.filename or 'a file'}: {error.strerror}", everywhere=True)
-        sys.exit(1)
+        _exit(f"cannot write {error.filename or 'a file'}: {error.strerror}", everywhere=True, code=1)
+    except RuntimeError as error:
+        # Torch raises it from a signal handler: anywhere, not only where the next batch is asked for.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        reason = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error).strip().rstrip(".")
+        hint = ", most likely for want of memory: fewer data.num_workers need less" if "Killed" in reason else ""
+        message = f"a data-loading worker (data.num_workers) died{hint} ({' '.join(reason.split())})"
+        _exit(message, everywhere=True, code=1)
 
 
-def _tell(message: str, everywhere: bool) -> None:
+def _exit(message: str, everywhere: bool, code: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     elif everywhere:
         print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the bar is another process's
+    sys.exit(code)

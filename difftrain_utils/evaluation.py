@@ -14,11 +14,10 @@ from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config import Config, EvaluationConfig
-from difftrain_utils.data import read_row
 from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn
 from difftrain_utils.loss import error_scale
 from difftrain_utils.objectives import add_noise, alphas_and_sigmas, compute_snr, get_prediction_type, get_target
-from difftrain_utils.samples import to_square
+from difftrain_utils.samples import read_row_or_substitute, to_square
 
 
 @contextmanager
@@ -72,8 +71,8 @@ def validation_loss(
     mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
-        rows = [read_row(data, j % len(data), config.data) for j in keys]
-        pixel_values = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, _ in rows])
+        rows = [read_row_or_substitute(data, j % len(data), config.data, evaluation.seed, j) for j in keys]
+        pixel_values = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, *_ in rows])
         pixel_values = pixel_values.to(accelerator.device)
         latent_shape = family.latent_shape(pixel_values)
         vae_noise, noise = (
@@ -84,7 +83,7 @@ def validation_loss(
         timesteps = validation_timesteps(evaluation, noise_scheduler, keys).to(accelerator.device)
         noisy_latents = add_noise(noise_scheduler, latents, noise, timesteps)
         target = get_target(noise_scheduler, latents, noise, timesteps)
-        conditioning = family.encode_prompts([captions[0] for _, captions in rows])
+        conditioning = family.encode_prompts([captions[0] for _, captions, _ in rows])
         model_pred = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (model_pred - target).square().flatten(1).mean(1)
         losses *= (compute_snr(noise_scheduler, timesteps) + 1) / error_scale(noise_scheduler, timesteps)

@@ -16,11 +16,17 @@ from PIL import Image, ImageOps
 
 from difftrain_utils.config import DataConfig, TrainConfig
 from difftrain_utils.data import image_name, read_row
+from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
+
+NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
 
 
 class Samples(torch.utils.data.Dataset):
-    """Item k is sample k: {"key": k, "pixel_values": (3, H, W) float32 in [-1, 1], "caption": str}."""
+    """Item k is sample k: {"key": k, "pixel_values": (3, H, W) float32 in [-1, 1], "caption": str, "skipped": bool}.
+
+    "skipped" says that another row stands in for the one that was due, which cannot be read.
+    """
 
     def __init__(self, data: datasets.Dataset, config: DataConfig, seed: int, num_samples: int):
         self.data, self.config, self.seed, self.num_samples = data, config, seed, num_samples
@@ -29,8 +35,9 @@ class Samples(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        image, captions = read_row(self.data, self.index_of(k), self.config)
-        return {"key": k, "pixel_values": self._transform(image, k), "caption": self._choose(captions, k)}
+        image, captions, skipped = read_row_or_substitute(self.data, self.index_of(k), self.config, self.seed, k)
+        sample = {"key": k, "pixel_values": self._transform(image, k), "caption": self._choose(captions, k)}
+        return sample | {"skipped": skipped}
 
     def index_of(self, k: int) -> int:
         """The row of sample k: epochs are permutations, each image comes once in each."""
@@ -66,7 +73,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: {"keys": list of int, "pixel_values": (batch, 3, H, W), "captions": list of str}.
+    """A batch: {"keys": list of int, "pixel_values": (batch, 3, H, W), "captions": list of str, "skipped": of bool}.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
@@ -74,7 +81,32 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "keys": [sample["key"] for sample in samples],
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],
+        "skipped": [sample["skipped"] for sample in samples],
     }
+
+
+def read_row_or_substitute(
+    data: datasets.Dataset, index: int, config: DataConfig, seed: int, k: int
+) -> tuple[Image.Image, list[str], bool]:
+    """The image and captions of row `index`, and False; or, if it cannot be read and `data.on_bad_row` is skip, those
+    of the first readable one of some rows drawn from (seed, k), and True.
+
+    Raises:
+        RowError: the row cannot be read and is not to be skipped, or none of the drawn rows can be read either.
+    """
+    try:
+        return *read_row(data, index, config), False
+    except RowError as error:
+        if config.on_bad_row == "stop":
+            raise
+        first = error
+    drawn = torch.randint(len(data), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
+    for substitute in drawn.tolist():
+        try:
+            return *read_row(data, substitute, config), True
+        except RowError:
+            continue
+    raise RowError(f"{first}; nor can {NUM_SUBSTITUTES} rows be read that were drawn in its place")
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the data set is tiny

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -32,6 +33,44 @@ def check_trackers(report_to: str | list[str] | None) -> list[str]:
         if name not in available:
             raise InputError(f"train.report_to: {name} is not installed (pip install {name})")
     return names
+
+
+class Totals:
+    """What adds up between two lines of metrics, kept on the device so that it need not be asked at each step. A
+    checkpoint holds `state()`, so that the line after a resume is that of an unbroken run."""
+
+    def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None):
+        self.accelerator = accelerator
+        state = state or {"loss": 0.0, "steps": 0, "skipped_rows": 0}
+        self.loss = torch.full((), state["loss"], device=accelerator.device)
+        self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
+        self.steps = state["steps"]
+        self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0  # the sum over all processes
+
+    def add(self, loss: torch.Tensor, skipped: list[bool]) -> None:
+        """A part of a step: its share of the step's loss, and which of its samples other rows stand in for."""
+        self.step_loss += loss
+        self.step_rows += sum(skipped)
+
+    def end_step(self, is_finite: bool) -> None:
+        """A step whose gradient is not finite does not count for the loss."""
+        if is_finite:
+            self.loss, self.steps = self.loss + self.step_loss, self.steps + 1
+        self.skipped_rows += self.step_rows
+        self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
+
+    def state(self) -> dict[str, Any]:
+        """The totals over all processes, which all of them ask for."""
+        rows = torch.tensor(float(self.skipped_rows), device=self.loss.device)
+        loss = self.accelerator.reduce(self.loss, "mean").item()
+        return {"loss": loss, "steps": self.steps, "skipped_rows": round(self.accelerator.reduce(rows, "sum").item())}
+
+    def take(self) -> dict[str, Any]:
+        """{"loss": mean of the steps, "skipped_rows": sum}, and begin anew; without a loss if no step counted."""
+        state = self.state()
+        self.__init__(self.accelerator)
+        loss = {"loss": state["loss"] / state["steps"]} if state["steps"] else {}
+        return loss | {"skipped_rows": state["skipped_rows"]}
 
 
 class Metrics:

@@ -380,6 +380,13 @@ def test_notes_on_what_the_numbers_mean(tmp_path):
     ]
 
 
+def test_samples_of_skipped_rows_are_noted_and_no_column(tmp_path):
+    metrics = [{"step": step, "loss": 1.0, "skipped_rows": count} for step, count in ((10, 3), (20, 0), (40, 4))]
+    runs = load_runs([write_run(tmp_path / "a", metrics=metrics)])
+    assert notes(runs) == ["note: a took 7 samples from other rows than were due, which could not be read"]
+    assert "skipped_rows" not in summary(runs[0])
+
+
 def test_values_are_told_in_one_line_with_their_runs(tmp_path):
     runs = load_runs([write_run(tmp_path / name) for name in "abc"])
     assert by_value(runs, ["mse", "huber", "mse"]) == "mse (a, c); huber (b)"

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from difftrain_utils.config import DataConfig
 from difftrain_utils.data import inspect_data, load_data, open_image, read_row, split_data
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, RowError
 
 
 class TestOpenImage:
@@ -54,6 +55,14 @@ class TestOpenImage:
 
     def test_cmyk(self):
         assert np.abs(self.pixels(Image.new("CMYK", (8, 8)), "JPEG").astype(int) - 255).max() <= 2
+
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    @pytest.mark.parametrize("edge", [11, 15])  # Pillow warns of the first and refuses the second
+    def test_what_is_above_pillows_limit_is_refused(self, monkeypatch, edge):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        assert self.pixels(Image.new("L", (10, 10))).shape == (10, 10, 3)
+        with pytest.raises(RowError, match=rf"cat.png: an image of {edge**2} pixels; the limit is 100 "):
+            open_image(encode(Image.new("L", (edge, edge))), "cat.png")
 
     def test_what_is_no_image_is_refused_by_name(self):
         with pytest.raises(InputError, match=r"cat.png: not an image"):
@@ -192,3 +201,32 @@ class TestFingerprint:
         )
         with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
             inspect_data(data, config)
+
+    def test_bad_rows_that_are_skipped_have_a_fingerprint_too(self, image_folder, tmp_path):
+        shutil.copytree(image_folder, tmp_path / "data")
+        config = DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip")
+
+        def fingerprint() -> str:
+            return inspect_data(load_data(config), config)["sha256"]
+
+        stop = DataConfig(dataset=str(tmp_path / "data"))
+        digests = [inspect_data(load_data(stop), stop)["sha256"]]
+        assert fingerprint() == digests[0]  # of good data, whatever the policy
+        path = tmp_path / "data" / "000003.png"
+        for content in (path.read_bytes()[:20], b"text", b""):
+            path.write_bytes(content)
+            digests.append(fingerprint())
+        path.unlink()
+        digests += [fingerprint()]
+        assert len(set(digests)) == 5
+        assert fingerprint() == digests[-1]
+
+    def test_metadata_that_is_no_json_stops_even_so(self, image_folder, tmp_path):
+        shutil.copytree(image_folder, tmp_path / "data")
+        path = tmp_path / "data" / "metadata.jsonl"
+        path.write_bytes(path.read_bytes() + b"{\n")
+        with pytest.raises(InputError, match=r"metadata.jsonl line 11: not JSON"):
+            load_data(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))
+        path.write_bytes(b"\xff\n")
+        with pytest.raises(InputError, match=r"metadata.jsonl line 1: not UTF-8"):
+            load_data(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))

@@ -6,6 +6,7 @@ from conftest import make_data
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
+from difftrain_utils.errors import RowError
 from difftrain_utils.samples import Samples, collate, to_pixel_values
 
 
@@ -80,3 +81,59 @@ def test_a_batch_keeps_its_keys_as_integers(numbered):
     batch = collate([samples[3], samples[4]])
     assert batch["keys"] == [3, 4] and batch["pixel_values"].shape == (2, 3, 16, 16)
     assert batch["captions"] == [samples[3]["caption"], samples[4]["caption"]]
+
+
+@pytest.fixture(scope="module")
+def spoilt(numbered) -> datasets.Dataset:
+    """Rows 2 and 5 of the seven are damaged."""
+    rows = [dict(row) for row in numbered.cast_column("image", datasets.Image(decode=False))]
+    rows[2]["image"] |= {"bytes": rows[2]["image"]["bytes"][:60]}
+    rows[5]["image"] |= {"bytes": b"text"}
+    return datasets.Dataset.from_list(rows, features=numbered.features)
+
+
+class TestBadRows:
+    def test_stop_names_the_image(self, spoilt):
+        samples = make_samples(spoilt)
+        k = next(k for k in range(7) if samples.index_of(k) == 2)
+        with pytest.raises(RowError, match=r"^2.png: cannot decode the image: image file is truncated"):
+            samples[k]
+
+    def test_skip_takes_other_rows_for_the_damaged_ones_alone(self, numbered, spoilt):
+        whole, samples = make_samples(numbered), make_samples(spoilt, on_bad_row="skip")
+        substitutes = []
+        for k in range(210):
+            sample, expected = samples[k], whole[k]
+            assert sample["skipped"] == (samples.index_of(k) in (2, 5)) and not expected["skipped"]
+            if sample["skipped"]:
+                substitutes.append(sample["caption"])
+                assert sample["pixel_values"][0, 0, 0] == pytest.approx(
+                    10 * int(sample["caption"]) / 127.5 - 1, abs=1e-6
+                )
+            else:
+                assert sample["caption"] == expected["caption"]
+                assert torch.equal(sample["pixel_values"], expected["pixel_values"])
+        counts = {caption: substitutes.count(caption) for caption in "0123456"}
+        assert counts["2"] == counts["5"] == 0 and sum(counts.values()) == 60
+        assert all(counts[caption] >= 5 for caption in "01346")  # 12 on average: no row stands in for all
+
+    def test_the_substitute_is_a_function_of_seed_and_key(self, spoilt):
+        one, same, other = (make_samples(spoilt, seed, on_bad_row="skip") for seed in (1, 1, 2))
+        captions = [one[k]["caption"] for k in range(70)]
+        assert [same[k]["caption"] for k in reversed(range(70))][::-1] == captions
+        assert [other[k]["caption"] for k in range(70)] != captions
+
+    def test_a_caption_that_is_no_string_is_a_bad_row_too(self):
+        samples = make_samples(make_data([Image.new("RGB", (16, 16))] * 3, ["a", None, "b"]), on_bad_row="skip")
+        assert [samples[k]["skipped"] for k in range(3)] == [samples.index_of(k) == 1 for k in range(3)]
+
+    def test_where_nothing_can_be_read_it_stops(self, numbered):
+        rows = [{"image": {"bytes": b"text", "path": f"{i}.png"}, "text": ""} for i in range(3)]
+        samples = make_samples(datasets.Dataset.from_list(rows, features=numbered.features), on_bad_row="skip")
+        with pytest.raises(RowError, match=r"^\d.png: not an image .*; nor can 10 rows be read that were drawn in its"):
+            samples[0]
+
+    def test_a_batch_keeps_what_was_skipped(self, spoilt):
+        samples = make_samples(spoilt, on_bad_row="skip")
+        batch = collate([samples[k] for k in range(7)])
+        assert batch["skipped"] == [samples.index_of(k) in (2, 5) for k in range(7)] and sum(batch["skipped"]) == 2

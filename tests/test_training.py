@@ -314,6 +314,80 @@ def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.fixture
+def spoilt_folder(image_folder, tmp_path) -> Path:
+    """Of the ten images one is missing, one is truncated and one is text."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(image_folder, folder)
+    (folder / "000001.png").unlink()
+    (folder / "000004.png").write_bytes((folder / "000004.png").read_bytes()[:120])
+    (folder / "000006.png").write_bytes(b"this is text")
+    return folder
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_rows_that_are_skipped_are_counted_and_resume_exactly(short_run, spoilt_folder, tmp_path, workers):
+    argv = [*short_run, "--data.dataset", str(spoilt_folder), "--data.on_bad_row", "skip"]
+    argv += ["--train.max_steps", "8", "--train.log_every", "3", "--data.num_workers", workers]
+    argv += ["--train.gradient_accumulation_steps", "2", "--train.keep_checkpoints", "0"]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    config = parse_config(argv)
+    samples = Samples(load_data(config.data), config.data, 0, 32)
+    skipped = [samples.index_of(k) in (1, 4, 6) for k in range(32)]
+    metrics = metrics_without_times(unbroken)
+    counts = [sum(skipped[:12]), sum(skipped[12:24])]  # three steps of four
+    assert [(entry["step"], entry["skipped_rows"]) for entry in metrics] == [(3, counts[0]), (6, counts[1])]
+    assert min(counts) > 0
+    states = [json.loads((unbroken / f"checkpoint-{step}/training_state.json").read_text()) for step in (2, 4, 6, 8)]
+    between = [sum(skipped[first:last]) for first, last in ((0, 8), (12, 16), (24, 24), (24, 32))]
+    assert [state["skipped_rows"] for state in states] == between and between[0] != counts[0] and between[1] > 0
+    for step in (2, 4):
+        branch = tmp_path / f"branch-{step}"
+        train([*argv, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")])
+        assert pipeline_bytes(branch) == pipeline_bytes(unbroken)
+        assert metrics_without_times(branch) == [entry for entry in metrics if entry["step"] > step]
+
+
+def test_skipping_changes_nothing_where_all_rows_are_good(short_run, tmp_path):
+    stop, skip = (
+        train([*short_run, "--output-dir", str(tmp_path / policy), "--data.on_bad_row", policy])
+        for policy in ("stop", "skip")
+    )
+    assert pipeline_bytes(stop) == pipeline_bytes(skip)
+    assert [entry | {"skipped_rows": 0} for entry in metrics_without_times(stop)] == metrics_without_times(skip)
+
+
+def test_bad_rows_to_validate_on_are_skipped_too(short_run, spoilt_folder):
+    argv = [*short_run, "--data.validation_dir", str(spoilt_folder), "--data.on_bad_row", "skip"]
+    output_dir = train([*argv, "--train.eval_every", "3", "--evaluation.num_validation_samples", "16"])
+    losses = [entry.get("validation_loss") for entry in metrics_without_times(output_dir)]
+    assert losses[2] > 0 and losses[5] > 0
+    assert json.loads((output_dir / "run_manifest.json").read_text())["data"]["validation"]["num_images"] == 10
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line(short_run):
+    script = """if True:
+        import os, signal, sys
+        import train_text_to_image as script
+        from difftrain_utils.config import parse_config
+        from difftrain_utils.errors import one_line_errors
+
+        class Samples(script.Samples):
+            def __getitem__(self, k):
+                if k == 12:
+                    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+                return super().__getitem__(k)
+
+        script.Samples = Samples
+        with one_line_errors():
+            script.main(parse_config(sys.argv[1:]))
+    """
+    command = [sys.executable, "-c", script, *short_run, "--data.num_workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120)
+    message = r"a data-loading worker \(data.num_workers\) died, most likely for want of memory: fewer .*Killed\)"
+    assert_refused(result, message)
+
+
 def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
@@ -330,29 +404,31 @@ def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
 
 
-@pytest.mark.parametrize("strategy", [{}, DREAM | {"train.gradient_accumulation_steps": 2}], ids=["plain", "dream"])
-def test_two_processes_see_the_same_samples(short_run, tmp_path, strategy):
-    """Real data parallelism (gloo): losses as with one process, and exact resume."""
-    short_run += options(strategy)
-    model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
-    model += ["--data.validation_split", "0.3", "--train.eval_every", "6", "--evaluation.num_validation_samples", "24"]
+def test_two_processes_see_the_same_samples(short_run, spoilt_folder, tmp_path):
+    """Real data parallelism (gloo), with DREAM and accumulation: losses and skipped rows as with one process, and exact
+    resume."""
+    argv = [*short_run, "--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    argv += ["--data.validation_split", "0.3", "--train.eval_every", "6", "--evaluation.num_validation_samples", "24"]
+    argv += ["--data.dataset", str(spoilt_folder), "--data.on_bad_row", "skip", "--train.log_every", "3"]
+    argv += options(DREAM | {"train.gradient_accumulation_steps": 2})
 
-    def run(name: str, *argv: str) -> Path:
-        result = launch_two([*short_run, *model, "--output-dir", str(tmp_path / name), *argv])
+    def run(name: str, *more: str) -> Path:
+        result = launch_two([*argv, "--output-dir", str(tmp_path / name), *more])
         assert result.returncode == 0, result.stderr
         return tmp_path / name
 
-    whole = ["--train.gradient_accumulation_steps", "1", "--output-dir", str(tmp_path / "one")]
-    one = train([*short_run, *model, *whole])
+    one = train([*argv, "--train.gradient_accumulation_steps", "1", "--output-dir", str(tmp_path / "one")])
     two = run("two")
     assert json.loads((two / "run_manifest.json").read_text())["num_processes"] == 2
-    for name, steps in (("loss", range(6)), ("validation_loss", [5]), ("validation_loss_ema_bins", [5])):
-        values = [[metrics_without_times(path)[i][name] for i in steps] for path in (one, two)]
-        assert torch.tensor(values[0]).flatten().tolist() == pytest.approx(
-            torch.tensor(values[1]).flatten().tolist(), 1e-5
-        )
-    resumed = run("resumed", "--resume-from", str(two / "checkpoint-4"))
+    metrics = [metrics_without_times(path) for path in (one, two)]
+    skipped = [[entry["skipped_rows"] for entry in lines] for lines in metrics]
+    assert skipped[0] == skipped[1] and min(skipped[0]) > 0
+    for name, lines in (("loss", [0, 1]), ("validation_loss", [1]), ("validation_loss_ema_bins", [1])):
+        values = [torch.tensor([entries[i][name] for i in lines]).flatten() for entries in metrics]
+        torch.testing.assert_close(values[0], values[1], rtol=1e-5, atol=1e-12)
+    resumed = run("resumed", "--resume-from", str(two / "checkpoint-4"))  # between two lines of metrics
     assert pipeline_bytes(resumed) == pipeline_bytes(two)
+    assert metrics_without_times(resumed) == metrics[1][1:]
 
 
 def test_dream_under_autocast(short_run, tmp_path):

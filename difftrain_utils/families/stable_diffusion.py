@@ -68,8 +68,12 @@ class StableDiffusion:
         at = {"revision": revision, "variant": variant}
         vae = _load_part(AutoencoderKL.from_pretrained, source, "vae", **at)
         text_encoder = _load_part(CLIPTextModel.from_pretrained, source, "text_encoder", dtype=torch.float32, **at)
-        tokenizer = _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
+        tokenizer = StableDiffusion.load_tokenizer(source, revision)
         return vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
+
+    @staticmethod
+    def load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
+        return _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
