@@ -516,7 +516,10 @@ def _expand_short_forms(argv: Sequence[str]) -> list[str]:
 
 def _switches() -> list[str]:
     return [
-        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type) if f.type is bool
+        f"{s.name}.{f.name}"
+        for s in dataclasses.fields(Config)
+        for f in dataclasses.fields(s.type)
+        if f.type in (bool, bool | None)
     ]
 
 

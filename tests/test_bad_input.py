@@ -1,0 +1,218 @@
+"""What users get wrong: each gives one line that names the culprit, a non-zero exit code, and leaves what was there."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import options, train
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from difftrain_utils.errors import one_line_errors
+
+CONFIG = [
+    ("--train.max_step 3", r"--train.max_step: no such field; did you mean --train.max_steps\?"),
+    ("--trian.max_steps 3", r"--trian.max_steps: no such field; did you mean --train.max_steps\?"),
+    ("--max_steps 3", r"--max_steps: no such field; did you mean --train.max_steps\?"),
+    ("--train.max_steps many", "train.max_steps: Expected a <class 'int'>. Got value: many"),
+    ("--train.max_steps 0", "train.max_steps: must be at least 1, got 0"),
+    ("--train.max_hours 0", "train.max_hours: must be above 0, or null, got 0.0"),
+    ("--train.precision fp8", "train.precision: .*fp32.*fp8"),
+    ("--train.precision fp16", "train.precision: fp16 needs a GPU"),
+    ("--train.num_processes 2", "accelerate launch: train.num_processes asks for 2 processes, accelerate runs 1"),
+    ("--train.batch_size 10 --train.gradient_accumulation_steps 4", "train.batch_size: 10 does not divide by"),
+    ("--train.overwrite --resume-from latest", "train.overwrite: cannot go with train.resume_from, got True"),
+    ("--train.report_to comet", "train.report_to: no tracker 'comet'; there is"),
+    ("--train.on_nonfinite ignore", "train.on_nonfinite: .*stop.*skip.*ignore"),
+    ("--data.caption_dropout 2", "data.caption_dropout: must be between 0 and 1, got 2.0"),
+    ("--data.validation_split 0.1 --data.validation_dir d", "data.validation_dir: cannot go with validation_split"),
+    ("--data.resolution 33", "data.resolution: .* needs a multiple of 8, got 33"),
+    ("--data.on_bad_row guess", "data.on_bad_row: .*stop.*skip.*guess"),
+    ("--optimizer.class_path torch.optim.Adamm", "optimizer.class_path: cannot import 'torch.optim.Adamm'"),
+    ("--optimizer.class_path torch.nn.Linear", "optimizer.class_path: 'torch.nn.Linear' is not a torch.optim.Optim"),
+    ("--optimizer.init_args.rate 1", "optimizer.init_args.rate: torch.optim.AdamW has no such argument"),
+    ("--optimizer.init_args.lr -1", "optimizer.init_args: torch.optim.AdamW refuses .*Invalid learning rate"),
+    ("--lr_scheduler.name constant", r"lr_scheduler.name: has no warm-up"),
+    ("--lr_scheduler.name step", "lr_scheduler.name: .*cosine.*step"),
+    ("--model.prediction_type noise", "model.prediction_type: .*epsilon.*noise"),
+    ("--scheduler.name Fast", "scheduler.name: diffusers has no scheduler 'Fast'"),
+    ("--scheduler.flow_base_resolution 64", "scheduler.flow_base_resolution: needs scheduler.flow_shift, got 64"),
+    ("--model.prediction_type epsilon --scheduler.rescale_betas_zero_snr", "scheduler.rescale_betas_zero_snr: epsilon"),
+    ("--model.prediction_type flow_prediction --scheduler.beta_schedule linear", "scheduler: flow_prediction has no"),
+    ("--timesteps.density table", "timesteps.table: goes with timesteps.density table"),
+    ("--noise.immiscible_batch_size 2", "noise.immiscible_batch_size: goes with noise.immiscible only, got 2"),
+    ("--loss.weighting minsnr", "loss.weighting: .*min_snr.*minsnr"),
+    ("--ema.decay 1", "ema.decay: must be at least 0 and below 1, got 1.0"),
+    ("--ema.power_sigma_rels [0.5]", "ema.power_sigma_rels: must be above 0 and at most 0.28"),
+    ("--evaluation.num_validation_samples 9", "evaluation.num_validation_samples: must be a multiple of num_valid"),
+    ("--evaluation.shapes_judge", "evaluation.shapes_judge: needs data.dataset builtin:shapes"),
+    ("--config no-such.yaml", "--config no-such.yaml: No such file or directory"),
+    ("--resume-from no/such/checkpoint", "train.resume_from: no checkpoint at no/such/checkpoint"),
+    ("--data.dataset no/such/data", "data.dataset: cannot load 'no/such/data'"),
+    ("--data.dataset builtin:cats", "data.dataset: no such builtin: 'builtin:cats'; there is builtin:shapes"),
+    ("--data.caption_column cap", "data.caption_column: no 'cap' in .*metadata.jsonl line 1; it has text"),
+    ("--data.validation_split 0.0001", "data.validation_split: 0.0001 of 10 images leaves 10 to train on and 0 to"),
+    ("--model.pretrained_model_name_or_path ./no", "model.pretrained_model_name_or_path: ./no: no such folder"),
+    ("--model.pretrained_model_name_or_path builtin:x", "model.pretrained_model_name_or_path: .*builtin:tiny-stable"),
+]
+
+
+def assert_one_line(argv, message, capsys, before=None) -> None:
+    """As the script does it, without the seconds that a process takes to start."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_code, one_line_errors():
+        train(argv)
+    assert exit_code.value.code in (1, 2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), errors
+
+
+@pytest.mark.parametrize(("argv", "message"), CONFIG, ids=[argv for argv, _ in CONFIG])
+def test_config_and_command_line(short_run, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line([*short_run, *argv.split()], message, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: {max_steps: [1", "--config bad.yaml: not YAML: .*line 1"),
+        ("- train", "--config bad.yaml: must hold sections .*, got"),
+        ("train: 7", "bad.yaml: train: must hold fields, got 7"),
+        ("trian: {seed: 1}", r"bad.yaml: trian: no such field; did you mean train\?"),
+        ("train: {sead: 1}", r"bad.yaml: train.sead: no such field; did you mean train.seed\?"),
+        ("train: {seed: abc}", "train.seed: Expected a <class 'int'>. Got value: abc"),
+    ],
+)
+def test_config_files(short_run, tmp_path, capsys, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(content)
+    assert_one_line([*short_run, "--config", "bad.yaml"], message, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def first_line(folder: Path, **changes) -> None:
+    """Change the first line of metadata.jsonl; None takes a field away."""
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    row = json.loads(lines[0]) | changes
+    lines[0] = json.dumps({key: value for key, value in row.items() if value is not None})
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DATA = {
+    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "data.dataset: .* has no metadata.jsonl"),
+    "empty metadata": (lambda d: (d / "metadata.jsonl").write_text(""), "data.dataset: "),
+    "not JSON": (lambda d: cut(d / "metadata.jsonl", 30), ".*metadata.jsonl line 1: not JSON"),
+    "no file_name": (lambda d: first_line(d, file_name=None), '.*metadata.jsonl line 1: needs a "file_name"'),
+    "no caption": (lambda d: first_line(d, text=None), "data.caption_column: no 'text' in .*metadata.jsonl line 1"),
+    "no such image": (lambda d: first_line(d, file_name="x.png"), ".*metadata.jsonl line 1: no such file: x.png"),
+    "text for an image": (lambda d: (d / "000003.png").write_text("text"), ".*000003.png: not an image that Pillow"),
+    "an empty image": (lambda d: (d / "000003.png").write_bytes(b""), ".*000003.png: not an image that Pillow knows"),
+    "a truncated image": (lambda d: cut(d / "000003.png", 120), ".*000003.png: cannot decode the image: "),
+    "a bomb": (
+        lambda d: Image.new("1", (20_000, 20_000)).save(d / "000003.png"),
+        ".*000003.png: an image of 400000000 pixels; the limit is 89478485",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DATA)
+def test_data(short_run, image_folder, tmp_path, capsys, fault):
+    folder = shutil.copytree(image_folder, tmp_path / "data")
+    spoil, message = DATA[fault]
+    spoil(folder)
+    assert_one_line([*short_run, "--data.dataset", str(folder)], message, capsys)
+    if fault != "a truncated image":  # which shows only when it is decoded
+        assert not (tmp_path / "run").exists()
+
+
+MODEL = {
+    "no index": (
+        lambda m: (m / "model_index.json").unlink(),
+        "model.pretrained_model_name_or_path: .*model_index.json",
+    ),
+    "another pipeline": (
+        lambda m: (m / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+        "model.pretrained_model_name_or_path: .*FluxPipeline",
+    ),
+    "no weights": (
+        lambda m: (m / "unet/diffusion_pytorch_model.safetensors").unlink(),
+        "model.pretrained_model_name_or_path: ",
+    ),
+    "cut weights": (
+        lambda m: cut(m / "unet/diffusion_pytorch_model.safetensors", 1000),
+        "model.pretrained_model_name_or_path: ",
+    ),
+    "weights of another shape": (
+        lambda m: change_shape(m / "unet/diffusion_pytorch_model.safetensors"),
+        "model.pretrained_model_name_or_path: .*conv_in",
+    ),
+    "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "model.pretrained_model_name_or_path: "),
+    "config that is no JSON": (
+        lambda m: (m / "vae/config.json").write_text("{"),
+        "model.pretrained_model_name_or_path: ",
+    ),
+}
+
+
+def change_shape(path: Path) -> None:
+    weights = load_file(path)
+    save_file(weights | {"conv_in.weight": weights["conv_in.weight"][:, :3].contiguous()}, path)
+
+
+@pytest.mark.parametrize("fault", MODEL)
+def test_model_folder(short_run, checkpoint_folder, tmp_path, capsys, fault):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    spoil, message = MODEL[fault]
+    spoil(folder)
+    assert_one_line([*short_run, "--model.pretrained_model_name_or_path", str(folder)], message, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints(short_run, checkpoint_folder, tmp_path, capsys):
+    """What cannot be resumed, one after another, on the same run, which stays as it is."""
+    run = train([*short_run, "--train.max_steps", "4"])
+    branch = {"train.output_dir": tmp_path / "branch", "train.resume_from": run / "checkpoint-4"}
+    wider = tmp_path / "wider"
+    shutil.copytree(checkpoint_folder, wider)
+    unet = json.loads((wider / "unet/config.json").read_text())
+    (wider / "unet/config.json").write_text(json.dumps(unet | {"block_out_channels": [16, 64]}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    latest = {"train.resume_from": "latest"}
+    for fields, message in (
+        ({}, r"train.output_dir: .*run already holds a run \(checkpoint-4\)"),
+        ({"train.resume_from": run / "checkpoint-3"}, "train.resume_from: no checkpoint at .*has checkpoint-2, check"),
+        ({"train.resume_from": run / "checkpoint-2"}, "train.resume_from: .* is not the newest checkpoint"),
+        ({"train.resume_from": run / "pipeline"}, "train.resume_from: no checkpoint at .*pipeline"),
+        (latest | {"train.seed": 1}, "train.resume_from: .*is of another run: train.seed was 0 and is 1"),
+        (latest | {"train.batch_size": 8}, "train.resume_from: .*train.batch_size was 4 and is 8"),
+        (latest | {"data.random_flip": False}, "train.resume_from: .*data.random_flip was True and is False"),
+        (latest | {"optimizer.init_args.lr": 1.0}, "train.resume_from: .*optimizer.init_args was .* and is"),
+        (latest | {"loss.type": "l1"}, "train.resume_from: .*loss.type was 'mse' and is 'l1'"),
+        (latest | {"ema.enabled": False}, "train.resume_from: .*ema.enabled was True and is False"),
+        (latest | {"train.precision": "bf16"}, "train.precision: .*checkpoint-4 was trained with no, not bf16"),
+        (latest | {"train.max_steps": 3}, "train.resume_from: .*checkpoint-4 is past train.max_steps, which is 3"),
+        (latest | {"data.dataset": "builtin:shapes"}, "data.dataset: the training images or captions are not those"),
+        (branch | {"optimizer.class_path": "torch.optim.SGD"}, "train.resume_from: .*optimizer.class_path was"),
+        (
+            branch | {"model.pretrained_model_name_or_path": wider, "model.train_from_scratch": True},
+            "train.resume_from: cannot load .*checkpoint-4: .*size mismatch",
+        ),
+        (
+            branch | {"loss.learned_uncertainty": True},
+            "train.resume_from: cannot load .*checkpoint-4: ",
+        ),
+    ):
+        assert_one_line([*short_run, *options(fields)], message, capsys)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, message
+        assert not (tmp_path / "branch").exists()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]) + "\n")
+    assert_one_line([*short_run, *options(latest)], ".*metrics.jsonl line 2: not JSON", capsys)
