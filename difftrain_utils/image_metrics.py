@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation import generate
-from difftrain_utils.samples import read_row, to_square
+from difftrain_utils.samples import read_row_or_substitute, to_square
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
@@ -64,13 +64,13 @@ def image_metrics(
     mine = range(accelerator.process_index, evaluation.num_metric_images, accelerator.num_processes)
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
-        rows = [read_row(data, k, config.data) for k in keys]
-        captions = [captions[0] for _, captions in rows]
+        rows = [read_row_or_substitute(data, k, config.data, evaluation.seed, k) for k in keys]
+        captions = [captions[0] for _, captions, _ in rows]
         images = generate(pipeline, replace(evaluation, prompts=captions), config.data.resolution, keys)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, _ in rows])
+                squares = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, *_ in rows])
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)
