@@ -24,12 +24,13 @@ from transformers import (
 
 from difftrain_utils.compare_runs import load_runs, summary_table
 from difftrain_utils.config import parse_config
+from difftrain_utils.data import load_data, read_row, split_data
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation import generate
 from difftrain_utils.families import load_family
 from difftrain_utils.image_metrics import frechet_distance, image_metrics, kernel_distance, load_metric_networks
 from difftrain_utils.launch import check_launch
-from difftrain_utils.samples import load_data, read_row, split_data, to_square
+from difftrain_utils.samples import to_square
 from difftrain_utils.tiny_stable_diffusion.make import make_tokenizer
 
 VISION = {
