@@ -73,6 +73,8 @@ def one_line_errors() -> Iterator[None]:
         # A data loader's worker wraps the message in its traceback: the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         _exit(message, everywhere=isinstance(error, RowError), code=2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        _exit("stopped at once, without a checkpoint", everywhere=False, code=130)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
