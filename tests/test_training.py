@@ -299,9 +299,7 @@ class TestResume:
             r"model.pretrained_model_name_or_path: the weights are not those that .*checkpoint-6 was trained from",
         )
         branch = ["--output-dir", str(output_dir) + "-branch", "--resume-from", str(output_dir / "checkpoint-6")]
-        assert_refused(
-            launch([*longer, *branch]), r"train.resume_from: cannot load .*checkpoint-6: .*size mismatch"
-        )
+        assert_refused(launch([*longer, *branch]), r"train.resume_from: cannot load .*checkpoint-6: .*size mismatch")
         assert_refused(
             launch([*short_run, "--train.max_steps", "5", "--resume-from", "latest"]),
             r"train.resume_from: .*checkpoint-6 is past train.max_steps, which is 5",
