@@ -66,12 +66,13 @@ def load_run(folder: Path, name: str) -> Run:
     for file in ("config.resolved.yaml", "run_manifest.json", "env.json"):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
-    config = flatten(_read_mapping(folder / "config.resolved.yaml"))
-    manifest, env = _read_mapping(folder / "run_manifest.json"), _read_mapping(folder / "env.json")
+    config = flatten(read_mapping(folder / "config.resolved.yaml"))
+    manifest, env = read_mapping(folder / "run_manifest.json"), read_mapping(folder / "env.json")
     return Run(folder, name, config, facts_of(manifest, env), load_metrics(folder / "metrics.jsonl"))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file."""
     parse, kind = (yaml.safe_load, "YAML") if path.suffix == ".yaml" else (json.loads, "JSON")
     with blame(f"{path}: not {kind}", yaml.YAMLError, ValueError), blame(str(path), OSError):
         content = parse(path.read_text(encoding="utf-8"))

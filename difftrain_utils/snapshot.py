@@ -40,7 +40,7 @@ def take_snapshot(
         "command": sys.argv,
         "host": platform.node(),
         "git": describe_git(Path(sys.argv[0]).resolve().parent),
-        "versions": {"python": platform.python_version(), **_versions(PACKAGES)},
+        "versions": describe_versions(),
         "seed": config.train.seed,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "num_processes": accelerator.num_processes,
@@ -120,8 +120,13 @@ def loss_trace_digest(path: Path) -> str:
 
 def weights_digest(module: torch.nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a module's state dict, in the order of names."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """The same over any named tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -140,6 +145,11 @@ def describe_git(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(status), "diff": git("diff", "HEAD")}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version, and those of the packages that decide a run's numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def describe_environment() -> dict[str, Any]:
@@ -175,10 +185,6 @@ def _now() -> str:
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _device_name(device: torch.device) -> str:

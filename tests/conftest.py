@@ -56,6 +56,10 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def short_run(checkpoint_folder, image_folder, tmp_path) -> list[str]:
     """Options of a run of seconds: 10 images, batches of 4, all that is random switched on."""
+    return short_options(checkpoint_folder, image_folder, tmp_path / "run")
+
+
+def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path) -> list[str]:
     return options(
         {
             "model.pretrained_model_name_or_path": checkpoint_folder,
@@ -63,7 +67,7 @@ def short_run(checkpoint_folder, image_folder, tmp_path) -> list[str]:
             "data.resolution": 32,
             "data.random_flip": True,
             "data.caption_dropout": 0.2,
-            "train.output_dir": tmp_path / "run",
+            "train.output_dir": output_dir,
             "train.max_steps": 6,
             "train.batch_size": 4,
             "train.log_every": 1,
