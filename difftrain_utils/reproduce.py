@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def tell_the_rest() -> None:
         rest = [line for line in differences(then, recorded()) if line not in before]
+        say()  # below the progress bar
         tell("Further differences (data, base model, config, device)", rest)
 
     rerun(command, environment, output_dir, steps, tell_the_rest)
