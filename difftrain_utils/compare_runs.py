@@ -8,6 +8,7 @@ deviation are shown. --output also writes one self-contained HTML file with curv
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -177,10 +178,21 @@ def settings_of(runs: list[Run]) -> list[list[Run]]:
     return [list(by_seed.values()) for by_seed in settings.values()]
 
 
-def group_letters(settings: list[list[Run]]) -> dict[str, str]:
-    """The group's letter by the names of its runs; a run alone has none."""
-    groups = [runs for runs in settings if len(runs) > 1]
-    return {run.name: chr(ord("A") + i) for i, runs in enumerate(groups) for run in runs}
+def group_names(settings: list[list[Run]]) -> dict[str, str]:
+    """What to call the group of a run, by the run's name: how the names of its runs begin (huber-0 and huber-1 are
+    `huber`), or group A, B, … where they have no beginning of their own; a run alone has none."""
+    groups = [[run.name for run in runs] for runs in settings if len(runs) > 1]
+    beginnings = [re.sub(r"[-_. ]+(seed)?[-_. ]*\d*$", "", common_beginning(names)) for names in groups]
+    found = {}
+    for i, (names, beginning) in enumerate(zip(groups, beginnings, strict=True)):
+        own = beginning and beginnings.count(beginning) == 1
+        found |= dict.fromkeys(names, beginning if own else f"group {i + 1 if i > 25 else chr(ord('A') + i)}")
+    return found
+
+
+def common_beginning(texts: list[str]) -> str:
+    pairs = zip(min(texts), max(texts), strict=False)
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
@@ -197,20 +209,21 @@ def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
 def summary_table(runs: list[Run]) -> list[list[str]]:
     """Header, a row for each run, and a row of means for each group of seeds."""
     settings, summaries = settings_of(runs), [summary(run) for run in runs]
-    letters = group_letters(settings)
+    groups = group_names(settings)
     columns = sorted({name for s in summaries for name in s}, key=lambda name: (ORDER.get(name, 3), name))
-    rows = [["run (group)" if letters else "run", "steps", *columns]]
+    rows = [["run", "steps", *columns]]
     for run, values in zip(runs, summaries, strict=True):
         cells = {name: number(value) for name, value in values.items()}
         if BEST in values and math.isfinite(values[BEST]):
             cells[BEST] += f" @ {next(step for step, loss in validation_loss(run) if loss == values[BEST])}"
         done, planned = steps_done(run), run.config.get("train.max_steps") or 0
         steps = f"{done} of {planned}" if done < planned else f"{done}"
-        name = f"{run.name} ({letters[run.name]})" if run.name in letters else run.name
+        group = groups.get(run.name, "")
+        name = run.name if run.name.startswith(group) else f"{run.name} ({group})"
         rows.append([name, steps, *(cells.get(column, "–") for column in columns)])
     for group in (runs for runs in settings if len(runs) > 1):
         spreads = [mean_and_sd(group, column) for column in columns]
-        name = f"mean ± sd over {len(group)} seeds ({letters[group[0].name]})"
+        name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
         cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
         rows.append([name, f"{steps_done(group[0])}", *cells])
     return rows
@@ -218,8 +231,13 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
 
 def bins_table(runs: list[Run]) -> list[list[str]]:
     """Validation loss per bin of noise levels at the last step that has it; a header alone if no run has it."""
-    found = [(run.name, *validation_bins(run)) for run in runs]
-    count = max(len(losses) for _, _, losses in found)
+    settings, found = settings_of(runs), [(run.name, *validation_bins(run)) for run in runs]
+    groups, count = group_names(settings), max(len(losses) for _, _, losses in found)
+    for group in (runs for runs in settings if len(runs) > 1):
+        steps, losses = zip(*map(validation_bins, group), strict=True)
+        if len(set(steps)) == 1 and len(set(map(len, losses))) == 1:
+            means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+            found.append((f"{groups[group[0].name]}: mean over {len(group)} seeds", steps[0], means))
     rows = [["run", "step", *(f"bin {i + 1}" for i in range(count))]]
     for name, step, losses in found:
         if losses:
@@ -274,8 +292,16 @@ def headline(runs: list[Run]) -> str:
 
 
 def by_value(runs: list[Run], values: list[str]) -> str:
-    """E.g. `mse (runs a, b); huber (run c)`."""
-    names = {v: [run.name for run, value in zip(runs, values, strict=True) if value == v] for v in values}
+    """E.g. `mse (a, b); huber (c)`, or where a group of seeds has one value `mse (mse-*); huber (huber-*)`."""
+    groups = group_names(settings_of(runs))
+    values_of_group = {group: set() for group in groups.values()}
+    for run, value in zip(runs, values, strict=True):
+        values_of_group.get(groups.get(run.name), set()).add(value)
+    names = {}
+    for run, value in zip(runs, values, strict=True):
+        group = groups.get(run.name)
+        whole = group is not None and len(values_of_group[group]) == 1 and run.name.startswith(group)
+        names.setdefault(value, {})[f"{group}-*" if whole else run.name] = None
     return "; ".join(f"{brief(value)} ({', '.join(of)})" for value, of in names.items())
 
 
@@ -321,13 +347,13 @@ def notes(runs: list[Run]) -> list[str]:
 def verdict(runs: list[Run]) -> str:
     """Who won on the final validation loss, as far as the seeds can tell."""
     settings = settings_of(runs)
-    letters = group_letters(settings)
+    groups = group_names(settings)
     varied = differing([group[0].config for group in settings])
     if len(settings) == 1:
         return "All runs are one setting: nothing to win." if len(runs) > 1 else ""
 
     def called(group: list[Run]) -> str:
-        return f"group {letters[group[0].name]}" if len(group) > 1 else group[0].name
+        return groups[group[0].name] if len(group) > 1 else group[0].name
 
     def described(group: list[Run]) -> str:
         values = {name: brief(as_text(group[0].config.get(name))) for name in varied if name != "train.seed"}

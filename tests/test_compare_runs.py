@@ -15,11 +15,13 @@ from difftrain_utils.compare_runs import (
     as_text,
     brief,
     by_value,
+    group_names,
     headline,
     load_runs,
     main,
     notes,
     number,
+    settings_of,
     steps_done,
     summary,
     summary_table,
@@ -151,7 +153,7 @@ def test_groups_of_seeds_have_mean_and_sample_standard_deviation(tmp_path):
     folders = seeds(tmp_path, "mse-", [1.0, 2.0, 6.0]) + seeds(tmp_path, "huber-", [0.25], **{"loss.type": "huber"})
     rows = summary_table(load_runs(folders))
     assert [row[0] for row in rows] == [
-        "run (group)", "mse-0 (A)", "mse-1 (A)", "mse-2 (A)", "huber-0", "mean ± sd over 3 seeds (A)",
+        "run", "mse-0", "mse-1", "mse-2", "huber-0", "mse: mean ± sd over 3 seeds",
     ]  # fmt: skip
     assert rows[-1][rows[0].index("final val. loss")] == f"3.000 ± {math.sqrt(7):.1f}"
     # the best are 0.5, 0.5 and 0.5: one of step 20 each
@@ -171,13 +173,13 @@ def test_only_the_seed_makes_a_group(tmp_path):
         ]
     ):
         rows = summary_table(pair(tmp_path / str(i), **second))
-        assert (rows[-1][0] == "mean ± sd over 2 seeds (A)") == expected, second
+        assert (rows[-1][0] == "group A: mean ± sd over 2 seeds") == expected, second
 
 
 def test_a_repeated_seed_counts_once(tmp_path):
     folders = [*seeds(tmp_path, "a", [0.25, 0.75]), write_run(tmp_path / "again", (0.5, 0.25))]
     runs = load_runs(folders)
-    assert summary_table(runs)[-1][:3] == ["mean ± sd over 2 seeds (A)", "40", "0.5000 ± 0.35"]
+    assert summary_table(runs)[-1][:3] == ["a: mean ± sd over 2 seeds", "40", "0.5000 ± 0.35"]
     assert "note: again repeats a seed and is not counted twice" in notes(runs)
 
 
@@ -219,13 +221,13 @@ def test_the_lower_mean_wins_if_it_is_two_standard_errors_away(tmp_path):
     mse, huber = [0.4 - 0.02, 0.4 + 0.02], [0.3 - 0.02 / math.sqrt(2), 0.3 + 0.02 / math.sqrt(2)]
     runs = load_runs(seeds(tmp_path, "m", mse) + seeds(tmp_path, "h", huber, **{"loss.type": "huber"}))
     assert verdict(runs) == (
-        "Final validation loss: group B (loss.type: huber) 0.3000, then group A (loss.type: mse) 0.4000. "
-        "The difference 0.10 has a standard error of 0.024: group B won. "
+        "Final validation loss: h (loss.type: huber) 0.3000, then m (loss.type: mse) 0.4000. "
+        "The difference 0.10 has a standard error of 0.024: h won. "
         "With so few seeds the standard error is itself rough."
     )
 
 
-@pytest.mark.parametrize(("gap", "outcome"), [(0.0282, ": not distinguishable."), (0.0284, ": group A won.")])
+@pytest.mark.parametrize(("gap", "outcome"), [(0.0282, ": not distinguishable."), (0.0284, ": m won.")])
 def test_the_line_between_won_and_not_distinguishable(tmp_path, gap, outcome):
     """Both variances are 2·0.01², so that two standard errors are 2·√(0.0002/2 + 0.0002/2) = 0.02828."""
     mse, huber = [0.49, 0.51], [0.49 + gap, 0.51 + gap]
@@ -247,7 +249,7 @@ def test_one_seed_says_nothing_about_spread(tmp_path):
     )
     group = seeds(tmp_path, "g", [0.35, 0.36], **{"loss.type": "l1"})
     runs = load_runs([tmp_path / "a", *group])
-    assert "group A won, but one seed says nothing about spread (a)" in verdict(runs)
+    assert "g won, but one seed says nothing about spread (a)" in verdict(runs)
     runs = pair(tmp_path / "equal", config={"loss.type": "huber"})
     assert "They are equal, but one seed" in verdict(runs)
 
@@ -565,3 +567,14 @@ def test_starts_without_torch_and_tells_errors_in_one_line(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_groups_are_called_after_their_runs(tmp_path):
+    """By how the names begin; the differences then name the group instead of each run."""
+    names = ["dream_p1-0", "dream_p1-1", "dream_p10-0", "dream_p10-1", "x-seed-10", "x-seed-11", "one", "two"]
+    configs = [{"loss.huber_c": 0.1 * (i // 2 + 1), "train.seed": i % 2} for i in range(8)]
+    runs = load_runs([write_run(tmp_path / name, config=c) for name, c in zip(names, configs, strict=True)])
+    assert list(group_names(settings_of(runs)).values()) == [
+        "dream_p1", "dream_p1", "dream_p10", "dream_p10", "x", "x", "group D", "group D",
+    ]  # fmt: skip
+    assert by_value(runs, list("aabbbcdd")) == "a (dream_p1-*); b (dream_p10-*, x-seed-10); c (x-seed-11); d (one, two)"

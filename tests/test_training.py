@@ -340,7 +340,9 @@ def test_bad_rows_that_are_skipped_are_counted_and_resume_exactly(short_run, spo
     assert min(counts) > 0
     states = [json.loads((unbroken / f"checkpoint-{step}/training_state.json").read_text()) for step in (2, 4, 6, 8)]
     between = [sum(skipped[first:last]) for first, last in ((0, 8), (12, 16), (24, 24), (24, 32))]
-    assert [state["totals"]["skipped_rows"] for state in states] == between and between[0] != counts[0] and between[1] > 0
+    assert (
+        [state["totals"]["skipped_rows"] for state in states] == between and between[0] != counts[0] and between[1] > 0
+    )
     for step in (2, 4):
         branch = tmp_path / f"branch-{step}"
         train([*argv, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")])
