@@ -89,7 +89,11 @@ def save_checkpoint(
                 save_file(power_ema.state_tensors(), partial / POWER_EMA_FILE)
             for name, content in (snapshot | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
                 (partial / name).write_text(content, encoding="utf-8")
-            (partial / DIGESTS_FILE).write_text(sha256sums(partial), encoding="utf-8")
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
+                synced = pool.submit(_fsync_all, partial)
+                digests = sha256sums(partial)
+                synced.result()
+            (partial / DIGESTS_FILE).write_text(digests, encoding="utf-8")
             replace_folder(partial, folder)
         except WRITE_ERRORS as error:
             failure = one_line(error)
@@ -298,8 +302,7 @@ def delete_run(output_dir: Path) -> None:
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Give `partial` the name `folder`, all its bytes on disk first; an older `folder` goes after that."""
-    for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
+    _fsync_all(partial)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -307,6 +310,11 @@ def replace_folder(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:
