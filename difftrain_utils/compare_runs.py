@@ -104,6 +104,9 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
     sections = {name: manifest.get(name) for name in ("data", "base_model", "git", "versions")}
     machine = {name: manifest.get(name) for name in ("device", "num_processes", "mixed_precision", "deterministic")}
     machine |= {name: env.get(name) for name in ("cpu_threads", "cpu_capability")}
+    resumed = {name for segment in manifest.get("segments", []) for name in segment.get("differs", {})}
+    if resumed:
+        machine["resumed with other"] = ", ".join(sorted(resumed))
     # where data and model were found is in the config; here it counts what they were
     places = (".dataset", "base_model.name", "base_model.revision")
     return {name: value for name, value in flatten(sections).items() if not name.endswith(places)} | machine
@@ -308,7 +311,7 @@ def by_value(runs: list[Run], values: list[str]) -> str:
 def unfair(runs: list[Run]) -> list[str]:
     """What makes a better result of one run say nothing about the setting that was to be compared."""
     config, facts = differences(runs)
-    code, libraries = ("git", "git.commit", "git.diff"), ("versions.torch", "versions.diffusers")
+    code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", "versions.diffusers")
     found = {
         "data fingerprint": [name for name in facts if name.split(".")[0] == "data"],
         "base model": [name for name in facts if name.split(".")[0] == "base_model"],

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.errors import InputError, RowError, blame
+from difftrain_utils.errors import InputError, RowError, blame, one_line
 from difftrain_utils.shapes import draw_shape
 
 NUM_BUILTIN_SHAPES = 1800
@@ -234,7 +234,7 @@ def open_image_header(content: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise RowError(f"{name}: not an image that Pillow knows") from None
     except Exception as error:
-        raise RowError(f"{name}: cannot read the image's header: {_one_line(error)}") from None
+        raise RowError(f"{name}: cannot read the image's header: {one_line(error)}") from None
     if limit is not None and pixels > limit:
         raise RowError(f"{name}: an image of {pixels} pixels; the limit is {limit} (Pillow's MAX_IMAGE_PIXELS)")
     return image
@@ -254,8 +254,4 @@ def open_image(content: bytes, name: str) -> Image.Image:
     except MemoryError:  # not the image's fault
         raise
     except Exception as error:  # Pillow's decoders raise all kinds on damaged bytes
-        raise RowError(f"{name}: cannot decode the image: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise RowError(f"{name}: cannot decode the image: {one_line(error)}") from None

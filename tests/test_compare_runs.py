@@ -578,3 +578,15 @@ def test_groups_are_called_after_their_runs(tmp_path):
         "dream_p1", "dream_p1", "dream_p10", "dream_p10", "x", "x", "group D", "group D",
     ]  # fmt: skip
     assert by_value(runs, list("aabbbcdd")) == "a (dream_p1-*); b (dream_p10-*, x-seed-10); c (x-seed-11); d (one, two)"
+
+
+def test_a_run_that_was_resumed_with_other_code_is_told(tmp_path):
+    segments = [{"from_step": 0}, {"from_step": 20, "differs": {"git": {"commit": "e"}, "num_processes": 2}}]
+    runs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", config={"train.seed": 1}, manifest={"segments": segments}),
+    ]
+    runs = load_runs(runs)
+    assert headline(runs).endswith("differ in: train.seed; and outside the config in: resumed with other")
+    assert by_value(runs, [run.facts.get("resumed with other", "-") for run in runs]) == "- (a); git, num_processes (b)"
+    assert unfair(runs) == ["unfair: different code (resumed with other)"]
