@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils import posthoc_ema
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.power_ema import (
     PowerEMA,
     decay,
@@ -248,7 +248,7 @@ def test_a_snapshot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("difftrain_utils.power_ema.save_file", half_written)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match="No space left on device"):
         ema.save_snapshot(tmp_path, 3, ["a", "b"])
     assert {path: path.read_bytes() for path in files} == files
     assert [path.suffix for path in (tmp_path / "ema_snapshots").iterdir() if path not in files] == [".partial"]
