@@ -272,7 +272,8 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
     output_dir = Path(config.train.output_dir)
     if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
         return False
-    return read_manifest(output_dir).get("final", {}).get("global_step") == config.train.max_steps
+    steps = read_state(checkpoint)["global_step"], read_manifest(output_dir).get("final", {}).get("global_step")
+    return steps == (config.train.max_steps, config.train.max_steps)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
