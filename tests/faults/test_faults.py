@@ -95,7 +95,9 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     short_run, tmp_path, faults_library, kills, num_processes, accumulation
 ):
     fields = {"train.max_steps": 15 * kills, "train.batch_size": 8, "train.gradient_accumulation_steps": accumulation}
-    argv = [*short_run, *options(fields | {"lr_scheduler.num_warmup_steps": 9})]
+    # epochs of 10 images are crossed, and the loss of a line is that of 3 steps while every second is saved
+    fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1}
+    argv = [*short_run, *options(fields)]
     unbroken = start([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
     assert unbroken.wait() == 0
     inside = run_with_kills(argv, tmp_path / "killed", kills, num_processes, faults_library, seed=accumulation)
