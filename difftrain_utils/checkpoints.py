@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
 from difftrain_utils.power_ema import SNAPSHOTS, PowerEMA
-from difftrain_utils.snapshot import CONFIG_FILE, MANIFEST_FILE, read_manifest
+from difftrain_utils.snapshot import CONFIG_FILE, MANIFEST_FILE, is_checkpoint_of, read_manifest
 
 STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
 DIGESTS_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
@@ -193,9 +193,8 @@ def find_damage(folder: Path) -> str | None:
         return f"{Path(error.filename).name}: {error.strerror}"
     if recorded == found:
         return None
-    digests = [
-        dict(line.split(b"  ")[::-1] for line in text.splitlines() if b"  " in text) for text in (recorded, found)
-    ]
+    # the name stands after 64 digits and two spaces; in a damaged list a line may be of any kind
+    digests = [{line[66:]: line[:64] for line in text.splitlines() if line[66:]} for text in (recorded, found)]
     for name, digest in digests[0].items():
         if name not in digests[1]:
             return f"{name.decode(errors='replace')} is missing"
@@ -232,7 +231,7 @@ def _check_settings(folder: Path, config: Config) -> None:
     step = read_state(folder)["global_step"]
     if step > config.train.max_steps:
         raise InputError(f"train.resume_from: {folder} is past train.max_steps, which is {config.train.max_steps}")
-    is_branch = folder.resolve().parent != Path(config.train.output_dir).resolve()
+    is_branch = not is_checkpoint_of(folder, Path(config.train.output_dir))
     fatal = [text for name, text in differences.items() if not is_branch or name == "optimizer.class_path"]
     if fatal:
         hint = "" if is_branch else "; to branch off with other settings give another --output-dir"
@@ -247,7 +246,7 @@ def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None
     Raises:
         InputError: names what differs.
     """
-    if folder.resolve().parent != Path(config.train.output_dir).resolve():
+    if not is_checkpoint_of(folder, Path(config.train.output_dir)):
         return
     saved, now = read_manifest(folder), json.loads(snapshot[MANIFEST_FILE])
     for what, was, value in (
@@ -270,7 +269,7 @@ def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None
 def is_finished(config: Config, checkpoint: Path | None) -> bool:
     """Whether `checkpoint` is the end of a run that has left all that it should."""
     output_dir = Path(config.train.output_dir)
-    if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
+    if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         return False
     steps = read_state(checkpoint)["global_step"], read_manifest(output_dir).get("final", {}).get("global_step")
     return steps == (config.train.max_steps, config.train.max_steps)

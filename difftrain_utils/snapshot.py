@@ -74,7 +74,7 @@ def write_snapshot(
     first = manifest | {"segments": []}
     if checkpoint is not None:
         segment["resumed_from"] = str(checkpoint)
-        if checkpoint.resolve().parent == output_dir.resolve():
+        if is_checkpoint_of(checkpoint, output_dir):
             first = read_manifest(output_dir)
             first.pop("final", None)
             segment["differs"] = {
@@ -98,6 +98,11 @@ def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[
         trace = loss_trace_digest(output_dir / "metrics.jsonl")
         manifest["final"] = {"global_step": global_step, "weights": weights, "loss_trace": trace}
     write_text(output_dir / MANIFEST_FILE, _json(manifest))
+
+
+def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a run that resumes from it goes on in its folder, and does not branch off from another run."""
+    return checkpoint.resolve().parent == output_dir.resolve()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

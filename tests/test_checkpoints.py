@@ -108,6 +108,12 @@ def test_a_checkpoint_says_by_itself_what_it_is_from(short_run):
     saved = parse_config(["--config", str(output_dir / "checkpoint-2" / CONFIG_FILE)])
     assert saved.train.max_steps == 2 and saved.train.output_dir == str(output_dir)
     assert find_damage(output_dir / "checkpoint-2") is None
+    digests = output_dir / "checkpoint-2" / DIGESTS_FILE
+    listed = digests.read_bytes()
+    for spoilt in (listed.replace(b"  ", b" !", 1), b"", b"\xff\n"):
+        digests.write_bytes(spoilt)
+        assert "SHA256SUMS" in find_damage(output_dir / "checkpoint-2")
+    digests.write_bytes(listed)
     (output_dir / "checkpoint-2" / STATE_FILE).unlink()
     assert find_damage(output_dir / "checkpoint-2") == f"{STATE_FILE} is missing"
     (output_dir / "checkpoint-2" / DIGESTS_FILE).unlink()
