@@ -31,13 +31,14 @@ from tqdm.auto import tqdm
 
 import train_text_to_image as script
 from difftrain_utils import shapes
-from difftrain_utils.config import parse_config
+from difftrain_utils.config import MIXED_PRECISION, parse_config
 from difftrain_utils.families import load_family
 
 
 def reference_loop(config, end_block):
     """What examples/text_to_image/train_text_to_image.py of diffusers does by default; `end_block` ends each block."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     set_seed(config.train.seed)
     family = load_family(config)
     unet, vae, text_encoder = family.denoiser, family.vae, family.text_encoder
@@ -81,14 +82,18 @@ def reference_loop(config, end_block):
     unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         unet, optimizer, train_dataloader, lr_scheduler
     )
+    ema_unet.to(accelerator.device)
+    family.move_frozen_parts(accelerator.device, weight_dtype)
     global_step = 0
     progress_bar = tqdm(total=config.train.max_steps, desc="Steps")
     while True:
         for batch in train_dataloader:
             with accelerator.accumulate(unet):
-                latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+                latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                latents = latents * vae.config.scaling_factor
                 noise = torch.randn_like(latents)
-                timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),))
+                num_timesteps = noise_scheduler.config.num_train_timesteps
+                timesteps = torch.randint(0, num_timesteps, (len(latents),), device=latents.device)
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
                 encoder_hidden_states = text_encoder(batch["input_ids"], return_dict=False)[0]
                 if noise_scheduler.config.prediction_type == "epsilon":
