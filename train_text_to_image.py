@@ -151,14 +151,14 @@ def main(config):
         )
     )
 
-    stream_state = state.get("stream")  # where a stream goes on; for other data, global_step says it
+    stream_state = data.start_state() if config.data.streaming else None  # where a stream goes on after global_step
 
     def is_due(every):
         return every > 0 and (global_step % every == 0 or global_step == config.train.max_steps)
 
     def save(required=False):
         state = {"global_step": global_step, "skipped_steps": skipped_steps, "totals": totals.state()}
-        state["stream"] = stream_state
+        state |= {"stream": stream_state}
         parts = (snapshot, ema_model, power_ema)
         save_checkpoint(accelerator, output_dir, state, *parts, config.train.keep_checkpoints, required)
 

@@ -1,10 +1,10 @@
 """A data set read as a stream, for one that does not fit on the disk.
 
-Here, too, sample k is a function of (config, seed, k). The stream is one epoch after another. In each, the files come in an order drawn from (seed, epoch), and the rows of a
-file as they stand in it. The stream is cut into windows of B = `data.shuffle_buffer` rows, and each window is shuffled:
-sample k is row order[k % B] of window w = k // B, where order is drawn from (seed, w). So nobody has to know the number
-of rows, and to resume it takes but the place (epoch, file, row) where the window of the next sample begins. The shuffle
-buffer of `datasets` would lose its content instead.
+Here, too, sample k is a function of (config, seed, k). The stream is one epoch after another. In each, the files come
+in an order drawn from (seed, epoch), and the rows of a file as they stand in it. The stream is cut into windows of
+B = `data.shuffle_buffer` rows, and each window is shuffled: sample k is row order[k % B] of window w = k // B, where
+order is drawn from (seed, w). So nobody has to know the number of rows, and all that resuming needs is the place
+(epoch, file, row) where the next sample's window begins. The shuffle buffer of `datasets` would lose its content instead.
 """
 
 import hashlib
@@ -98,6 +98,10 @@ class StreamedRows:
         """What `load_state` needs to go on from sample k, as JSON: where its window begins, and in which stream."""
         self._hold(k // self.config.shuffle_buffer)
         return {"stream": self.identity} | self._place._asdict()
+
+    def start_state(self) -> dict[str, Any]:
+        """The state that was loaded last, or that of the beginning."""
+        return {"stream": self.identity} | self._start._asdict()
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Read from where `state` was, not from the beginning. Changes no sample, only how soon it is there.
