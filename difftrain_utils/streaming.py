@@ -4,7 +4,7 @@ Here, too, sample k is a function of (config, seed, k). The stream is one epoch 
 in an order drawn from (seed, epoch), and the rows of a file as they stand in it. The stream is cut into windows of
 B = `data.shuffle_buffer` rows, and each window is shuffled: sample k is row order[k % B] of window w = k // B, where
 order is drawn from (seed, w). So nobody has to know the number of rows, and all that resuming needs is the place
-(epoch, file, row) where the next sample's window begins. The shuffle buffer of `datasets` would lose its content instead.
+(epoch, file, row) where the next sample's window begins. The shuffle buffer of `datasets` loses its content instead.
 """
 
 import hashlib

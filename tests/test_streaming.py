@@ -287,12 +287,10 @@ class TestBadRows:
     def test_a_damaged_file_stops_even_if_rows_are_skipped(self, folders, tmp_path, kind):
         folder = shutil.copytree(folders[kind], tmp_path / "data")
         order = captions(stream(folder, shuffle_buffer=1), range(13))
-        last = max(
-            (file for file in range(4) if SIZES[file] > 1), key=lambda file: order.index(str(numbers()[file][0]))
-        )
+        # the columns are those of the first file, and the first row is read before training
+        last = max((1, 2), key=lambda file: order.index(str(numbers()[file][0])))
         path = folder / f"{last}.{kind}"
-        content = path.read_bytes()
-        path.write_bytes(content[:700] + b"\xff" * (len(content) - 700) if kind == "tar" else content[:-100])
+        path.write_bytes(path.read_bytes()[: 2600 if kind == "tar" else -100])
         samples = Samples(stream(folder, on_bad_row="skip"), make_config(folder, on_bad_row="skip"), 0, 100)
         with pytest.raises(RowError, match=rf"{last}.{kind}: cannot read what comes after \d rows: "):
             [samples[k] for k in range(13)]
