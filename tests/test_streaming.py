@@ -14,7 +14,7 @@ from PIL import Image
 
 from difftrain_utils.config import Config, DataConfig, ModelConfig, check_config
 from difftrain_utils.data import inspect_splits, split_data
-from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.errors import InputError, RowError, RunError
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.streaming import StreamedRows, files_digest, load_stream
 
@@ -405,3 +405,16 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one(short_run, folders
         expected = [entry for entry in metrics_without_times(unbroken) if entry["step"] > step]
         assert metrics_without_times(branch) == expected
     assert json.loads((unbroken / "run_manifest.json").read_text())["data"]["train"]["num_files"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_gradient_that_is_not_finite_is_told_with_the_rows_of_its_step(short_run, folders, tmp_path, workers):
+    argv = [*short_run, "--data.dataset", str(folders["parquet"]), "--data.streaming", "--data.shuffle_buffer", "5"]
+    argv += options({"data.num_workers": workers, "optimizer.init_args.lr": 1e30, "lr_scheduler.num_warmup_steps": 0})
+    with pytest.raises(RunError, match="is nan at step ") as error:
+        train(argv)
+    step = int(str(error.value).split("at step ")[1].split(",")[0])
+    names = [stream(folders["parquet"])[k].name for k in range(4 * step - 4, 4 * step)]
+    assert f"({', '.join(names)})" in str(error.value)
+    state = json.loads((tmp_path / f"run/checkpoint-{step - 1}/training_state.json").read_text())["stream"]
+    assert state["window"] == max(4 * step - 5, 0) // 5
