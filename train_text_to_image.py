@@ -55,6 +55,7 @@ from difftrain_utils.power_ema import PowerEMA
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
+from difftrain_utils.streaming import load_stream
 from difftrain_utils.timesteps import sample_timesteps
 from difftrain_utils.tracking import Metrics, Totals, check_trackers
 
@@ -90,7 +91,8 @@ def main(config):
     family = load_family(config)
     family.check_resolution(config.data.resolution)
     with accelerator.main_process_first():
-        data, validation_data = split_data(load_data(config.data), config.data)
+        data = load_stream(config.data, seed) if config.data.streaming else load_data(config.data)
+        data, validation_data = split_data(data, config.data)
         metric_networks = load_metric_networks(config, validation_data, accelerator.device)
     noise_scheduler, models = family.noise_scheduler, [family.denoiser.train()]  # models: all that is trained
     if config.loss.learned_uncertainty:
@@ -125,6 +127,8 @@ def main(config):
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema)
         global_step, skipped_steps = state["global_step"], state["skipped_steps"]
+        if config.data.streaming:
+            data.load_state(state.get("stream"))
         accelerator.print(f"Resuming from {checkpoint} at step {global_step} of {config.train.max_steps}")
     if accelerator.is_main_process:
         if config.train.overwrite:
@@ -147,11 +151,14 @@ def main(config):
         )
     )
 
+    stream_state = data.start_state() if config.data.streaming else None  # where a stream goes on after global_step
+
     def is_due(every):
         return every > 0 and (global_step % every == 0 or global_step == config.train.max_steps)
 
     def save(required=False):
         state = {"global_step": global_step, "skipped_steps": skipped_steps, "totals": totals.state()}
+        state |= {"stream": stream_state}
         parts = (snapshot, ema_model, power_ema)
         save_checkpoint(accelerator, output_dir, state, *parts, config.train.keep_checkpoints, required)
 
@@ -203,6 +210,8 @@ def main(config):
                 if not is_finite and accelerator.scaler is None:  # with fp16 this is usual, and skipped by the scaler
                     if config.train.on_nonfinite == "stop" or skipped_steps >= config.train.max_skipped_steps:
                         save(required=True)
+                        if config.data.streaming:
+                            data.load_state(stream_state)
                         raise RunError(train_dataset.describe_nonfinite(global_step, config.train, grad_norm.item()))
                     optimizer.zero_grad()  # without gradients the optimizer changes nothing
             optimizer.step()
@@ -215,7 +224,7 @@ def main(config):
         lr_scheduler.step()
         if ema_model is not None:
             ema_model.step(denoiser.parameters())
-        global_step += 1
+        global_step, stream_state = global_step + 1, batch["stream_state"]
         if power_ema is not None:
             power_ema.step(denoiser.parameters(), global_step)
         progress_bar.update()

@@ -59,6 +59,10 @@ def main(argv: list[str] | None = None) -> None:
 def list_rows(config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
     """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself."""
     path, problems = find_metadata(config), []
+    if path is None and config.streaming:
+        raise InputError(
+            "data.streaming: check_data reads a data set as a whole, and an image folder without loading it"
+        )
     if path is None:
         try:
             data = load_data(config)

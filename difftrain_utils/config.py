@@ -47,6 +47,10 @@ class DataConfig:
     """A folder of images with a `metadata.jsonl`, a hub data set, or `builtin:shapes` (needs no download)."""
     split: str = "train"
     """The split of the data set to train on."""
+    streaming: bool = False
+    """Read the data set as a stream, for one that does not fit on the disk (also from a folder of tar files)."""
+    shuffle_buffer: int = 1000
+    """Rows of a stream that are shuffled among each other; each worker and each process keeps as many in memory."""
     image_column: str = "image"
     """Column of the images (an image folder calls it `image`)."""
     caption_column: str = "text"
@@ -351,6 +355,10 @@ def check_config(config: Config) -> None:
     require(
         not (data.validation_split and data.validation_dir), "data.validation_dir", "cannot go with validation_split"
     )
+    require(data.shuffle_buffer >= 1, "data.shuffle_buffer", "must be at least 1")
+    if data.streaming:
+        require(not data.validation_split, "data.validation_split", "cannot go with streaming (validation_dir can)")
+        require(not data.dataset.startswith("builtin:"), "data.dataset", "streaming is for folders and the hub")
     require(data.num_workers >= 0, "data.num_workers", "must be 0 or more")
     require(train.output_dir != "", "train.output_dir", "must not be empty")
     require(train.seed >= 0, "train.seed", "must be 0 or more")

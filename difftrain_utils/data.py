@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,30 +25,59 @@ NUM_BUILTIN_SHAPES = 1800
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is an error here: open_image_header
 
 
+class Row(NamedTuple):
+    """A row as it is stored: how errors call it, the undecoded image, and what should be its captions."""
+
+    name: str
+    image: dict[str, Any] | None
+    captions: Any
+
+
 def load_data(config: DataConfig) -> datasets.Dataset:
     """The rows of `data.dataset`, with images undecoded ({"bytes", "path"}).
 
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    folder = Path(config.dataset).expanduser()
     if config.dataset == "builtin:shapes":
         data = draw_shapes(config.resolution)
     elif config.dataset.startswith("builtin:"):
         raise InputError(f"data.dataset: no such builtin: {config.dataset!r}; there is builtin:shapes")
     else:
-        arguments = {"path": config.dataset}
-        if folder.is_dir():
-            if (metadata := find_metadata(config)) is not None:
-                check_metadata(metadata, config)
-                arguments = {"path": "imagefolder", "data_dir": str(folder)}
-            elif any(next(folder.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow")):
-                arguments = {"path": str(folder)}
-            else:
-                raise InputError(f"data.dataset: {folder} has no metadata.jsonl (and no parquet or arrow files)")
-        what = f"cannot load {config.dataset!r}" + ("" if folder.is_dir() else ", which is no folder here")
-        with blame(f"data.dataset: {what}", Exception):  # whatever stops datasets
+        arguments = load_arguments(config, ("parquet", "arrow"))
+        with blame(cannot_load(config), Exception):  # whatever stops datasets
             data = datasets.load_dataset(**arguments, split=config.split)
+    check_columns(data, config)
+    if len(data) == 0:
+        raise InputError(f"data.dataset: {config.dataset} has no images")
+    return data.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def load_arguments(config: DataConfig, kinds: tuple[str, ...]) -> dict[str, str]:
+    """How `datasets` is to load `data.dataset`: an image folder, a folder with files of one of `kinds`, or a hub name.
+
+    Raises:
+        InputError: the folder is none of these, or a line of its metadata.jsonl is wrong.
+    """
+    folder = Path(config.dataset).expanduser()
+    if not folder.is_dir():
+        return {"path": config.dataset}
+    if (metadata := find_metadata(config)) is not None:
+        check_metadata(metadata, config)
+        return {"path": "imagefolder", "data_dir": str(folder)}
+    if any(next(folder.rglob(f"*.{kind}"), None) for kind in kinds):
+        return {"path": str(folder)}
+    files = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    raise InputError(f"data.dataset: {folder} has no metadata.jsonl (and no {files} files)")
+
+
+def cannot_load(config: DataConfig) -> str:
+    is_folder = Path(config.dataset).expanduser().is_dir()
+    return f"data.dataset: cannot load {config.dataset!r}" + ("" if is_folder else ", which is no folder here")
+
+
+def check_columns(data: datasets.Dataset | datasets.IterableDataset, config: DataConfig) -> None:
+    """Raise InputError unless there is a column of images and one of captions."""
     for name, field in ((config.image_column, "image_column"), (config.caption_column, "caption_column")):
         if name not in data.column_names:
             raise InputError(
@@ -55,9 +85,6 @@ def load_data(config: DataConfig) -> datasets.Dataset:
             )
     if not isinstance(data.features[config.image_column], datasets.Image):
         raise InputError(f"data.image_column: column {config.image_column!r} of {config.dataset} does not hold images")
-    if len(data) == 0:
-        raise InputError(f"data.dataset: {config.dataset} has no images")
-    return data.cast_column(config.image_column, datasets.Image(decode=False))
 
 
 def split_data(data: datasets.Dataset, config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -155,6 +182,9 @@ def inspect_data(data: datasets.Dataset, config: DataConfig) -> dict[str, Any]:
             `data.on_bad_row` is skip.
     """
 
+    if not isinstance(data, datasets.Dataset):  # a stream, which is not read as a whole
+        return data.inspect()
+
     def digest(index: int) -> bytes:
         row = data[index]
         name = image_name(row[config.image_column], index)
@@ -193,9 +223,16 @@ def read_row(data: datasets.Dataset, index: int, config: DataConfig) -> tuple[Im
     Raises:
         RowError: the image is missing, damaged or too large, or the caption is no string.
     """
+    row = row_at(data, index, config)
+    return open_image(read_bytes(row.image, row.name), row.name), captions_of(row.captions, row.name)
+
+
+def row_at(data, index: int, config: DataConfig) -> Row:
+    """Row `index` of a data set; of a stream, the row of sample `index`."""
     row = data[index]
-    name = image_name(row[config.image_column], index)
-    return open_image(read_bytes(row[config.image_column], name), name), captions_of(row[config.caption_column], name)
+    if isinstance(row, Row):
+        return row
+    return Row(image_name(row[config.image_column], index), row[config.image_column], row[config.caption_column])
 
 
 def image_name(value: dict[str, Any] | None, index: int) -> str:
@@ -204,15 +241,18 @@ def image_name(value: dict[str, Any] | None, index: int) -> str:
 
 
 def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
-    """The content of an undecoded `datasets.Image`, which is in the row or in a file."""
+    """The content of an undecoded `datasets.Image`, which is in the row, in a file or (of a stream) at a URL."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise RowError(f"{name}: no image")
     if value["bytes"] is not None:
         return value["bytes"]
     try:
-        return Path(value["path"]).read_bytes()
+        if "://" not in value["path"]:
+            return Path(value["path"]).read_bytes()
+        with fsspec.open(value["path"], "rb") as file:
+            return file.read()
     except OSError as error:
-        raise RowError(f"{name}: {error.strerror}") from None
+        raise RowError(f"{name}: {error.strerror or one_line(error)}") from None
 
 
 def captions_of(value: Any, name: str) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from PIL import Image, ImageOps
 
 from difftrain_utils.config import DataConfig, TrainConfig
-from difftrain_utils.data import image_name, read_row
+from difftrain_utils.data import read_row, row_at
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.streaming import StreamedRows
 
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
 
@@ -25,29 +26,32 @@ NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the da
 class Samples(torch.utils.data.Dataset):
     """Item k is sample k: {"key": k, "pixel_values": (3, H, W) float32 in [-1, 1], "caption": str, "skipped": bool}.
 
-    "skipped" says that another row stands in for the one that was due, which cannot be read.
+    "skipped" says that another row stands in for the one that was due, which cannot be read. "stream_state" says where
+    a stream (`data.streaming`) goes on from this sample, and is None for other data.
     """
 
-    def __init__(self, data: datasets.Dataset, config: DataConfig, seed: int, num_samples: int):
+    def __init__(self, data: datasets.Dataset | StreamedRows, config: DataConfig, seed: int, num_samples: int):
         self.data, self.config, self.seed, self.num_samples = data, config, seed, num_samples
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
+        stream_state = self.data.state(k) if isinstance(self.data, StreamedRows) else None
         image, captions, skipped = read_row_or_substitute(self.data, self.index_of(k), self.config, self.seed, k)
         sample = {"key": k, "pixel_values": self._transform(image, k), "caption": self._choose(captions, k)}
-        return sample | {"skipped": skipped}
+        return sample | {"skipped": skipped, "stream_state": stream_state}
 
     def index_of(self, k: int) -> int:
-        """The row of sample k: epochs are permutations, each image comes once in each."""
+        """The row of sample k: epochs are permutations, each image comes once in each. A stream has its rows by k."""
+        if isinstance(self.data, StreamedRows):
+            return k
         epoch, position = divmod(k, len(self.data))
         return _permutation(self.seed, epoch, len(self.data))[position].item()
 
     def names_of(self, keys: Iterable[int]) -> list[str]:
         """The file names of the samples `keys`."""
-        rows = [self.index_of(k) for k in keys]
-        return [image_name(self.data[row][self.config.image_column], row) for row in rows]
+        return [row_at(self.data, self.index_of(k), self.config).name for k in keys]
 
     def describe_nonfinite(self, global_step: int, train: TrainConfig, grad_norm: float) -> str:
         """What to tell when the step after `global_step` has a gradient that is not finite."""
@@ -73,7 +77,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: {"keys": list of int, "pixel_values": (batch, 3, H, W), "captions": list of str, "skipped": of bool}.
+    """A batch: {"keys": list of int, "pixel_values": (batch, 3, H, W), "captions": list of str, "skipped": of bool,
+    "stream_state": that of the last sample}.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
@@ -82,6 +87,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "captions": [sample["caption"] for sample in samples],
         "skipped": [sample["skipped"] for sample in samples],
+        "stream_state": samples[-1]["stream_state"],
     }
 
 
@@ -89,10 +95,11 @@ def read_row_or_substitute(
     data: datasets.Dataset, index: int, config: DataConfig, seed: int, k: int
 ) -> tuple[Image.Image, list[str], bool]:
     """The image and captions of row `index`, and False; or, if it cannot be read and `data.on_bad_row` is skip, those
-    of the first readable one of some rows drawn from (seed, k), and True.
+    of the first readable one of some rows drawn from (seed, k), and True. A stream, in which no row can be drawn, has
+    the rows that follow in its window instead.
 
     Raises:
-        RowError: the row cannot be read and is not to be skipped, or none of the drawn rows can be read either.
+        RowError: the row cannot be read and is not to be skipped, or none of the other rows can be read either.
     """
     try:
         return *read_row(data, index, config), False
@@ -100,13 +107,17 @@ def read_row_or_substitute(
         if config.on_bad_row == "stop":
             raise
         first = error
-    drawn = torch.randint(len(data), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
-    for substitute in drawn.tolist():
+    if isinstance(data, StreamedRows):
+        others, which = data.substitutes(k), f"any of the {config.shuffle_buffer} rows that are shuffled with it"
+    else:
+        drawn = torch.randint(len(data), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
+        others, which = drawn.tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
+    for substitute in others:
         try:
             return *read_row(data, substitute, config), True
         except RowError:
             continue
-    raise RowError(f"{first}; nor can {NUM_SUBSTITUTES} rows be read that were drawn in its place")
+    raise RowError(f"{first}; nor can {which}")
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the data set is tiny

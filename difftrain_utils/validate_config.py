@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
+    from difftrain_utils.streaming import load_stream
     from difftrain_utils.tracking import check_trackers
 
     if config.train.deterministic:
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     family = load_family(config)
     family.check_resolution(config.data.resolution)
     build_optimizer(config.optimizer, family.denoiser.parameters())
-    data, validation_data = split_data(load_data(config.data), config.data)
+    data = load_stream(config.data, config.train.seed) if config.data.streaming else load_data(config.data)
+    data, validation_data = split_data(data, config.data)
     load_metric_networks(config, validation_data, accelerator.device)
     fingerprints = inspect_splits(data, validation_data, config.data)
     snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
