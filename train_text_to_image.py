@@ -89,7 +89,7 @@ def main(config):
         accelerator.print(f"Nothing to do: {output_dir} is finished, at step {config.train.max_steps}")
         return
     family = load_family(config)
-    family.check_resolution(config.data.resolution)
+    family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
     with accelerator.main_process_first():
         data = load_stream(config.data, seed) if config.data.streaming else load_data(config.data)
         data, validation_data = split_data(data, config.data)
@@ -106,10 +106,11 @@ def main(config):
     )
     if config.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
+    buckets = load_buckets(accelerator, family, data, config) if config.data.buckets else None
     snapshot = None
     if accelerator.is_main_process:
         fingerprints = inspect_splits(data, validation_data, config.data)
-        snapshot = take_snapshot(config, accelerator, family.modules, fingerprints)
+        snapshot = take_snapshot(config, accelerator, family.digests(), fingerprints)
         if checkpoint is not None:
             check_origin(checkpoint, snapshot, config)
 
@@ -139,7 +140,10 @@ def main(config):
     totals = Totals(accelerator, state.get("totals"))  # of the steps since the last line of metrics
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    train_dataset = Samples(data, config.data, seed, config.train.max_steps * config.train.batch_size)
+    num_samples = config.train.max_steps * config.train.batch_size
+    train_dataset = Samples(
+        data, config.data, seed, num_samples, config.train.batch_size, buckets, latents_cache, text_cache
+    )
     train_dataloader = accelerator.prepare(
         torch.utils.data.DataLoader(
             train_dataset,
@@ -171,11 +175,12 @@ def main(config):
         torch.manual_seed(seed_for(seed, "model", keys[0]))  # for what the model itself draws, such as dropout
         with accelerator.accumulate(*models):
             # ── One step ─────────────────────────────────────────────────────────────────────────────────────
-            pixel_values = batch["pixel_values"]
-            latent_shape = family.latent_shape(pixel_values)
-            vae_noise = keyed_randn(seed, "vae_noise", keys, latent_shape, accelerator.device)
-            latents = family.encode_images(pixel_values, vae_noise)
-            predict = partial(family.predict, denoiser, conditioning=family.encode_prompts(batch["captions"]))
+            cached = config.data.cache_latents, config.data.cache_text
+            moments = batch["moments"] if cached[0] else family.encode_images(batch["pixel_values"])
+            vae_noise = keyed_randn(seed, "vae_noise", keys, moments.shape[2:], accelerator.device)
+            latents = family.sample_latents(moments, vae_noise)
+            conditioning = batch["conditioning"] if cached[1] else family.encode_prompts(batch["captions"])
+            predict = partial(family.predict, denoiser, conditioning=conditioning)
 
             noise = sample_noise(config.noise, seed, keys, latents)
             timesteps = sample_timesteps(

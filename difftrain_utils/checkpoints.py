@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
 from difftrain_utils.power_ema import SNAPSHOTS, PowerEMA
-from difftrain_utils.snapshot import CONFIG_FILE, MANIFEST_FILE, is_checkpoint_of, read_manifest
+from difftrain_utils.snapshot import CONFIG_FILE, MANIFEST_FILE, file_digest, is_checkpoint_of, read_manifest
 
 STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
 DIGESTS_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
@@ -207,16 +207,8 @@ def sha256sums(folder: Path) -> str:
     """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(_sha256, paths))
+        digests = list(pool.map(file_digest, paths))
     return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_settings(folder: Path, config: Config) -> None:

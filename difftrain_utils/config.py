@@ -72,6 +72,15 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
     (`skipped_rows` in metrics.jsonl)."""
+    buckets: Literal["auto"] | list[list[int]] | None = None
+    """Sizes [height, width] to train at, of which each image gets that of the nearest aspect ratio; `auto`: sizes of
+    about resolution² pixels; null: squares only. Each batch has one size."""
+    cache_latents: bool = False
+    """Run the VAE on each image once, before training, and keep its moments on the disk (needs center_crop)."""
+    cache_text: bool = False
+    """Run the text encoder on each caption once, before training, and keep its output on the disk."""
+    cache_dir: str | None = None
+    """Folder of these caches; null: `difftrain` in the cache of Hugging Face's datasets."""
     num_workers: int = 0
     """Processes that load images, for each training process; 0: the training process does it."""
 
@@ -359,6 +368,18 @@ def check_config(config: Config) -> None:
     if data.streaming:
         require(not data.validation_split, "data.validation_split", "cannot go with streaming (validation_dir can)")
         require(not data.dataset.startswith("builtin:"), "data.dataset", "streaming is for folders and the hub")
+    require(
+        not data.cache_latents or data.center_crop, "data.cache_latents", "needs data.center_crop (one crop is kept)"
+    )
+    sizes = data.buckets if isinstance(data.buckets, list) else [[8, 8]]
+    require(
+        len(sizes) > 0 and all(len(size) == 2 and min(size) >= 8 for size in sizes),
+        "data.buckets", "must be sizes [height, width] of at least 8, or auto",
+    )  # fmt: skip
+    ratios = [size[0] / size[1] for size in sizes]
+    require(len(set(ratios)) == len(ratios), "data.buckets", "must have different aspect ratios")
+    for name in ("buckets", "cache_latents", "cache_text"):
+        require(not (data.streaming and getattr(data, name)), f"data.{name}", "cannot go with data.streaming")
     require(data.num_workers >= 0, "data.num_workers", "must be 0 or more")
     require(train.output_dir != "", "train.output_dir", "must not be empty")
     require(train.seed >= 0, "train.seed", "must be 0 or more")

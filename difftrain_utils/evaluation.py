@@ -72,14 +72,14 @@ def validation_loss(
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
         rows = [read_row_or_substitute(data, j % len(data), config.data, evaluation.seed, j) for j in keys]
-        pixel_values = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, *_ in rows])
+        pixel_values = torch.stack([to_square(image, config.data) for image, *_ in rows])
         pixel_values = pixel_values.to(accelerator.device)
-        latent_shape = family.latent_shape(pixel_values)
+        moments = family.encode_images(pixel_values)
         vae_noise, noise = (
-            keyed_randn(evaluation.seed, purpose, keys, latent_shape, accelerator.device)
+            keyed_randn(evaluation.seed, purpose, keys, moments.shape[2:], accelerator.device)
             for purpose in ("validation_vae_noise", "validation_noise")
         )
-        latents = family.encode_images(pixel_values, vae_noise)
+        latents = family.sample_latents(moments, vae_noise)
         timesteps = validation_timesteps(evaluation, noise_scheduler, keys).to(accelerator.device)
         noisy_latents = add_noise(noise_scheduler, latents, noise, timesteps)
         target = get_target(noise_scheduler, latents, noise, timesteps)

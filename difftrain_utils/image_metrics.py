@@ -70,7 +70,7 @@ def image_metrics(
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, *_ in rows])
+                squares = torch.stack([to_square(image, config.data) for image, *_ in rows])
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)

@@ -29,11 +29,11 @@ ENVIRONMENT = (
 
 
 def take_snapshot(
-    config: Config, accelerator: Accelerator, modules: dict[str, torch.nn.Module], data: dict[str, Any]
+    config: Config, accelerator: Accelerator, base_model: dict[str, str], data: dict[str, Any]
 ) -> dict[str, str]:
     """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
 
-    `modules` are those of the base model, before training; `data` is what `inspect_splits` returned.
+    `base_model` are the digests of its parts; `data` is what `inspect_splits` returned.
     """
     manifest = {
         "started": _now(),
@@ -50,7 +50,7 @@ def take_snapshot(
         "base_model": {
             "name": config.model.pretrained_model_name_or_path,
             "revision": config.model.revision,
-            "sha256": {name: weights_digest(module) for name, module in modules.items()},
+            "sha256": base_model,
         },
         "data": data,
     }
@@ -121,6 +121,24 @@ def loss_trace_digest(path: Path) -> str:
     entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
     metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
     return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
+
+
+def files_digest(folder: Path, variant: str | None = None) -> str:
+    """SHA-256 over the names and bytes of a model part's files: its weights of one variant, and its JSON and text."""
+    weights = [path for path in folder.glob("*.safetensors")] or [path for path in folder.glob("*.bin")]
+    of_variant = [path for path in weights if path.name.split(".")[1:-1] == ([variant] if variant else [])]
+    total = hashlib.sha256()
+    for path in sorted([*(of_variant or weights), *folder.glob("*.json"), *folder.glob("*.txt")]):
+        total.update(f"{path.name} {file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:

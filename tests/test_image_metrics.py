@@ -149,7 +149,7 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
     assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
 
     rows = [read_row(data, k, config.data) for k in range(3)]
-    squares = torch.stack([to_square(image, config.data, 0.5, 0.5, flip=False) for image, _ in rows])
+    squares = torch.stack([to_square(image, config.data) for image, _ in rows])
     real = pt_to_pil(squares)
     assert np.array_equal(np.asarray(real[0]), ((squares[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
     config.evaluation.prompts = captions = [captions[0] for _, captions in rows]

@@ -1,19 +1,23 @@
 """Stable Diffusion 1.x and 2.x: a UNet on VAE latents that attends to CLIP's text states."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from huggingface_hub import hf_hub_download
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.noise_schedule import build_schedulers
+from difftrain_utils.snapshot import files_digest, weights_digest
 
 
 @dataclass
@@ -21,21 +25,23 @@ class StableDiffusion:
     """The parts of a checkpoint, and what the training loop and evaluation do with them."""
 
     source: str
-    """The folder or hub name that it was loaded from, at `revision` and `variant`."""
+    """The folder or hub name that it is loaded from, at `revision` and `variant`."""
     revision: str | None
     variant: str | None
     denoiser: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     noise_scheduler: diffusers.SchedulerMixin
     """The noise schedule to train with."""
     scheduler: diffusers.SchedulerMixin
     """The sampler of the same schedule, for pipelines."""
+    device: torch.device = torch.device("cpu")
+    """Of the frozen parts, which are loaded when they are first used: in `weight_dtype`, not to be trained."""
+    weight_dtype: torch.dtype = torch.float32
 
     @classmethod
     def load(cls, source: str, model_index: dict, config: Config, init_seed: int | None) -> "StableDiffusion":
-        """Load all parts in float32 on the CPU; the denoiser starts from `init_seed` unless that is None."""
+        """Load the parts in float32 on the CPU, but for encoders whose work is cached; the denoiser starts from
+        `init_seed` unless that is None."""
         revision, variant = config.model.revision, config.model.variant
         at = {"revision": revision}
         scheduler_class = getattr(diffusers, model_index["scheduler"][1])
@@ -48,62 +54,87 @@ class StableDiffusion:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(init_seed, "weights", 0))
                 denoiser = UNet2DConditionModel.from_config(unet_config)
-        vae, text_encoder, tokenizer = cls._load_frozen(source, revision, variant)
-        if len(tokenizer) != text_encoder.config.vocab_size:  # transformers makes an empty one where files are missing
-            raise ValueError(f"tokenizer has {len(tokenizer)} tokens, text_encoder {text_encoder.config.vocab_size}")
-        return cls(
+        family = cls(
             source,
             revision,
             variant,
             denoiser,
-            vae,
-            text_encoder,
-            tokenizer,
+            cls.load_tokenizer(source, revision),
             noise_scheduler=noise_scheduler,
             scheduler=scheduler,
         )
+        vocab_size = _load_part(CLIPTextConfig.from_pretrained, source, "text_encoder", **at).vocab_size
+        if len(family.tokenizer) != vocab_size:  # transformers makes an empty one where files are missing
+            raise ValueError(f"tokenizer has {len(family.tokenizer)} tokens, text_encoder {vocab_size}")
+        for part, is_cached in (("vae", config.data.cache_latents), ("text_encoder", config.data.cache_text)):
+            if not is_cached:
+                getattr(family, part)
+        return family
 
-    @staticmethod
-    def _load_frozen(source: str, revision, variant) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
-        at = {"revision": revision, "variant": variant}
-        vae = _load_part(AutoencoderKL.from_pretrained, source, "vae", **at)
-        text_encoder = _load_part(CLIPTextModel.from_pretrained, source, "text_encoder", dtype=torch.float32, **at)
-        tokenizer = StableDiffusion.load_tokenizer(source, revision)
-        return vae.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False), tokenizer
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        vae = _load_part(AutoencoderKL.from_pretrained, self.source, "vae", **self._at).eval().requires_grad_(False)
+        return torch.nn.Module.to(vae, self.device, self.weight_dtype)  # diffusers' own warns of an empty list of modules
+
+    @cached_property
+    def text_encoder(self) -> CLIPTextModel:
+        load = partial(CLIPTextModel.from_pretrained, dtype=torch.float32)
+        text_encoder = _load_part(load, self.source, "text_encoder", **self._at)
+        return text_encoder.eval().requires_grad_(False).to(self.device, self.weight_dtype)
+
+    @cached_property
+    def vae_config(self) -> Any:
+        """The VAE's config with its defaults, without the VAE."""
+        config = _load_part(AutoencoderKL.load_config, self.source, "vae", revision=self.revision)
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(config).config
+
+    @property
+    def _at(self) -> dict[str, str | None]:
+        return {"revision": self.revision, "variant": self.variant}
 
     @staticmethod
     def load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
         return _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
 
-    @property
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """All that has weights, by the checkpoint's names."""
-        return {"unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the denoiser's weights, and of the files of the frozen parts."""
+        folder = Path(self.source)
+        if not folder.is_dir():  # a hub name, of which all that was loaded lies in one folder of the hub's cache
+            folder = Path(hf_hub_download(self.source, "model_index.json", revision=self.revision)).parent
+        if not (folder / "vae").is_dir() or not (folder / "text_encoder").is_dir():
+            self.vae, self.text_encoder  # noqa: B018 (downloads them)
+        parts = {part: files_digest(folder / part, self.variant) for part in ("vae", "text_encoder", "tokenizer")}
+        return {"unet": weights_digest(self.denoiser)} | parts
 
-    def check_resolution(self, resolution: int) -> None:
-        """Raise InputError unless the VAE and the UNet can halve an image of this side as often as they do."""
-        multiple = 2 ** (len(self.vae.config.block_out_channels) + len(self.denoiser.config.block_out_channels) - 2)
-        if resolution % multiple:
-            raise InputError(f"data.resolution: {self.source} needs a multiple of {multiple}, got {resolution}")
+    def check_size(self, height: int, width: int, name: str) -> None:
+        """Raise InputError unless the VAE and the UNet can halve an image of this size as often as they do."""
+        multiple = 2 ** (len(self.vae_config.block_out_channels) + len(self.denoiser.config.block_out_channels) - 2)
+        if height % multiple or width % multiple:
+            got = height if height == width else f"{height} x {width}"
+            raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
 
     def move_frozen_parts(self, device: torch.device, weight_dtype: torch.dtype) -> None:
-        torch.nn.Module.to(self.vae, device, weight_dtype)  # diffusers' own `to` warns of an empty list of modules
-        self.text_encoder.to(device, weight_dtype)
+        self.device, self.weight_dtype = device, weight_dtype
+        for part in (self.__dict__.get("vae"), self.__dict__.get("text_encoder")):
+            if part is not None:
+                torch.nn.Module.to(part, device, weight_dtype)
+
+    def free(self, *parts: str) -> None:
+        """Drop frozen parts from memory; they are loaded again when they are used again."""
+        for part in parts:
+            self.__dict__.pop(part, None)
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Scaled latents drawn from the VAE's posterior by `noise`: (batch, 4, H/8, W/8), float32.
-
-        `noise` must have the latents' shape: see `latent_shape`.
-        """
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The moments of the VAE's posterior, mean and standard deviation: (batch, 2, channels, H/8, W/8)."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * noise
-        return latents * self.vae.config.scaling_factor
+        return torch.stack([posterior.mean, posterior.std], 1)
 
-    def latent_shape(self, pixel_values: torch.Tensor) -> tuple[int, int, int]:
-        """The shape of one image's latents, (channels, height, width)."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.vae.config.latent_channels, pixel_values.shape[-2] // factor, pixel_values.shape[-1] // factor
+    def sample_latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Scaled latents drawn from the posterior by `noise`, of the latents' shape; float32."""
+        mean, std = moments.float().unbind(1)
+        return (mean + std * noise) * self.vae_config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, captions: list[str]) -> torch.Tensor:
@@ -128,7 +159,9 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """Write a pipeline around `denoiser` with the checkpoint's own frozen parts, in float32 and unused (a
         tokenizer that has padded would be saved with its padding)."""
-        self._pipeline(denoiser, *self._load_frozen(self.source, self.revision, self.variant)).save_pretrained(folder)
+        fresh = dataclasses.replace(self, denoiser=denoiser, device=torch.device("cpu"), weight_dtype=torch.float32)
+        tokenizer = self.load_tokenizer(self.source, self.revision)
+        self._pipeline(denoiser, fresh.vae, fresh.text_encoder, tokenizer).save_pretrained(folder)
 
     def _pipeline(self, denoiser, vae, text_encoder, tokenizer) -> StableDiffusionPipeline:
         pipeline = StableDiffusionPipeline(
