@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from difftrain_utils.config import DataConfig, TrainConfig
-from difftrain_utils.data import image_name, read_row
+from difftrain_utils.data import read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 
@@ -47,7 +47,7 @@ class Samples(torch.utils.data.Dataset):
     def names_of(self, keys: Iterable[int]) -> list[str]:
         """The file names of the samples `keys`."""
         rows = [self.index_of(k) for k in keys]
-        return [image_name(self.data[row][self.config.image_column], row) for row in rows]
+        return [self.data[row].name for row in rows]
 
     def describe_nonfinite(self, global_step: int, train: TrainConfig, grad_norm: float) -> str:
         """What to tell when the step after `global_step` has a gradient that is not finite."""
