@@ -39,10 +39,11 @@ from difftrain_utils.checkpoints import (
     save_checkpoint,
     set_newer_aside,
 )
-from difftrain_utils.data import inspect_splits, load_data, split_data
+from difftrain_utils.data import load_data, split_data
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
+from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for

@@ -642,7 +642,7 @@ def _sections() -> list[str]:
 
 def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
     if name.startswith("data.sources["):
-        source, _, last = name.rpartition(".")
+        last = name.rpartition(".")[2]
         matches = difflib.get_close_matches(last, _source_fields(), n=1, cutoff=0.7)
         hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
         return f"{name}: no such field; {hint}"

@@ -54,12 +54,8 @@ class SourceRows:
     def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any]:
         """The undecoded image and the captions."""
         row = self.data[index if self.indices is None else int(self.indices[index])]
-        values = [_follow(row, path) for path in self.caption_paths]
-        if len(values) > 1:  # the captions of all columns that have any
-            values = [
-                [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
-            ]
-        return row[self.source.image_column], values[0]
+        captions = join_captions([follow(row, path) for path in self.caption_paths])
+        return row[self.source.image_column], captions
 
     def paths(self) -> Iterator[tuple[list[str | None], np.ndarray]]:
         """The images' paths, and whether they are files that hold the images, some rows at a time."""
@@ -111,10 +107,21 @@ class Rows(Sequence):
         return [part.source.weight for part in self.parts]
 
 
-def _follow(value: Any, path: list[str]) -> Any:
+def follow(row: dict[str, Any], path: str | list[str]) -> Any:
+    """What a row has at the path to a column (`find_column`, or a dotted name); None where it has nothing."""
+    if isinstance(path, str):
+        path = [path] if path in row else path.split(".")
+    value: Any = row
     for name in path:
-        value = None if value is None else value[name]
+        value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def join_captions(values: list[Any]) -> Any:
+    """A row's captions out of those of its caption columns: of several all that are not null, in one list."""
+    if len(values) == 1:
+        return values[0]
+    return [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
 
 
 def load_data(config: DataConfig) -> Rows:

@@ -1,5 +1,6 @@
 """The data's fingerprint, a digest of all its bytes, and a cache on the disk of what was computed about the data."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -115,9 +116,13 @@ def cached(name: str, compute: Callable[[], bytes], rows: Rows, config: DataConf
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             warn(f"data.cache_dir: cannot write {path}: {error.strerror}; the data will be read again next time")
     return content

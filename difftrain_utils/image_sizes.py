@@ -3,6 +3,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -56,10 +57,24 @@ def _size(row: Row) -> tuple[int, int]:
     return _upright(check_image_header(io.BytesIO(read_bytes(row.image, row.name)), row.name), row.name)
 
 
+def _has_metadata_at_the_end(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF or text after its first chunk of pixels; leaves the file where it was."""
+    position, kinds = file.tell(), []
+    file.seek(8)  # past the signature
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        kinds.append(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    file.seek(position)
+    after_pixels = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else []
+    return not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}.isdisjoint(after_pixels)
+
+
 def _upright(image: Image.Image, name: str) -> tuple[int, int]:
     try:
-        # getexif() of a PNG would decode it, for its EXIF may come last; ImageOps.exif_transpose asks the same way
-        sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        # a PNG's getexif() decodes the image where it found no EXIF before, for it may come last: seldom the case
+        headers_do = image.format == "PNG" and "exif" not in image.info and not _has_metadata_at_the_end(image.fp)
+        exif = Image.Image.getexif(image) if headers_do else image.getexif()
+        sideways = exif.get(ORIENTATION, 1) in SIDEWAYS
     except Exception as error:
         raise RowError(f"{name}: cannot read the image's header: {error}") from None
     return (image.width, image.height) if sideways else (image.height, image.width)

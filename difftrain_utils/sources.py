@@ -79,7 +79,7 @@ def _load(place: str, source: SourceConfig, folder: Path, has_metadata: bool) ->
 
 
 def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
-    """The path to a column: its name, or those of a column of structs and its fields (json.caption); None: not there."""
+    """The path to a column: its name, or a column of structs and a field of it (json.caption); None: not there."""
     if name in data.column_names:  # a tar's field may have a dot: seg.png
         return [name]
     path, features = name.split("."), data.features
