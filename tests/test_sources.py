@@ -204,12 +204,13 @@ class TestImageSizes:
         contents = self.contents()
         expected = [open_image(content, "test").size[::-1] for content in contents]
         assert len(set(expected)) == 2
-        lines = []
+        lines, folder = [], tmp_path / "data"
+        folder.mkdir()
         for i, content in enumerate(contents):
-            (tmp_path / f"{i}.img.png").write_bytes(content)
+            (folder / f"{i}.img.png").write_bytes(content)
             lines.append(json.dumps({"file_name": f"{i}.img.png", "text": ""}))
-        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-        config = DataConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        config = DataConfig(str(folder), cache_dir=str(tmp_path / "cache"))
         sizes = image_sizes(load_data(config), config)
         assert sizes.dtype == np.int32 and sizes.tolist() == [list(size) for size in expected]
         monkeypatch.setattr(Image, "open", None)  # from the cache
