@@ -29,6 +29,8 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from difftrain_utils.buckets import load_buckets
+from difftrain_utils.cache import load_caches
 from difftrain_utils.checkpoints import (
     check_origin,
     delete_run,
@@ -39,10 +41,11 @@ from difftrain_utils.checkpoints import (
     save_checkpoint,
     set_newer_aside,
 )
-from difftrain_utils.data import inspect_splits, load_data, split_data
+from difftrain_utils.data import load_data, split_data
 from difftrain_utils.dream import rectify_noise
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
+from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
@@ -107,7 +110,7 @@ def main(config):
     if config.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     buckets = load_buckets(accelerator, family, data, config) if config.data.buckets else None
-    snapshot = None
+    fingerprints, snapshot = None, None
     if accelerator.is_main_process:
         fingerprints = inspect_splits(data, validation_data, config.data)
         snapshot = take_snapshot(config, accelerator, family.digests(), fingerprints)
@@ -116,6 +119,7 @@ def main(config):
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
+    latents_cache, text_cache = load_caches(accelerator, family, data, config, fingerprints, buckets)
     *models, optimizer, lr_scheduler = accelerator.prepare(*models, optimizer, lr_scheduler)
     denoiser, uncertainty = (*models, None)[:2]
     ema_model = None

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from difftrain_utils.buckets import Buckets
 from difftrain_utils.config import Config, DataConfig
-from difftrain_utils.data import cache_folder, captions_of, read_row, row_at
+from difftrain_utils.data import Rows, captions_of, read_row
 from difftrain_utils.errors import InputError, RowError, warn, writing
-from difftrain_utils.order import Buckets
+from difftrain_utils.fingerprint import cache_folder
 from difftrain_utils.samples import resize_and_crop, size_of
 from difftrain_utils.snapshot import file_digest, write_text
 
@@ -131,7 +132,9 @@ def _check_room(cache: TensorCache, entry_bytes: int) -> None:
     missing = sum(len(shard) for i, shard in enumerate(cache.shards) if not cache.path(i).exists())
     needed, free = missing * entry_bytes, shutil.disk_usage(cache.folder).free
     if needed > free:
-        raise InputError(f"data.cache_dir: {cache.folder} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
+        raise InputError(
+            f"data.cache_dir: {cache.folder} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+        )
 
 
 class _Images(torch.utils.data.Dataset):
@@ -156,6 +159,27 @@ class _Captions(torch.utils.data.Dataset):
 
     def __getitem__(self, entry: int) -> str:
         return self.captions[entry]
+
+
+def load_caches(
+    accelerator: Accelerator, family, data: Rows, config: Config, fingerprints: dict | None, buckets: Buckets | None
+) -> tuple[TensorCache | None, "TextCache | None"]:
+    """The caches that `data.cache_latents` and `data.cache_text` ask for, made where they are not there yet; then the
+    encoder is dropped from memory. All processes call it; the main one has the data's `fingerprints`.
+
+    Raises:
+        InputError, RowError, RunError: see `build_cache`.
+    """
+    latents, prompts = None, None
+    if config.data.cache_latents or config.data.cache_text:
+        (fingerprint,) = broadcast_object_list([fingerprints and fingerprints["train"]["sha256"]])
+    if config.data.cache_latents:
+        latents = cache_latents(accelerator, family, data, config, fingerprint, buckets)
+        family.free("vae")
+    if config.data.cache_text:
+        prompts = cache_text(accelerator, family, data, config, fingerprint)
+        family.free("text_encoder")
+    return latents, prompts
 
 
 def cache_latents(
@@ -205,7 +229,9 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
         InputError, RowError, RunError: see `build_cache`.
     """
     digests = family.digests()
-    key = {name: getattr(config.data, name) for name in ("caption_column", "on_bad_row")} | {"data": fingerprint}
+    key = {name: getattr(config.data, name) for name in ("caption_column", "sources", "on_bad_row")} | {
+        "data": fingerprint
+    }
     key |= {name: digests[name] for name in ("text_encoder", "tokenizer")} | {"dtype": str(family.weight_dtype)}
     folder = _folder(config.data, "text", key)
     with accelerator.main_process_first():
@@ -226,7 +252,7 @@ def _number_captions(data, config: DataConfig) -> dict[str, list]:
     """The different captions, the empty one first, and their numbers row after row; row i's from starts[i] on."""
     numbers, of_rows, starts = {"": 0}, [], [0]
     for index in range(len(data)):
-        row = row_at(data, index, config)
+        row = data[index]
         try:
             captions = captions_of(row.captions, row.name)
         except RowError:

@@ -2,7 +2,8 @@
 
     python -m difftrain_utils.check_data --config configs/sd15_finetune.yaml --data.dataset path/to/images
 
-Takes the options of train_text_to_image.py. Decodes every image of data.dataset and data.validation_dir, and prints a
+Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all
+data.sources) and of data.validation_dir, and prints a
 line for each problem, with file and line:
 
     error:    training stops at it, or with data.on_bad_row skip takes another row in its place; also an image that
@@ -17,25 +18,32 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from tqdm import tqdm
 
-from difftrain_utils.config import DataConfig, parse_config
+from difftrain_utils.config import DataConfig, SourceConfig, parse_config
 from difftrain_utils.data import (
+    Row,
+    Rows,
+    SourceRows,
     captions_of,
-    find_metadata,
-    image_name,
-    load_data,
-    metadata_lines,
+    follow,
+    join_captions,
     open_image,
     read_bytes,
-    read_metadata_line,
 )
 from difftrain_utils.errors import InputError, RowError, one_line_errors
 from difftrain_utils.families import load_tokenizer
+from difftrain_utils.sources import (
+    caption_columns,
+    find_metadata,
+    metadata_lines,
+    open_source,
+    read_metadata_line,
+    sources_of,
+    validation_source,
+)
 
-Row = tuple[str, dict[str, Any] | None, Any]  # how problems call it, its undecoded `datasets.Image`, its caption
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
@@ -43,11 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv, prog="python -m difftrain_utils.check_data")
     tokenizer = load_tokenizer(config)
     num_rows, kinds = 0, []
-    for dataset in filter(None, (config.data.dataset, config.data.validation_dir)):
-        data_config = dataclasses.replace(config.data, dataset=dataset)
-        length, row_at, problems = list_rows(data_config)
+    sources = sources_of(config.data) + ([validation_source(config.data)] if config.data.validation_dir else [])
+    for place, source in sources:
+        length, row_at, problems = list_rows(place, source, config.data)
         num_rows += length
-        for kind, message in (*problems, *check_rows(length, row_at, data_config, tokenizer)):
+        title = source.dataset
+        for kind, message in (*problems, *check_rows(length, row_at, title, config.data, tokenizer)):
             kinds.append(kind)
             tqdm.write(f"{kind}: {message}")
     found = [f"{n} {kind}{'s' * (n > 1)}" for kind in ("error", "warning") if (n := kinds.count(kind))]
@@ -56,30 +65,32 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def list_rows(config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
-    """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself."""
-    path, problems = find_metadata(config), []
+def list_rows(place: str, source: SourceConfig, config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
+    """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself.
+
+    A row's name is how problems call it.
+    """
+    path, problems = find_metadata(source), []
     if path is None and config.streaming:
         raise InputError(
             "data.streaming: check_data reads a data set as a whole, and an image folder without loading it"
         )
     if path is None:
         try:
-            data = load_data(config)
+            rows = Rows([SourceRows(open_source(place, source, config), source)])
         except InputError as error:
             return 0, [].__getitem__, [("error", str(error))]
 
         def row_at(index: int) -> Row:
-            row = data[index]
-            name = f"{config.dataset} row {index}: {image_name(row[config.image_column], index)}"
-            return name.removesuffix(f": row {index}"), row[config.image_column], row[config.caption_column]
+            row = rows[index]
+            return row._replace(name=f"{source.dataset} row {index}: {row.name}".removesuffix(f": row {index}"))
 
-        return len(data), row_at, []
+        return len(rows), row_at, []
 
     rows, lines = [], {}
     for number, line in metadata_lines(path):
         try:
-            row = read_metadata_line(line, f"{path} line {number}", config)
+            row = read_metadata_line(line, f"{path} line {number}", place, source)
         except InputError as error:
             problems.append(("error", str(error)))
             continue
@@ -88,19 +99,22 @@ def list_rows(config: DataConfig) -> tuple[int, Callable[[int], Row], list[Probl
             several = "several captions of an image go into a list"
             problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
         lines.setdefault(file, number)
-        rows.append((name, {"bytes": None, "path": file}, row[config.caption_column]))
+        captions = join_captions([follow(row, column) for column in caption_columns(source)])
+        rows.append(Row(name, {"bytes": None, "path": file}, captions))
     if not problems:
         try:  # what only `datasets` objects to, such as captions of unlike types
-            load_data(dataclasses.replace(config, on_bad_row="skip"))
+            open_source(place, source, dataclasses.replace(config, on_bad_row="skip"))
         except InputError as error:
             problems.append(("error", str(error)))
     return len(rows), rows.__getitem__, problems
 
 
-def check_rows(length: int, row_at: Callable[[int], Row], config: DataConfig, tokenizer) -> Iterator[Problem]:
+def check_rows(
+    length: int, row_at: Callable[[int], Row], title: str, config: DataConfig, tokenizer
+) -> Iterator[Problem]:
     """Decode every image and count the tokens of every caption; the problems come in the order of the rows."""
     limit = tokenizer.model_max_length
-    with ThreadPoolExecutor() as pool, tqdm(total=length, desc=config.dataset, unit=" images") as progress_bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=length, desc=title, unit=" images") as progress_bar:
         for start in range(0, length, 256):  # a million rows are not a million waiting tasks
             indices = range(start, min(start + 256, length))
             for name, captions, problems in pool.map(lambda index: check_row(row_at(index), config), indices):

@@ -7,7 +7,6 @@ for keyed samples need none, and nothing that is unpickled.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -37,7 +36,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch
 # another folder holds the same data or the same base model, their digests tell.
 FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
-    *("data.dataset", "data.validation_dir", "data.num_workers"),
+    *("data.dataset", "data.validation_dir", "data.num_workers", "data.cache_dir"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
     *(
@@ -218,6 +217,8 @@ def _check_settings(folder: Path, config: Config) -> None:
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items():
             was = saved.get(section, {}).get(name, value)
+            if name == "sources" and was and value and _without_places(was) == _without_places(value):
+                continue
             if was != value and section != "evaluation" and f"{section}.{name}" not in FREE_FIELDS:
                 differences[f"{section}.{name}"] = f"{section}.{name} was {was!r} and is {value!r}"
     step = read_state(folder)["global_step"]
@@ -230,6 +231,11 @@ def _check_settings(folder: Path, config: Config) -> None:
         raise InputError(f"train.resume_from: {folder} is of another run: {', '.join(fatal)}{hint}")
     if differences:
         warn(f"branching off from {folder} with other settings: {', '.join(differences.values())}")
+
+
+def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`data.sources` but for where they lie, which may change as `data.dataset` may."""
+    return [{name: value for name, value in source.items() if name != "dataset"} for source in sources]
 
 
 def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None:

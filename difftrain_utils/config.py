@@ -5,9 +5,12 @@ dotted name (`--train.max_steps 200`). Nothing here imports torch, so a typo is 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,11 +43,28 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several data sets, an item of `data.sources`."""
+
+    dataset: str
+    """As data.dataset."""
+    split: str = "train"
+    """As data.split."""
+    image_column: str = "image"
+    """As data.image_column."""
+    caption_column: str | list[str] = "text"
+    """As data.caption_column."""
+    weight: float | None = None
+    """Share of the samples that are of this source."""
+
+
+@dataclass
 class DataConfig:
     """Images and captions, and how an image becomes a training sample."""
 
-    dataset: str
-    """A folder of images with a `metadata.jsonl`, a hub data set, or `builtin:shapes` (needs no download)."""
+    dataset: str | None = None
+    """A folder of images with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
+    `builtin:shapes` (needs no download)."""
     split: str = "train"
     """The split of the data set to train on."""
     streaming: bool = False
@@ -52,9 +72,14 @@ class DataConfig:
     shuffle_buffer: int = 1000
     """Rows of a stream that are shuffled among each other; each worker and each process keeps as many in memory."""
     image_column: str = "image"
-    """Column of the images (an image folder calls it `image`)."""
-    caption_column: str = "text"
-    """Column of the captions: a string, or a list of strings of which one is drawn."""
+    """Column of the images (an image folder calls it `image`, tar files `jpg`, `png`, …)."""
+    caption_column: str | list[str] = "text"
+    """Column of the captions: a string, or a list of strings of which one is drawn. `json.caption` is the field caption
+    of a column json. A list of columns: of all their captions that are not null one is drawn."""
+    sources: list[SourceConfig] | None = None
+    """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
+    text, weight: null}, each as the field of data of that name. `weight` is a source's share of the samples (for all
+    sources or none; they are scaled to add up to 1); without weights every row comes once an epoch."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
     center_crop: bool = False
@@ -80,7 +105,8 @@ class DataConfig:
     cache_text: bool = False
     """Run the text encoder on each caption once, before training, and keep its output on the disk."""
     cache_dir: str | None = None
-    """Folder of these caches; null: `difftrain` in the cache of Hugging Face's datasets."""
+    """Folder of these caches, and of other things that were computed about the data; null: `difftrain` in the cache of
+    datasets."""
     num_workers: int = 0
     """Processes that load images, for each training process; 0: the training process does it."""
 
@@ -342,6 +368,8 @@ def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> 
         section.name: section.type(**vars(getattr(namespace, section.name))) for section in dataclasses.fields(Config)
     }
     config = Config(**sections)
+    if config.data.sources is not None:
+        config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
     check_config(config)
     return config
 
@@ -357,7 +385,7 @@ def check_config(config: Config) -> None:
             raise InputError(f"{name}: {rule}, got {value!r}")
 
     require(model.pretrained_model_name_or_path != "", "model.pretrained_model_name_or_path", "must not be empty")
-    require(data.dataset != "", "data.dataset", "must not be empty")
+    check_sources(config, require)
     require(data.resolution >= 8, "data.resolution", "must be at least 8")
     require(0 <= data.caption_dropout <= 1, "data.caption_dropout", "must be between 0 and 1")
     require(0 <= data.validation_split < 1, "data.validation_split", "must be at least 0 and below 1")
@@ -378,7 +406,7 @@ def check_config(config: Config) -> None:
     )  # fmt: skip
     ratios = [size[0] / size[1] for size in sizes]
     require(len(set(ratios)) == len(ratios), "data.buckets", "must have different aspect ratios")
-    for name in ("buckets", "cache_latents", "cache_text"):
+    for name in ("buckets", "cache_latents", "cache_text", "sources"):
         require(not (data.streaming and getattr(data, name)), f"data.{name}", "cannot go with data.streaming")
     require(data.num_workers >= 0, "data.num_workers", "must be 0 or more")
     require(train.output_dir != "", "train.output_dir", "must not be empty")
@@ -430,6 +458,34 @@ def check_config(config: Config) -> None:
             f"evaluation.{name}", "needs held-out images: data.validation_split or data.validation_dir",
         )  # fmt: skip
     require(evaluation.num_metric_images >= 2, "evaluation.num_metric_images", "must be at least 2")
+
+
+def check_sources(config: Config, require: Callable[[bool, str, str], None]) -> None:
+    """The rules of `data.dataset`, `data.sources` and their columns."""
+    data = config.data
+    require(data.dataset != "", "data.dataset", "must not be empty")
+    require(data.cache_dir != "", "data.cache_dir", "must not be empty")
+    require(data.dataset is None or data.sources is None, "data.dataset", "cannot go with data.sources")
+    require(data.dataset is not None or data.sources is not None, "data.dataset", "needed, or else data.sources")
+    require(data.sources != [], "data.sources", "must have at least one source")
+    require(data.caption_column not in ("", []), "data.caption_column", "must not be empty")
+    weights = [source.weight for source in data.sources or []]
+    for i, source in enumerate(data.sources or []):
+        name = f"data.sources[{i}]"
+        if source.dataset == "" or source.caption_column in ("", []):
+            field_name = "dataset" if source.dataset == "" else "caption_column"
+            raise InputError(f"{name}.{field_name}: must not be empty, got {getattr(source, field_name)!r}")
+        if source.weight is not None and not 0 < source.weight < math.inf:
+            raise InputError(f"{name}.weight: must be above 0 and finite, or null, got {source.weight}")
+        if (source.weight is None) != (weights[0] is None):
+            raise InputError(f"{name}.weight: either all sources have a weight or none has, got {weights}")
+    defaults = DataConfig()
+    for field_name in ("split", "image_column", "caption_column"):
+        if data.validation_dir is None and data.sources is not None:  # else it would have no effect
+            require(
+                getattr(data, field_name) == getattr(defaults, field_name),
+                f"data.{field_name}", "goes with data.dataset; each of data.sources has its own",
+            )  # fmt: skip
 
 
 def check_objective(config: Config, require: Callable[[bool, str, str], None]) -> None:
@@ -559,8 +615,9 @@ def _refuse_unknown_options(argv: Sequence[str]) -> None:
         if not arg.startswith("--"):
             continue
         name, _, value = arg[2:].partition("=")
+        value = value or (argv[position + 1] if position + 1 < len(argv) else "")
         if name == "config":
-            path = value or (argv[position + 1] if position + 1 < len(argv) else "")
+            path = value
             for unknown in _unknown_fields(path):
                 raise InputError(f"{path}: {_no_such_field(unknown, known)}")
         elif (
@@ -569,6 +626,10 @@ def _refuse_unknown_options(argv: Sequence[str]) -> None:
             and not name.startswith("optimizer.init_args.")
         ):
             raise InputError(f"--{_no_such_field(name, known, '--')}")
+        elif name.removesuffix("+") == "data.sources":
+            with contextlib.suppress(yaml.YAMLError):  # jsonargparse tells what is wrong with it
+                for unknown in _unknown_source_fields(yaml.safe_load(value)):
+                    raise InputError(f"--{_no_such_field(unknown, known)}")
 
 
 def _unknown_fields(path: str) -> Iterator[str]:
@@ -588,6 +649,18 @@ def _unknown_fields(path: str) -> Iterator[str]:
             raise InputError(f"{path}: {section}: must hold fields, got {fields!r:.60}")
         else:
             yield from (f"{section}.{name}" for name in fields if f"{section}.{name}" not in field_names())
+            if section == "data":
+                yield from _unknown_source_fields(fields.get("sources"))
+
+
+def _unknown_source_fields(sources: Any) -> Iterator[str]:
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            yield from (f"data.sources[{i}].{name}" for name in source if name not in _source_fields())
+
+
+def _source_fields() -> list[str]:
+    return [f.name for f in dataclasses.fields(SourceConfig)]
 
 
 def _sections() -> list[str]:
@@ -595,6 +668,11 @@ def _sections() -> list[str]:
 
 
 def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
+    if name.startswith("data.sources["):
+        last = name.rpartition(".")[2]
+        matches = difflib.get_close_matches(last, _source_fields(), n=1, cutoff=0.7)
+        hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
+        return f"{name}: no such field; {hint}"
     by_last_part = {k.split(".")[1]: k for k in known}
     matches = difflib.get_close_matches(name, known if "." in name else _sections(), n=1, cutoff=0.7)
     matches = matches or [
@@ -605,6 +683,9 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
 
 def _one_line(message: str) -> str:
     """jsonargparse's message as one line, e.g. `train.max_steps: Expected a <class 'int'>. Got value: x`."""
+    if in_source := re.search(r"SourceConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
+        problem = " ".join(in_source[1].replace("Parser key", "field").split())
+        return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
     if "Union subtypes" in message:
         name = message.split('"')[1]
         expected = [

@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -176,12 +177,14 @@ def main(argv: list[str] | None = None) -> int:
     run = load_run(args.run, args.run.name)
     manifest, env = (read_mapping(run.folder / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE))
     output_dir = args.output_dir or Path(f"{args.run if args.run.name else args.run.resolve()}-reproduced")
+    empty_cache = tempfile.TemporaryDirectory(prefix="difftrain-")  # so that every byte of the data is read afresh
     with blame(f"{run.folder}: not the files of a run", KeyError, IndexError, TypeError, AttributeError):
         checkpoint = origin(run.folder, manifest)
         steps, has_weights = steps_to_compare(run, manifest, args.steps)
         then = circumstances(run.config, manifest, env)
         script, environment = Path(manifest["command"][0]), rerun_environment(manifest, env)
         fields = overrides(run, manifest, checkpoint, steps) | {"train.output_dir": str(output_dir)}
+        fields["data.cache_dir"] = empty_cache.name
         command = rerun_command(script, run.folder / CONFIG_FILE, fields, manifest["num_processes"])
         history = describe_segments(manifest["segments"])
     if not script.is_file():
@@ -209,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
         say()  # below the progress bar
         tell("Further differences (data, base model, config, device)", rest)
 
-    rerun(command, environment, output_dir, steps, tell_the_rest)
+    with empty_cache:
+        rerun(command, environment, output_dir, steps, tell_the_rest)
     new_metrics = output_dir / "metrics.jsonl"
     metrics = [run.metrics, read_metrics(new_metrics) if new_metrics.exists() else []]
     folders, weights = [run.folder, output_dir], None

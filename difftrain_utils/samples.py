@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from difftrain_utils.buckets import Buckets
 from difftrain_utils.config import DataConfig, TrainConfig
-from difftrain_utils.data import captions_of, read_row, row_at
+from difftrain_utils.data import Rows, captions_of, read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.order import Buckets, Order
+from difftrain_utils.order import Order
 from difftrain_utils.streaming import StreamedRows
 
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
@@ -38,7 +38,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        data: datasets.Dataset | StreamedRows,
+        data: Rows | StreamedRows,
         config: DataConfig,
         seed: int,
         num_samples: int,
@@ -52,7 +52,8 @@ class Samples(torch.utils.data.Dataset):
         self.order = None  # a stream has its rows by k
         if not isinstance(data, StreamedRows):
             of_row = None if buckets is None else buckets.of_row
-            self.order = Order(seed, [len(data)], None, of_row, batch_size)
+            weights = None if None in data.weights else data.weights
+            self.order = Order(seed, data.lengths, weights, of_row, batch_size)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -69,7 +70,7 @@ class Samples(torch.utils.data.Dataset):
 
     def names_of(self, keys: Iterable[int]) -> list[str]:
         """The file names of the samples `keys`."""
-        return [row_at(self.data, self.index_of(k), self.config).name for k in keys]
+        return [self.data[self.index_of(k)].name for k in keys]
 
     def describe_nonfinite(self, global_step: int, train: TrainConfig, grad_norm: float) -> str:
         """What to tell when the step after `global_step` has a gradient that is not finite."""
@@ -106,10 +107,10 @@ class Samples(torch.utils.data.Dataset):
         return sample
 
     def _name(self, row: int) -> str:
-        return row_at(self.data, row, self.config).name
+        return self.data[row].name
 
     def _captions(self, row: int) -> list[str]:
-        return captions_of(row_at(self.data, row, self.config).captions, self._name(row))
+        return captions_of(self.data[row].captions, self._name(row))
 
     def _is_flipped(self, k: int) -> bool:
         return self.config.random_flip and self._draw("flip", k) < 0.5
@@ -140,7 +141,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_or_substitute(
     read: Callable[[int], Any],
-    data: datasets.Dataset | StreamedRows,
+    data: Rows | StreamedRows,
     index: int,
     config: DataConfig,
     seed: int,
@@ -175,10 +176,12 @@ def read_or_substitute(
 
 
 def read_row_or_substitute(
-    data: datasets.Dataset | StreamedRows, index: int, config: DataConfig, seed: int, k: int
+    data: Rows | StreamedRows, index: int, config: DataConfig, seed: int, k: int
 ) -> tuple[Image.Image, list[str], bool]:
     """The image and the captions of a row or its substitute, and whether it is one: see `read_or_substitute`."""
-    (image, captions), skipped = read_or_substitute(lambda row: read_row(data, row, config), data, index, config, seed, k)
+    (image, captions), skipped = read_or_substitute(
+        lambda row: read_row(data, row, config), data, index, config, seed, k
+    )
     return image, captions, skipped
 
 

@@ -20,22 +20,21 @@ import fsspec
 import torch
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import (
-    Row,
-    cannot_load,
-    captions_of,
-    check_columns,
-    load_arguments,
-    open_image_header,
-    read_bytes,
-)
+from difftrain_utils.data import Row, captions_of, follow, join_captions, open_image_header, read_bytes
 from difftrain_utils.errors import InputError, RowError, blame, one_line, warn
 from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.sources import (
+    cannot_load,
+    caption_columns,
+    check_columns,
+    find_column,
+    load_arguments,
+    sources_of,
+    used_columns,
+)
 
 READ_AT_A_TIME = 16  # rows that are converted from Arrow together
-END_BYTES = (
-    2**16
-)  # of each end of a file go into its fingerprint: a parquet file's last bytes say where all columns lie
+END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
 
 
 class Place(NamedTuple):
@@ -54,14 +53,13 @@ def load_stream(config: DataConfig, seed: int) -> "StreamedRows":
         InputError: the data set, its split or a column is not there, or has no rows.
         RowError: the first row has no image or caption, unless `data.on_bad_row` is skip.
     """
-    arguments = load_arguments(config, ("parquet", "arrow", "tar"))
-    with blame(cannot_load(config), Exception):  # whatever stops datasets
-        builder = datasets.load_dataset_builder(**arguments)
+    ((place, source),) = sources_of(config)
+    with blame(cannot_load(place, source), Exception):  # whatever stops datasets
+        builder = datasets.load_dataset_builder(**load_arguments(place, source, config))
         data = builder.as_streaming_dataset(split=config.split)
         files = list(builder.config.data_files[config.split])
-    check_columns(data, config)
-    data = data.select_columns([config.image_column, config.caption_column])
-    rows = StreamedRows(data.cast_column(config.image_column, datasets.Image(decode=False)), files, config, seed)
+    check_columns(data, place, source)
+    rows = StreamedRows(used_columns(data, source), files, config, seed)
     first = rows.first()
     if config.on_bad_row == "stop":
         open_image_header(read_bytes(first.image, first.name), first.name)
@@ -78,6 +76,8 @@ class StreamedRows:
 
     def __init__(self, data: datasets.IterableDataset, files: list[str], config: DataConfig, seed: int):
         self.data, self.files, self.config, self.seed = data, files, config, seed
+        ((_, self.source),) = sources_of(config)
+        self.caption_paths = [find_column(data, column) for column in caption_columns(self.source)]
         self.sha256 = files_digest(files)
         self.identity = hashlib.sha256(f"{self.sha256}/{seed}/{config.shuffle_buffer}".encode()).hexdigest()
         self._start = Place(0, 0, 0, 0)  # what the stream can be read from, besides its beginning
@@ -165,8 +165,10 @@ class StreamedRows:
         name = self.files[index] if len(self.files) == self.data.num_shards else self.config.dataset
         try:
             for batch in shard.skip(row).iter(batch_size=READ_AT_A_TIME):
-                images, captions = batch[self.config.image_column], batch[self.config.caption_column]
-                for image, caption in zip(images, captions, strict=True):
+                for values in zip(*batch.values(), strict=True):
+                    content = dict(zip(batch, values, strict=True))
+                    image = content[self.source.image_column]
+                    caption = join_captions([follow(content, path) for path in self.caption_paths])
                     yield Row((image or {}).get("path") or f"{name} row {row}", image, caption)
                     row += 1
         except Exception as error:  # of the file system, the network, or the file's format

@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import Accelerator
 
     from difftrain_utils.checkpoints import find_checkpoint
-    from difftrain_utils.data import inspect_splits, load_data, split_data
+    from difftrain_utils.data import load_data, split_data
     from difftrain_utils.families import load_family
+    from difftrain_utils.fingerprint import inspect_splits
     from difftrain_utils.image_metrics import load_metric_networks
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer

@@ -1,11 +1,15 @@
+import atexit
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="difftrain-tests-")  # not what an earlier version has kept
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality holds for one number of threads
 
 import datasets
@@ -16,10 +20,12 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from difftrain_utils import shapes
-from difftrain_utils.config import Config, DataConfig, ModelConfig, parse_config
+from difftrain_utils.config import Config, DataConfig, ModelConfig, SourceConfig, parse_config
+from difftrain_utils.data import Rows, SourceRows
 from difftrain_utils.families import load_family
 from difftrain_utils.metrics_file import TIMES
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_text_to_image.py"
 
@@ -84,6 +90,12 @@ def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path)
 def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
     rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
     return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
+
+
+def as_rows(data: datasets.Dataset) -> Rows:
+    """A data set with the columns image and text as the rows of a run."""
+    data = data.cast_column("image", datasets.Image(decode=False))
+    return Rows([SourceRows(data, SourceConfig("memory"))])
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from difftrain_utils.config import Config, field_names, parse_config
+from difftrain_utils.config import Config, SourceConfig, field_names, parse_config
 from difftrain_utils.errors import InputError
 
 REQUIRED = ["--model.pretrained_model_name_or_path", "some/model", "--data.dataset", "some/data"]
@@ -99,8 +99,57 @@ def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
     assert refusal("--config", str(file)).startswith(message.format(file=file))
 
 
+SOURCES = '--data.sources=[{"dataset": "a", "weight": 1}, {"dataset": "b", "weight": 3, "caption_column": ["x", "y"]}]'
+
+
+def test_sources_from_file_and_command_line(tmp_path):
+    config = parse_config([*REQUIRED[:2], SOURCES])
+    a, b = config.data.sources
+    assert (a, b) == (SourceConfig("a", weight=1), SourceConfig("b", caption_column=["x", "y"], weight=3))
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ('[{"dataset": "a", "wight": 1}]', "--data.sources[0].wight: no such field; did you mean weight?"),
+        ('[{"dataset": 3}]', "data.sources: an item: field \"dataset\": Expected a <class 'str'>. Got value: 3"),
+        ('[{"split": "x"}]', "data.sources: an item: the following arguments are required: dataset"),
+        ("[]", "data.sources: must have at least one source, got []"),
+        ('[{"dataset": ""}]', "data.sources[0].dataset: must not be empty, got ''"),
+        ('[{"dataset": "a", "caption_column": []}]', "data.sources[0].caption_column: must not be empty, got []"),
+        ('[{"dataset": "a", "weight": 0}]', "data.sources[0].weight: must be above 0 and finite, or null, got 0.0"),
+        (
+            '[{"dataset": "a", "weight": 1}, {"dataset": "b"}]',
+            "data.sources[1].weight: either all sources have a weight or none has, got [1.0, None]",
+        ),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(sources, message):
+    with pytest.raises(InputError) as caught:
+        parse_config([*REQUIRED[:2], "--data.sources", sources])
+    assert str(caught.value) == message
+
+
+def test_a_misspelt_field_of_a_source_in_a_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {sources: [{dataset: a}, {dataset: b, capton_column: x}]}")
+    with pytest.raises(
+        InputError, match=r"data.sources\[1\].capton_column: no such field; did you mean caption_column"
+    ):
+        parse_config([*REQUIRED[:2], "--config", str(tmp_path / "c.yaml")])
+
+
+def test_dataset_or_sources():
+    assert refusal(SOURCES) == "data.dataset: cannot go with data.sources, got 'some/data'"
+    with pytest.raises(
+        InputError, match=r"data.image_column: goes with data.dataset; each of data.sources has its own"
+    ):
+        parse_config([*REQUIRED[:2], SOURCES, "--data.image_column", "jpg"])
+
+
 def test_a_required_field():
-    with pytest.raises(InputError, match=r"required: data.dataset"):
+    with pytest.raises(InputError, match=r"data.dataset: needed, or else data.sources"):
         parse_config(REQUIRED[:2])
 
 
@@ -124,6 +173,10 @@ def test_help_explains_every_field(capsys):
         documented = [n for n in cls.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
         fields = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
         assert len(documented) == len(fields) + 1, cls.name  # the class and each field
+        if cls.name == "SourceConfig":  # explained by data.sources
+            source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
+            assert all(f"{f.target.id}: " in source_help for f in fields)
+            continue
         for docstring in documented:
             assert " ".join(docstring.value.value.split())[:40].rstrip(".") in output
 

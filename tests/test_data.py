@@ -4,12 +4,13 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-from conftest import encode, make_data
+from conftest import as_rows, encode, make_data
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import inspect_data, load_data, open_image, read_row, split_data
+from difftrain_utils.data import load_data, open_image, read_row, split_data
 from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.fingerprint import inspect_data
 
 
 class TestOpenImage:
@@ -77,14 +78,14 @@ class TestLoadData:
     def test_an_image_folder(self, image_folder):
         data = load_data(DataConfig(dataset=str(image_folder)))
         rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
-        assert data["text"] == [row["text"] for row in rows]
-        assert [value["path"].rsplit("/")[-1] for value in data["image"]] == [row["file_name"] for row in rows]
+        assert [row.captions for row in data] == [row["text"] for row in rows]
+        assert [row.name.rsplit("/")[-1] for row in data] == [row["file_name"] for row in rows]
 
     def test_caption_lists(self, image_folder, tmp_path):
         (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "captions": ["one", "two"]}\n')
         data = load_data(DataConfig(dataset=str(tmp_path), caption_column="captions"))
-        assert data[0]["captions"] == ["one", "two"]
+        assert data[0].captions == ["one", "two"]
 
     def test_a_folder_of_parquet_files(self, tmp_path):
         images = [Image.new("RGB", (20, 16), (10 * i,) * 3) for i in range(7)]
@@ -100,7 +101,7 @@ class TestLoadData:
             (tmp_path / split).mkdir()
             (tmp_path / split / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
             (tmp_path / split / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{split}"}}\n')
-        assert load_data(DataConfig(dataset=str(tmp_path), split="test"))["text"] == ["test"]
+        assert load_data(DataConfig(dataset=str(tmp_path), split="test"))[0].captions == "test"
 
     @pytest.mark.parametrize(
         ("lines", "message"),
@@ -141,8 +142,8 @@ class TestSplit:
         images = [Image.new("RGB", (4, 4))] * n
         rows = [{"bytes": encode(image), "path": f"/somewhere/{first + i}.png"} for i, image in enumerate(images)]
         data = datasets.Dataset.from_dict({"image": rows, "text": [str(first + i) for i in range(n)]})
-        training, validation = split_data(data, DataConfig("memory", validation_split=share))
-        return set(training["text"]), set(validation["text"])
+        training, validation = split_data(as_rows(data), DataConfig("memory", validation_split=share))
+        return {row.captions for row in training}, {row.captions for row in validation}
 
     def test_a_share_is_held_out_by_name(self):
         training, validation = self.split(1000, 0.2)
@@ -166,7 +167,7 @@ class TestSplit:
 class TestFingerprint:
     def fingerprint(self, images, captions) -> str:
         config = DataConfig(dataset="memory")
-        data = make_data(images, captions).cast_column("image", datasets.Image(decode=False))
+        data = as_rows(make_data(images, captions))
         return inspect_data(data, config)["sha256"]
 
     def test_it_changes_with_one_pixel_one_caption_and_the_order(self):
@@ -195,12 +196,12 @@ class TestFingerprint:
         images = [{"bytes": b"no image", "path": "cat.png"}]
         data = datasets.Dataset.from_dict({"image": images, "text": ["a cat"]})
         with pytest.raises(InputError, match=r"cat.png: not an image"):
-            inspect_data(data, config)
+            inspect_data(as_rows(data), config)
         data = datasets.Dataset.from_dict(
             {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3]}
         )
         with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
-            inspect_data(data, config)
+            inspect_data(as_rows(data), config)
 
     def test_bad_rows_that_are_skipped_have_a_fingerprint_too(self, image_folder, tmp_path):
         shutil.copytree(image_folder, tmp_path / "data")

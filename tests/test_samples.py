@@ -2,7 +2,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_data
+from conftest import as_rows, make_data
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
@@ -12,7 +12,7 @@ from difftrain_utils.samples import Samples, collate, to_pixel_values
 
 def make_samples(data: datasets.Dataset, seed: int = 0, **fields) -> Samples:
     config = DataConfig(dataset="memory", **({"resolution": 16} | fields))
-    return Samples(data.cast_column("image", datasets.Image(decode=False)), config, seed, num_samples=10_000)
+    return Samples(as_rows(data), config, seed, num_samples=10_000)
 
 
 @pytest.fixture(scope="module")

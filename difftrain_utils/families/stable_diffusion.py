@@ -74,7 +74,9 @@ class StableDiffusion:
     @cached_property
     def vae(self) -> AutoencoderKL:
         vae = _load_part(AutoencoderKL.from_pretrained, self.source, "vae", **self._at).eval().requires_grad_(False)
-        return torch.nn.Module.to(vae, self.device, self.weight_dtype)  # diffusers' own warns of an empty list of modules
+        return torch.nn.Module.to(
+            vae, self.device, self.weight_dtype
+        )  # diffusers' own warns of an empty list of modules
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
@@ -107,9 +109,15 @@ class StableDiffusion:
         parts = {part: files_digest(folder / part, self.variant) for part in ("vae", "text_encoder", "tokenizer")}
         return {"unet": weights_digest(self.denoiser)} | parts
 
+    @property
+    def size_multiple(self) -> int:
+        """What an image's sides must be multiples of, so that the VAE and the UNet can halve them as often as they
+        do."""
+        return 2 ** (len(self.vae_config.block_out_channels) + len(self.denoiser.config.block_out_channels) - 2)
+
     def check_size(self, height: int, width: int, name: str) -> None:
-        """Raise InputError unless the VAE and the UNet can halve an image of this size as often as they do."""
-        multiple = 2 ** (len(self.vae_config.block_out_channels) + len(self.denoiser.config.block_out_channels) - 2)
+        """Raise InputError, about the field `name`, unless the model can take images of this size."""
+        multiple = self.size_multiple
         if height % multiple or width % multiple:
             got = height if height == width else f"{height} x {width}"
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
