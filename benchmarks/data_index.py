@@ -3,7 +3,7 @@
     python benchmarks/data_index.py [--rows 1000000] [--workers 4] [--folder FOLDER]
 
 Writes a data set in Arrow (tiny images, all with the same bytes, and a caption each), opens it as a run does (rows,
-split, sizes and fingerprint apart), reads batches of `Samples` with a DataLoader of several workers, and exits with 1 if
+split, sizes and fingerprint apart), reads batches of `Samples` with a DataLoader of several workers, exits with 1 if
 the proportional set sizes (PSS, of /proc/*/smaps_rollup) of parent and workers together come above 1.5 GB.
 """
 

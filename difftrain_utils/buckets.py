@@ -41,7 +41,7 @@ class Buckets:
         """What to tell of them: how many images each has, what cropping cuts off, what an epoch leaves out."""
         counts = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.sizes, self.counts, strict=True))
         return (
-            f"Buckets (height x width: images): {counts}; cropping cuts off {self.cropped.mean():.1%} of an image's area "
+            f"Buckets (height x width: images): {counts}; cropping cuts {self.cropped.mean():.1%} of an image "
             f"(at most {self.cropped.max():.1%}); an epoch leaves out {self.remainder} images, others each time"
         )
 

@@ -191,9 +191,9 @@ def cache_latents(
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    names = ("resolution", "random_flip", "image_interpolation", "buckets", "on_bad_row")
-    key = {name: getattr(config.data, name) for name in names} | {"data": fingerprint, "batch": config.train.batch_size}
-    key |= {"vae": family.digests()["vae"], "dtype": str(family.weight_dtype)}
+    names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
+    key = {name: getattr(config.data, name) for name in names} | {"data": fingerprint}
+    key |= {"buckets": buckets and buckets.sizes, "vae": family.digests()["vae"], "dtype": str(family.weight_dtype)}
     groups = np.zeros(len(data), np.int16) if buckets is None else buckets.of_row
     cache = TensorCache(_folder(config.data, "latents", key), groups)
 

@@ -128,7 +128,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples: tensors are stacked; "keys", "captions" and "skipped" are lists, and "stream_state" is that of
+    """A batch: tensors are stacked; "keys", "captions" and "skipped" are lists; "stream_state" is that of
     the last sample.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.

@@ -14,8 +14,8 @@ from PIL import Image
 
 from difftrain_utils.config import Config, DataConfig, ModelConfig, check_config
 from difftrain_utils.data import split_data
-from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.errors import InputError, RowError, RunError
+from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.streaming import StreamedRows, files_digest, load_stream
 
