@@ -49,6 +49,7 @@ class StableDiffusion:
                 torch.manual_seed(seed_for(init_seed, "weights", 0))
                 denoiser = UNet2DConditionModel.from_config(unet_config)
         vae, text_encoder, tokenizer = cls._load_frozen(source, revision, variant)
+        vae.use_slicing = config.model.vae_slicing
         if len(tokenizer) != text_encoder.config.vocab_size:  # transformers makes an empty one where files are missing
             raise ValueError(f"tokenizer has {len(tokenizer)} tokens, text_encoder {text_encoder.config.vocab_size}")
         return cls(
