@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import launch, metrics_without_times, options, pipeline_bytes, train
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file
 from test_training import DREAM, assert_refused, launch_two, without_dropout
@@ -126,11 +127,11 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
 
 def test_too_many_shapes_are_told(capsys):
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 1, True
-    module = torch.nn.Linear(2, 2)
+    module = FeedForward(4)
     module.compile(dynamic=False, backend="eager")
     with pytest.raises(SystemExit) as stopped, one_line_errors():
         for size in (1, 2, 3):
-            module(torch.zeros(size, 2))
+            module(torch.zeros(size, 4))
     assert stopped.value.code == 1
     assert "error: train.compile: the denoiser saw too many shapes to compile it for each" in capsys.readouterr().err
 
@@ -141,7 +142,7 @@ def test_a_model_without_repeated_blocks_is_refused():
     model = UNet2DModel(
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
-    with pytest.raises(InputError, match="train.compile: regional is not for this model: .*_repeated_blocks"):
+    with pytest.raises(InputError, match=r"train.compile: regional is not for this model: .*_repeated_blocks"):
         speed_up(TrainConfig(compile="regional"), {}, model)
 
 
