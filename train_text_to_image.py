@@ -27,7 +27,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, tqdm
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from difftrain_utils.buckets import load_buckets
 from difftrain_utils.cache import load_caches
@@ -43,12 +42,13 @@ from difftrain_utils.checkpoints import (
 )
 from difftrain_utils.data import load_data, split_data
 from difftrain_utils.dream import rectify_noise
+from difftrain_utils.ema import EMA
 from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families import load_family
 from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.interruptions import EXIT_CODE, Interruptions
-from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
+from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_device, seed_for
 from difftrain_utils.launch import check_launch
 from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
 from difftrain_utils.noise import perturb_input, sample_noise
@@ -58,8 +58,10 @@ from difftrain_utils.power_ema import PowerEMA
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
+from difftrain_utils.speed import check_compile, set_tf32, speed_up
 from difftrain_utils.streaming import load_stream
 from difftrain_utils.timesteps import sample_timesteps
+from difftrain_utils.timing import Profiler, StepTimer
 from difftrain_utils.tracking import Metrics, Totals, check_trackers
 
 
@@ -84,6 +86,8 @@ def main(config):
             project_dir=output_dir / "logs",
         )
     check_launch(config, accelerator)
+    check_compile(config.train, accelerator.device)
+    set_tf32(config.train, accelerator.device)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # ── The data, the model, and where to start. What is wrong with the input shows here, before any writing ─
@@ -120,14 +124,16 @@ def main(config):
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
     latents_cache, text_cache = load_caches(accelerator, family, data, config, fingerprints, buckets)
+    speed_up(config.train, family.denoiser)
     *models, optimizer, lr_scheduler = accelerator.prepare(*models, optimizer, lr_scheduler)
     denoiser, uncertainty = (*models, None)[:2]
+    parameters = list(denoiser.parameters())
     ema_model = None
     if config.ema.enabled:
-        ema_model = EMAModel(denoiser.parameters(), decay=config.ema.decay, foreach=True)
+        ema_model = EMA(parameters, config.ema)
     power_ema = None
     if config.ema.power_sigma_rels:
-        power_ema = PowerEMA(denoiser.parameters(), config.ema.power_sigma_rels)
+        power_ema = PowerEMA(parameters, config.ema.power_sigma_rels)
     global_step, skipped_steps, state = 0, 0, {}
     if checkpoint is not None:
         state = load_checkpoint(accelerator, checkpoint, ema_model, power_ema)
@@ -173,10 +179,10 @@ def main(config):
     stop = None
     interruptions = Interruptions(config.train, accelerator, started)
     progress_bar = tqdm(total=config.train.max_steps, initial=global_step, desc="Steps", smoothing=0.05)
-    clock, clock_step = time.perf_counter(), global_step
-    for batch in train_dataloader:
+    timer, profiler = StepTimer(config.train, accelerator), Profiler(config.train, accelerator)
+    for batch in timer.batches(train_dataloader):
         keys = batch["keys"]
-        torch.manual_seed(seed_for(seed, "model", keys[0]))  # for what the model itself draws, such as dropout
+        seed_device(seed_for(seed, "model", keys[0]), accelerator.device)  # for what the model draws, such as dropout
         with accelerator.accumulate(*models):
             # ── One step ─────────────────────────────────────────────────────────────────────────────────────
             cached = config.data.cache_latents, config.data.cache_text
@@ -202,6 +208,7 @@ def main(config):
             noisy_latents = add_noise(noise_scheduler, latents, input_noise, timesteps)
             target = get_target(noise_scheduler, latents, noise, timesteps)
             model_pred = predict(noisy_latents, timesteps)
+            timer.count_flops(denoiser, family.predict, noisy_latents, timesteps, conditioning)
             losses = elementwise_loss(config.loss, noise_scheduler, model_pred, target, timesteps).flatten(1).mean(1)
             losses = losses * loss_weights(config.loss, noise_scheduler, timesteps)
             if uncertainty is not None:
@@ -212,7 +219,7 @@ def main(config):
             totals.add(loss.detach() / config.train.gradient_accumulation_steps, batch["skipped"])
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(
-                    denoiser.parameters(),
+                    parameters,
                     math.inf if config.train.max_grad_norm is None else config.train.max_grad_norm,
                 )
                 is_finite = grad_norm.isfinite().item()
@@ -231,15 +238,15 @@ def main(config):
         skipped_steps += not is_finite
         lr = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
-        if ema_model is not None:
-            ema_model.step(denoiser.parameters())
         global_step, stream_state = global_step + 1, batch["stream_state"]
-        if power_ema is not None:
-            power_ema.step(denoiser.parameters(), global_step)
+        for average in filter(None, (ema_model, power_ema)):
+            average.step(parameters, global_step)
         progress_bar.update()
 
         # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────────
         logs, (stop, save_now) = {}, interruptions.poll()
+        timer.end_step()
+        profiler.step()
         if global_step % config.train.log_every == 0:
             if accelerator.scaler is not None and accelerator.scaler.get_scale() < 1e-4:
                 raise RunError(f"at step {global_step} no loss scale makes fp16's gradient finite; use bf16")
@@ -250,8 +257,7 @@ def main(config):
                 logs["grad_norm"] = grad_norm.item()
             if skipped_steps:
                 logs["skipped_steps"] = skipped_steps
-            samples = (global_step - clock_step) * config.train.batch_size
-            logs["samples_per_second"] = samples / (time.perf_counter() - clock)
+            logs |= timer.take()
             progress_bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
         if is_due(config.train.eval_every) and validation_data is not None:
             with evaluation_weights(denoiser, None):
@@ -282,11 +288,10 @@ def main(config):
         if is_due(config.train.save_every) or save_now or stop or is_last:
             save(required=stop or is_last)
             interruptions.saved()
-        if global_step % config.train.log_every == 0:
-            clock, clock_step = time.perf_counter(), global_step
         if stop:
             break
     progress_bar.close()
+    profiler.end()
     interruptions.end()
     if global_step < config.train.max_steps:
         if accelerator.is_main_process:

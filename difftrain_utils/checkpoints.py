@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config import Config
+from difftrain_utils.ema import EMA
 from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
 from difftrain_utils.power_ema import SNAPSHOTS, PowerEMA
 from difftrain_utils.snapshot import CONFIG_FILE, MANIFEST_FILE, file_digest, is_checkpoint_of, read_manifest
@@ -43,6 +43,8 @@ FREE_FIELDS = {
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
     ),
+    *(f"train.{name}" for name in ("compile", "channels_last", "profile", "peak_tflops")),
+    *("model.vae_slicing", "ema.on_cpu"),
     *("train.gradient_checkpointing", "train.on_nonfinite", "train.max_skipped_steps", "ema.snapshot_every"),
 }
 
@@ -52,7 +54,7 @@ def save_checkpoint(
     output_dir: Path,
     state: dict[str, Any],
     snapshot: dict[str, str] | None,
-    ema_model: EMAModel | None,
+    ema_model: EMA | None,
     power_ema: PowerEMA | None,
     keep: int,
     required: bool,
@@ -82,10 +84,9 @@ def save_checkpoint(
         try:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()
-            if ema_model is not None:
-                save_file({str(i): p.contiguous() for i, p in enumerate(ema_model.shadow_params)}, partial / EMA_FILE)
-            if power_ema is not None:
-                save_file(power_ema.state_tensors(), partial / POWER_EMA_FILE)
+            for average, file in ((ema_model, EMA_FILE), (power_ema, POWER_EMA_FILE)):
+                if average is not None:  # safetensors wants them contiguous, which channels_last is not
+                    save_file({name: t.contiguous() for name, t in average.state_tensors().items()}, partial / file)
             for name, content in (snapshot | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
                 (partial / name).write_text(content, encoding="utf-8")
             with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
@@ -112,7 +113,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, folder: Path, ema_model: EMAModel | None, power_ema: PowerEMA | None
+    accelerator: Accelerator, folder: Path, ema_model: EMA | None, power_ema: PowerEMA | None
 ) -> dict[str, Any]:
     """Bring everything that was prepared back to where `folder` left it, and return the loop's state.
 
@@ -123,10 +124,7 @@ def load_checkpoint(
         state = read_state(folder)
         accelerator.load_state(str(folder))
         if ema_model is not None:
-            saved = load_file(folder / EMA_FILE)
-            for i, shadow in enumerate(ema_model.shadow_params):
-                shadow.copy_(saved[str(i)])
-            ema_model.optimization_step = state["global_step"]
+            ema_model.load_state_tensors(load_file(folder / EMA_FILE))
         if power_ema is not None:
             power_ema.load_state_tensors(load_file(folder / POWER_EMA_FILE))
     return state
@@ -292,7 +290,7 @@ def delete_run(output_dir: Path) -> None:
     """Delete what a run leaves in its folder, checkpoints first, and nothing else."""
     for path in [
         *output_dir.glob("checkpoint-*"),
-        *(output_dir / name for name in ("pipeline", "samples", "logs", SNAPSHOTS)),
+        *(output_dir / name for name in ("pipeline", "samples", "logs", "profile", SNAPSHOTS)),
     ]:
         shutil.rmtree(path, ignore_errors=True)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)

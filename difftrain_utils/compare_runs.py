@@ -22,10 +22,10 @@ import yaml
 
 from difftrain_utils import compare_html as html
 from difftrain_utils.errors import InputError, blame, one_line_errors
-from difftrain_utils.metrics_file import read_metrics
+from difftrain_utils.metrics_file import TIMES, read_metrics
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
-NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "samples_per_second", "skipped_rows"}  # as final metrics
+NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
 VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")

@@ -40,6 +40,8 @@ class ModelConfig:
     train_from_scratch: bool = False
     """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
     The builtin has no trained denoiser, so it always does."""
+    vae_slicing: bool = False
+    """Encode and decode one image at a time: less memory, slower."""
 
 
 @dataclass
@@ -148,6 +150,16 @@ class TrainConfig:
     """Only deterministic algorithms, bit-equal on the same GPU; slower. A CPU run is bit-equal without."""
     cpu_threads: int | None = None
     """Threads of a process; null: what the launcher says (`accelerate launch` says 1)."""
+    compile: Literal["regional", "whole"] | None = None
+    """torch.compile of the denoiser: its repeated blocks (starts sooner), or the whole; null: none."""
+    channels_last: bool = False
+    """Keep images and convolutions' weights with their channels last: often faster with mixed precision."""
+    tf32: bool = False
+    """Round the factors of float32 products and convolutions to TF32 on an NVIDIA GPU: faster, less precise."""
+    peak_tflops: float | None = None
+    """The device's peak in 10¹² operations per second, which `mfu` is a share of; null: as listed for some GPUs."""
+    profile: bool | int = False
+    """Trace this many steps (true: 5) into `output_dir/profile`, after 3 to warm up."""
     log_every: int = 10
     """Steps between two lines of metrics (the loss is the mean since the last line)."""
     eval_every: int = 500
@@ -293,6 +305,10 @@ class EmaConfig:
     """Keep the average."""
     decay: float = 0.9999
     """The average's largest decay; at step s it is at most (1 + s) / (10 + s)."""
+    update_every: int = 1
+    """Steps between two updates of the average, which is as wide with any number."""
+    on_cpu: bool = False
+    """Keep the average in main memory instead of the GPU's; slower."""
     power_sigma_rels: list[float] = field(default_factory=list)
     """Widths of EDM2's power-function averages to keep besides, e.g. [0.05, 0.1]; their snapshots make an average of
     any width after the run (`python -m difftrain_utils.posthoc_ema`)."""
@@ -413,7 +429,7 @@ def check_config(config: Config) -> None:
     require(train.seed >= 0, "train.seed", "must be 0 or more")
     for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
         require(getattr(train, name) >= 1, f"train.{name}", "must be at least 1")
-    for name in ("max_hours", "save_minutes", "num_processes"):
+    for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops"):
         value = getattr(train, name)
         require(value is None or value > 0, f"train.{name}", "must be above 0, or null")
     for name in ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps"):
@@ -421,6 +437,7 @@ def check_config(config: Config) -> None:
     require(train.max_grad_norm is None or train.max_grad_norm > 0, "train.max_grad_norm", "must be above 0, or null")
     require(train.cpu_threads is None or train.cpu_threads >= 1, "train.cpu_threads", "must be at least 1, or null")
     require(not (train.overwrite and train.resume_from), "train.overwrite", "cannot go with train.resume_from")
+    require(train.profile >= 0, "train.profile", "must be true, false or a number of steps")
     check_split(train, num_processes=1)
     warmup, name = config.lr_scheduler.num_warmup_steps, config.lr_scheduler.name
     require(warmup >= 0, "lr_scheduler.num_warmup_steps", "must be 0 or more")
@@ -430,6 +447,7 @@ def check_config(config: Config) -> None:
     )  # fmt: skip
     check_objective(config, require)
     require(0 <= ema.decay < 1, "ema.decay", "must be at least 0 and below 1")
+    require(ema.update_every >= 1, "ema.update_every", "must be at least 1")
     widths = ema.power_sigma_rels
     require(all(0 < w <= 0.28 for w in widths), "ema.power_sigma_rels", "must be above 0 and at most 0.28")
     require(
@@ -604,7 +622,7 @@ def _switches() -> list[str]:
         f"{s.name}.{f.name}"
         for s in dataclasses.fields(Config)
         for f in dataclasses.fields(s.type)
-        if f.type in (bool, bool | None)
+        if f.type in (bool, bool | None, bool | int)
     ]
 
 

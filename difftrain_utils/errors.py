@@ -87,6 +87,10 @@ def one_line_errors() -> Iterator[None]:
         hint = ", most likely for want of memory: fewer data.num_workers need less" if "Killed" in reason else ""
         message = f"a data-loading worker (data.num_workers) died{hint} ({' '.join(reason.split())})"
         _exit(message, everywhere=True, code=1)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # of torch, which is not imported here
+            raise
+        _exit("train.compile: the denoiser saw too many shapes to compile it for each", everywhere=False, code=1)
 
 
 def _exit(message: str, everywhere: bool, code: int) -> None:

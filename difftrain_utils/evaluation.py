@@ -10,10 +10,10 @@ import datasets
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config import Config, EvaluationConfig
+from difftrain_utils.ema import EMA
 from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn
 from difftrain_utils.loss import error_scale
 from difftrain_utils.objectives import add_noise, alphas_and_sigmas, compute_snr, get_prediction_type, get_target
@@ -21,14 +21,16 @@ from difftrain_utils.samples import read_row_or_substitute, to_square
 
 
 @contextmanager
-def evaluation_weights(denoiser: torch.nn.Module, ema_model: EMAModel | None) -> Iterator[None]:
+def evaluation_weights(denoiser: torch.nn.Module, ema_model: EMA | None) -> Iterator[None]:
     """Give the denoiser its EMA weights (if there are any) and eval mode, for as long as the block runs."""
     if ema_model is not None:
         ema_model.store(denoiser.parameters())
         ema_model.copy_to(denoiser.parameters())
     denoiser.eval()
     try:
-        yield
+        # other batch sizes than in training: they are not worth a compilation (train.compile) each
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         denoiser.train()
         if ema_model is not None:

@@ -6,7 +6,7 @@ every device sees the same ones.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -26,23 +26,33 @@ def seed_for(seed: int, purpose: str, key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """torch.manual_seed of the CPU and of one device: it takes longer to seek out all there might be."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[int], device=None) -> torch.Tensor:
     """Standard normal noise of shape (len(keys), *shape), float32; row i depends on keys[i] alone."""
-    rows = [torch.randn(tuple(shape), generator=generator_for(seed, purpose, k)) for k in _integers(keys)]
+    rows = [torch.randn(tuple(shape), generator=generator) for generator in _generators(seed, purpose, keys)]
     return torch.stack(rows).to(device)
 
 
 def keyed_rand(seed: int, purpose: str, keys: Iterable[int], device=None) -> torch.Tensor:
     """Numbers uniform in [0, 1), shape (len(keys),), float32; entry i depends on keys[i] alone."""
-    rows = [torch.rand((), generator=generator_for(seed, purpose, k)) for k in _integers(keys)]
+    rows = [torch.rand((), generator=generator) for generator in _generators(seed, purpose, keys)]
     return torch.stack(rows).to(device)
 
 
 def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int, device=None) -> torch.Tensor:
     """Integers uniform in [low, high), shape (len(keys),), int64; entry i depends on keys[i] alone."""
-    rows = [torch.randint(low, high, (), generator=generator_for(seed, purpose, k)) for k in _integers(keys)]
+    rows = [torch.randint(low, high, (), generator=generator) for generator in _generators(seed, purpose, keys)]
     return torch.stack(rows).to(device)
 
 
-def _integers(keys: Iterable[int]) -> list[int]:
-    return keys.tolist() if isinstance(keys, torch.Tensor) else list(keys)
+def _generators(seed: int, purpose: str, keys: Iterable[int]) -> Iterator[torch.Generator]:
+    """`generator_for` each key in turn: one generator, seeded anew, for making one takes longer."""
+    generator = torch.Generator()
+    for key in keys.tolist() if isinstance(keys, torch.Tensor) else keys:
+        yield generator.manual_seed(seed_for(seed, purpose, key))

@@ -34,7 +34,7 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise InputError(f"accelerate launch: asked for {engine}; this script runs on one device or with DDP")
     if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
-        raise InputError(f"accelerate launch: asked for torch.compile ({backend}), which this script does not do yet")
+        raise InputError(f"accelerate launch: asked for torch.compile ({backend}); --train.compile does that here")
     if accelerator.mixed_precision not in MIXED_PRECISION.values():
         raise InputError(f"accelerate launch: asked for {accelerator.mixed_precision}; there is fp32, fp16 and bf16")
     check_split(config.train, accelerator.num_processes)

@@ -7,7 +7,8 @@ from typing import Any
 
 from difftrain_utils.errors import InputError, blame
 
-TIMES = ("samples_per_second",)  # what differs between two equal runs
+# What differs between two equal runs
+TIMES = ("samples_per_second", "data_wait", "step_time_median", "step_time_p95", "peak_memory_gb", "mfu")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from difftrain_utils.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from difftrain_utils.config import Config, DataConfig, EmaConfig, EvaluationConfig, ModelConfig
 from difftrain_utils.data import load_data
+from difftrain_utils.ema import EMA
 from difftrain_utils.evaluation import (
     evaluation_weights,
     generate,
@@ -39,7 +39,7 @@ def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(
 
 def test_evaluation_uses_the_ema_weights_and_gives_the_others_back():
     denoiser = torch.nn.Linear(3, 3)
-    ema_model = EMAModel(denoiser.parameters(), decay=0.5, foreach=True)
+    ema_model = EMA(denoiser.parameters(), EmaConfig(decay=0.5))
     ema_weights = [p.clone() for p in denoiser.parameters()]
     with torch.no_grad():
         for parameter in denoiser.parameters():

@@ -34,7 +34,8 @@ class StableDiffusion:
     """The noise schedule to train with."""
     scheduler: diffusers.SchedulerMixin
     """The sampler of the same schedule, for pipelines."""
-    device: torch.device = torch.device("cpu")
+    vae_slicing: bool = False
+    device: torch.device | str = "cpu"
     """Of the frozen parts, which are loaded when they are first used: in `weight_dtype`, not to be trained."""
     weight_dtype: torch.dtype = torch.float32
 
@@ -62,6 +63,7 @@ class StableDiffusion:
             cls.load_tokenizer(source, revision),
             noise_scheduler=noise_scheduler,
             scheduler=scheduler,
+            vae_slicing=config.model.vae_slicing,
         )
         vocab_size = _load_part(CLIPTextConfig.from_pretrained, source, "text_encoder", **at).vocab_size
         if len(family.tokenizer) != vocab_size:  # transformers makes an empty one where files are missing
@@ -74,6 +76,7 @@ class StableDiffusion:
     @cached_property
     def vae(self) -> AutoencoderKL:
         vae = _load_part(AutoencoderKL.from_pretrained, self.source, "vae", **self._at).eval().requires_grad_(False)
+        vae.use_slicing = self.vae_slicing
         return torch.nn.Module.to(
             vae, self.device, self.weight_dtype
         )  # diffusers' own warns of an empty list of modules
@@ -167,7 +170,7 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """Write a pipeline around `denoiser` with the checkpoint's own frozen parts, in float32 and unused (a
         tokenizer that has padded would be saved with its padding)."""
-        fresh = dataclasses.replace(self, denoiser=denoiser, device=torch.device("cpu"), weight_dtype=torch.float32)
+        fresh = dataclasses.replace(self, denoiser=denoiser, device="cpu", weight_dtype=torch.float32)
         tokenizer = self.load_tokenizer(self.source, self.revision)
         self._pipeline(denoiser, fresh.vae, fresh.text_encoder, tokenizer).save_pretrained(folder)
 

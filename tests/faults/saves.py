@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from diffusers.training_utils import EMAModel
 
 from difftrain_utils.checkpoints import find_damage, list_checkpoints, save_checkpoint
+from difftrain_utils.config import EmaConfig
+from difftrain_utils.ema import EMA
 from difftrain_utils.errors import RunError
 from difftrain_utils.power_ema import PowerEMA
 
@@ -33,7 +34,7 @@ model = UNet2DModel(
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
 model(torch.zeros(1, 3, 8, 8), 0).sample.sum().backward()
 optimizer.step()
-parts = {"config.resolved.yaml": "{}\n", "run_manifest.json": "{}\n"}, EMAModel(model.parameters())
+parts = {"config.resolved.yaml": "{}\n", "run_manifest.json": "{}\n"}, EMA(model.parameters(), EmaConfig())
 power_ema = PowerEMA(model.parameters(), [0.1])
 
 
