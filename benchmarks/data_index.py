@@ -2,10 +2,10 @@
 
     python benchmarks/data_index.py [--rows 1000000] [--workers 4] [--folder FOLDER]
 
-Writes a data set in Arrow (tiny images, all with the same bytes, and a caption each), opens and splits it as a run does,
-reads batches of `Samples` with a DataLoader of several workers, and exits with 1 if the proportional set sizes (PSS, of
-/proc/*/smaps_rollup) of parent and workers together come above 1.5 GB. --digests also times image sizes and fingerprint,
-without and with their cache.
+Writes a data set in Arrow (tiny images, all with the same bytes, and a caption each), opens and splits it as a run
+does, reads batches of `Samples` with a DataLoader of several workers, and exits with 1 if the proportional set sizes
+(PSS, of /proc/*/smaps_rollup) of parent and workers together come above 1.5 GB. --digests also times image sizes and
+fingerprint, without and with their cache.
 """
 
 import argparse
