@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -21,6 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config import Config
+from difftrain_utils.data import Rows
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation import generate
 from difftrain_utils.samples import read_row_or_substitute, to_square
@@ -28,7 +28,7 @@ from difftrain_utils.samples import read_row_or_substitute, to_square
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
 
-def load_metric_networks(config: Config, data: datasets.Dataset | None, device: torch.device) -> dict[str, Callable]:
+def load_metric_networks(config: Config, data: Rows | None, device: torch.device) -> dict[str, Callable]:
     """What `image_metrics` needs for the metrics asked for: {"features": (images) -> (N, d), "clip_score":
     (images, captions) -> (N,)}, float32, of N RGB images.
 
@@ -53,7 +53,7 @@ def load_metric_networks(config: Config, data: datasets.Dataset | None, device: 
 
 
 def image_metrics(
-    accelerator: Accelerator, networks: dict, pipeline: DiffusionPipeline, data: datasets.Dataset, config: Config
+    accelerator: Accelerator, networks: dict, pipeline: DiffusionPipeline, data: Rows, config: Config
 ) -> dict[str, float]:
     """`fid`, `kid` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images` images made
     from the first captions of the first rows of `data`; FID and KID compare them with the images of these rows.

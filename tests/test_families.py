@@ -31,8 +31,9 @@ def pixel_values():
 
 def test_the_builtins_vae_is_small_and_keeps_what_an_image_shows(builtin, pixel_values):
     assert (BUILTINS[BUILTIN] / "vae/diffusion_pytorch_model.safetensors").stat().st_size <= 500_000
-    shape = builtin.latent_shape(pixel_values)
-    latents = builtin.encode_images(pixel_values, torch.randn(36, *shape, generator=torch.Generator().manual_seed(0)))
+    moments = builtin.encode_images(pixel_values)
+    noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    latents = builtin.sample_latents(moments, noise)
     assert 0.8 < latents.std() < 1.2
     pipeline = builtin.pipeline(builtin.denoiser)
     decoded = builtin.vae.decode(latents / builtin.vae.config.scaling_factor).sample
@@ -58,8 +59,7 @@ def test_latents_are_the_vaes_scaled_posterior_sample(builtin, pixel_values):
     posterior = builtin.vae.encode(pixel_values).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
     expected = posterior.sample(torch.Generator().manual_seed(3)) * builtin.vae.config.scaling_factor
-    assert builtin.latent_shape(pixel_values) == expected.shape[1:]
-    torch.testing.assert_close(builtin.encode_images(pixel_values, noise), expected)
+    torch.testing.assert_close(builtin.sample_latents(builtin.encode_images(pixel_values), noise), expected)
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(builtin):
@@ -71,8 +71,33 @@ def test_prompts_are_encoded_as_the_pipeline_does(builtin):
 def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
     family = load(checkpoint_folder, seed=1)
     pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
-    for name, module in family.modules.items():
-        assert weights_digest(module) == weights_digest(getattr(pipeline, name))
+    for name in ("vae", "text_encoder"):
+        assert weights_digest(getattr(family, name)) == weights_digest(getattr(pipeline, name))
+    assert weights_digest(family.denoiser) == weights_digest(pipeline.unet) == family.digests()["unet"]
+
+
+def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkpoint_folder):
+    config = Config(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_latents=True, cache_text=True))
+    family = load_family(config)
+    assert not {"vae", "text_encoder"} & vars(family).keys()
+    loaded = load(checkpoint_folder)
+    assert family.digests() == loaded.digests()
+    assert weights_digest(family.vae) == weights_digest(loaded.vae)
+    family.free("vae")
+    assert "vae" not in vars(family)
+
+
+def test_the_digest_of_a_part_is_of_the_files_that_are_loaded(checkpoint_folder, tmp_path):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    before = load(folder).digests()
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))  # a variant that is not asked for
+    assert load(folder).digests() == before
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = load(folder).digests()
+    assert {name for name in before if before[name] != after[name]} == {"vae"}
 
 
 def test_training_from_scratch_starts_from_the_seed_alone(checkpoint_folder):
@@ -112,9 +137,9 @@ def test_a_saved_pipeline_predicts_what_the_family_predicts(checkpoint_folder):
 
 
 def test_the_resolution_must_fit(builtin):
-    builtin.check_resolution(32)
+    builtin.check_size(32, 40, "data.buckets")
     with pytest.raises(InputError, match=r"data.resolution: .* needs a multiple of 8, got 36"):
-        builtin.check_resolution(36)
+        builtin.check_size(36, 36, "data.resolution")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from conftest import encode, make_data
+from conftest import encode, make_data, metrics_without_times, options, train
 from PIL import Image, PngImagePlugin
 
 from difftrain_utils import fingerprint
@@ -231,3 +232,18 @@ class TestImageSizes:
         assert image_sizes(rows, config).tolist() == [[0, 0] if i in (2, 5) else [36, 36] for i in range(10)]
         with pytest.raises(RowError, match=r"000002.png: not an image that Pillow knows"):
             image_sizes(rows, dataclasses.replace(config, on_bad_row="stop"))
+
+
+def test_a_run_goes_on_when_its_sources_moved_but_not_with_other_weights(short_run, image_folder, tmp_path):
+    for name in ("a", "b", "moved"):
+        shutil.copytree(image_folder, tmp_path / name)
+
+    def argv(second: str, weight: int) -> list[str]:
+        sources = [{"dataset": str(tmp_path / "a"), "weight": 1}, {"dataset": str(tmp_path / second), "weight": weight}]
+        return [*short_run, *options({"data.dataset": None, "data.sources": sources, "train.resume_from": "latest"})]
+
+    run = train([*argv("b", 1), "--train.max_steps", "2"])
+    with pytest.raises(InputError, match=r"is of another run: data.sources was "):
+        train([*argv("b", 2), "--train.max_steps", "4"])
+    train([*argv("moved", 1), "--train.max_steps", "4"])
+    assert [entry["step"] for entry in metrics_without_times(run)] == [1, 2, 3, 4]

@@ -88,10 +88,11 @@ def test_two_processes_compile_and_resume(short_run, tmp_path, mode):
 
 
 def test_channels_last_lays_out_denoiser_and_vae(checkpoint_folder):
-    family = load_family(Config(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d")))
+    train = TrainConfig(channels_last=True)
+    family = load_family(Config(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d"), train))
     assert family.vae.use_slicing
     assert all(isinstance(p, AttnProcessor2_0) for p in family.denoiser.attn_processors.values())  # torch's fused one
-    speed_up(TrainConfig(channels_last=True), family.modules, family.denoiser)
+    speed_up(train, family.denoiser)
     for weight in (family.denoiser.conv_in.weight, family.vae.encoder.conv_in.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     hidden = family.denoiser.conv_in(torch.zeros(2, 4, 8, 8))  # what a convolution puts out follows its weights
@@ -143,7 +144,7 @@ def test_a_model_without_repeated_blocks_is_refused():
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
     with pytest.raises(InputError, match=r"train.compile: regional is not for this model: .*_repeated_blocks"):
-        speed_up(TrainConfig(compile="regional"), {}, model)
+        speed_up(TrainConfig(compile="regional"), model)
 
 
 def test_seeding_one_device_is_seeding():

@@ -84,7 +84,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
     manifest = json.loads((output_dir / "run_manifest.json").read_text())
     family = load_family(parse_config(short_run))
-    assert manifest["base_model"]["sha256"] == {name: weights_digest(m) for name, m in family.modules.items()}
+    assert manifest["base_model"]["sha256"] == family.digests()
     assert manifest["data"]["train"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
     resolved = parse_config(["--config", str(output_dir / "config.resolved.yaml")])

@@ -35,6 +35,8 @@ class StableDiffusion:
     scheduler: diffusers.SchedulerMixin
     """The sampler of the same schedule, for pipelines."""
     vae_slicing: bool = False
+    channels_last: bool = False
+    """The VAE's; see `train.channels_last`."""
     device: torch.device | str = "cpu"
     """Of the frozen parts, which are loaded when they are first used: in `weight_dtype`, not to be trained."""
     weight_dtype: torch.dtype = torch.float32
@@ -64,6 +66,7 @@ class StableDiffusion:
             noise_scheduler=noise_scheduler,
             scheduler=scheduler,
             vae_slicing=config.model.vae_slicing,
+            channels_last=config.train.channels_last,
         )
         vocab_size = _load_part(CLIPTextConfig.from_pretrained, source, "text_encoder", **at).vocab_size
         if len(family.tokenizer) != vocab_size:  # transformers makes an empty one where files are missing
@@ -77,6 +80,8 @@ class StableDiffusion:
     def vae(self) -> AutoencoderKL:
         vae = _load_part(AutoencoderKL.from_pretrained, self.source, "vae", **self._at).eval().requires_grad_(False)
         vae.use_slicing = self.vae_slicing
+        if self.channels_last:
+            torch.nn.Module.to(vae, memory_format=torch.channels_last)
         return torch.nn.Module.to(
             vae, self.device, self.weight_dtype
         )  # diffusers' own warns of an empty list of modules
