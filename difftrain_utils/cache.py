@@ -228,11 +228,12 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    digests = family.digests()
     key = {name: getattr(config.data, name) for name in ("caption_column", "sources", "on_bad_row")} | {
         "data": fingerprint
     }
-    key |= {name: digests[name] for name in ("text_encoder", "tokenizer")} | {"dtype": str(family.weight_dtype)}
+    key |= {"text_encoder": family.digests()["text_encoder"], "dtype": str(family.weight_dtype)}
+    vocabulary = json.dumps(family.tokenizer.get_vocab(), sort_keys=True).encode()
+    key |= {"vocabulary": hashlib.sha256(vocabulary).hexdigest(), "tokens": family.tokenizer.model_max_length}
     folder = _folder(config.data, "text", key)
     with accelerator.main_process_first():
         if not (folder / CAPTIONS_FILE).exists():

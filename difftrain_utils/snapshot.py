@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from difftrain_utils.config import Config
 from difftrain_utils.metrics_file import TIMES, read_metrics
@@ -123,14 +124,14 @@ def loss_trace_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
 
 
-def files_digest(folder: Path, variant: str | None = None) -> str:
-    """SHA-256 over the names and bytes of a model part's files: its weights of one variant, and its JSON and text."""
-    weights = [path for path in folder.glob("*.safetensors")] or [path for path in folder.glob("*.bin")]
-    of_variant = [path for path in weights if path.name.split(".")[1:-1] == ([variant] if variant else [])]
-    total = hashlib.sha256()
-    for path in sorted([*(of_variant or weights), *folder.glob("*.json"), *folder.glob("*.txt")]):
-        total.update(f"{path.name} {file_digest(path)}\n".encode())
-    return total.hexdigest()
+def part_digest(folder: Path, variant: str | None = None) -> str:
+    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone."""
+    paths = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    tensors = {}
+    for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
+        is_bin = path.suffix == ".bin"
+        tensors |= torch.load(path, "cpu", weights_only=True, mmap=True) if is_bin else load_file(path)
+    return tensors_digest({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
 
 
 def file_digest(path: Path) -> str:

@@ -75,7 +75,7 @@ def load_arguments(place: str, source: SourceConfig, config: DataConfig) -> dict
         check_metadata(metadata, place, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
     if folder.is_dir() and not any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
-        raise InputError(f"{place}.dataset: {folder} has no metadata.jsonl (and no parquet or arrow files)")
+        raise InputError(f"{place}.dataset: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
 

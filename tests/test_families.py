@@ -81,7 +81,14 @@ def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkp
     family = load_family(config)
     assert not {"vae", "text_encoder"} & vars(family).keys()
     loaded = load(checkpoint_folder)
-    assert family.digests() == loaded.digests()
+    assert family.digests() == {
+        name: weights_digest(module)
+        for name, module in (
+            ("unet", loaded.denoiser),
+            ("vae", loaded.vae),
+            ("text_encoder", loaded.text_encoder),
+        )
+    }
     assert weights_digest(family.vae) == weights_digest(loaded.vae)
     family.free("vae")
     assert "vae" not in vars(family)

@@ -47,7 +47,7 @@ def test_git_tells_the_commit_and_what_differs_from_it(tmp_path):
 def test_the_snapshot_names_what_made_the_run(tmp_path):
     model = torch.nn.Linear(2, 2)
     config = Config(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
-    snapshot = take_snapshot(config, Accelerator(), {"unet": model}, {"num_images": 3, "sha256": "abc"})
+    snapshot = take_snapshot(config, Accelerator(), {"unet": weights_digest(model)}, {"num_images": 3, "sha256": "abc"})
     write_snapshot(tmp_path / "new" / "run", snapshot)
     manifest = json.loads((tmp_path / "new/run/run_manifest.json").read_text())
     assert manifest["base_model"] == {

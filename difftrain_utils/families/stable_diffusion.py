@@ -17,7 +17,7 @@ from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.noise_schedule import build_schedulers
-from difftrain_utils.snapshot import files_digest, weights_digest
+from difftrain_utils.snapshot import part_digest, weights_digest
 
 
 @dataclass
@@ -108,14 +108,14 @@ class StableDiffusion:
         return _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the denoiser's weights, and of the files of the frozen parts."""
+        """SHA-256 of all weights (`weights_digest`), without loading the encoders."""
         folder = Path(self.source)
         if not folder.is_dir():  # a hub name, of which all that was loaded lies in one folder of the hub's cache
             folder = Path(hf_hub_download(self.source, "model_index.json", revision=self.revision)).parent
         if not (folder / "vae").is_dir() or not (folder / "text_encoder").is_dir():
             self.vae, self.text_encoder  # noqa: B018 (downloads them)
-        parts = {part: files_digest(folder / part, self.variant) for part in ("vae", "text_encoder", "tokenizer")}
-        return {"unet": weights_digest(self.denoiser)} | parts
+        frozen = {part: part_digest(folder / part, self.variant) for part in ("vae", "text_encoder")}
+        return {"unet": weights_digest(self.denoiser)} | frozen
 
     @property
     def size_multiple(self) -> int:
