@@ -58,7 +58,7 @@ from difftrain_utils.power_ema import PowerEMA
 from difftrain_utils.samples import Samples, collate
 from difftrain_utils.shapes import count_right
 from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
-from difftrain_utils.speed import check_compile, set_tf32, speed_up
+from difftrain_utils.speed import check_compile, keep_freed_memory, set_tf32, speed_up
 from difftrain_utils.streaming import load_stream
 from difftrain_utils.timesteps import sample_timesteps
 from difftrain_utils.timing import Profiler, StepTimer
@@ -88,6 +88,8 @@ def main(config):
     check_launch(config, accelerator)
     check_compile(config.train, accelerator.device)
     set_tf32(config.train, accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # ── The data, the model, and where to start. What is wrong with the input shows here, before any writing ─

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 import train_text_to_image as script
 from difftrain_utils import keyed_random, samples, timesteps
+from difftrain_utils.cache import TensorCache
 from difftrain_utils.config import parse_config
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.optimizers import build_optimizer
@@ -43,8 +44,9 @@ PARTS = [
     (StableDiffusion, "encode_prompts", "text encoder"),
     (PreTrainedTokenizerBase, "__call__", "tokenizer"),
     (script.EMA, "step", "EMA"),
-    (samples, "read_row_or_substitute", "data: row, decoding"),
-    (script.Samples, "_transform", "data: resize, crop, to tensor"),
+    (samples, "read_row", "data: row, decoding"),
+    (samples, "resize_and_crop", "data: resize, crop, to tensor"),
+    (TensorCache, "__getitem__", "data: caches"),
     (script.Samples, "__getitem__", "data: other"),
     (script, "collate", "data: other"),
     (samples, "generator_for", "keyed generators: data"),

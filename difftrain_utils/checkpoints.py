@@ -43,7 +43,7 @@ FREE_FIELDS = {
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
     ),
-    *(f"train.{name}" for name in ("compile", "channels_last", "profile", "peak_tflops")),
+    *(f"train.{name}" for name in ("compile", "channels_last", "plain_attention", "profile", "peak_tflops")),
     *("model.vae_slicing", "ema.on_cpu"),
     *("train.gradient_checkpointing", "train.on_nonfinite", "train.max_skipped_steps", "ema.snapshot_every"),
 }

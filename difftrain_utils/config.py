@@ -154,6 +154,9 @@ class TrainConfig:
     """torch.compile of the denoiser: its repeated blocks (starts sooner), or the whole; null: none."""
     channels_last: bool = False
     """Keep images and convolutions' weights with their channels last: often faster with mixed precision."""
+    plain_attention: bool = False
+    """Attention as separate products instead of torch's fused kernel: faster on a CPU with small images, but slower and
+    hungry for memory elsewhere."""
     tf32: bool = False
     """Round the factors of float32 products and convolutions to TF32 on an NVIDIA GPU: faster, less precise."""
     peak_tflops: float | None = None

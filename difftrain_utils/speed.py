@@ -1,10 +1,15 @@
 """What makes a step faster and leaves its formulas as they are: see docs/performance.md."""
 
+import contextlib
+import ctypes
+
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from difftrain_utils.config import TrainConfig
 from difftrain_utils.errors import InputError, one_line
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
 
 
@@ -34,6 +39,8 @@ def speed_up(config: TrainConfig, denoiser: torch.nn.Module) -> None:
     Raises:
         InputError: torch.compile does not work here, or the denoiser has no repeated blocks to compile.
     """
+    if config.plain_attention:
+        denoiser.set_attn_processor(AttnProcessor())
     if config.channels_last:
         # of convolutions' weights; what they put out follows
         torch.nn.Module.to(denoiser, memory_format=torch.channels_last)
@@ -50,6 +57,15 @@ def speed_up(config: TrainConfig, denoiser: torch.nn.Module) -> None:
             denoiser.compile_repeated_blocks(fullgraph=True, **options)
         except ValueError as error:
             raise InputError(f"train.compile: regional is not for this model: {one_line(error)}") from error
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next step. By default it gives that of large ones back to the
+    system, which hands it out again page by page, filled with zeros. Other allocators are left as they are."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
 
 
 def check_compile(config: TrainConfig, device: torch.device) -> None:
