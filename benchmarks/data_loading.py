@@ -3,7 +3,8 @@
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/data_loading.py [loader] [start] [resume] [--dataset photos]
 
 loader: images/s of the loading path alone (rows, decoding, crop, batches; no model), for `--workers` of processes, from
-a folder of JPEGs of `--image-size` trained on at `--resolution`.
+a folder of JPEGs of `--image-size` trained on at `--resolution`, from parquet files of them as a stream, and from
+caches of latents and prompts.
 start: seconds from the start of the process to its first optimizer step, of the whole script with the quickstart's
 model.
 resume: the same from a checkpoint at step 10 and from one at step 1,000,000, in turns, and the ratio: a resume reads
@@ -25,13 +26,16 @@ from statistics import median, quantiles
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # datasets asks for it when it is imported
 
+import datasets
 import torch
 from photos import write_photos
 
+from difftrain_utils.cache import TensorCache, TextCache
 from difftrain_utils.checkpoints import DIGESTS_FILE, STATE_FILE, sha256sums
 from difftrain_utils.config import DataConfig
 from difftrain_utils.data import load_data
 from difftrain_utils.samples import Samples, collate
+from difftrain_utils.streaming import load_stream
 
 SCRIPT = Path(__file__).parent.parent / "train_text_to_image.py"
 EARLY, LATE = 10, 1_000_000
@@ -45,9 +49,43 @@ def folder_samples(photos: Path, args) -> torch.utils.data.Dataset:
     return Samples(load_data(config), config, 0, 1 << 40)
 
 
-# What the script's data loader reads from: a function of the image folder and the arguments.
-# To be filled: "cached" (data.cache_latents and data.cache_text) and "streaming" (data.streaming), a line each.
-SOURCES = {"folder": folder_samples}
+def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
+    """The same images from parquet files of 64 rows."""
+    folder = photos.with_name("parquet")
+    if not folder.exists():
+        folder.mkdir()
+        data = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
+        data = data.cast_column("image", datasets.Image(decode=False)).map(embed, features=data.features)
+        shards = -(-len(data) // 64)
+        for i in range(shards):
+            data.shard(shards, i).to_parquet(folder / f"{i:05d}.parquet")
+    config = DataConfig(str(folder), resolution=args.resolution, random_flip=True, streaming=True, shuffle_buffer=64)
+    return Samples(load_stream(config, 0), config, 0, 1 << 40)
+
+
+def embed(row):
+    return {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": Path(row["image"]["path"]).name}}
+
+
+def cached_samples(photos: Path, args) -> torch.utils.data.Dataset:
+    """Latents and prompts in Stable Diffusion 1.5's shapes, as they lie in the caches; of random numbers."""
+    config = DataConfig(
+        str(photos), resolution=args.resolution, random_flip=True, center_crop=True, caption_dropout=0.1
+    )
+    data, side = load_data(config), args.resolution // 8
+    caches = []
+    for name, shape in (("latents", (2, 2, 4, side, side)), ("text", (77, 768))):
+        folder = photos.with_name(name)
+        folder.mkdir(exist_ok=True)
+        cache = TensorCache(folder, torch.zeros(len(data)).numpy())
+        for shard, entries in enumerate(cache.shards):
+            cache.write(shard, torch.randn(len(entries), *shape))
+        caches.append(cache)
+    numbers = torch.arange(len(data) + 1)
+    return Samples(data, config, 0, 1 << 40, latents=caches[0], prompts=TextCache(caches[1], numbers, numbers[:-1]))
+
+
+SOURCES = {"folder": folder_samples, "streaming": streamed_samples, "cached": cached_samples}
 
 
 def loading_rate(samples: torch.utils.data.Dataset, num_workers: int, args) -> float:

@@ -36,19 +36,26 @@ def seed_device(seed: int, device: torch.device) -> None:
 def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[int], device=None) -> torch.Tensor:
     """Standard normal noise of shape (len(keys), *shape), float32; row i depends on keys[i] alone."""
     rows = [torch.randn(tuple(shape), generator=generator) for generator in _generators(seed, purpose, keys)]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)
 
 
 def keyed_rand(seed: int, purpose: str, keys: Iterable[int], device=None) -> torch.Tensor:
     """Numbers uniform in [0, 1), shape (len(keys),), float32; entry i depends on keys[i] alone."""
     rows = [torch.rand((), generator=generator) for generator in _generators(seed, purpose, keys)]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)
 
 
 def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int, device=None) -> torch.Tensor:
     """Integers uniform in [low, high), shape (len(keys),), int64; entry i depends on keys[i] alone."""
     rows = [torch.randint(low, high, (), generator=generator) for generator in _generators(seed, purpose, keys)]
-    return torch.stack(rows).to(device)
+    return to_device(torch.stack(rows), device)
+
+
+def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:
+    """Move CPU numbers. A GPU fetches them from pinned memory when it comes to it, so that the CPU need not wait."""
+    if device is not None and torch.device(device).type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 def _generators(seed: int, purpose: str, keys: Iterable[int]) -> Iterator[torch.Generator]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from difftrain_utils.config import NoiseConfig
-from difftrain_utils.keyed_random import generator_for, keyed_randn
+from difftrain_utils.keyed_random import generator_for, keyed_randn, to_device
 
 
 def sample_noise(config: NoiseConfig, seed: int, keys: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def sample_noise(config: NoiseConfig, seed: int, keys: Sequence[int], latents: t
     if config.offset:
         per_channel = keyed_randn(seed, "offset_noise", keys, shape[:1])
         noise = noise + config.offset * per_channel.reshape(*per_channel.shape, *[1] * (len(shape) - 1))
-    noise = noise.to(latents.device)
+    noise = to_device(noise, latents.device)
     if config.immiscible:
         size = config.immiscible_batch_size or len(keys)
         noise = torch.cat([assign(x, n) for x, n in zip(latents.split(size), noise.split(size), strict=True)])

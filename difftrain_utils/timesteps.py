@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 
 from difftrain_utils.config import TimestepsConfig
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.keyed_random import generator_for, to_device
 from difftrain_utils.objectives import get_prediction_type
 
 
@@ -35,7 +35,7 @@ def sample_timesteps(
             fraction = shift * fraction / (1 + (shift - 1) * fraction)
         fraction = config.min + (config.max - config.min) * fraction
         timesteps.append(num_timesteps * fraction if flow else min(int(num_timesteps * fraction), num_timesteps - 1))
-    return torch.tensor(timesteps, device=device)
+    return to_device(torch.tensor(timesteps), device)
 
 
 def quantile(config: TimestepsConfig, noise_scheduler, u: float) -> float:
