@@ -31,6 +31,7 @@ from difftrain_utils.cache import TensorCache
 from difftrain_utils.config import parse_config
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.optimizers import build_optimizer
+from difftrain_utils.speed import speed_up
 
 # What an uncached run cannot do without, whoever writes its loop
 WORK = ("VAE", "text encoder", "EMA")
@@ -98,6 +99,7 @@ class BareStep:
 
     def __init__(self, family, config):
         model = copy.deepcopy(family.denoiser).train()
+        speed_up(config.train, model)
         optimizer = build_optimizer(config.optimizer, model.parameters())
         self.parameters = list(model.parameters())
         self.max_norm = config.train.max_grad_norm or math.inf
