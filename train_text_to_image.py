@@ -116,6 +116,8 @@ def main(config):
     if config.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     buckets = load_buckets(accelerator, family, data, config) if config.data.buckets else None
+    num_samples = config.train.max_steps * config.train.batch_size
+    train_dataset = Samples(data, config.data, seed, num_samples, config.train.batch_size, buckets)
     fingerprints, snapshot = None, None
     if accelerator.is_main_process:
         fingerprints = inspect_splits(data, validation_data, config.data)
@@ -125,7 +127,7 @@ def main(config):
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
-    latents_cache, text_cache = load_caches(accelerator, family, data, config, fingerprints, buckets)
+    train_dataset.latents, train_dataset.prompts = load_caches(accelerator, family, data, config, fingerprints, buckets)
     speed_up(config.train, family.denoiser)
     *models, optimizer, lr_scheduler = accelerator.prepare(*models, optimizer, lr_scheduler)
     denoiser, uncertainty = (*models, None)[:2]
@@ -152,10 +154,6 @@ def main(config):
     totals = Totals(accelerator, state.get("totals"))  # of the steps since the last line of metrics
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    num_samples = config.train.max_steps * config.train.batch_size
-    train_dataset = Samples(
-        data, config.data, seed, num_samples, config.train.batch_size, buckets, latents_cache, text_cache
-    )
     train_dataloader = accelerator.prepare(
         torch.utils.data.DataLoader(
             train_dataset,
@@ -187,11 +185,10 @@ def main(config):
         seed_device(seed_for(seed, "model", keys[0]), accelerator.device)  # for what the model draws, such as dropout
         with accelerator.accumulate(*models):
             # ── One step ─────────────────────────────────────────────────────────────────────────────────────
-            cached = config.data.cache_latents, config.data.cache_text
-            moments = batch["moments"] if cached[0] else family.encode_images(batch["pixel_values"])
+            moments = batch["moments"] if config.data.cache_latents else family.encode_images(batch["pixel_values"])
             vae_noise = keyed_randn(seed, "vae_noise", keys, moments.shape[2:], accelerator.device)
             latents = family.sample_latents(moments, vae_noise)
-            conditioning = batch["conditioning"] if cached[1] else family.encode_prompts(batch["captions"])
+            conditioning = batch["conditioning"] if config.data.cache_text else family.encode_prompts(batch["captions"])
             predict = partial(family.predict, denoiser, conditioning=conditioning)
 
             noise = sample_noise(config.noise, seed, keys, latents)
@@ -281,6 +278,9 @@ def main(config):
             with evaluation_weights(denoiser, ema_model), accelerator.autocast():
                 pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
                 logs |= image_metrics(accelerator, metric_networks, pipeline, validation_data, config)
+        if is_due(config.train.eval_every):
+            pipeline = None  # it holds encoders that training from caches does without
+            family.free_cached()
         if logs:
             metrics.log(global_step, logs)
         if power_ema is not None and is_due(config.ema.snapshot_every) and accelerator.is_main_process:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,20 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from difftrain_utils.buckets import Buckets
 from difftrain_utils.config import Config, DataConfig
 from difftrain_utils.data import Rows, captions_of, read_row
-from difftrain_utils.errors import InputError, RowError, warn, writing
+from difftrain_utils.errors import InputError, RowError, RunError, warn, writing
 from difftrain_utils.fingerprint import cache_folder
 from difftrain_utils.samples import resize_and_crop, size_of
-from difftrain_utils.snapshot import file_digest, write_text
+from difftrain_utils.snapshot import file_digest
 
 ENTRIES_PER_SHARD, ENTRIES_PER_BATCH = 1024, 16
-CAPTIONS_FILE = "captions.json"
 FORMAT = 1  # part of a cache's name: to be raised when what is stored changes
 
 
@@ -64,21 +64,6 @@ class TensorCache:
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
 
-    def is_intact(self, shard: int) -> bool:
-        path = self.path(shard)
-        try:
-            return path.with_suffix(".sha256").read_text() == _sha256_line(path)
-        except OSError:
-            return False
-
-    def write(self, shard: int, values: torch.Tensor) -> None:
-        path = self.path(shard)
-        partial = path.with_suffix(".partial")
-        with writing(path):
-            save_file({"values": values}, partial)
-            path.with_suffix(".sha256").write_text(_sha256_line(partial, path.name))
-            partial.replace(path)
-
 
 def build_cache(
     accelerator: Accelerator,
@@ -99,11 +84,15 @@ def build_cache(
     """
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     with ThreadPoolExecutor(4) as pool:
-        intact = dict(zip(mine, pool.map(cache.is_intact, mine), strict=True))
-    missing = [shard for shard in mine if not intact[shard]]
-    for shard in missing:
-        if cache.path(shard).exists():
-            warn(f"{cache.path(shard)} is damaged: making it again")
+        intact = list(pool.map(_is_intact, map(cache.path, mine)))
+    missing = [shard for shard, is_intact in zip(mine, intact, strict=True) if not is_intact]
+    missing_anywhere = gather_object(missing)
+    if accelerator.is_main_process and missing_anywhere:
+        for path in map(cache.path, missing_anywhere):
+            if path.exists():
+                warn(f"{path} is damaged: making it again")
+        entry_bytes = encode([inputs[int(cache.shards[missing_anywhere[0]][0])]]).nbytes
+        _check_room(cache.folder, sum(len(cache.shards[shard]) for shard in missing_anywhere) * entry_bytes)
     batches = [b.tolist() for shard in missing for b in np.split(cache.shards[shard], _cuts(len(cache.shards[shard])))]
     loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=config.num_workers, collate_fn=list)
     done, remaining = [], iter(missing)
@@ -112,11 +101,10 @@ def build_cache(
             values = encode(batch).cpu()
             if not done:
                 shard = next(remaining)
-                _check_room(cache, values[0].nbytes)
             done.append(values)
             bar.update(len(values))
             if sum(map(len, done)) == len(cache.shards[shard]):
-                cache.write(shard, torch.cat(done).contiguous())
+                _write(cache.path(shard), save({"values": torch.cat(done).contiguous()}))
                 done = []
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
@@ -128,13 +116,10 @@ def _cuts(length: int) -> range:
     return range(ENTRIES_PER_BATCH, length, ENTRIES_PER_BATCH)
 
 
-def _check_room(cache: TensorCache, entry_bytes: int) -> None:
-    missing = sum(len(shard) for i, shard in enumerate(cache.shards) if not cache.path(i).exists())
-    needed, free = missing * entry_bytes, shutil.disk_usage(cache.folder).free
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise InputError(
-            f"data.cache_dir: {cache.folder} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-        )
+        raise InputError(f"data.cache_dir: {folder} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
 
 
 class _Images(torch.utils.data.Dataset):
@@ -175,10 +160,10 @@ def load_caches(
         (fingerprint,) = broadcast_object_list([fingerprints and fingerprints["train"]["sha256"]])
     if config.data.cache_latents:
         latents = cache_latents(accelerator, family, data, config, fingerprint, buckets)
-        family.free("vae")
+        family.free_cached()
     if config.data.cache_text:
         prompts = cache_text(accelerator, family, data, config, fingerprint)
-        family.free("text_encoder")
+        family.free_cached()
     return latents, prompts
 
 
@@ -192,15 +177,19 @@ def cache_latents(
         InputError, RowError, RunError: see `build_cache`.
     """
     names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
-    key = {name: getattr(config.data, name) for name in names} | {"data": fingerprint}
-    key |= {"buckets": buckets and buckets.sizes, "vae": family.digests()["vae"], "dtype": str(family.weight_dtype)}
+    key = {name: getattr(config.data, name) for name in names} | family.cache_key("vae")
+    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes}
+    key |= {"dtype": str(family.weight_dtype), "tf32": config.train.tf32}
     groups = np.zeros(len(data), np.int16) if buckets is None else buckets.of_row
-    cache = TensorCache(_folder(config.data, "latents", key), groups)
+    cache = TensorCache(_folder(accelerator, config.data, "latents", key), groups)
 
     def encode(images: list[torch.Tensor]) -> torch.Tensor:
         pixel_values = torch.stack(images).to(accelerator.device)
         flips = (pixel_values, pixel_values.flip(-1)) if config.data.random_flip else (pixel_values,)
-        return torch.stack([family.encode_images(flip) for flip in flips], 1)
+        moments = torch.stack([family.encode_images(flip) for flip in flips], 1)
+        if not moments[pixel_values[:, 0, 0, 0].isfinite()].isfinite().all():  # would count as rows that are not read
+            raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
+        return moments
 
     build_cache(accelerator, cache, _Images(data, config.data, buckets), encode, "Caching latents", config.data)
     return cache
@@ -228,17 +217,15 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    key = {name: getattr(config.data, name) for name in ("caption_column", "sources", "on_bad_row")} | {
-        "data": fingerprint
-    }
-    key |= {"text_encoder": family.digests()["text_encoder"], "dtype": str(family.weight_dtype)}
-    vocabulary = json.dumps(family.tokenizer.get_vocab(), sort_keys=True).encode()
-    key |= {"vocabulary": hashlib.sha256(vocabulary).hexdigest(), "tokens": family.tokenizer.model_max_length}
-    folder = _folder(config.data, "text", key)
+    key = {"data": fingerprint, "dtype": str(family.weight_dtype), "tf32": config.train.tf32}
+    folder = _folder(accelerator, config.data, "text", key | family.cache_key("text_encoder", "tokenizer"))
+    captions_file = folder / "captions.json"
     with accelerator.main_process_first():
-        if not (folder / CAPTIONS_FILE).exists():
-            write_text(folder / CAPTIONS_FILE, json.dumps(_number_captions(data, config.data)))
-        content = json.loads((folder / CAPTIONS_FILE).read_text(encoding="utf-8"))
+        if accelerator.is_main_process and not _is_intact(captions_file):
+            if captions_file.exists():
+                warn(f"{captions_file} is damaged: making it again")
+            _write(captions_file, json.dumps(_number_captions(data, config.data)).encode())
+        content = json.loads(captions_file.read_bytes())
     cache = TensorCache(folder, np.zeros(len(content["captions"]), np.int16))
 
     def encode(captions: list[str]) -> torch.Tensor:
@@ -265,14 +252,30 @@ def _number_captions(data, config: DataConfig) -> dict[str, list]:
     return {"captions": list(numbers), "starts": starts, "numbers": of_rows}
 
 
-def _folder(config: DataConfig, what: str, key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:20]
-    folder = cache_folder(config) / f"{what}-{digest}"
+def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
+    content = json.dumps({"format": FORMAT} | key, indent=2) + "\n"
+    folder = cache_folder(config) / f"{what}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "key.json", json.dumps(key, indent=2) + "\n")
+        if accelerator.is_main_process and not (folder / "key.json").exists():
+            _write(folder / "key.json", content.encode())
     return folder
 
 
-def _sha256_line(path: Path, name: str | None = None) -> str:
-    return f"{file_digest(path)}  {name or path.name}\n"
+def _write(path: Path, content: bytes) -> None:
+    """Under a name of its own at first, for another run may be making the same cache."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    with writing(path):
+        try:
+            partial.write_bytes(content)
+            path.with_suffix(".sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return path.with_suffix(".sha256").read_text() == f"{file_digest(path)}  {path.name}\n"
+    except (OSError, UnicodeDecodeError):
+        return False

@@ -414,7 +414,8 @@ def check_config(config: Config) -> None:
     require(data.shuffle_buffer >= 1, "data.shuffle_buffer", "must be at least 1")
     if data.streaming:
         require(not data.validation_split, "data.validation_split", "cannot go with streaming (validation_dir can)")
-        require(not data.dataset.startswith("builtin:"), "data.dataset", "streaming is for folders and the hub")
+        is_builtin = data.dataset is not None and data.dataset.startswith("builtin:")
+        require(not is_builtin, "data.dataset", "streaming is for folders and the hub")
     require(
         not data.cache_latents or data.center_crop, "data.cache_latents", "needs data.center_crop (one crop is kept)"
     )

@@ -4,13 +4,14 @@ All of it is a function of (config, seed, k): the order of an epoch is drawn fro
 found without those before it.
 """
 
+import collections
 import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, warn
 from difftrain_utils.keyed_random import generator_for
 
 
@@ -39,15 +40,19 @@ class Order:
         self.buckets = None if buckets is None else torch.as_tensor(buckets)
         self.groups = None  # with weights: (rows, samples in an epoch) of each source, and bucket in it
         if weights is not None:
-            self.groups = []
-            sources = torch.arange(self.num_rows).split(list(lengths))
-            for i, (rows, weight) in enumerate(zip(sources, weights, strict=True)):
-                parts = [rows] if buckets is None else [rows[self.buckets[rows] == b] for b in self.buckets.unique()]
-                share = weight / sum(weights) * self.num_rows
-                counts = [round(share * len(part) / len(rows)) for part in parts]
-                if not any(counts):
-                    raise InputError(f"data.sources: source {i + 1} has {share:.2g} samples an epoch by its weight")
-                self.groups += [(part, count) for part, count in zip(parts, counts, strict=True) if count]
+            shares = np.array(weights) / sum(weights) * self.num_rows
+            sources, parts = torch.arange(self.num_rows).split(list(lengths)), []
+            of_row = torch.zeros(self.num_rows) if buckets is None else self.buckets
+            for rows, share in zip(sources, shares, strict=True):
+                of_source = [rows[of_row[rows] == bucket] for bucket in of_row.unique()]
+                parts += [(part, share * len(part) / max(len(rows), 1)) for part in of_source]
+            ends = np.rint(np.cumsum([share for _, share in parts])).astype(int)  # so they add up to an epoch
+            counts = np.diff(ends, prepend=0)
+            for i, of_source in enumerate(np.split(counts, len(sources))):
+                if not of_source.any():
+                    raise InputError(f"data.sources: source {i + 1} has {shares[i]:.2g} samples an epoch by its weight")
+            self.groups = [(rows, count) for (rows, _), count in zip(parts, counts.tolist(), strict=True) if count]
+            self._warn_of_rows_left_out()
         self._order = functools.lru_cache(maxsize=2)(self._draw)  # a batch touches two epochs, unless they are tiny
         self.epoch_length = len(self._order(0))
         if self.epoch_length == 0:
@@ -63,6 +68,21 @@ class Order:
     def __setstate__(self, state):
         vars(self).update(state)
         self._order = functools.lru_cache(maxsize=2)(self._draw)
+
+    def _warn_of_rows_left_out(self) -> None:
+        """A bucket may have a batch of images, but by the weights not one in an epoch."""
+        if self.buckets is None:
+            return
+        in_epoch = collections.Counter()
+        for rows, count in self.groups:
+            in_epoch[self.buckets[rows[0]].item()] += count
+        full = [rows for rows, _ in self.groups if in_epoch[self.buckets[rows[0]].item()] >= self.batch_size]
+        missed = self.num_rows - sum(map(len, full))
+        if missed:
+            warn(
+                f"data.buckets: {missed} images are never trained on: by data.sources' weights their "
+                f"buckets have no batch of {self.batch_size} in an epoch"
+            )
 
     def _draw(self, epoch: int) -> torch.Tensor:
         if self.groups is not None:

@@ -33,7 +33,11 @@ class Samples(torch.utils.data.Dataset):
     - "skipped": whether another row stands in for the one that was due, which cannot be read
     - "stream_state": where a stream (`data.streaming`) goes on from this sample; None for other data
 
-    With `buckets` all samples of a batch have one size; `batch_size` is the global one.
+    With `buckets` all samples of a batch have one size; `batch_size` is the global one. `latents` and `prompts` are the
+    caches (`load_caches`), where there are any.
+
+    Raises:
+        InputError: see `Order`.
     """
 
     def __init__(
@@ -44,11 +48,9 @@ class Samples(torch.utils.data.Dataset):
         num_samples: int,
         batch_size: int = 1,
         buckets: Buckets | None = None,
-        latents=None,
-        prompts=None,
     ):
         self.data, self.config, self.seed, self.num_samples = data, config, seed, num_samples
-        self.buckets, self.latents, self.prompts = buckets, latents, prompts
+        self.buckets, self.latents, self.prompts = buckets, None, None
         self.order = None  # a stream has its rows by k
         if not isinstance(data, StreamedRows):
             of_row = None if buckets is None else buckets.of_row

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     # after the config, so that a typo is told at once
     from accelerate import Accelerator
 
+    from difftrain_utils.buckets import load_buckets
     from difftrain_utils.checkpoints import find_checkpoint
     from difftrain_utils.data import load_data, split_data
     from difftrain_utils.families import load_family
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.image_metrics import load_metric_networks
     from difftrain_utils.launch import check_launch
     from difftrain_utils.optimizers import build_optimizer
+    from difftrain_utils.samples import Samples
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
     from difftrain_utils.streaming import load_stream
     from difftrain_utils.tracking import check_trackers
@@ -44,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     data = load_stream(config.data, config.train.seed) if config.data.streaming else load_data(config.data)
     data, validation_data = split_data(data, config.data)
     load_metric_networks(config, validation_data, accelerator.device)
+    buckets = load_buckets(accelerator, family, data, config) if config.data.buckets else None
+    Samples(data, config.data, config.train.seed, config.train.max_steps, config.train.batch_size, buckets)
     fingerprints = inspect_splits(data, validation_data, config.data)
     snapshot = take_snapshot(config, accelerator, family.digests(), fingerprints)
     write_snapshot(Path(config.train.output_dir), snapshot)

@@ -90,8 +90,11 @@ def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkp
         )
     }
     assert weights_digest(family.vae) == weights_digest(loaded.vae)
-    family.free("vae")
+    family.free_cached()
     assert "vae" not in vars(family)
+    partly = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_text=True)))
+    partly.free_cached()
+    assert "vae" in vars(partly)
 
 
 def test_the_digest_of_a_part_is_of_the_files_that_are_loaded(checkpoint_folder, tmp_path):

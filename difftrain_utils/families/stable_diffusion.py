@@ -11,13 +11,14 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftrain_utils.config import Config
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, blame, one_line
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.noise_schedule import build_schedulers
-from difftrain_utils.snapshot import part_digest, weights_digest
+from difftrain_utils.snapshot import file_digest, part_digest, weights_digest
 
 
 @dataclass
@@ -40,6 +41,8 @@ class StableDiffusion:
     device: torch.device | str = "cpu"
     """Of the frozen parts, which are loaded when they are first used: in `weight_dtype`, not to be trained."""
     weight_dtype: torch.dtype = torch.float32
+    cached: tuple[str, ...] = ()
+    """The frozen parts that training does without: their work is cached."""
 
     @classmethod
     def load(cls, source: str, model_index: dict, config: Config, init_seed: int | None) -> "StableDiffusion":
@@ -71,9 +74,10 @@ class StableDiffusion:
         vocab_size = _load_part(CLIPTextConfig.from_pretrained, source, "text_encoder", **at).vocab_size
         if len(family.tokenizer) != vocab_size:  # transformers makes an empty one where files are missing
             raise ValueError(f"tokenizer has {len(family.tokenizer)} tokens, text_encoder {vocab_size}")
-        for part, is_cached in (("vae", config.data.cache_latents), ("text_encoder", config.data.cache_text)):
-            if not is_cached:
-                getattr(family, part)
+        is_cached = {"vae": config.data.cache_latents, "text_encoder": config.data.cache_text}
+        family.cached = tuple(part for part in is_cached if is_cached[part])
+        for part in is_cached.keys() - family.cached:
+            getattr(family, part)
         return family
 
     @cached_property
@@ -108,14 +112,34 @@ class StableDiffusion:
         return _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of all weights (`weights_digest`), without loading the encoders."""
+        """SHA-256 of all weights (`weights_digest`), without loading the encoders.
+
+        Raises:
+            InputError: an encoder's weights are missing or damaged.
+        """
+        return {"unet": weights_digest(self.denoiser)} | {p: self._digest(p) for p in ("vae", "text_encoder")}
+
+    def cache_key(self, *parts: str) -> dict[str, str]:
+        """Digests of all that decides what frozen parts put out: their weights, configs, and a tokenizer's files."""
+        key = {}
+        for part in parts:
+            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt"))
+            key |= {f"{part}/{path.name}": file_digest(path) for path in files}
+            key |= {part: self._digest(part)} if part != "tokenizer" else {}
+        return key
+
+    def _digest(self, part: str) -> str:
+        with blame(f"model.pretrained_model_name_or_path: {self.source}: {part}", OSError, SafetensorError):
+            return part_digest(self._folder(part), self.variant)
+
+    def _folder(self, part: str) -> Path:
         folder = Path(self.source)
         if not folder.is_dir():  # a hub name, of which all that was loaded lies in one folder of the hub's cache
             folder = Path(hf_hub_download(self.source, "model_index.json", revision=self.revision)).parent
-        if not (folder / "vae").is_dir() or not (folder / "text_encoder").is_dir():
-            self.vae, self.text_encoder  # noqa: B018 (downloads them)
-        frozen = {part: part_digest(folder / part, self.variant) for part in ("vae", "text_encoder")}
-        return {"unet": weights_digest(self.denoiser)} | frozen
+        has_weights = any(path.suffix in (".safetensors", ".bin") for path in (folder / part).glob("*"))
+        if part != "tokenizer" and not has_weights:
+            getattr(self, part)  # downloads it, or tells that it is not there
+        return folder / part
 
     @property
     def size_multiple(self) -> int:
@@ -136,9 +160,9 @@ class StableDiffusion:
             if part is not None:
                 torch.nn.Module.to(part, device, weight_dtype)
 
-    def free(self, *parts: str) -> None:
-        """Drop frozen parts from memory; they are loaded again when they are used again."""
-        for part in parts:
+    def free_cached(self) -> None:
+        """Drop the frozen parts `cached` from memory; they are loaded again when they are used again."""
+        for part in self.cached:
             self.__dict__.pop(part, None)
 
     @torch.no_grad()
@@ -198,4 +222,5 @@ def _load_part(load: Callable[..., Any], source: str, name: str, **kwargs):
     try:
         return load(source, subfolder=name, **kwargs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        culprit = f"model.pretrained_model_name_or_path: {source}"
+        raise InputError(f"{culprit}: {name}: {one_line(error)}") from error
