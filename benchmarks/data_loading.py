@@ -29,6 +29,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # datasets asks for it whe
 import datasets
 import torch
 from photos import write_photos
+from safetensors.torch import save_file
 
 from difftrain_utils.cache import TensorCache, TextCache
 from difftrain_utils.checkpoints import DIGESTS_FILE, STATE_FILE, sha256sums
@@ -79,7 +80,7 @@ def cached_samples(photos: Path, args) -> torch.utils.data.Dataset:
         folder.mkdir(exist_ok=True)
         cache = TensorCache(folder, torch.zeros(len(data)).numpy())
         for shard, entries in enumerate(cache.shards):
-            cache.write(shard, torch.randn(len(entries), *shape))
+            save_file({"values": torch.randn(len(entries), *shape)}, cache.path(shard))
         caches.append(cache)
     numbers = torch.arange(len(data) + 1)
     return Samples(data, config, 0, 1 << 40, latents=caches[0], prompts=TextCache(caches[1], numbers, numbers[:-1]))
