@@ -29,7 +29,7 @@ from difftrain_utils.data import Rows, captions_of, read_row
 from difftrain_utils.errors import InputError, RowError, RunError, warn, writing
 from difftrain_utils.fingerprint import cache_folder
 from difftrain_utils.samples import resize_and_crop, size_of
-from difftrain_utils.snapshot import file_digest
+from difftrain_utils.snapshot import device_name, file_digest
 
 ENTRIES_PER_SHARD, ENTRIES_PER_BATCH = 1024, 16
 FORMAT = 1  # part of a cache's name: to be raised when what is stored changes
@@ -178,8 +178,8 @@ def cache_latents(
     """
     names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
     key = {name: getattr(config.data, name) for name in names} | family.cache_key("vae")
-    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes}
-    key |= {"dtype": str(family.weight_dtype), "tf32": config.train.tf32}
+    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes, "channels_last": config.train.channels_last}
+    key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data), np.int16) if buckets is None else buckets.of_row
     cache = TensorCache(_folder(accelerator, config.data, "latents", key), groups)
 
@@ -217,7 +217,7 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    key = {"data": fingerprint, "dtype": str(family.weight_dtype), "tf32": config.train.tf32}
+    key = {"data": fingerprint} | describe_rounding(accelerator, family, config)
     folder = _folder(accelerator, config.data, "text", key | family.cache_key("text_encoder", "tokenizer"))
     captions_file = folder / "captions.json"
     with accelerator.main_process_first():
@@ -250,6 +250,19 @@ def _number_captions(data, config: DataConfig) -> dict[str, list]:
         of_rows += [numbers.setdefault(caption, len(numbers)) for caption in captions]
         starts.append(len(of_rows))
     return {"captions": list(numbers), "starts": starts, "numbers": of_rows}
+
+
+def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[str, Any]:
+    """What an encoder's rounding depends on. In a cache's name, so that the numbers of a run never depend on whether, and
+    by which run, its caches were made before."""
+    on_cpu = accelerator.device.type == "cpu"
+    return {
+        "dtype": str(family.weight_dtype),
+        "tf32": config.train.tf32,
+        "torch": torch.__version__,
+        "device": torch.backends.cpu.get_cpu_capability() if on_cpu else device_name(accelerator.device),
+        "threads": torch.get_num_threads() if on_cpu else None,
+    }
 
 
 def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
