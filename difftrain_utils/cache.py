@@ -253,8 +253,8 @@ def _number_captions(data, config: DataConfig) -> dict[str, list]:
 
 
 def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[str, Any]:
-    """What an encoder's rounding depends on. In a cache's name, so that the numbers of a run never depend on whether, and
-    by which run, its caches were made before."""
+    """What an encoder's rounding depends on. It is in a cache's name, so that the numbers of a run never depend on
+    whether, and by which run, its caches were made before."""
     on_cpu = accelerator.device.type == "cpu"
     return {
         "dtype": str(family.weight_dtype),
