@@ -13,6 +13,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="difftrain-tests-")  #
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality holds for one number of threads
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -56,6 +57,17 @@ def image_folder(tmp_path_factory) -> Path:
     """Ten captioned images: a batch of four crosses epochs."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     shapes.main(["--output-dir", str(folder), "--num-images", "10", "--image-size", "36"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory) -> Path:
+    """21 images of noise in parquet, of which every third is wide and the last is high, each with two captions."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "mixed"
+    folder.mkdir()
+    sizes = [(36, 60 if i % 3 == 0 else 36) for i in range(20)] + [(60, 30)]
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+    make_data(images, [["a", f"image {i}"] for i in range(21)]).to_parquet(folder / "train.parquet")
     return folder
 
 

@@ -102,16 +102,6 @@ def wide_and_square(num: int = 21) -> list[Image.Image]:
     return [Image.new("RGB", size, (i * 10,) * 3) for i, size in enumerate(sizes)]
 
 
-@pytest.fixture
-def mixed_folder(tmp_path):
-    (tmp_path / "mixed").mkdir()
-    captions = [["a", f"image {i}"] for i in range(21)]
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (*image.size[::-1], 3), np.uint8)) for image in wide_and_square()]
-    make_data(images, captions).to_parquet(tmp_path / "mixed/train.parquet")
-    return tmp_path / "mixed"
-
-
 BUCKETS = {"data.buckets": [[32, 32], [24, 40], [40, 24]]}
 
 

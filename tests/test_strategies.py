@@ -3,7 +3,7 @@ A covering set: each option stands in at least one row, beside others that it ha
 
 import pytest
 from conftest import launch, metrics_without_times, options, pipeline_bytes, train
-from test_training import assert_refused, without_dropout
+from test_training import CACHES, assert_refused, without_dropout
 
 from difftrain_utils.config import parse_config
 from difftrain_utils.errors import InputError
@@ -16,6 +16,7 @@ COVERING = {
         "strategy.dream_detail_preservation": 10.0,
         "noise.input_perturbation": 0.1,
         "loss.weighting": "min_snr",
+        **CACHES,
     },
     "dream-flow-logit-normal": {
         "strategy.dream_training": True,
@@ -47,6 +48,7 @@ COVERING = {
     "immiscible-groups": {
         "noise.immiscible": True,
         "noise.immiscible_batch_size": 2,
+        "data.cache_text": True,
         "timesteps.density": "log_normal",
         "loss.weighting": "edm",
     },
@@ -64,6 +66,8 @@ COVERING = {
         "timesteps.max": 0.9,
         "timesteps.stratified": True,
         "loss.weighting": "cosmap",
+        "train.channels_last": True,
+        "ema.update_every": 2,
     },
     "learned-uncertainty": {
         "loss.learned_uncertainty": True,

@@ -165,6 +165,42 @@ def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers
         torch.testing.assert_close(losses(accumulation), whole, rtol=1e-5, atol=0)
 
 
+BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
+CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        CACHES,
+        CACHES | BUCKETS | {"data.num_workers": 1},
+        {"train.channels_last": True} | BUCKETS,
+        {"ema.update_every": 3},
+        CACHES | BUCKETS | {"train.channels_last": True, "ema.update_every": 3, "train.gradient_checkpointing": True},
+        pytest.param({"train.compile": "regional"} | CACHES | BUCKETS, marks=pytest.mark.slow),
+        pytest.param(
+            {"train.compile": "whole", "train.channels_last": True} | CACHES | BUCKETS, marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda fields: "+".join(name.split(".")[1] for name in fields),
+)
+def test_exactness_survives_what_makes_a_step_faster(short_run, mixed_folder, tmp_path, fields):
+    """Resumed from any checkpoint the run is the same to the bit, and its losses do not mind how a batch is split."""
+    model = {"model.pretrained_model_name_or_path": without_dropout(short_run, tmp_path)}
+    common = {"data.dataset": mixed_folder, "data.cache_dir": tmp_path / "cache", "train.save_every": 1}
+    argv = [*short_run, *options(model | common | {"train.keep_checkpoints": 0} | fields)]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    expected = metrics_without_times(unbroken)
+    for step in (1, 4):
+        branch = tmp_path / f"branch-{step}"
+        train([*argv, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")])
+        assert pipeline_bytes(branch) == pipeline_bytes(unbroken)
+        assert metrics_without_times(branch) == expected[step:]
+    split = train([*argv, "--train.gradient_accumulation_steps", "2", "--output-dir", str(tmp_path / "split")])
+    losses = [[entry["loss"] for entry in metrics] for metrics in (metrics_without_times(split), expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def without_dropout(short_run, tmp_path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(short_run[short_run.index("--model.pretrained_model_name_or_path") + 1], folder)
