@@ -37,6 +37,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch
 FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
     *("data.dataset", "data.validation_dir", "data.num_workers", "data.cache_dir"),
+    *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
     *(
