@@ -82,8 +82,10 @@ def cached_samples(photos: Path, args) -> torch.utils.data.Dataset:
         for shard, entries in enumerate(cache.shards):
             save_file({"values": torch.randn(len(entries), *shape)}, cache.path(shard))
         caches.append(cache)
-    numbers = torch.arange(len(data) + 1)
-    return Samples(data, config, 0, 1 << 40, latents=caches[0], prompts=TextCache(caches[1], numbers, numbers[:-1]))
+    numbers = torch.arange(len(data) + 1).numpy()
+    samples = Samples(data, config, 0, 1 << 40)
+    samples.latents, samples.prompts = caches[0], TextCache(caches[1], numbers, numbers[:-1])
+    return samples
 
 
 SOURCES = {"folder": folder_samples, "streaming": streamed_samples, "cached": cached_samples}

@@ -53,10 +53,11 @@ class TensorCache:
         self._open = {}
 
     def __getitem__(self, entry: int) -> torch.Tensor:
-        shard, place = self.places[entry].tolist()
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.path(shard), "pt").get_slice("values")
-        return self._open[shard][place]
+        shard, place = int(self.places[entry, 0]), int(self.places[entry, 1])
+        values = self._open.get(shard)
+        if values is None:  # a view of the mapped file
+            values = self._open[shard] = safe_open(self.path(shard), "pt").get_tensor("values")
+        return values[place]
 
     def __getstate__(self):  # an open shard is not passed on to another process
         return vars(self) | {"_open": {}}
@@ -199,15 +200,14 @@ class TextCache:
     """`cache.of_row(i)` are the numbers of row i's captions; `cache[number]` is a caption's conditioning, and number 0
     the empty caption."""
 
-    def __init__(self, cache: TensorCache, starts: torch.Tensor, numbers: torch.Tensor):
-        self.cache, self.starts, self.numbers = cache, starts, numbers  # tensors, which the workers share
+    def __init__(self, cache: TensorCache, starts: np.ndarray, numbers: np.ndarray):
+        self.cache, self.starts, self.numbers = cache, starts, numbers  # arrays, which forked workers share
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self.cache[number]
 
-    def of_row(self, row: int) -> list[int]:
-        first, last = self.starts[row : row + 2].tolist()
-        return self.numbers[first:last].tolist()
+    def of_row(self, row: int) -> np.ndarray:
+        return self.numbers[self.starts[row] : self.starts[row + 1]]
 
 
 def cache_text(accelerator: Accelerator, family, data, config: Config, fingerprint: str) -> TextCache:
@@ -233,7 +233,7 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
 
     workers = dataclasses.replace(config.data, num_workers=0)
     build_cache(accelerator, cache, _Captions(content["captions"]), encode, "Caching prompts", workers)
-    return TextCache(cache, torch.tensor(content["starts"]), torch.tensor(content["numbers"], dtype=torch.int32))
+    return TextCache(cache, np.array(content["starts"]), np.array(content["numbers"], np.int32))
 
 
 def _number_captions(data, config: DataConfig) -> dict[str, list]:

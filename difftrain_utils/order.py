@@ -60,7 +60,7 @@ class Order:
 
     def __getitem__(self, k: int) -> int:
         epoch, position = divmod(k, self.epoch_length)
-        return self._order(epoch)[position].item()
+        return int(self._order(epoch)[position])
 
     def __getstate__(self):  # for the workers of a data loader where they are not forked
         return {name: value for name, value in vars(self).items() if name != "_order"}
@@ -84,20 +84,20 @@ class Order:
                 f"buckets have no batch of {self.batch_size} in an epoch"
             )
 
-    def _draw(self, epoch: int) -> torch.Tensor:
+    def _draw(self, epoch: int) -> np.ndarray:
         if self.groups is not None:
             rows = torch.cat([self._next_rows(*group, i, epoch) for i, group in enumerate(self.groups)])
         else:
             rows = torch.arange(self.num_rows)
         rows = rows[self._permutation("order", epoch, len(rows))]
         if self.buckets is None:
-            return rows
+            return rows.numpy()
         bucket, batches = self.buckets[rows], []
         for b in bucket.unique():
             mine = rows[bucket == b]
             batches.append(mine[: len(mine) // self.batch_size * self.batch_size].view(-1, self.batch_size))
         batches = torch.cat(batches)
-        return batches[self._permutation("batch_order", epoch, len(batches))].flatten()
+        return batches[self._permutation("batch_order", epoch, len(batches))].flatten().numpy()
 
     def _next_rows(self, rows: torch.Tensor, count: int, group: int, epoch: int) -> torch.Tensor:
         """Those from position epoch·count on in the endless shuffle of a group's rows."""

@@ -88,7 +88,7 @@ class Samples(torch.utils.data.Dataset):
         sample = {}
         if self.latents is not None:
             flips = self.latents[row]
-            if flips[0, 0, 0, 0, 0].isnan():
+            if self.config.on_bad_row == "skip" and flips[0, 0, 0, 0, 0].isnan():
                 raise RowError(f"{self._name(row)}: could not be read when the latents were cached")
             sample["moments"] = flips[1 if self._is_flipped(k) else 0]
             captions = self._captions(row) if self.prompts is None else None
@@ -103,7 +103,7 @@ class Samples(torch.utils.data.Dataset):
             sample["caption"] = captions[self._choose(len(captions), k)] if self._has_caption(k) else ""
         else:
             numbers = self.prompts.of_row(row)
-            if not numbers:
+            if len(numbers) == 0:
                 raise RowError(f"{self._name(row)}: its captions could not be read when the prompts were cached")
             sample["conditioning"] = self.prompts[numbers[self._choose(len(numbers), k)] if self._has_caption(k) else 0]
         return sample

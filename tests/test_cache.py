@@ -212,7 +212,7 @@ class TestKey:
         [
             {"data.num_workers": 1},
             {"train.batch_size": 2, "train.seed": 5, "data.caption_dropout": 0.0},
-            {"train.max_steps": 3, "model.vae_slicing": True, "train.channels_last": True},
+            {"train.max_steps": 3, "model.vae_slicing": True},
         ],
         ids=str,
     )
@@ -225,11 +225,26 @@ class TestKey:
             ("data.resolution", 16, {"latents"}),
             ("data.random_flip", False, {"latents"}),
             ("data.image_interpolation", "box", {"latents"}),
+            ("train.channels_last", True, {"latents"}),
         ],
     )
     def test_it_changes_with_transforms(self, cached_run, name, value, changed):
         folders = [self.folders(cached_run), self.folders(cached_run, **{name: value})]
         assert {what for what in folders[0] if folders[0][what] != folders[1][what]} == changed
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("torch.__version__", "2.99.0"),
+            ("torch.get_num_threads", lambda: 3),
+            ("torch.backends.cpu.get_cpu_capability", lambda: "VSX"),
+        ],
+    )
+    def test_it_changes_with_what_rounding_depends_on(self, cached_run, monkeypatch, name, value):
+        before = self.folders(cached_run)
+        monkeypatch.setattr(name, value)
+        after = self.folders(cached_run)
+        assert all(before[what] != after[what] for what in ("latents", "text"))
 
     def test_it_changes_with_an_image_and_with_a_caption(self, cached_run, image_folder, tmp_path):
         folder = shutil.copytree(image_folder, tmp_path / "data")
@@ -379,11 +394,11 @@ class TestEncodersInMemory:
 
 
 def test_workers_hold_no_python_object_per_row(cached_run, varied_folder):
-    """Captions and numbers are with the caches as tensors and arrays: pickled, a sample's source is small."""
+    """Captions and numbers are with the caches as arrays: pickled, a sample's source is small."""
     (latents, prompts), *_ = caches_of([*cached_run, "--data.dataset", str(varied_folder / "good")])
     for part in (latents, prompts.cache):
         assert not any(isinstance(value, dict | list) and len(value) > 20 for value in vars(part).values())
-    assert isinstance(prompts.starts, torch.Tensor) and isinstance(prompts.numbers, torch.Tensor)
+    assert isinstance(prompts.starts, np.ndarray) and isinstance(prompts.numbers, np.ndarray)
     assert not hasattr(prompts, "captions")
 
 
