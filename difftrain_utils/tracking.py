@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,12 @@ class Totals:
 
     def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None):
         self.accelerator = accelerator
-        state = state or {"loss": 0.0, "steps": 0, "skipped_rows": 0}
-        self.loss = torch.full((), state["loss"], device=accelerator.device)
+        state = state or {"losses": [0.0], "steps": 0, "skipped_rows": 0}
+        # a sum for each process, for rounding depends on how a sum is put together
+        loss = fmean(state["losses"])
+        if len(state["losses"]) == accelerator.num_processes:
+            loss = state["losses"][accelerator.process_index]
+        self.loss = torch.full((), loss, device=accelerator.device)
         self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
         self.steps = state["steps"]
         self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0  # the sum over all processes
@@ -60,16 +65,17 @@ class Totals:
         self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
 
     def state(self) -> dict[str, Any]:
-        """The totals over all processes, which all of them ask for."""
+        """The totals of all processes, which all of them ask for; of the losses, one sum for each process."""
         rows = torch.tensor(float(self.skipped_rows), device=self.loss.device)
-        loss = self.accelerator.reduce(self.loss, "mean").item()
-        return {"loss": loss, "steps": self.steps, "skipped_rows": round(self.accelerator.reduce(rows, "sum").item())}
+        losses = self.accelerator.gather(self.loss.view(1)).tolist()
+        rows = round(self.accelerator.reduce(rows, "sum").item())
+        return {"losses": losses, "steps": self.steps, "skipped_rows": rows}
 
     def take(self) -> dict[str, Any]:
         """{"loss": mean of the steps, "skipped_rows": sum}, and begin anew; without a loss if no step counted."""
         state = self.state()
         self.__init__(self.accelerator)
-        loss = {"loss": state["loss"] / state["steps"]} if state["steps"] else {}
+        loss = {"loss": fmean(state["losses"]) / state["steps"]} if state["steps"] else {}
         return loss | {"skipped_rows": state["skipped_rows"]}
 
 
