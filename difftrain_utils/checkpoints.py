@@ -238,13 +238,13 @@ def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None:
-    """Refuse to go on in the same folder with another base model, other data or another precision.
+    """Refuse to go on in the same folder with another base model, other data or another precision; a run that branches
+    off is told.
 
     Raises:
         InputError: names what differs.
     """
-    if not is_checkpoint_of(folder, Path(config.train.output_dir)):
-        return
+    is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
     saved, now = read_manifest(folder), json.loads(snapshot[MANIFEST_FILE])
     for what, was, value in (
         (
@@ -255,12 +255,16 @@ def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None
         ("data.dataset: the training images or captions", saved["data"].get("train"), now["data"].get("train")),
     ):
         differing = sorted(key for key in was if was[key] != value.get(key) and key != "dataset")
-        if differing:
-            raise InputError(f"{what} are not those that {folder} was trained from ({', '.join(differing)} differ)")
+        if differing and was.get("streaming") == value.get("streaming"):  # a stream's digest is of its files
+            names = ", ".join(differing)
+            differences.append(f"{what} are not those that {folder} was trained from ({names} differ)")
     if saved["mixed_precision"] != now["mixed_precision"]:
-        raise InputError(
-            f"train.precision: {folder} was trained with {saved['mixed_precision']}, not {now['mixed_precision']}"
-        )
+        precisions = f"{saved['mixed_precision']}, not {now['mixed_precision']}"
+        differences.append(f"train.precision: {folder} was trained with {precisions}")
+    if differences and not is_branch:
+        raise InputError(differences[0])
+    for difference in differences:
+        warn(f"branching off: {difference}")
 
 
 def is_finished(config: Config, checkpoint: Path | None) -> bool:

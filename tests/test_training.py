@@ -319,6 +319,18 @@ class TestResume:
         )
         assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
 
+    def test_other_data_are_refused_in_the_same_folder_and_told_in_another(self, short_run, image_folder, tmp_path):
+        checkpoint = train(short_run) / "checkpoint-6"
+        other = shutil.copytree(image_folder, tmp_path / "other")
+        argv = [*short_run, "--data.dataset", str(other), "--train.max_steps", "7"]
+        branch = [*argv, "--resume-from", str(checkpoint), "--output-dir", str(tmp_path / "branch")]
+        told = r"data.dataset: the training images or captions are not those that .*checkpoint-6 was trained from"
+        assert "not those" not in launch(branch).stderr  # the same data in another place
+        shutil.copy(other / "000002.png", other / "000003.png")
+        assert_refused(launch([*argv, "--resume-from", "latest"]), told + r" \(sha256 differ\)")
+        result = launch([*branch, "--output-dir", str(tmp_path / "another")])
+        assert result.returncode == 0 and re.search(f"warning: branching off: {told}", result.stderr)
+
 
 def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
