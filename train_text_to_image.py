@@ -178,7 +178,7 @@ def main(config):
 
     stop = None
     interruptions = Interruptions(config.train, accelerator, started)
-    progress_bar = tqdm(total=config.train.max_steps, initial=global_step, desc="Steps", smoothing=0.05)
+    progress_bar = tqdm(total=config.train.max_steps, initial=global_step, desc="Steps", smoothing=0.05, mininterval=1)
     timer, profiler = StepTimer(config.train, accelerator), Profiler(config.train, accelerator)
     for batch in timer.batches(train_dataloader):
         keys = batch["keys"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil  # accelerate brings it
 import pytest
 from conftest import ROOT, SCRIPT, launch, launch_environment, metrics_without_times, options, pipeline_bytes, train
-from test_training import assert_refused
+from test_training import BUCKETS, CACHES, assert_refused
 
 from difftrain_utils.checkpoints import PARTIAL, find_checkpoint, list_checkpoints
 from difftrain_utils.config import parse_config
@@ -87,16 +87,24 @@ def assert_same_end(run: Path, unbroken: Path) -> None:
     assert list(run.glob(f"*{PARTIAL}")) == []
 
 
+STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
+
+
 @pytest.mark.parametrize(
-    ("kills", "num_processes", "accumulation"),
-    [(5, 1, 4), *(pytest.param(9, n, a, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4))],
+    ("kills", "num_processes", "accumulation", "data"),
+    [
+        (5, 1, 4, {}),
+        *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
+        *(pytest.param(9, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
+    ],
+    ids=str,
 )
 def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
-    short_run, tmp_path, faults_library, kills, num_processes, accumulation
+    short_run, tmp_path, faults_library, kills, num_processes, accumulation, data
 ):
     fields = {"train.max_steps": 15 * kills, "train.batch_size": 8, "train.gradient_accumulation_steps": accumulation}
     # epochs of 10 images are crossed, and the loss of a line is that of 3 steps while every second is saved
-    fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1}
+    fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1} | data
     argv = [*short_run, *options(fields)]
     unbroken = start([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
     assert unbroken.wait() == 0
