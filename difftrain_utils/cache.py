@@ -16,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+import PIL
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from safetensors import safe_open
@@ -179,7 +182,8 @@ def cache_latents(
     """
     names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
     key = {name: getattr(config.data, name) for name in names} | family.cache_key("vae")
-    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes, "channels_last": config.train.channels_last}
+    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes, "pillow": PIL.__version__}
+    key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data), np.int16) if buckets is None else buckets.of_row
     cache = TensorCache(_folder(accelerator, config.data, "latents", key), groups)
@@ -259,7 +263,10 @@ def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[
     return {
         "dtype": str(family.weight_dtype),
         "tf32": config.train.tf32,
+        "deterministic": config.train.deterministic,
         "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
         "device": torch.backends.cpu.get_cpu_capability() if on_cpu else device_name(accelerator.device),
         "threads": torch.get_num_threads() if on_cpu else None,
     }

@@ -95,7 +95,8 @@ class DataConfig:
     validation_split: float = 0.0
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dir: str | None = None
-    """Another data set for the validation loss, instead of a share of this one."""
+    """Another data set for the validation loss, instead of a share of this one. It is read with `split`, `image_column`
+    and `caption_column`, too, also where there are `sources`."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
     (`skipped_rows` in metrics.jsonl)."""
@@ -153,7 +154,8 @@ class TrainConfig:
     compile: Literal["regional", "whole"] | None = None
     """torch.compile of the denoiser: its repeated blocks (starts sooner), or the whole; null: none."""
     channels_last: bool = False
-    """Keep images and convolutions' weights with their channels last: often faster with mixed precision."""
+    """Keep the weights of the denoiser's and the VAE's convolutions with their channels last: often faster with mixed
+    precision."""
     plain_attention: bool = False
     """Attention as separate products instead of torch's fused kernel: faster on a CPU with small images, but slower and
     hungry for memory elsewhere."""

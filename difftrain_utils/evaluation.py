@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config import Config, EvaluationConfig
+from difftrain_utils.data import Rows
 from difftrain_utils.ema import EMA
 from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn
 from difftrain_utils.loss import error_scale
@@ -59,7 +59,7 @@ def generate(
 
 @torch.no_grad()
 def validation_loss(
-    accelerator: Accelerator, family, denoiser: torch.nn.Module, data: datasets.Dataset, config: Config, name: str
+    accelerator: Accelerator, family, denoiser: torch.nn.Module, data: Rows, config: Config, name: str
 ) -> dict[str, float | list[float]]:
     """The loss at fixed (image, noise, noise level) triples: {name: mean, name_bins: means from low to high noise}.
 

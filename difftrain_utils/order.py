@@ -5,7 +5,6 @@ found without those before it.
 """
 
 import collections
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,24 +49,22 @@ class Order:
             counts = np.diff(ends, prepend=0)
             for i, of_source in enumerate(np.split(counts, len(sources))):
                 if not of_source.any():
-                    raise InputError(f"data.sources: source {i + 1} has {shares[i]:.2g} samples an epoch by its weight")
+                    raise InputError(f"data.sources[{i}].weight: gives {shares[i]:.2g} samples an epoch, below 1")
             self.groups = [(rows, count) for (rows, _), count in zip(parts, counts.tolist(), strict=True) if count]
             self._warn_of_rows_left_out()
-        self._order = functools.lru_cache(maxsize=2)(self._draw)  # a batch touches two epochs, unless they are tiny
-        self.epoch_length = len(self._order(0))
+        self._epoch, self._rows = 0, self._draw(0)  # keys grow: the rows of one epoch at a time
+        self.epoch_length = len(self._rows)
         if self.epoch_length == 0:
             raise InputError(f"data.buckets: no bucket has the {batch_size} images of a batch (train.batch_size)")
 
     def __getitem__(self, k: int) -> int:
         epoch, position = divmod(k, self.epoch_length)
-        return int(self._order(epoch)[position])
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, self._draw(epoch)
+        return int(self._rows[position])
 
     def __getstate__(self):  # for the workers of a data loader where they are not forked
-        return {name: value for name, value in vars(self).items() if name != "_order"}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._order = functools.lru_cache(maxsize=2)(self._draw)
+        return vars(self) | {"_epoch": None, "_rows": None}
 
     def _warn_of_rows_left_out(self) -> None:
         """A bucket may have a batch of images, but by the weights not one in an epoch."""

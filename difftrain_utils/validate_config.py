@@ -1,11 +1,10 @@
 """Check a config, its model and its data, and write the run's snapshot without training.
 
-    python -m difftrain_utils.validate_config --config configs/quickstart.yaml --output-dir /tmp/check [--deterministic]
+    python -m difftrain_utils.validate_config --config configs/quickstart.yaml --output-dir runs/check
 
-Takes the options of train_text_to_image.py; --deterministic is short for --train.deterministic.
+Takes the options of train_text_to_image.py. Where a run has left checkpoints, its snapshot stays as it is.
 """
 
-import sys
 from pathlib import Path
 
 from difftrain_utils.config import MIXED_PRECISION, parse_config
@@ -13,15 +12,14 @@ from difftrain_utils.errors import blame, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    argv = ["--train.deterministic" if arg == "--deterministic" else arg for arg in argv]
     config = parse_config(argv, prog="python -m difftrain_utils.validate_config")
 
     # after the config, so that a typo is told at once
+    import torch
     from accelerate import Accelerator
 
     from difftrain_utils.buckets import load_buckets
-    from difftrain_utils.checkpoints import find_checkpoint
+    from difftrain_utils.checkpoints import find_checkpoint, list_checkpoints
     from difftrain_utils.data import load_data, split_data
     from difftrain_utils.families import load_family
     from difftrain_utils.fingerprint import inspect_splits
@@ -30,18 +28,24 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.optimizers import build_optimizer
     from difftrain_utils.samples import Samples
     from difftrain_utils.snapshot import set_deterministic, take_snapshot, write_snapshot
+    from difftrain_utils.speed import check_compile, set_tf32, speed_up
     from difftrain_utils.streaming import load_stream
     from difftrain_utils.tracking import check_trackers
 
     if config.train.deterministic:
         set_deterministic()
+    if config.train.cpu_threads:
+        torch.set_num_threads(config.train.cpu_threads)
     check_trackers(config.train.report_to)
     with blame("train.precision", ValueError):
         accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
     check_launch(config, accelerator)
+    check_compile(config.train, accelerator.device)
+    set_tf32(config.train, accelerator.device)
     find_checkpoint(config)
     family = load_family(config)
     family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
+    speed_up(config.train, family.denoiser)
     build_optimizer(config.optimizer, family.denoiser.parameters())
     data = load_stream(config.data, config.train.seed) if config.data.streaming else load_data(config.data)
     data, validation_data = split_data(data, config.data)
@@ -50,8 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     Samples(data, config.data, config.train.seed, config.train.max_steps, config.train.batch_size, buckets)
     fingerprints = inspect_splits(data, validation_data, config.data)
     snapshot = take_snapshot(config, accelerator, family.digests(), fingerprints)
-    write_snapshot(Path(config.train.output_dir), snapshot)
-    print(f"The config is fine; its snapshot is in {config.train.output_dir}")
+    output_dir = Path(config.train.output_dir)
+    if list_checkpoints(output_dir):
+        print(f"The config is fine; {output_dir} holds a run, whose snapshot stays as it is")
+    else:
+        write_snapshot(output_dir, snapshot)
+        print(f"The config is fine; its snapshot is in {output_dir}")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ class TestKey:
         [
             {"data.num_workers": 1},
             {"train.batch_size": 2, "train.seed": 5, "data.caption_dropout": 0.0},
-            {"train.max_steps": 3, "model.vae_slicing": True},
+            {"train.max_steps": 3, "train.gradient_checkpointing": True},
         ],
         ids=str,
     )
@@ -226,6 +226,7 @@ class TestKey:
             ("data.random_flip", False, {"latents"}),
             ("data.image_interpolation", "box", {"latents"}),
             ("train.channels_last", True, {"latents"}),
+            ("model.vae_slicing", True, {"latents"}),
         ],
     )
     def test_it_changes_with_transforms(self, cached_run, name, value, changed):
@@ -236,6 +237,8 @@ class TestKey:
         ("name", "value"),
         [
             ("torch.__version__", "2.99.0"),
+            ("diffusers.__version__", "0.99.0"),
+            ("transformers.__version__", "5.99.0"),
             ("torch.get_num_threads", lambda: 3),
             ("torch.backends.cpu.get_cpu_capability", lambda: "VSX"),
         ],

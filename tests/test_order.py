@@ -69,7 +69,7 @@ class TestWeights:
         assert 430 < changes < 570
 
     def test_a_weight_without_a_sample_is_refused(self):
-        with pytest.raises(InputError, match=r"^data.sources: source 2 has 0.4 samples an epoch by its weight"):
+        with pytest.raises(InputError, match=r"^data.sources\[1\].weight: gives 0.4 samples an epoch, below 1"):
             Order(0, [30, 10], [99, 1])
 
 

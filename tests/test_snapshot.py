@@ -6,7 +6,15 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config import Config, DataConfig, ModelConfig, TrainConfig, parse_config
-from difftrain_utils.snapshot import describe_git, set_deterministic, take_snapshot, weights_digest, write_snapshot
+from difftrain_utils.snapshot import (
+    describe_environment,
+    describe_git,
+    device_name,
+    set_deterministic,
+    take_snapshot,
+    weights_digest,
+    write_snapshot,
+)
 
 
 def test_a_digest_changes_with_one_bit_a_name_and_a_type():
@@ -76,3 +84,11 @@ def test_deterministic_sets_torchs_switches(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
+
+
+def test_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    assert describe_environment()["gpus"] == ["GPU of 0", "GPU of 1"]
+    assert device_name(torch.device("cuda:1")) == "GPU of cuda:1"
+    assert device_name(torch.device("cpu")) == "cpu"

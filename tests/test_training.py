@@ -24,9 +24,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftrain_utils import posthoc_ema
+from difftrain_utils import posthoc_ema, validate_config
 from difftrain_utils.config import parse_config
 from difftrain_utils.data import load_data
+from difftrain_utils.errors import InputError
 from difftrain_utils.families import load_family
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.samples import Samples, collate
@@ -522,8 +523,22 @@ class TestRefusals:
         assert "\nerror: --train.max_step: no such field; did you mean --train.max_steps?\n" in "\n" + result.stderr
 
 
+def test_validate_config_leaves_a_run_as_it_is(short_run, capsys):
+    output_dir = train(short_run)
+    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    for more in (["--resume-from", "latest"], ["--train.overwrite"]):
+        validate_config.main([*short_run, *more])
+        assert f"The config is fine; {output_dir} holds a run, whose snapshot stays as it is" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
+
+
+def test_validate_config_refuses_what_the_script_refuses(short_run):
+    with pytest.raises(InputError, match=r"^train.tf32: needs an NVIDIA GPU, the device is cpu"):
+        validate_config.main([*short_run, "--train.tf32"])
+
+
 def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_path):
-    command = [sys.executable, "-m", "difftrain_utils.validate_config", *short_run, "--deterministic"]
+    command = [sys.executable, "-m", "difftrain_utils.validate_config", *short_run, "--train.deterministic"]
     result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     names = ["config.resolved.yaml", "env.json", "run_manifest.json"]
