@@ -127,10 +127,11 @@ def main(config):
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     family.move_frozen_parts(accelerator.device, weight_dtype)
+    # not before all is checked, for making caches may take hours
     train_dataset.latents, train_dataset.prompts = load_caches(accelerator, family, data, config, fingerprints, buckets)
     speed_up(config.train, family.denoiser)
     *models, optimizer, lr_scheduler = accelerator.prepare(*models, optimizer, lr_scheduler)
-    denoiser, uncertainty = (*models, None)[:2]
+    denoiser, uncertainty = models[0], models[1] if config.loss.learned_uncertainty else None
     parameters = list(denoiser.parameters())
     ema_model = None
     if config.ema.enabled:
@@ -171,8 +172,8 @@ def main(config):
         return every > 0 and (global_step % every == 0 or global_step == config.train.max_steps)
 
     def save(required=False):
-        state = {"global_step": global_step, "skipped_steps": skipped_steps, "totals": totals.state()}
-        state |= {"stream": stream_state}
+        state = {"global_step": global_step, "skipped_steps": skipped_steps}
+        state |= {"totals": totals.state(), "stream": stream_state}
         parts = (snapshot, ema_model, power_ema)
         save_checkpoint(accelerator, output_dir, state, *parts, config.train.keep_checkpoints, required)
 
@@ -207,7 +208,6 @@ def main(config):
             noisy_latents = add_noise(noise_scheduler, latents, input_noise, timesteps)
             target = get_target(noise_scheduler, latents, noise, timesteps)
             model_pred = predict(noisy_latents, timesteps)
-            timer.count_flops(denoiser, family.predict, noisy_latents, timesteps, conditioning)
             losses = elementwise_loss(config.loss, noise_scheduler, model_pred, target, timesteps).flatten(1).mean(1)
             losses = losses * loss_weights(config.loss, noise_scheduler, timesteps)
             if uncertainty is not None:
@@ -215,6 +215,7 @@ def main(config):
             loss = losses.mean()
 
             accelerator.backward(loss)
+            timer.count_flops(denoiser, family.predict, noisy_latents, timesteps, conditioning)
             totals.add(loss.detach() / config.train.gradient_accumulation_steps, batch["skipped"])
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(
@@ -226,7 +227,7 @@ def main(config):
                     if config.train.on_nonfinite == "stop" or skipped_steps >= config.train.max_skipped_steps:
                         save(required=True)
                         if config.data.streaming:
-                            data.load_state(stream_state)
+                            data.load_state(stream_state)  # to name the samples without reading all before
                         raise RunError(train_dataset.describe_nonfinite(global_step, config.train, grad_norm.item()))
                     optimizer.zero_grad()  # without gradients the optimizer changes nothing
             optimizer.step()
@@ -258,27 +259,26 @@ def main(config):
                 logs["skipped_steps"] = skipped_steps
             logs |= timer.take()
             progress_bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
-        if is_due(config.train.eval_every) and validation_data is not None:
-            with evaluation_weights(denoiser, None):
-                logs |= validation_loss(accelerator, family, denoiser, validation_data, config, "validation_loss")
-            if ema_model is not None:
-                with evaluation_weights(denoiser, ema_model):
-                    logs |= validation_loss(
-                        accelerator, family, denoiser, validation_data, config, "validation_loss_ema"
-                    )
-        if is_due(config.train.eval_every) and config.evaluation.prompts and accelerator.is_main_process:
-            with evaluation_weights(denoiser, ema_model), accelerator.autocast():
-                pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
-                images = generate(pipeline, config.evaluation, config.data.resolution)
-            save_grid(images, config.evaluation.prompts, output_dir / "samples" / f"step-{global_step:06d}.png")
-            metrics.log_images(global_step, "samples", images)
-            if config.evaluation.shapes_judge:
-                logs["shapes_right"] = count_right(images, config.evaluation.prompts) / len(images)
-        if is_due(config.train.eval_every) and metric_networks:
-            with evaluation_weights(denoiser, ema_model), accelerator.autocast():
-                pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
-                logs |= image_metrics(accelerator, metric_networks, pipeline, validation_data, config)
         if is_due(config.train.eval_every):
+            if validation_data is not None:
+                loss_of = partial(validation_loss, accelerator, family, denoiser, validation_data, config)
+                with evaluation_weights(denoiser, None):
+                    logs |= loss_of("validation_loss")
+                if ema_model is not None:
+                    with evaluation_weights(denoiser, ema_model):
+                        logs |= loss_of("validation_loss_ema")
+            if config.evaluation.prompts and accelerator.is_main_process:
+                with evaluation_weights(denoiser, ema_model), accelerator.autocast():
+                    pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
+                    images = generate(pipeline, config.evaluation, config.data.resolution)
+                save_grid(images, config.evaluation.prompts, output_dir / "samples" / f"step-{global_step:06d}.png")
+                metrics.log_images(global_step, "samples", images)
+                if config.evaluation.shapes_judge:
+                    logs["shapes_right"] = count_right(images, config.evaluation.prompts) / len(images)
+            if metric_networks:
+                with evaluation_weights(denoiser, ema_model), accelerator.autocast():
+                    pipeline = family.pipeline(accelerator.unwrap_model(denoiser))
+                    logs |= image_metrics(accelerator, metric_networks, pipeline, validation_data, config)
             pipeline = None  # it holds encoders that training from caches does without
             family.free_cached()
         if logs:

@@ -40,8 +40,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import difftrain_utils.tiny_stable_diffusion
 from difftrain_utils import snapshot
-from difftrain_utils.config import field_names, parse_config
+from difftrain_utils.config import parse_config
 from difftrain_utils.errors import InputError, one_line
+from difftrain_utils.timing import PEAK_TFLOPS
 
 # The public configs of stable-diffusion-v1-5: what they say other than the defaults of diffusers
 SD15 = {
@@ -96,9 +97,6 @@ SCHEDULER = {
     "steps_offset": 1,
     "skip_prk_steps": True,
 }
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16 of the SXM cards, as NVIDIA's data sheets have it
-
-OFF = {"train.tf32": "false", "train.channels_last": "false", "train.gradient_checkpointing": "false"}
 # (row, its options, whether the rows below have them, too: those that save memory and cost time stand alone)
 OPTIONS = [
     ("tf32", "--train.tf32 true", True),
@@ -287,8 +285,8 @@ def summarise(row: dict, flops: dict, args) -> None:
     last = row["runs"][-1][-1]
     row["peak_gib"] = last["peak_bytes"] / 2**30 if "peak_bytes" in last else None
     row["device"] = last.get("device", "CPU")
-    known = next((peak for name, peak in PEAK_TFLOPS.items() if name in row["device"]), None)
-    peak = args.peak_tflops or known
+    known = PEAK_TFLOPS.get(row["device"])
+    peak = args.peak_tflops or (known and known[2 if args.precision == "fp32" else 0])
     row["mfu"] = flops["unet"] * row["samples_per_second"] / peak / 1e12 if peak else None
 
 
@@ -371,9 +369,6 @@ def main():
             "--optimizer.init_args.lr", "1e-5",
         ]
         # fmt: on
-        for field, value in OFF.items():
-            if field in field_names():
-                base += [f"--{field}", value]
         base += options
         context = get_context()
         rows, pair = {}, [("reference", "", False), ("baseline", "", False)]

@@ -26,7 +26,7 @@ from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import train_text_to_image as script
-from difftrain_utils import keyed_random, samples, timesteps
+from difftrain_utils import samples, timesteps
 from difftrain_utils.cache import TensorCache
 from difftrain_utils.config import parse_config
 from difftrain_utils.families.stable_diffusion import StableDiffusion
@@ -51,7 +51,6 @@ PARTS = [
     (script.Samples, "__getitem__", "data: other"),
     (script, "collate", "data: other"),
     (samples, "generator_for", "keyed generators: data"),
-    (keyed_random, "generator_for", "keyed generators: noise"),
     (timesteps, "generator_for", "keyed generators: timesteps"),
     (script, "keyed_randn sample_noise", "noise: drawing"),
     (script, "sample_timesteps", "timesteps: other"),

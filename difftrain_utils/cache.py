@@ -6,12 +6,12 @@ aside and renamed, and shards that are missing or damaged are made again: a buil
 What a shard holds does not depend on the number of processes.
 """
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ class TensorCache:
 def build_cache(
     accelerator: Accelerator,
     cache: TensorCache,
-    inputs: torch.utils.data.Dataset,
+    inputs: Sequence[Any],
     encode: Callable[[Any], torch.Tensor],
     what: str,
-    config: DataConfig,
+    num_workers: int,
 ) -> None:
     """Make the shards of `cache` that are not there or damaged: entry i is `encode` of `inputs[i]`, in batches.
 
@@ -97,27 +97,25 @@ def build_cache(
                 warn(f"{path} is damaged: making it again")
         entry_bytes = encode([inputs[int(cache.shards[missing_anywhere[0]][0])]]).nbytes
         _check_room(cache.folder, sum(len(cache.shards[shard]) for shard in missing_anywhere) * entry_bytes)
-    batches = [b.tolist() for shard in missing for b in np.split(cache.shards[shard], _cuts(len(cache.shards[shard])))]
-    loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=config.num_workers, collate_fn=list)
-    done, remaining = [], iter(missing)
+    batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
+    batches = list(itertools.chain(*batches_of))
+    loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
     with tqdm(total=sum(map(len, batches)), desc=what, disable=not batches or not accelerator.is_main_process) as bar:
-        for batch in loader:
-            values = encode(batch).cpu()
-            if not done:
-                shard = next(remaining)
-            done.append(values)
-            bar.update(len(values))
-            if sum(map(len, done)) == len(cache.shards[shard]):
-                _write(cache.path(shard), save({"values": torch.cat(done).contiguous()}))
-                done = []
+        loaded = iter(loader)
+        for shard, of_shard in zip(missing, batches_of, strict=True):
+            values = []
+            for batch in itertools.islice(loaded, len(of_shard)):
+                values.append(encode(batch).cpu())
+                bar.update(len(batch))
+            _write(cache.path(shard), save({"values": torch.cat(values).contiguous()}))
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
         if not cache.path(shard).exists():
             raise InputError(f"data.cache_dir: {cache.path(shard)} is missing; all processes must see the same folder")
 
 
-def _cuts(length: int) -> range:
-    return range(ENTRIES_PER_BATCH, length, ENTRIES_PER_BATCH)
+def _batches(entries: list[int]) -> list[list[int]]:
+    return [entries[start : start + ENTRIES_PER_BATCH] for start in range(0, len(entries), ENTRIES_PER_BATCH)]
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -126,7 +124,7 @@ def _check_room(folder: Path, needed: int) -> None:
         raise InputError(f"data.cache_dir: {folder} needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free")
 
 
-class _Images(torch.utils.data.Dataset):
+class _Images:
     """Item i is the image of row i as a training sample has it, (3, H, W); NaN if it cannot be read and is skipped."""
 
     def __init__(self, data, config: DataConfig, buckets: Buckets | None):
@@ -140,14 +138,6 @@ class _Images(torch.utils.data.Dataset):
             if self.config.on_bad_row == "stop":
                 raise
             return torch.full((3, *size), torch.nan)
-
-
-class _Captions(torch.utils.data.Dataset):
-    def __init__(self, captions: list[str]):
-        self.captions = captions
-
-    def __getitem__(self, entry: int) -> str:
-        return self.captions[entry]
 
 
 def load_caches(
@@ -196,7 +186,9 @@ def cache_latents(
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
         return moments
 
-    build_cache(accelerator, cache, _Images(data, config.data, buckets), encode, "Caching latents", config.data)
+    build_cache(
+        accelerator, cache, _Images(data, config.data, buckets), encode, "Caching latents", config.data.num_workers
+    )
     return cache
 
 
@@ -231,12 +223,7 @@ def cache_text(accelerator: Accelerator, family, data, config: Config, fingerpri
             _write(captions_file, json.dumps(_number_captions(data, config.data)).encode())
         content = json.loads(captions_file.read_bytes())
     cache = TensorCache(folder, np.zeros(len(content["captions"]), np.int16))
-
-    def encode(captions: list[str]) -> torch.Tensor:
-        return family.encode_prompts(captions)
-
-    workers = dataclasses.replace(config.data, num_workers=0)
-    build_cache(accelerator, cache, _Captions(content["captions"]), encode, "Caching prompts", workers)
+    build_cache(accelerator, cache, content["captions"], family.encode_prompts, "Caching prompts", num_workers=0)
     return TextCache(cache, np.array(content["starts"]), np.array(content["numbers"], np.int32))
 
 

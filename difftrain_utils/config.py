@@ -503,13 +503,10 @@ def check_sources(config: Config, require: Callable[[bool, str, str], None]) -> 
             raise InputError(f"{name}.weight: must be above 0 and finite, or null, got {source.weight}")
         if (source.weight is None) != (weights[0] is None):
             raise InputError(f"{name}.weight: either all sources have a weight or none has, got {weights}")
-    defaults = DataConfig()
-    for field_name in ("split", "image_column", "caption_column"):
-        if data.validation_dir is None and data.sources is not None:  # else it would have no effect
-            require(
-                getattr(data, field_name) == getattr(defaults, field_name),
-                f"data.{field_name}", "goes with data.dataset; each of data.sources has its own",
-            )  # fmt: skip
+    if data.sources is not None and data.validation_dir is None:  # these would have no effect
+        for field_name in ("split", "image_column", "caption_column"):
+            is_default = getattr(data, field_name) == getattr(DataConfig, field_name)
+            require(is_default, f"data.{field_name}", "goes with data.dataset; each of data.sources has its own")
 
 
 def check_objective(config: Config, require: Callable[[bool, str, str], None]) -> None:

@@ -146,22 +146,20 @@ def split_data(rows: Rows, config: DataConfig) -> tuple[Rows, Rows | None]:
         return rows, Rows([SourceRows(open_source(place, source, config), source)])
     if not config.validation_split:
         return rows, None
-    sides = []
+    training, validation = [], []
     for part in rows.parts:
-        held_out = np.concatenate([_is_held_out(paths, start, config) for start, paths in _batches(part)])
-        sides.append([part.data, part.source, np.flatnonzero(~held_out), np.flatnonzero(held_out)])
-    training, validation = (sum(len(side[i]) for side in sides) for i in (2, 3))
-    if not training or not validation:
+        batches = (paths for paths, _ in part.paths())
+        held_out = np.concatenate([_is_held_out(paths, i * BATCH, config) for i, paths in enumerate(batches)])
+        # a source of which nothing is held out stays, so that a weight stays in its place
+        training.append(SourceRows(part.data, part.source, np.flatnonzero(~held_out)))
+        validation.append(SourceRows(part.data, part.source, np.flatnonzero(held_out)))
+    training, validation = Rows(training), Rows(validation)
+    if not len(training) or not len(validation):
         raise InputError(
-            f"data.validation_split: {config.validation_split} of {len(rows)} images leaves {training} to train "
-            f"on and {validation} to validate on"
+            f"data.validation_split: {config.validation_split} of {len(rows)} images leaves {len(training)} to train "
+            f"on and {len(validation)} to validate on"
         )
-    # a source of which nothing is held out stays, so that a weight stays in its place
-    return tuple(Rows([SourceRows(data, source, sides[i]) for data, source, *sides in sides]) for i in (0, 1))
-
-
-def _batches(part: SourceRows) -> Iterator[tuple[int, list[str | None]]]:
-    return ((number * BATCH, paths) for number, (paths, _) in enumerate(part.paths()))
+    return training, validation
 
 
 def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.ndarray:

@@ -74,7 +74,7 @@ def validation_loss(
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
         rows = [read_row_or_substitute(data, j % len(data), config.data, evaluation.seed, j) for j in keys]
-        pixel_values = torch.stack([to_square(image, config.data) for image, *_ in rows])
+        pixel_values = torch.stack([to_square(image, config.data) for image, _ in rows])
         pixel_values = pixel_values.to(accelerator.device)
         moments = family.encode_images(pixel_values)
         vae_noise, noise = (

@@ -65,12 +65,12 @@ def image_metrics(
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
         rows = [read_row_or_substitute(data, k, config.data, evaluation.seed, k) for k in keys]
-        captions = [captions[0] for _, captions, _ in rows]
+        captions = [captions[0] for _, captions in rows]
         images = generate(pipeline, replace(evaluation, prompts=captions), config.data.resolution, keys)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data) for image, *_ in rows])
+                squares = torch.stack([to_square(image, config.data) for image, _ in rows])
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)

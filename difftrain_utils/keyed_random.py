@@ -61,5 +61,5 @@ def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:
 def _generators(seed: int, purpose: str, keys: Iterable[int]) -> Iterator[torch.Generator]:
     """`generator_for` each key in turn: one generator, seeded anew, for making one takes longer."""
     generator = torch.Generator()
-    for key in keys.tolist() if isinstance(keys, torch.Tensor) else keys:
+    for key in keys:
         yield generator.manual_seed(seed_for(seed, purpose, key))

@@ -87,11 +87,13 @@ class Samples(torch.utils.data.Dataset):
         """What sample k is made of row `row`; raises RowError if that cannot be read."""
         sample = {}
         if self.latents is not None:
+            if self.prompts is None:
+                stored = self.data[row]
+                captions = captions_of(stored.captions, stored.name)
             flips = self.latents[row]
             if self.config.on_bad_row == "skip" and flips[0, 0, 0, 0, 0].isnan():
                 raise RowError(f"{self._name(row)}: could not be read when the latents were cached")
             sample["moments"] = flips[1 if self._is_flipped(k) else 0]
-            captions = self._captions(row) if self.prompts is None else None
         else:
             image, captions = read_row(self.data, row, self.config)
             across, down = 0.5, 0.5
@@ -110,9 +112,6 @@ class Samples(torch.utils.data.Dataset):
 
     def _name(self, row: int) -> str:
         return self.data[row].name
-
-    def _captions(self, row: int) -> list[str]:
-        return captions_of(self.data[row].captions, self._name(row))
 
     def _is_flipped(self, k: int) -> bool:
         return self.config.random_flip and self._draw("flip", k) < 0.5
@@ -179,12 +178,9 @@ def read_or_substitute(
 
 def read_row_or_substitute(
     data: Rows | StreamedRows, index: int, config: DataConfig, seed: int, k: int
-) -> tuple[Image.Image, list[str], bool]:
-    """The image and the captions of a row or its substitute, and whether it is one: see `read_or_substitute`."""
-    (image, captions), skipped = read_or_substitute(
-        lambda row: read_row(data, row, config), data, index, config, seed, k
-    )
-    return image, captions, skipped
+) -> tuple[Image.Image, list[str]]:
+    """The image and the captions of a row or its substitute: see `read_or_substitute`."""
+    return read_or_substitute(lambda row: read_row(data, row, config), data, index, config, seed, k)[0]
 
 
 def size_of(row: int, config: DataConfig, buckets: Buckets | None = None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel
 
 from difftrain_utils import cache as cache_module
 from difftrain_utils.cache import TensorCache, build_cache, load_caches
-from difftrain_utils.config import DataConfig, parse_config
+from difftrain_utils.config import parse_config
 from difftrain_utils.data import load_data
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families import load_family
@@ -69,7 +69,7 @@ class TestTensorCache:
     def build(self, folder, encode=None, inputs=None) -> TensorCache:
         cache = TensorCache(folder, self.groups)
         inputs = inputs or [torch.full((2, 2 + int(group)), float(i)) for i, group in enumerate(self.groups)]
-        build_cache(Accelerator(cpu=True), cache, inputs, encode or torch.stack, "Testing", DataConfig("memory"))
+        build_cache(Accelerator(cpu=True), cache, inputs, encode or torch.stack, "Testing", num_workers=0)
         return cache
 
     def test_it_gives_what_was_put_in(self, tmp_path):
