@@ -35,6 +35,7 @@ class Buckets:
         self.remainder = int((self.counts % batch_size).sum())
 
     def size_of(self, row: int) -> tuple[int, int]:
+        """(height, width) of a row's bucket."""
         return self.sizes[self.of_row[row]]
 
     def describe(self) -> str:

@@ -66,6 +66,7 @@ class TensorCache:
         return vars(self) | {"_open": {}}
 
     def path(self, shard: int) -> Path:
+        """The shard's file, with one tensor, `values`."""
         return self.folder / f"shard-{shard:05d}.safetensors"
 
 
@@ -203,6 +204,7 @@ class TextCache:
         return self.cache[number]
 
     def of_row(self, row: int) -> np.ndarray:
+        """The numbers of a row's captions, (n,), int32; none if the row could not be read."""
         return self.numbers[self.starts[row] : self.starts[row + 1]]
 
 

@@ -2,9 +2,8 @@
 
     python -m difftrain_utils.check_data --config configs/sd15_finetune.yaml --data.dataset path/to/images
 
-Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all
-data.sources) and of data.validation_dir, and prints a
-line for each problem, with file and line:
+Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all data.sources) and of
+data.validation_dir, and prints a line for each problem, with file and line:
 
     error:    training stops at it, or with data.on_bad_row skip takes another row in its place; also an image that
               metadata.jsonl names twice, which training would see twice as often

@@ -184,7 +184,11 @@ def image_name(value: dict[str, Any] | None, index: int) -> str:
 
 
 def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
-    """The content of an undecoded `datasets.Image`, which is in the row, in a file or (of a stream) at a URL."""
+    """The content of an undecoded `datasets.Image`, which is in the row, in a file or (of a stream) at a URL.
+
+    Raises:
+        RowError: there is none, or its file cannot be read.
+    """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise RowError(f"{name}: no image")
     if value["bytes"] is not None:
@@ -199,20 +203,19 @@ def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
 
 
 def captions_of(value: Any, name: str) -> list[str]:
-    """A row's captions: one string, or a list of at least one."""
+    """A row's captions: one string, or a list of at least one. Raises RowError if `value` is neither."""
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise RowError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
     return captions
 
 
-def open_image_header(content: bytes, name: str) -> Image.Image:
-    """Recognise an image without decoding it, and refuse one that Pillow would warn of as a decompression bomb."""
-    return check_image_header(io.BytesIO(content), name)
+def open_image_header(file: BinaryIO, name: str) -> Image.Image:
+    """Recognise an image without decoding it, reading no more of the file than that takes.
 
-
-def check_image_header(file: BinaryIO, name: str) -> Image.Image:
-    """`open_image_header` of an open file, of which it reads no more than it has to."""
+    Raises:
+        RowError: it is no image, or one that Pillow would warn of as a decompression bomb.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     try:
         image = Image.open(file)
@@ -229,8 +232,12 @@ def check_image_header(file: BinaryIO, name: str) -> Image.Image:
 
 
 def open_image(content: bytes, name: str) -> Image.Image:
-    """Decode an image to RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8."""
-    image = open_image_header(content, name)
+    """Decode an image to RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8.
+
+    Raises:
+        RowError: it cannot be decoded.
+    """
+    image = open_image_header(io.BytesIO(content), name)
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white

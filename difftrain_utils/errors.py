@@ -51,6 +51,7 @@ def writing(path: os.PathLike) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
+    """An error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import time
@@ -43,7 +44,7 @@ def inspect_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
         try:
             content = read_bytes(row.image, row.name)
             captions_of(captions, row.name)
-            open_image_header(content, row.name)
+            open_image_header(io.BytesIO(content), row.name)
         except RowError:
             if config.on_bad_row == "stop":
                 raise

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import Row, Rows, check_image_header, read_bytes
+from difftrain_utils.data import Row, Rows, open_image_header, read_bytes
 from difftrain_utils.errors import RowError
 from difftrain_utils.fingerprint import cached
 
@@ -51,10 +51,10 @@ def _size(row: Row) -> tuple[int, int]:
     if row.image is not None and row.image["bytes"] is None and row.image["path"] is not None:
         try:
             with Path(row.image["path"]).open("rb") as file:  # Pillow reads the file's beginning alone
-                return _upright(check_image_header(file, row.name), row.name)
+                return _upright(open_image_header(file, row.name), row.name)
         except OSError as error:
             raise RowError(f"{row.name}: {error.strerror}") from None
-    return _upright(check_image_header(io.BytesIO(read_bytes(row.image, row.name)), row.name), row.name)
+    return _upright(open_image_header(io.BytesIO(read_bytes(row.image, row.name)), row.name), row.name)
 
 
 def _has_metadata_at_the_end(file: BinaryIO) -> bool:

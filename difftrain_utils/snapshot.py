@@ -135,6 +135,7 @@ def part_digest(folder: Path, variant: str | None = None) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 22):

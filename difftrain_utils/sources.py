@@ -30,6 +30,7 @@ def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
 
 
 def caption_columns(source: SourceConfig) -> list[str]:
+    """`caption_column` as a list."""
     return [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
 
 
@@ -60,6 +61,7 @@ def open_source(place: str, source: SourceConfig, config: DataConfig) -> dataset
 
 
 def cannot_load(place: str, source: SourceConfig) -> str:
+    """How the error begins if a source cannot be opened."""
     is_folder = Path(source.dataset).expanduser().is_dir()
     return f"{place}.dataset: cannot load {source.dataset!r}" + ("" if is_folder else ", which is no folder here")
 

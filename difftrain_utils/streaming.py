@@ -8,6 +8,7 @@ order is drawn from (seed, w). So nobody has to know the number of rows, and all
 """
 
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def load_stream(config: DataConfig, seed: int) -> "StreamedRows":
     rows = StreamedRows(used_columns(data, source), files, config, seed)
     first = rows.first()
     if config.on_bad_row == "stop":
-        open_image_header(read_bytes(first.image, first.name), first.name)
+        open_image_header(io.BytesIO(read_bytes(first.image, first.name)), first.name)
         captions_of(first.captions, first.name)
     return rows
 

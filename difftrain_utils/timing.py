@@ -104,6 +104,7 @@ class StepTimer:
         self.flops += self.flops_of_shape[shapes]
 
     def end_step(self) -> None:
+        """An optimizer step is done; what the loop does until the next batch is asked for is not part of it."""
         start, wall_start = self.started
         self.steps.append((start, self._now()))
         self.loop_time += time.perf_counter() - wall_start

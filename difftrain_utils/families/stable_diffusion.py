@@ -82,16 +82,17 @@ class StableDiffusion:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
+        """Loaded when first asked for, as training from cached latents does without."""
         vae = _load_part(AutoencoderKL.from_pretrained, self.source, "vae", **self._at).eval().requires_grad_(False)
         vae.use_slicing = self.vae_slicing
         if self.channels_last:
             torch.nn.Module.to(vae, memory_format=torch.channels_last)
-        return torch.nn.Module.to(
-            vae, self.device, self.weight_dtype
-        )  # diffusers' own warns of an empty list of modules
+        # diffusers' own `to` warns of an empty list of modules
+        return torch.nn.Module.to(vae, self.device, self.weight_dtype)
 
     @cached_property
     def text_encoder(self) -> CLIPTextModel:
+        """Loaded when first asked for, as training from cached prompts does without."""
         load = partial(CLIPTextModel.from_pretrained, dtype=torch.float32)
         text_encoder = _load_part(load, self.source, "text_encoder", **self._at)
         return text_encoder.eval().requires_grad_(False).to(self.device, self.weight_dtype)
@@ -109,6 +110,7 @@ class StableDiffusion:
 
     @staticmethod
     def load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
+        """The tokenizer of a checkpoint, a folder or a hub name. Raises InputError if it cannot be loaded."""
         return _load_part(CLIPTokenizer.from_pretrained, source, "tokenizer", revision=revision)
 
     def digests(self) -> dict[str, str]:
@@ -155,6 +157,7 @@ class StableDiffusion:
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
 
     def move_frozen_parts(self, device: torch.device, weight_dtype: torch.dtype) -> None:
+        """Where VAE and text encoder are, and in which type: those that are loaded, and those that will be."""
         self.device, self.weight_dtype = device, weight_dtype
         for part in (self.__dict__.get("vae"), self.__dict__.get("text_encoder")):
             if part is not None:
