@@ -85,7 +85,7 @@ def validation_loss(
         timesteps = validation_timesteps(evaluation, noise_scheduler, keys).to(accelerator.device)
         noisy_latents = add_noise(noise_scheduler, latents, noise, timesteps)
         target = get_target(noise_scheduler, latents, noise, timesteps)
-        conditioning = family.encode_prompts([captions[0] for _, captions, _ in rows])
+        conditioning = family.encode_prompts([captions[0] for _, captions in rows])
         model_pred = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (model_pred - target).square().flatten(1).mean(1)
         losses *= (compute_snr(noise_scheduler, timesteps) + 1) / error_scale(noise_scheduler, timesteps)
