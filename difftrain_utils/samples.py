@@ -124,8 +124,8 @@ class Samples(torch.utils.data.Dataset):
             return 0
         return torch.randint(count, (), generator=generator_for(self.seed, "caption", k)).item()
 
-    def _draw(self, purpose: str, k: int) -> torch.Tensor:
-        return torch.rand((), generator=generator_for(self.seed, purpose, k))
+    def _draw(self, purpose: str, k: int) -> float:
+        return torch.rand((), generator=generator_for(self.seed, purpose, k)).item()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
