@@ -16,7 +16,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from difftrain_utils.data import (
     captions_of,
     follow,
     join_captions,
+    map_in_threads,
     open_image,
     read_bytes,
 )
@@ -113,16 +113,13 @@ def check_rows(
 ) -> Iterator[Problem]:
     """Decode every image and count the tokens of every caption; the problems come in the order of the rows."""
     limit = tokenizer.model_max_length
-    with ThreadPoolExecutor() as pool, tqdm(total=length, desc=title, unit=" images") as progress_bar:
-        for start in range(0, length, 256):  # a million rows are not a million waiting tasks
-            indices = range(start, min(start + 256, length))
-            for name, captions, problems in pool.map(lambda index: check_row(row_at(index), config), indices):
-                yield from problems
-                for caption in captions:
-                    num_tokens = len(tokenizer(caption, verbose=False).input_ids)
-                    if num_tokens > limit:
-                        yield "warning", f"{name}: a caption of {num_tokens} tokens, which is cut off after {limit}"
-                progress_bar.update()
+    checked = map_in_threads(lambda index: check_row(row_at(index), config), range(length))
+    for name, captions, problems in tqdm(checked, total=length, desc=title, unit=" images"):
+        yield from problems
+        for caption in captions:
+            num_tokens = len(tokenizer(caption, verbose=False).input_ids)
+            if num_tokens > limit:
+                yield "warning", f"{name}: a caption of {num_tokens} tokens, which is cut off after {limit}"
 
 
 def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Problem]]:

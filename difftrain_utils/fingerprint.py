@@ -8,7 +8,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import datasets
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import Rows, captions_of, open_image_header, read_bytes
+from difftrain_utils.data import Rows, captions_of, map_in_threads, open_image_header, read_bytes
 from difftrain_utils.errors import RowError, warn
 
 VERSION = 1  # of what is cached: raise it when a digest or a size is computed otherwise
@@ -55,10 +54,8 @@ def inspect_data(rows: Rows, config: DataConfig) -> dict[str, Any]:
 
     def compute() -> bytes:
         total = hashlib.sha256()
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(rows), 1024):  # a million rows are not a million waiting tasks
-                for row_digest in pool.map(digest, range(start, min(start + 1024, len(rows)))):
-                    total.update(row_digest)
+        for row_digest in map_in_threads(digest, range(len(rows))):
+            total.update(row_digest)
         return json.dumps({"num_images": len(rows), "sha256": total.hexdigest()}).encode()
 
     found = json.loads(cached("fingerprint.json", compute, rows, config))

@@ -1,7 +1,6 @@
 """The sizes of all images, by their headers alone."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import Row, Rows, open_image_header, read_bytes
+from difftrain_utils.data import Row, Rows, map_in_threads, open_image_header, read_bytes
 from difftrain_utils.errors import RowError
 from difftrain_utils.fingerprint import cached
 
@@ -36,10 +35,8 @@ def image_sizes(rows: Rows, config: DataConfig) -> np.ndarray:
 
     def compute() -> bytes:
         sizes = np.zeros((len(rows), 2), np.int32)
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(rows), 1024):
-                stop = min(start + 1024, len(rows))
-                sizes[start:stop] = list(pool.map(size, range(start, stop)))
+        for index, found in enumerate(map_in_threads(size, range(len(rows)))):
+            sizes[index] = found
         buffer = io.BytesIO()
         np.save(buffer, sizes)
         return buffer.getvalue()

@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import fsspec
 import torch
 
 from difftrain_utils.config import DataConfig
-from difftrain_utils.data import Row, captions_of, follow, join_captions, open_image_header, read_bytes
+from difftrain_utils.data import Row, captions_of, follow, join_captions, map_in_threads, open_image_header, read_bytes
 from difftrain_utils.errors import InputError, RowError, blame, one_line, warn
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.sources import (
@@ -195,8 +194,7 @@ def files_digest(files: list[str]) -> str:
         return [PurePosixPath(path).name, info["size"], content]
 
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool, blame("data.dataset", OSError):
-        for start in range(0, len(files), 1024):  # a million files are not a million waiting tasks
-            for entry in pool.map(describe, files[start : start + 1024]):
-                digest.update(json.dumps(entry).encode())
+    with blame("data.dataset", OSError):
+        for entry in map_in_threads(describe, files):
+            digest.update(json.dumps(entry).encode())
     return digest.hexdigest()

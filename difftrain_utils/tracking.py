@@ -17,6 +17,7 @@ from PIL import Image
 from difftrain_utils.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.metrics_file import read_metrics
+from difftrain_utils.snapshot import write_text
 
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -119,9 +120,7 @@ class Metrics:
 def _cut_back(path: Path, global_step: int) -> None:
     if path.exists():
         kept = [entry for entry in read_metrics(path) if entry["step"] <= global_step]
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        aside.replace(path)
+        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def _primitive(value: Any) -> bool | int | float | str:
