@@ -49,7 +49,7 @@ from difftrain_utils.fingerprint import inspect_splits
 from difftrain_utils.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_device, seed_for
-from difftrain_utils.launch import check_launch
+from difftrain_utils.launch import check_launch, pause_at_exit
 from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
 from difftrain_utils.noise import perturb_input, sample_noise
 from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
@@ -86,6 +86,7 @@ def main(config):
             project_dir=output_dir / "logs",
         )
     check_launch(config, accelerator)
+    pause_at_exit(accelerator)
     check_compile(config.train, accelerator.device)
     set_tf32(config.train, accelerator.device)
     if accelerator.device.type == "cpu":

@@ -1,7 +1,9 @@
 """Refuse to start where what was launched is not what was asked for."""
 
+import atexit
 import importlib.util
 import os
+import time
 
 from accelerate import Accelerator
 
@@ -49,3 +51,14 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
         raise InputError("noise.immiscible: scipy is not installed (pip install scipy)")
     if config.evaluation.fid_features and importlib.util.find_spec("torchmetrics") is None:
         raise InputError("evaluation.fid_features: torchmetrics is not installed (pip install torchmetrics)")
+
+
+def pause_at_exit(accelerator: Accelerator) -> None:
+    """Give the threads of torch's process group a moment at exit, by whichever way this process ends.
+
+    A thread of gloo lets go of the last tensors shortly after the collective has returned. If Python ends between the
+    two, that thread aborts the process, and a run that finished is told as failed (pytorch/pytorch#190489). DDP keeps
+    the group alive past destroy_process_group, so that nothing else waits for these threads.
+    """
+    if accelerator.num_processes > 1:
+        atexit.register(time.sleep, 0.2)

@@ -56,6 +56,21 @@ def test_two_processes_that_are_each_alone_are_refused(short_run, tmp_path):
     assert "launched were 2 processes, accelerate runs 1" in errors[0] and not (tmp_path / "run").exists()
 
 
+def test_a_thread_ends_its_work_before_python_does():
+    script = """if True:
+        import sys, threading
+        from types import SimpleNamespace
+        from difftrain_utils.launch import pause_at_exit
+
+        sys.setswitchinterval(10)  # the thread runs only where the main thread waits
+        ended = threading.Event()
+        threading.Thread(target=lambda: (ended.wait(), print("let go")), daemon=True).start()
+        pause_at_exit(SimpleNamespace(num_processes=2))
+        ended.set()
+    """
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout == "let go\n"
+
+
 def test_fsdp_on_a_cpu_is_refused(short_run, tmp_path):
     environment = launch_environment() | {"ACCELERATE_USE_FSDP": "true"}
     command = [sys.executable, str(SCRIPT), *short_run]
