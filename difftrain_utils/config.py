@@ -694,12 +694,12 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
         matches = difflib.get_close_matches(last, _source_fields(), n=1, cutoff=0.7)
         hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
         return f"{name}: no such field; {hint}"
-    by_last_part = {k.split(".")[1]: k for k in known}
     matches = difflib.get_close_matches(name, known if "." in name else _sections(), n=1, cutoff=0.7)
-    matches = matches or [
-        by_last_part[m] for m in difflib.get_close_matches(name.split(".")[-1], by_last_part, n=1, cutoff=0.7)
-    ]
-    return f"{name}: no such field" + (f"; did you mean {prefix}{matches[0]}?" if matches else "; see --help")
+    if not matches:  # a field's name with another section's or none: there may be one in more than one section
+        last_parts = difflib.get_close_matches(name.split(".")[-1], {k.split(".")[1] for k in known}, n=1, cutoff=0.7)
+        matches = [k for k in known if k.split(".")[1] in last_parts]
+    hint = f"did you mean {' or '.join(prefix + match for match in matches)}?" if matches else "see --help"
+    return f"{name}: no such field; {hint}"
 
 
 def _one_line(message: str) -> str:

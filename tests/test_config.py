@@ -59,6 +59,7 @@ def test_the_resolved_config_is_the_same_config(tmp_path):
     [
         (["--train.max_step", "3"], "--train.max_step: no such field; did you mean --train.max_steps?"),
         (["--max_steps", "3"], "--max_steps: no such field; did you mean --train.max_steps?"),
+        (["--seed", "3"], "--seed: no such field; did you mean --train.seed or --evaluation.seed?"),
         (["--qwertyuiop"], "--qwertyuiop: no such field; see --help"),
         (["--train.max_steps", "many"], "train.max_steps: Expected a <class 'int'>. Got value: many"),
         (["--train.max_steps", "0"], "train.max_steps: must be at least 1, got 0"),
