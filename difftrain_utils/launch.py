@@ -1,4 +1,4 @@
-"""Refuse to start where what was launched is not what was asked for."""
+"""Refuse to start where what was launched is not what was asked for; end without a false failure."""
 
 import atexit
 import importlib.util
