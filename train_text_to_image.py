@@ -10,7 +10,7 @@ function of (config, seed, k), and optimizer step s takes the samples [s·G, (s+
 a run can be stopped and resumed anywhere, or split over other numbers of processes, and sees the same samples.
 """
 
-from difftrain_utils.config import MIXED_PRECISION, parse_config
+from difftrain_utils.config.config import MIXED_PRECISION, parse_config
 from difftrain_utils.errors import RunError, blame, one_line_errors, writing
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is told at once
@@ -28,9 +28,26 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, tqdm
 from diffusers.optimization import get_scheduler
 
-from difftrain_utils.buckets import load_buckets
-from difftrain_utils.cache import load_caches
-from difftrain_utils.checkpoints import (
+from difftrain_utils.builtins.shapes import count_right
+from difftrain_utils.data.buckets import load_buckets
+from difftrain_utils.data.encoded import load_caches
+from difftrain_utils.data.fingerprint import inspect_splits
+from difftrain_utils.data.rows import load_data, split_data
+from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.streaming import load_stream
+from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
+from difftrain_utils.evaluation.validation import evaluation_weights, generate, save_grid, validation_loss
+from difftrain_utils.families.load import load_family
+from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_device, seed_for
+from difftrain_utils.objective.dream import rectify_noise
+from difftrain_utils.objective.loss import LearnedUncertainty, elementwise_loss, loss_weights
+from difftrain_utils.objective.noise import perturb_input, sample_noise
+from difftrain_utils.objective.schedule import add_noise, append_dims, compute_snr, get_target
+from difftrain_utils.objective.timesteps import sample_timesteps
+from difftrain_utils.optimization.ema import EMA
+from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.optimization.power_ema import PowerEMA
+from difftrain_utils.run.checkpoints import (
     check_origin,
     delete_run,
     find_checkpoint,
@@ -40,29 +57,12 @@ from difftrain_utils.checkpoints import (
     save_checkpoint,
     set_newer_aside,
 )
-from difftrain_utils.data import load_data, split_data
-from difftrain_utils.dream import rectify_noise
-from difftrain_utils.ema import EMA
-from difftrain_utils.evaluation import evaluation_weights, generate, save_grid, validation_loss
-from difftrain_utils.families import load_family
-from difftrain_utils.fingerprint import inspect_splits
-from difftrain_utils.image_metrics import image_metrics, load_metric_networks
-from difftrain_utils.interruptions import EXIT_CODE, Interruptions
-from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_device, seed_for
-from difftrain_utils.launch import check_launch, pause_at_exit
-from difftrain_utils.loss import LearnedUncertainty, elementwise_loss, loss_weights
-from difftrain_utils.noise import perturb_input, sample_noise
-from difftrain_utils.objectives import add_noise, append_dims, compute_snr, get_target
-from difftrain_utils.optimizers import build_optimizer
-from difftrain_utils.power_ema import PowerEMA
-from difftrain_utils.samples import Samples, collate
-from difftrain_utils.shapes import count_right
-from difftrain_utils.snapshot import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
-from difftrain_utils.speed import check_compile, keep_freed_memory, set_tf32, speed_up
-from difftrain_utils.streaming import load_stream
-from difftrain_utils.timesteps import sample_timesteps
-from difftrain_utils.timing import Profiler, StepTimer
-from difftrain_utils.tracking import Metrics, Totals, check_trackers
+from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
+from difftrain_utils.run.launch import check_launch, pause_at_exit
+from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_tf32, speed_up
+from difftrain_utils.run.manifest import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
+from difftrain_utils.run.meter import Profiler, StepTimer
+from difftrain_utils.run.tracking import Metrics, Totals, check_trackers
 
 
 def main(config):

@@ -38,11 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import difftrain_utils.tiny_stable_diffusion
-from difftrain_utils import snapshot
-from difftrain_utils.config import parse_config
+import difftrain_utils.builtins.tiny_stable_diffusion
+from difftrain_utils.config.config import parse_config
 from difftrain_utils.errors import InputError, one_line
-from difftrain_utils.timing import PEAK_TFLOPS
+from difftrain_utils.run import manifest as snapshot
+from difftrain_utils.run.meter import PEAK_TFLOPS
 
 # The public configs of stable-diffusion-v1-5: what they say other than the defaults of diffusers
 SD15 = {
@@ -130,7 +130,7 @@ def build_modules(shapes: dict) -> dict[str, torch.nn.Module]:
 def save_checkpoint(folder: Path, shapes: dict) -> None:
     """A diffusers checkpoint with random weights, and the builtin's small vocabulary (which decides no FLOPs)."""
     torch.manual_seed(0)
-    tokenizer = Path(difftrain_utils.tiny_stable_diffusion.__file__).parent / "tokenizer"
+    tokenizer = Path(difftrain_utils.builtins.tiny_stable_diffusion.__file__).parent / "tokenizer"
     StableDiffusionPipeline(
         **build_modules(shapes),
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77),

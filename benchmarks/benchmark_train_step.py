@@ -26,12 +26,13 @@ from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import train_text_to_image as script
-from difftrain_utils import samples, timesteps
-from difftrain_utils.cache import TensorCache
-from difftrain_utils.config import parse_config
+from difftrain_utils.config.config import parse_config
+from difftrain_utils.data import samples
+from difftrain_utils.data.encoded import TensorCache
 from difftrain_utils.families.stable_diffusion import StableDiffusion
-from difftrain_utils.optimizers import build_optimizer
-from difftrain_utils.speed import speed_up
+from difftrain_utils.objective import timesteps
+from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.run.machine import speed_up
 
 # What an uncached run cannot do without, whoever writes its loop
 WORK = ("VAE", "text encoder", "EMA")

@@ -30,9 +30,9 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 import train_text_to_image as script
-from difftrain_utils import shapes
-from difftrain_utils.config import MIXED_PRECISION, parse_config
-from difftrain_utils.families import load_family
+from difftrain_utils.builtins import shapes
+from difftrain_utils.config.config import MIXED_PRECISION, parse_config
+from difftrain_utils.families.load import load_family
 
 
 def reference_loop(config, end_block):

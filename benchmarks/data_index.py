@@ -22,11 +22,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from difftrain_utils.config import DataConfig
-from difftrain_utils.data import load_data, split_data
-from difftrain_utils.fingerprint import inspect_data
-from difftrain_utils.image_sizes import image_sizes
-from difftrain_utils.samples import Samples, collate
+from difftrain_utils.config.config import DataConfig
+from difftrain_utils.data.fingerprint import inspect_data
+from difftrain_utils.data.rows import load_data, split_data
+from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.sizes import image_sizes
 
 LIMIT = 1.5e9
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from difftrain_utils.checkpoints import EMA_FILE, list_checkpoints
-from difftrain_utils.config import parse_config
-from difftrain_utils.data import load_data, split_data
-from difftrain_utils.evaluation import validation_loss
-from difftrain_utils.families import load_family
+from difftrain_utils.config.config import parse_config
+from difftrain_utils.data.rows import load_data, split_data
+from difftrain_utils.evaluation.validation import validation_loss
+from difftrain_utils.families.load import load_family
+from difftrain_utils.run.checkpoints import EMA_FILE, list_checkpoints
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run", type=Path)

@@ -1,10 +1,6 @@
 import atexit
-import io
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,23 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="difftrain-tests-")  # not what an earlier version has kept
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # bit-equality holds for one number of threads
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
+from helpers import make_data, short_options
 from PIL import Image
 
-from difftrain_utils import shapes
-from difftrain_utils.config import Config, DataConfig, ModelConfig, SourceConfig, parse_config
-from difftrain_utils.data import Rows, SourceRows
-from difftrain_utils.families import load_family
-from difftrain_utils.metrics_file import TIMES
+from difftrain_utils.builtins import shapes
+from difftrain_utils.config.config import Config, DataConfig, ModelConfig
+from difftrain_utils.families.load import load_family
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "train_text_to_image.py"
 
 
 @pytest.fixture(scope="session")
@@ -75,81 +66,3 @@ def mixed_folder(tmp_path_factory) -> Path:
 def short_run(checkpoint_folder, image_folder, tmp_path) -> list[str]:
     """Options of a run of seconds: 10 images, batches of 4, all that is random switched on."""
     return short_options(checkpoint_folder, image_folder, tmp_path / "run")
-
-
-def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path) -> list[str]:
-    return options(
-        {
-            "model.pretrained_model_name_or_path": checkpoint_folder,
-            "data.dataset": image_folder,
-            "data.resolution": 32,
-            "data.random_flip": True,
-            "data.caption_dropout": 0.2,
-            "train.output_dir": output_dir,
-            "train.max_steps": 6,
-            "train.batch_size": 4,
-            "train.log_every": 1,
-            "train.eval_every": 0,
-            "train.save_every": 2,
-            "train.cpu_threads": 1,
-            "optimizer.init_args.lr": 1e-3,
-            "lr_scheduler.name": "cosine",
-            "lr_scheduler.num_warmup_steps": 2,
-        }
-    )
-
-
-def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
-    rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
-    return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
-
-
-def as_rows(data: datasets.Dataset) -> Rows:
-    """A data set with the columns image and text as the rows of a run."""
-    data = data.cast_column("image", datasets.Image(decode=False))
-    return Rows([SourceRows(data, SourceConfig("memory"))])
-
-
-def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def options(fields: dict) -> list[str]:
-    return [part for name, value in fields.items() for part in (f"--{name}", json_or_text(value))]
-
-
-def json_or_text(value) -> str:
-    return json.dumps(value) if isinstance(value, bool | list | dict) or value is None else str(value)
-
-
-def train(argv: list[str]) -> Path:
-    """Run the script's main in this process; returns the output folder."""
-    import train_text_to_image
-
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
-    config = parse_config(argv)
-    train_text_to_image.main(config)
-    return Path(config.train.output_dir)
-
-
-def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
-    """Run the script as its own process, like `accelerate launch` does on one device."""
-    command = [sys.executable, str(SCRIPT), *argv]
-    return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, **kwargs)
-
-
-def launch_environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def metrics_without_times(output_dir: Path) -> list[dict]:
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def pipeline_bytes(output_dir: Path) -> dict[str, bytes]:
-    folder = output_dir / "pipeline"
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

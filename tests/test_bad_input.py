@@ -1,16 +1,13 @@
 """What users get wrong: each gives one line that names the culprit, a non-zero exit code, and leaves what was there."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import options, train
+from helpers import assert_one_line, options, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from difftrain_utils.errors import one_line_errors
 
 CONFIG = [
     ("--train.max_step 3", r"--train.max_step: no such field; did you mean --train.max_steps\?"),
@@ -68,16 +65,6 @@ CONFIG = [
     ("--model.pretrained_model_name_or_path ./no", "model.pretrained_model_name_or_path: ./no: no such folder"),
     ("--model.pretrained_model_name_or_path builtin:x", "model.pretrained_model_name_or_path: .*builtin:tiny-stable"),
 ]
-
-
-def assert_one_line(argv, message, capsys, before=None) -> None:
-    """As the script does it, without the seconds that a process takes to start."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_code, one_line_errors():
-        train(argv)
-    assert exit_code.value.code in (1, 2)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), errors
 
 
 @pytest.mark.parametrize(("argv", "message"), CONFIG, ids=[argv for argv, _ in CONFIG])

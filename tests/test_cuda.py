@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import metrics_without_times, pipeline_bytes, train
+from helpers import metrics_without_times, pipeline_bytes, train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -2,10 +2,18 @@
 A covering set: each option stands in at least one row, beside others that it has to get along with."""
 
 import pytest
-from conftest import launch, metrics_without_times, options, pipeline_bytes, train
-from test_training import CACHES, assert_refused, without_dropout
+from helpers import (
+    CACHES,
+    assert_refused,
+    launch,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+    without_dropout,
+)
 
-from difftrain_utils.config import parse_config
+from difftrain_utils.config.config import parse_config
 from difftrain_utils.errors import InputError
 
 COVERING = {

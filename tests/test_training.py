@@ -5,34 +5,39 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from diffusers import DiffusionPipeline
+from helpers import (
+    BUCKETS,
+    CACHES,
+    DREAM,
     ROOT,
     SCRIPT,
+    assert_refused,
     launch,
     launch_environment,
+    launch_two,
     metrics_without_times,
     options,
     pipeline_bytes,
     train,
+    without_dropout,
 )
-from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from difftrain_utils import posthoc_ema, validate_config
-from difftrain_utils.config import parse_config
-from difftrain_utils.data import load_data
+from difftrain_utils.commands import posthoc_ema, validate_config
+from difftrain_utils.config.config import parse_config
+from difftrain_utils.data.rows import load_data
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
-from difftrain_utils.families import load_family
+from difftrain_utils.families.load import load_family
 from difftrain_utils.keyed_random import keyed_randn, seed_for
-from difftrain_utils.samples import Samples, collate
-from difftrain_utils.snapshot import weights_digest
-from difftrain_utils.timesteps import sample_timesteps
+from difftrain_utils.objective.timesteps import sample_timesteps
+from difftrain_utils.run.manifest import weights_digest
 
 
 def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
@@ -166,10 +171,6 @@ def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers
         torch.testing.assert_close(losses(accumulation), whole, rtol=1e-5, atol=0)
 
 
-BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
-CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -200,14 +201,6 @@ def test_exactness_survives_what_makes_a_step_faster(short_run, mixed_folder, tm
     split = train([*argv, "--train.gradient_accumulation_steps", "2", "--output-dir", str(tmp_path / "split")])
     losses = [[entry["loss"] for entry in metrics] for metrics in (metrics_without_times(split), expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def without_dropout(short_run, tmp_path) -> Path:
-    folder = tmp_path / "model"
-    shutil.copytree(short_run[short_run.index("--model.pretrained_model_name_or_path") + 1], folder)
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
-    return folder
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
@@ -333,13 +326,6 @@ class TestResume:
         assert result.returncode == 0 and re.search(f"warning: branching off: {told}", result.stderr)
 
 
-def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
-    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 @pytest.fixture
 def spoilt_folder(image_folder, tmp_path) -> Path:
     """Of the ten images one is missing, one is truncated and one is text."""
@@ -397,7 +383,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line(short_run):
     script = """if True:
         import os, signal, sys
         import train_text_to_image as script
-        from difftrain_utils.config import parse_config
+        from difftrain_utils.config.config import parse_config
         from difftrain_utils.errors import one_line_errors
 
         class Samples(script.Samples):
@@ -427,9 +413,6 @@ def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"{image}: cannot decode the image" in lines[0], result.stderr
-
-
-DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
 
 
 def test_two_processes_see_the_same_samples(short_run, spoilt_folder, tmp_path):
@@ -538,7 +521,7 @@ def test_validate_config_refuses_what_the_script_refuses(short_run):
 
 
 def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_path):
-    command = [sys.executable, "-m", "difftrain_utils.validate_config", *short_run, "--train.deterministic"]
+    command = [sys.executable, "-m", "difftrain_utils.commands.validate_config", *short_run, "--train.deterministic"]
     result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     names = ["config.resolved.yaml", "env.json", "run_manifest.json"]
@@ -552,33 +535,3 @@ def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_pat
     command = [*command, "--train.max_stepz", "1"]
     result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
     assert_refused(result, "--train.max_stepz: no such field; did you mean --train.max_steps")
-
-
-def assert_refused(result: subprocess.CompletedProcess, message: str, code: int = 2) -> None:
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), result.stderr
-
-
-def start(argv: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *argv],
-        cwd=ROOT,
-        env=launch_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
-        time.sleep(0.005)
-
-
-def last_step(output_dir: Path) -> int:
-    path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0

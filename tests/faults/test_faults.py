@@ -10,12 +10,23 @@ from pathlib import Path
 
 import psutil  # accelerate brings it
 import pytest
-from conftest import ROOT, SCRIPT, launch, launch_environment, metrics_without_times, options, pipeline_bytes, train
-from test_training import BUCKETS, CACHES, assert_refused
+from helpers import (
+    BUCKETS,
+    CACHES,
+    ROOT,
+    SCRIPT,
+    assert_refused,
+    launch,
+    launch_environment,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+)
 
-from difftrain_utils.checkpoints import PARTIAL, find_checkpoint, list_checkpoints
-from difftrain_utils.config import parse_config
+from difftrain_utils.config.config import parse_config
 from difftrain_utils.errors import InputError
+from difftrain_utils.run.checkpoints import PARTIAL, find_checkpoint, list_checkpoints
 
 HERE = Path(__file__).parent
 ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them

@@ -1,0 +1,145 @@
+"""The built-in captioned data set: one coloured shape on a dark ground, and a judge that names both.
+
+    python -m difftrain_utils.builtins.shapes --output-dir data/shapes --num-images 2000 --image-size 32
+
+writes the images and their metadata.jsonl, for people to look at or to train on as a folder.
+`data.dataset: builtin:shapes` draws the same images in memory.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from difftrain_utils.errors import InputError, one_line_errors
+from difftrain_utils.keyed_random import generator_for
+
+COLORS = {
+    "red": (225, 40, 40),
+    "yellow": (230, 215, 40),
+    "green": (40, 190, 60),
+    "cyan": (40, 205, 215),
+    "blue": (50, 70, 230),
+    "magenta": (215, 50, 205),
+}
+SHAPES = ("circle", "square", "triangle")
+PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+SUPERSAMPLING = 8
+
+
+def draw_shape(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image, str]:
+    """Image `index` of the data set (RGB, image_size × image_size) and its caption, e.g. "a red circle".
+
+    The 18 captions take turns; size, place and ground come from (seed, index).
+    """
+    caption = PROMPTS[index % len(PROMPTS)]
+    _, color, shape = caption.split()
+    scale, x, y, ground = torch.rand(4, generator=generator_for(seed, "shape", index)).tolist()
+    size = (0.45 + 0.25 * scale) * image_size
+    left, top = x * (image_size - size), y * (image_size - size)
+    ground = int(16 + 48 * ground)
+    # Drawn large and averaged down, so that edges are smooth and places are not bound to pixels.
+    large = Image.new("RGB", (image_size * SUPERSAMPLING,) * 2, (ground,) * 3)
+    box = [SUPERSAMPLING * edge for edge in (left, top, left + size, top + size)]
+    draw = ImageDraw.Draw(large)
+    if shape == "circle":
+        draw.ellipse(box, fill=COLORS[color])
+    elif shape == "square":
+        draw.rectangle(box, fill=COLORS[color])
+    else:
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
+    return large.reduce(SUPERSAMPLING), caption
+
+
+def judge(image: Image.Image) -> tuple[str | None, str | None]:
+    """Name the (color, shape) that an image shows; None for what it does not clearly show.
+
+    The coloured pixels are the figure. Its colour is the nearest hue, if its pixels agree on one;
+    its shape is the best of three templates laid over its bounding box, if the overlap
+    (intersection over union) is at least 0.75.
+    """
+    image = image.convert("RGB")
+    if min(image.size) < 96:  # edges between pixels count, too
+        image = image.resize((96, 96), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float64) / 255
+    chroma = pixels.max(axis=2) - pixels.min(axis=2)
+    figure = chroma > 0.3
+    if not 0.04 < figure.mean() < 0.7:
+        return None, None
+    return _judge_color(pixels[figure]), _judge_shape(figure)
+
+
+def _judge_color(pixels: np.ndarray) -> str | None:
+    mean = np.exp(1j * _hue(pixels)).mean()
+    if abs(mean) < 0.85:
+        return None
+    distance = {name: abs(np.angle(mean / np.exp(1j * _hue(np.array(color))))) for name, color in COLORS.items()}
+    nearest = min(distance, key=distance.get)
+    return nearest if distance[nearest] < math.radians(28) else None
+
+
+def _hue(pixels: np.ndarray) -> np.ndarray:
+    """The angle around the grey axis, in radians, of colours of shape (…, 3)."""
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    return np.arctan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
+
+
+def _judge_shape(figure: np.ndarray) -> str | None:
+    # A row or column with one or two stray pixels does not belong to the bounding box.
+    rows, columns = (np.flatnonzero(figure.sum(axis=axis) > 1) for axis in (1, 0))
+    if len(rows) < 5 or len(columns) < 5:
+        return None
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    if not 0.7 < (bottom - top) / (right - left) < 1.4:
+        return None
+    y, x = np.mgrid[0 : figure.shape[0], 0 : figure.shape[1]] + 0.5
+    y, x = (y - top) / (bottom - top), (x - left) / (right - left)  # 0 … 1 within the box
+    box = (x > 0) & (x < 1) & (y > 0) & (y < 1)
+    templates = {
+        "circle": (x - 0.5) ** 2 + (y - 0.5) ** 2 <= 0.25,
+        "square": box,
+        "triangle": box & (np.abs(x - 0.5) <= 0.5 * y),
+    }
+    overlap = {name: (figure & t).sum() / (figure | t).sum() for name, t in templates.items()}
+    best = max(overlap, key=overlap.get)
+    return best if overlap[best] >= 0.75 else None
+
+
+def count_right(images: list[Image.Image], prompts: list[str]) -> int:
+    """How many images show the colour and the shape that their prompts ("a red circle") ask for."""
+    return sum(
+        " ".join(["a", *map(str, judge(image))]) == prompt for image, prompt in zip(images, prompts, strict=True)
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m difftrain_utils.builtins.shapes", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--num-images", type=int, default=2000)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.num_images < 1 or args.image_size < 8:
+        raise InputError("--num-images must be at least 1 and --image-size at least 8")
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise InputError(f"--output-dir {args.output_dir} is not empty")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(args.num_images):
+        image, caption = draw_shape(index, args.image_size, args.seed)
+        image.save(args.output_dir / f"{index:06d}.png")
+        lines.append(json.dumps({"file_name": f"{index:06d}.png", "text": caption}))
+    (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{args.num_images} images and metadata.jsonl in {os.fspath(args.output_dir)}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

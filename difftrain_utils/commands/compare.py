@@ -1,0 +1,466 @@
+"""Compare runs: their results, whether one won, and whether the comparison is fair.
+
+    python -m difftrain_utils.commands.compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
+
+A RUN is a run's output folder. Runs that differ only in their seed form a group, of which mean and sample standard
+deviation are shown. --output also writes one self-contained HTML file with curves and pictures.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import re
+import statistics
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from difftrain_utils.commands import compare_html as html
+from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.run.metrics import TIMES, read_metrics
+
+IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
+NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
+FINAL, BEST = "final val. loss", "best val. loss"
+OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
+VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
+DENOISER = "base_model.sha256.unet"
+ORDER = {FINAL: 0, BEST: 1, "shapes_right": 2, "final train loss": 4, "samples/s": 5}  # of columns; other metrics are 3
+
+
+@dataclass
+class Run:
+    """What a run left: its config (dotted name to value), what it ran on and with, and its lines of metrics."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────
+def load_runs(folders: list[Path]) -> list[Run]:
+    if not folders:
+        raise InputError("no RUN: give the output folder of at least one run")
+    for i, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+            raise InputError(f"{folder}: given twice")
+    return [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """As many last parts of the paths as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    count = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
+    return [str(Path(*p[-count:])) for p in parts]
+
+
+def load_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    for file in ("config.resolved.yaml", "run_manifest.json", "env.json"):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
+    config = flatten(read_mapping(folder / "config.resolved.yaml"))
+    manifest, env = read_mapping(folder / "run_manifest.json"), read_mapping(folder / "env.json")
+    return Run(folder, name, config, facts_of(manifest, env), load_metrics(folder / "metrics.jsonl"))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file."""
+    parse, kind = (yaml.safe_load, "YAML") if path.suffix == ".yaml" else (json.loads, "JSON")
+    with blame(f"{path}: not {kind}", yaml.YAMLError, ValueError), blame(str(path), OSError):
+        content = parse(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a mapping of names to values")
+    return content
+
+
+def load_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the run has not logged a step")
+    metrics = read_metrics(path)
+    if not metrics:
+        raise InputError(f"{path}: empty; the run has not logged a step")
+    return metrics
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 0}} as {"train.seed": 0}; lists stay values."""
+    flat = {}
+    for name, value in content.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
+    """Beside the config, what decides a run's result: data, base model, code, versions and machine."""
+    sections = {name: manifest.get(name) for name in ("data", "base_model", "git", "versions")}
+    machine = {name: manifest.get(name) for name in ("device", "num_processes", "mixed_precision", "deterministic")}
+    machine |= {name: env.get(name) for name in ("cpu_threads", "cpu_capability")}
+    resumed = {name for segment in manifest.get("segments", []) for name in segment.get("differs", {})}
+    if resumed:
+        machine["resumed with other"] = ", ".join(sorted(resumed))
+    # where data and model were found is in the config; here it counts what they were
+    places = (".dataset", "base_model.name", "base_model.revision")
+    return {name: value for name, value in flatten(sections).items() if not name.endswith(places)} | machine
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
+def series(run: Run, name: str) -> list[tuple[int, float]]:
+    """The (step, value) pairs of a scalar metric."""
+    return [(entry["step"], entry[name]) for entry in run.metrics if _is_number(entry.get(name))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def validation_loss(run: Run) -> list[tuple[int, float]]:
+    """(step, loss) of the EMA weights if they were validated, else of the raw weights."""
+    return series(run, "validation_loss_ema") or series(run, "validation_loss")
+
+
+def validation_bins(run: Run) -> tuple[int | None, list[float]]:
+    """The last step with losses per bin of noise levels, and these losses, from low to high noise."""
+    for name in ("validation_loss_ema_bins", "validation_loss_bins"):
+        for entry in reversed(run.metrics):
+            if isinstance(entry.get(name), list) and all(map(_is_number, entry[name])):
+                return entry["step"], entry[name]
+    return None, []
+
+
+def steps_done(run: Run) -> int:
+    """Optimizer steps: the last logged one, or max_steps if the run is complete and its last steps had no line."""
+    last, planned = run.metrics[-1]["step"], run.config.get("train.max_steps") or 0
+    complete = (run.folder / "pipeline").is_dir() and 0 < planned - last < run.config.get("train.log_every", 1)
+    return planned if complete else last
+
+
+def summary(run: Run) -> dict[str, float]:
+    """The numbers of a run's row by column; a column that the run has no values for is left out."""
+    columns = {}
+    if losses := validation_loss(run):
+        columns |= {FINAL: losses[-1][1], BEST: min(filter(math.isfinite, dict(losses).values()), default=math.nan)}
+    for name in {name for entry in run.metrics for name in entry} - NOT_SHOWN:
+        if not name.startswith("validation_") and (values := series(run, name)):
+            columns[name] = values[-1][1]
+    if losses := series(run, "loss"):
+        columns["final train loss"] = losses[-1][1]
+    if speeds := series(run, "samples_per_second"):
+        columns["samples/s"] = statistics.median(dict(speeds).values())
+    return columns
+
+
+def number(value: float, digits: int = 4) -> str:
+    if not math.isfinite(value) or abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+# ── Groups of seeds ──────────────────────────────────────────────────────────────────────────────────────────
+def from_scratch(run: Run) -> bool:
+    name = str(run.config.get("model.pretrained_model_name_or_path"))
+    return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
+
+
+def settings_of(runs: list[Run]) -> list[list[Run]]:
+    """Runs that are equal in all but their seed, together; of repeats of one seed only the first."""
+    settings: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        config = {name: value for name, value in run.config.items() if name not in (*IGNORED, "train.seed")}
+        facts = {name: v for name, v in run.facts.items() if not (name == DENOISER and from_scratch(run))}
+        key = as_text([config, facts, steps_done(run)])
+        settings.setdefault(key, {}).setdefault(run.config.get("train.seed"), run)
+    return [list(by_seed.values()) for by_seed in settings.values()]
+
+
+def group_names(settings: list[list[Run]]) -> dict[str, str]:
+    """What to call the group of a run, by the run's name: how the names of its runs begin (huber-0 and huber-1 are
+    `huber`), or group A, B, … where they have no beginning of their own; a run alone has none."""
+    groups = [[run.name for run in runs] for runs in settings if len(runs) > 1]
+    beginnings = [re.sub(r"[-_. ]+(seed)?[-_. ]*\d*$", "", common_beginning(names)) for names in groups]
+    found = {}
+    for i, (names, beginning) in enumerate(zip(groups, beginnings, strict=True)):
+        own = beginning and beginnings.count(beginning) == 1
+        found |= dict.fromkeys(names, beginning if own else f"group {i + 1 if i > 25 else chr(ord('A') + i)}")
+    return found
+
+
+def common_beginning(texts: list[str]) -> str:
+    pairs = zip(min(texts), max(texts), strict=False)
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (n - 1; nan for one run); None unless every run has a value."""
+    values = [summary(run).get(column) for run in runs]
+    if None in values:
+        return None
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+# ── The tables ───────────────────────────────────────────────────────────────────────────────────────────────
+def summary_table(runs: list[Run]) -> list[list[str]]:
+    """Header, a row for each run, and a row of means for each group of seeds."""
+    settings, summaries = settings_of(runs), [summary(run) for run in runs]
+    groups = group_names(settings)
+    columns = sorted({name for s in summaries for name in s}, key=lambda name: (ORDER.get(name, 3), name))
+    rows = [["run", "steps", *columns]]
+    for run, values in zip(runs, summaries, strict=True):
+        cells = {name: number(value) for name, value in values.items()}
+        if BEST in values and math.isfinite(values[BEST]):
+            cells[BEST] += f" @ {next(step for step, loss in validation_loss(run) if loss == values[BEST])}"
+        done, planned = steps_done(run), run.config.get("train.max_steps") or 0
+        steps = f"{done} of {planned}" if done < planned else f"{done}"
+        group = groups.get(run.name, "")
+        name = run.name if run.name.startswith(group) else f"{run.name} ({group})"
+        rows.append([name, steps, *(cells.get(column, "–") for column in columns)])
+    for group in (runs for runs in settings if len(runs) > 1):
+        spreads = [mean_and_sd(group, column) for column in columns]
+        name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
+        cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
+        rows.append([name, f"{steps_done(group[0])}", *cells])
+    return rows
+
+
+def bins_table(runs: list[Run]) -> list[list[str]]:
+    """Validation loss per bin of noise levels at the last step that has it; a header alone if no run has it."""
+    settings, found = settings_of(runs), [(run.name, *validation_bins(run)) for run in runs]
+    groups, count = group_names(settings), max(len(losses) for _, _, losses in found)
+    for group in (runs for runs in settings if len(runs) > 1):
+        steps, losses = zip(*map(validation_bins, group), strict=True)
+        if len(set(steps)) == 1 and len(set(map(len, losses))) == 1:
+            means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+            found.append((f"{groups[group[0].name]}: mean over {len(group)} seeds", steps[0], means))
+    rows = [["run", "step", *(f"bin {i + 1}" for i in range(count))]]
+    for name, step, losses in found:
+        if losses:
+            rows.append([name, str(step), *map(number, losses), *["–"] * (count - len(losses))])
+    return rows
+
+
+# ── What differs ─────────────────────────────────────────────────────────────────────────────────────────────
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def brief(text: str) -> str:
+    """A value in one line: of a digest its first digits, of a long text its start and its digest."""
+    if re.fullmatch("[0-9a-f]{40,64}", text):
+        return text[:12]
+    line = " ".join(text.split())
+    if len(line) <= 48 and line == text:
+        return text or "(empty)"
+    return f"{line[:36]}… [sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}]"
+
+
+def differing(tables: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The names whose values are not the same in all tables, and each table's value as text."""
+    names = dict.fromkeys(name for table in tables for name in table if name not in IGNORED)
+    rows = {name: [as_text(table[name]) if name in table else "absent" for table in tables] for name in names}
+    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+
+
+def differences(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The config fields, and the facts outside of the config, that are not the same in all runs."""
+    facts = differing([run.facts for run in runs])
+    if DENOISER in facts and denoiser_follows_seed(runs):
+        del facts[DENOISER]
+    return differing([run.config for run in runs]), facts
+
+
+def denoiser_follows_seed(runs: list[Run]) -> bool:
+    """Whether different denoisers are just random weights of one model, drawn from different seeds."""
+    names = {as_text(run.config.get("model.pretrained_model_name_or_path")) for run in runs}
+    drawn = {(run.config.get("train.seed"), run.facts.get(DENOISER)) for run in runs}
+    one_a_seed = len(drawn) == len({seed for seed, _ in drawn})
+    return len(names) == 1 and one_a_seed and all(from_scratch(run) for run in runs)
+
+
+def headline(runs: list[Run]) -> str:
+    config, facts = differences(runs)
+    if not facts:
+        return f"The runs differ in: {', '.join(config)}" if config else "The runs differ in nothing that is recorded."
+    start = f"differ in: {', '.join(config)}; and outside" if config else "have the same config, but differ outside"
+    return f"The runs {start} the config in: {', '.join(facts)}"
+
+
+def by_value(runs: list[Run], values: list[str]) -> str:
+    """E.g. `mse (a, b); huber (c)`, or where a group of seeds has one value `mse (mse-*); huber (huber-*)`."""
+    groups = group_names(settings_of(runs))
+    values_of_group = {group: set() for group in groups.values()}
+    for run, value in zip(runs, values, strict=True):
+        values_of_group.get(groups.get(run.name), set()).add(value)
+    names = {}
+    for run, value in zip(runs, values, strict=True):
+        group = groups.get(run.name)
+        whole = group is not None and len(values_of_group[group]) == 1 and run.name.startswith(group)
+        names.setdefault(value, {})[f"{group}-*" if whole else run.name] = None
+    return "; ".join(f"{brief(value)} ({', '.join(of)})" for value, of in names.items())
+
+
+def unfair(runs: list[Run]) -> list[str]:
+    """What makes a better result of one run say nothing about the setting that was to be compared."""
+    config, facts = differences(runs)
+    code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", "versions.diffusers")
+    found = {
+        "data fingerprint": [name for name in facts if name.split(".")[0] == "data"],
+        "base model": [name for name in facts if name.split(".")[0] == "base_model"],
+        "code": [name for name in facts if name in code],
+        "versions of torch or diffusers": [name for name in facts if name in libraries],
+        "validation settings": [name for name in config if name.startswith(VALIDATION)],
+    }
+    warnings = [f"unfair: different {what} ({', '.join(names)})" for what, names in found.items() if names]
+    seen = [str(steps_done(run) * (run.config.get("train.batch_size") or 0)) for run in runs]
+    if len(set(seen)) > 1:
+        warnings.append(f"unfair: different numbers of samples seen (steps × batch size): {by_value(runs, seen)}")
+    return warnings
+
+
+def notes(runs: list[Run]) -> list[str]:
+    """What to know before reading the table."""
+    counted = [run.name for setting in settings_of(runs) for run in setting]
+    raw = [run.name for run in runs if validation_loss(run) and not series(run, "validation_loss_ema")]
+    found = [f"{run.name} repeats a seed and is not counted twice" for run in runs if run.name not in counted]
+    if raw:
+        of = "" if len(raw) == sum(BEST in summary(run) for run in runs) else f" of {', '.join(raw)}"
+        found.append(f"the validation loss{of} is that of the raw weights, not the EMA weights")
+    for run in runs:
+        if (losses := validation_loss(run)) and losses[-1][0] != steps_done(run):
+            found.append(f"{run.name} was last validated at step {losses[-1][0]}, not at its last step")
+        if skipped := sum(count for _, count in series(run, "skipped_rows")):
+            found.append(f"{run.name} took {skipped} samples from other rows than were due, which could not be read")
+    if any(name.startswith(OBJECTIVE) for name in differences(runs)[0]):
+        found.append("the training losses are of different objectives: do not compare them")
+    if len(runs) > 1 and not any(run.facts.get("git.commit") for run in runs):
+        found.append("no run recorded a git commit: whether the code was the same is unknown")
+    return [f"note: {note}" for note in found]
+
+
+# ── Who won ──────────────────────────────────────────────────────────────────────────────────────────────────
+def verdict(runs: list[Run]) -> str:
+    """Who won on the final validation loss, as far as the seeds can tell."""
+    settings = settings_of(runs)
+    groups = group_names(settings)
+    varied = differing([group[0].config for group in settings])
+    if len(settings) == 1:
+        return "All runs are one setting: nothing to win." if len(runs) > 1 else ""
+
+    def called(group: list[Run]) -> str:
+        return groups[group[0].name] if len(group) > 1 else group[0].name
+
+    def described(group: list[Run]) -> str:
+        values = {name: brief(as_text(group[0].config.get(name))) for name in varied if name != "train.seed"}
+        named = ", ".join(f"{name}: {value}" for name, value in values.items()) if len(values) < 3 else ""
+        return f"{called(group)} ({named})" if named else called(group)
+
+    ranked = [(*spread, group) for group in settings if (spread := mean_and_sd(group, FINAL))]
+    ranked = sorted((entry for entry in ranked if math.isfinite(entry[0])), key=lambda entry: entry[0])
+    if len(ranked) < 2:
+        return f"{len(ranked) or 'No'} setting has a finite validation loss: nothing to compare."
+    (mean, sd, best), (next_mean, next_sd, second) = ranked[:2]
+    text = f"Final validation loss: {described(best)} {number(mean)}, then {described(second)} {number(next_mean)}. "
+    gap, alone = next_mean - mean, [group[0].name for group in (best, second) if len(group) == 1]
+    if alone:
+        outcome = f"{called(best)} won" if gap > 0 else "They are equal"
+        return f"{text}{outcome}, but one seed says nothing about spread ({' and '.join(alone)}): it may be chance."
+    error = math.sqrt(sd**2 / len(best) + next_sd**2 / len(second))
+    won = gap > 0 and gap >= 2 * error
+    text += f"The difference {number(gap, 2)} has a standard error of {number(error, 2)}: "
+    text += f"{called(best)} won." if won else "not distinguishable."
+    return text + (" With so few seeds the standard error is itself rough." if min(len(best), len(second)) < 5 else "")
+
+
+def conclusion(runs: list[Run]) -> str:
+    text = verdict(runs)
+    return f"{text} But the comparison is unfair: see the differences." if text and unfair(runs) else text
+
+
+# ── The report as text ───────────────────────────────────────────────────────────────────────────────────────
+def text_table(rows: list[list[str]], width: int = 120) -> str:
+    """Aligned columns; those beyond `width` characters follow underneath, after the first column once more."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for i in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(widths[j] + 2 for j in [*blocks[-1], i]) > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    lines = [[row[0].ljust(widths[0]) + "".join(f"  {row[i]:>{widths[i]}}" for i in b) for row in rows] for b in blocks]
+    return "\n\n".join("\n".join(block) for block in lines)
+
+
+def text_report(runs: list[Run]) -> str:
+    bins = bins_table(runs)
+    parts = [text_table(summary_table(runs)), "\n".join(notes(runs)), textwrap.fill(conclusion(runs), 120)]
+    if len(bins) > 1:
+        parts.append("Last validation loss by noise level, from low (bin 1) to high:\n" + text_table(bins))
+    if len(runs) > 1:
+        rows = [f"  {name}: {by_value(runs, row)}" for table in differences(runs) for name, row in table.items()]
+        parts.append("\n".join([headline(runs), *rows, *unfair(runs)]))
+    return "\n\n".join(part for part in parts if part)
+
+
+# ── The report as HTML ───────────────────────────────────────────────────────────────────────────────────────
+def html_report(runs: list[Run]) -> str:
+    """The same, with curves and pictures, as one file that needs no other."""
+    title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
+    parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
+    parts += [html.conclusion(text)] if (text := conclusion(runs)) else []
+    if len(runs) > 1:
+        found = [[name, *map(brief, row)] for rows in differences(runs) for name, row in rows.items()]
+        parts += [html.heading("Differences") + html.paragraph(headline(runs))]
+        parts += [html.paragraph(warning, "unfair") for warning in unfair(runs)]
+        parts += [html.table([["", *(run.name for run in runs)], *found], "values")] if found else []
+    parts += [charts(runs), html.table(bins, "numbers") if len(bins) > 1 else ""]
+    parts += [html.heading("Last samples") + '<div class="samples">', *map(last_sample, runs), "</div>"]
+    return html.page(title, parts)
+
+
+def charts(runs: list[Run]) -> str:
+    training = [(run.name, html.smooth(series(run, "loss")), series(run, "loss")) for run in runs]
+    validation = [(run.name, validation_loss(run), []) for run in runs]
+    bins = [(run.name, list(enumerate(validation_bins(run)[1], 1)), []) for run in runs]
+    drawn = [html.chart("Training loss (running mean; faint: as logged)", "step", training, markers=False)]
+    drawn += [html.chart("Validation loss", "step", validation)]
+    drawn += [html.chart("Last validation loss by noise level", "bin, from low to high noise", bins)]
+    return "\n".join(drawn)
+
+
+def last_sample(run: Run) -> str:
+    """The newest grid of samples as a figure."""
+    grids = {int(p.stem[5:]): p for p in run.folder.glob("samples/step-*.png") if p.stem[5:].isdecimal()}
+    newest = max(grids, default=None)
+    caption = f"{run.name}, " + ("no samples" if newest is None else f"step {newest}")
+    return html.figure(caption, grids.get(newest))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m difftrain_utils.commands.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
+    parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
+    args = parser.parse_args(argv)
+    if args.output and args.output.suffix != ".html":
+        raise InputError(f"--output {args.output}: must end in .html")
+    runs = load_runs(args.runs)
+    print(text_report(runs))
+    if args.output:
+        with blame(f"--output {args.output}", OSError):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(html_report(runs), encoding="utf-8")
+        print(f"\n{args.output} shows it with curves and pictures")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,133 @@
+"""Make a pipeline with an average of the weights of any width, after the run that stored EMA snapshots.
+
+    python -m difftrain_utils.commands.posthoc_ema runs/quickstart --sigma-rel 0.1 --output-dir runs/sigma-0.1
+
+The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; RUN is left as it is.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from difftrain_utils.errors import InputError, blame, one_line_errors
+
+MAX_RESIDUAL = 0.05
+
+
+def find_snapshots(run: Path) -> list[tuple[Path, float, int]]:
+    """The run's snapshots as (file, γ, step), in the order of their steps."""
+    from safetensors import SafetensorError, safe_open
+
+    from difftrain_utils.optimization.power_ema import SNAPSHOTS, gamma_of
+
+    found = []
+    for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
+        with blame(f"{path}", OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if not {"sigma_rel", "step"} <= metadata.keys():
+                raise ValueError("no EMA snapshot: its metadata lacks sigma_rel or step")
+            found.append((path, gamma_of(float(metadata["sigma_rel"])), int(metadata["step"])))
+    if len(found) < 2:
+        raise InputError(f"{run / SNAPSHOTS}: needs 2 or more EMA snapshots, found {len(found) or 'none'}")
+    return sorted(found, key=lambda snapshot: (snapshot[2], snapshot[0]))
+
+
+def weighted_sum(paths: list[Path], weights: list[float]) -> dict:
+    """Σ weight · tensor for each name in the snapshots, summed in float64, returned as float32."""
+    import torch
+    from safetensors.torch import load_file
+
+    total: dict[str, torch.Tensor] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        tensors = load_file(path)
+        total = total or {name: torch.zeros_like(t, dtype=torch.float64) for name, t in tensors.items()}
+        check_same_parameters(tensors, total, f"{path}", f"{paths[0]}")
+        for name, tensor in tensors.items():
+            total[name] += weight * tensor.double()
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+def check_same_parameters(tensors: dict, others: dict, name: str, other_name: str) -> None:
+    """Raise InputError unless both have the same names and shapes."""
+    for parameter in sorted(tensors.keys() | others.keys()):
+        shape, other = (
+            f"of shape {tuple(t[parameter].shape)}" if parameter in t else "absent" for t in (tensors, others)
+        )
+        if shape != other:
+            raise InputError(f"{name}: {parameter} is {shape}, but {other} in {other_name}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m difftrain_utils.commands.posthoc_ema", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run's output folder, with ema_snapshots/ and pipeline/"
+    )
+    parser.add_argument("--sigma-rel", type=float, required=True, help="width of the average, as a share of the run")
+    parser.add_argument("--step", type=int, help="where the average ends; default: the last snapshot")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where the new pipeline goes")
+    args = parser.parse_args(argv)
+    source = args.run / "pipeline"
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise InputError(f"--output-dir {args.output_dir} is not an empty folder")
+    if not (source / "model_index.json").is_file():
+        raise InputError(f"{source}: no such pipeline")
+
+    import diffusers
+    import torch
+    import transformers
+
+    from difftrain_utils.optimization.power_ema import gamma_of, reconstruction_weights, relative_residual
+    from difftrain_utils.run.checkpoints import replace_folder
+
+    # ── How much of each snapshot ────────────────────────────────────────────────────────────────────────────
+    with blame("--sigma-rel", ValueError):
+        gamma = gamma_of(args.sigma_rel)
+    snapshots = find_snapshots(args.run)
+    first, last = snapshots[0][2], snapshots[-1][2]
+    step = last if args.step is None else args.step
+    if not first <= step <= last:
+        raise InputError(f"--step: must be from {first} to {last}, the first and the last snapshot, got {step}")
+    profiles = [(snapshot_gamma, end) for _, snapshot_gamma, end in snapshots]
+    weights = reconstruction_weights(profiles, gamma, step)
+    weights_sum = sum(weights)
+    weights = [weight / weights_sum for weight in weights]  # what never changed stays what it was
+    residual = relative_residual(profiles, weights, gamma, step)
+    print(
+        f"sigma_rel {args.sigma_rel} at step {step} from {len(snapshots)} snapshots: weights' sum {weights_sum:.6f} "
+        f"(then divided by it), relative residual {residual:.2g}"
+    )
+    if residual > MAX_RESIDUAL:
+        print(
+            f"warning: the residual is above {MAX_RESIDUAL}: the snapshots do not add up to this average; steps at "
+            "which there are snapshots, and widths near the stored ones, fit better",
+            file=sys.stderr,
+        )
+
+    # ── The run's pipeline around it ─────────────────────────────────────────────────────────────────────────
+    parameters = weighted_sum([path for path, *_ in snapshots], weights)
+    for library in (diffusers.utils.logging, transformers.logging):
+        library.disable_progress_bar()
+    with blame(f"{source}", OSError, ValueError, AttributeError, KeyError):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if denoiser is None:
+        raise InputError(f"{source}: it has neither unet nor transformer")
+    own = dict(denoiser.named_parameters())
+    check_same_parameters(parameters, own, f"{snapshots[0][0]}", f"{source}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(parameters[name])
+    folder = args.output_dir.resolve()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    replace_folder(partial, folder)
+    print(f"Done: {args.output_dir} holds the pipeline")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,240 @@
+"""Run a run again, and say whether it comes out the same.
+
+    python -m difftrain_utils.commands.reproduce runs/quickstart [--steps 100] [--output-dir runs/again]
+
+Start it in the folder that the run was started in. Exit code 0: the same, to the bit or within the tolerance; 1:
+another result, or the re-run failed; 2: the run cannot be run again. See docs/reproducibility.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from difftrain_utils.commands.compare import Run, flatten, load_run, read_mapping
+from difftrain_utils.commands.repetition import (
+    checkpoint_digest,
+    circumstances,
+    compare_weights,
+    deviations,
+    differences,
+    likely_reasons,
+    verdict,
+)
+from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.errors import InputError, RunError, blame, one_line_errors
+from difftrain_utils.run.checkpoints import find_damage, list_checkpoints
+from difftrain_utils.run.manifest import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    MANIFEST_FILE,
+    describe_environment,
+    describe_git,
+    describe_versions,
+)
+from difftrain_utils.run.metrics import read_metrics
+
+say = partial(print, flush=True)  # in order with what the re-run prints
+
+KNOWN_BEFORE = ("git", "processor", "cpu_capability", "versions.", "cuda", "cudnn", "package.")  # the re-run starts
+NUMERIC_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
+
+
+# ── What the run was ─────────────────────────────────────────────────────────────────────────────────────────
+def origin(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    """The checkpoint of another run that this one branched off from; None for a run from the beginning.
+
+    Raises:
+        InputError: the checkpoint is gone or damaged.
+    """
+    first = manifest["segments"][0]
+    if "resumed_from" not in first:
+        return None
+    checkpoint = Path(first["resumed_from"])
+    if damage := find_damage(checkpoint) if checkpoint.is_dir() else "no such folder":
+        raise InputError(
+            f"{folder}: the run branched off at step {first['from_step']} from {checkpoint}, and can only be run again "
+            f"from there: {damage}"
+        )
+    return checkpoint
+
+
+def steps_to_compare(run: Run, manifest: dict[str, Any], steps: int | None) -> tuple[int | None, bool]:
+    """(how many first steps to compare, None for the whole of a finished run; whether there are weights of then).
+
+    Without an intact checkpoint of step `steps` there are only metrics, which end at the last line before.
+
+    Raises:
+        InputError: the run is not finished and `steps` is None, or there is nothing to compare up to `steps`.
+    """
+    final, first = manifest.get("final", {}).get("global_step"), manifest["segments"][0]["from_step"]
+    logged, checkpoints = [entry["step"] for entry in run.metrics], dict(list_checkpoints(run.folder))
+    reached = max([final or 0, *logged, *checkpoints])
+    if steps is None and final is None:
+        at = f"at step {reached} of {run.config['train.max_steps']}"
+        raise InputError(f"{run.folder}: the run is not finished, it is {at}; --steps N compares its first N steps")
+    if steps in (None, final):
+        return None, True
+    if not first < steps <= reached:
+        raise InputError(f"--steps {steps}: must be from {first + 1} to {reached}, the steps that {run.folder} has")
+    damage = find_damage(checkpoints[steps]) if steps in checkpoints else f"{run.folder} has no checkpoint-{steps}"
+    if damage is None:
+        return steps, True
+    last = max((step for step in logged if step <= steps), default=None)
+    if last is None:
+        raise InputError(f"--steps {steps}: no line of metrics up to there, the first is that of step {logged[0]}")
+    rounded = f"; rounded down to step {last}, the last line of metrics up to there" if last < steps else ""
+    say(f"--steps {steps}: no weights to compare ({damage}){rounded}")
+    return last, False
+
+
+def describe_segments(segments: list[dict[str, Any]]) -> list[str]:
+    """A line for each start of the run."""
+    lines = []
+    for number, segment in enumerate(segments, 1):
+        end = f"{segment['to_step']} ({segment['reason']})" if "to_step" in segment else "no recorded end (killed)"
+        differs = f"; other than at first: {', '.join(segment['differs'])}" if segment.get("differs") else ""
+        start = f"{number}: {segment['started']} on {segment['host']}"
+        lines.append(f"{start}, from step {segment['from_step']} to {end}{differs}")
+    return lines
+
+
+# ── The run again ────────────────────────────────────────────────────────────────────────────────────────────
+def overrides(run: Run, manifest: dict[str, Any], checkpoint: Path | None, steps: int | None) -> dict[str, str]:
+    """The fields of `train` that the re-run needs to have otherwise; none of them changes a number."""
+    fields = {"resume_from": checkpoint or "null", "overwrite": "false", "max_hours": "null", "report_to": "null"}
+    if run.config["train.precision"] is None:  # then accelerate said it
+        fields["precision"] = {name: field for field, name in MIXED_PRECISION.items()}[manifest["mixed_precision"]]
+    if steps is not None:  # max_steps has to stay, for the learning rate depends on it
+        fields |= {"save_every": steps, "keep_checkpoints": 0}
+    return {f"train.{name}": str(value) for name, value in fields.items()}
+
+
+def rerun_command(script: Path, config_file: Path, fields: dict[str, str], num_processes: int) -> list[str]:
+    # torchrun reads no accelerate config: precision, device and number of processes are all that one would say
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), str(script), "--config", str(config_file)]
+    return [*command, *(part for name, value in fields.items() for part in (f"--{name}", value))]
+
+
+def rerun_environment(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, str]:
+    """The variables of now, but for those that decide numbers: these are as they were then."""
+    variables = {name: value for name, value in os.environ.items() if name not in NUMERIC_VARIABLES}
+    variables["OMP_NUM_THREADS"] = str(env["cpu_threads"])  # where it was not set, torch had its default
+    variables |= {name: env["environment"][name] for name in NUMERIC_VARIABLES if name in env["environment"]}
+    return variables | ({"ACCELERATE_USE_CPU": "true"} if manifest["device"] == "cpu" else {})
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> bool:
+    """Wait until there is `path`, or until the process ended without it (False)."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.2)
+    return path.exists()
+
+
+def rerun(command: list[str], environment: dict[str, str], output_dir: Path, steps: int | None, on_start) -> None:
+    """Run `command` to its end, or until it has saved `steps`; `on_start()` when the manifest is there.
+
+    Raises:
+        InputError, RunError: it was refused, or failed; it has told why.
+    """
+    process = subprocess.Popen(command, env=environment)
+    try:
+        if wait_for(output_dir / MANIFEST_FILE, process):
+            on_start()
+        saved = steps is not None and wait_for(output_dir / f"checkpoint-{steps}", process)
+        if saved:
+            process.terminate()  # all that is compared is on the disk
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code == 2 and not output_dir.exists():
+        raise InputError("the re-run was refused: see above")
+    if code != 0 and not saved:
+        raise RunError(f"the re-run ended with exit code {code}: see above; {output_dir} has what it left")
+    if steps is not None and not saved:
+        raise RunError(f"the re-run left no checkpoint-{steps} in {output_dir}")
+
+
+def tell(title: str, lines: list[str]) -> None:
+    say("\n  ".join([f"{title}:", *lines]) if lines else f"{title}: none")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m difftrain_utils.commands.reproduce", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
+    parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
+    parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")
+    args = parser.parse_args(argv)
+
+    run = load_run(args.run, args.run.name)
+    manifest, env = (read_mapping(run.folder / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE))
+    output_dir = args.output_dir or Path(f"{args.run if args.run.name else args.run.resolve()}-reproduced")
+    empty_cache = tempfile.TemporaryDirectory(prefix="difftrain-")  # so that every byte of the data is read afresh
+    with blame(f"{run.folder}: not the files of a run", KeyError, IndexError, TypeError, AttributeError):
+        checkpoint = origin(run.folder, manifest)
+        steps, has_weights = steps_to_compare(run, manifest, args.steps)
+        then = circumstances(run.config, manifest, env)
+        script, environment = Path(manifest["command"][0]), rerun_environment(manifest, env)
+        fields = overrides(run, manifest, checkpoint, steps) | {"train.output_dir": str(output_dir)}
+        fields["data.cache_dir"] = empty_cache.name
+        command = rerun_command(script, run.folder / CONFIG_FILE, fields, manifest["num_processes"])
+        history = describe_segments(manifest["segments"])
+    if not script.is_file():
+        raise InputError(f"{run.folder}: was made by {script}, which is not here; start in the folder that it is in")
+    if output_dir.exists():
+        raise InputError(f"{output_dir}: already there; give another --output-dir for the re-run")
+
+    in_one = f"{len(history)} segments, reproduced in one piece" if len(history) > 1 else "one segment"
+    tell(f"The run {run.folder} had {in_one}", history)
+    code_now = {"git": describe_git(script.resolve().parent), "versions": describe_versions()}
+    now = circumstances({}, code_now, describe_environment())
+    known = [{k: v for k, v in table.items() if k.startswith(KNOWN_BEFORE)} for table in (then, now)]
+    before = differences(*known)
+    tell("Differences in code, hardware and versions", before)
+    if now.get("git.dirty"):
+        say("The working tree is not as committed now (git status); the content of untracked files is not recorded.")
+    say(f"Running it again: {' '.join(command)}")
+
+    def recorded() -> dict[str, Any]:
+        config = flatten(read_mapping(output_dir / CONFIG_FILE)) | {name: run.config.get(name) for name in fields}
+        return circumstances(config, *(read_mapping(output_dir / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE)))
+
+    def tell_the_rest() -> None:
+        rest = [line for line in differences(then, recorded()) if line not in before]
+        say()  # below the progress bar
+        tell("Further differences (data, base model, config, device)", rest)
+
+    with empty_cache:
+        rerun(command, environment, output_dir, steps, tell_the_rest)
+    new_metrics = output_dir / "metrics.jsonl"
+    metrics = [run.metrics, read_metrics(new_metrics) if new_metrics.exists() else []]
+    folders, weights = [run.folder, output_dir], None
+    if steps is None:
+        what, name, part = f"{manifest['final']['global_step']} steps", "final weights", "pipeline"
+        digests = [read_mapping(folder / MANIFEST_FILE)["final"]["weights"] for folder in folders]
+    else:
+        what, name, part = f"the first {steps} steps", f"weights of checkpoint-{steps}", f"checkpoint-{steps}"
+        metrics = [[entry for entry in lines if entry["step"] <= steps] for lines in metrics]
+        digests = [{part: checkpoint_digest(folder / part)} for folder in folders if has_weights]
+    if has_weights:
+        weights = compare_weights(name, [folder / part for folder in folders], digests)
+    what += f", {len(metrics[0])} lines of metrics"
+    reasons = likely_reasons(run, manifest, differences(then, recorded()))
+    text, code = verdict(what, deviations(*metrics), weights, reasons)
+    say(text)
+    return code
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(main())

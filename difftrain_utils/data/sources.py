@@ -1,0 +1,173 @@
+"""Where rows come from: image folders, parquet, arrow and WebDataset files, hub data sets, drawn shapes."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from difftrain_utils.builtins.shapes import draw_shape
+from difftrain_utils.config.config import DataConfig, SourceConfig
+from difftrain_utils.errors import InputError, blame
+
+NUM_BUILTIN_SHAPES = 1800
+FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
+
+
+def sources_of(config: DataConfig) -> list[tuple[str, SourceConfig]]:
+    """The sources of a run, each with the field that errors name: `data`, or `data.sources[0]`, …"""
+    if config.sources is not None:
+        return [(f"data.sources[{i}]", source) for i, source in enumerate(config.sources)]
+    return [("data", SourceConfig(config.dataset, config.split, config.image_column, config.caption_column))]
+
+
+def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
+    """`data.validation_dir` as a source."""
+    return "data", SourceConfig(config.validation_dir, config.split, config.image_column, config.caption_column)
+
+
+def caption_columns(source: SourceConfig) -> list[str]:
+    """`caption_column` as a list."""
+    return [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
+
+
+def open_source(place: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
+    """The images, undecoded ({"bytes", "path"}), and the captions of a source, mapped into memory.
+
+    Raises:
+        InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
+    """
+    name = source.dataset
+    if name == "builtin:shapes":
+        data = draw_shapes(config.resolution)
+    elif name.startswith("builtin:"):
+        raise InputError(f"{place}.dataset: no such builtin: {name!r}; there is builtin:shapes")
+    else:
+        folder = Path(name).expanduser()
+        with blame(cannot_load(place, source), Exception):  # whatever stops datasets
+            if (folder / "state.json").is_file():
+                data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
+            elif (folder / "dataset_dict.json").is_file():
+                data = datasets.load_from_disk(str(folder / source.split))
+            else:
+                data = datasets.load_dataset(**load_arguments(place, source, config), split=source.split)
+    check_columns(data, place, source)
+    if len(data) == 0:
+        raise InputError(f"{place}.dataset: {name} has no images")
+    return used_columns(data, source)
+
+
+def cannot_load(place: str, source: SourceConfig) -> str:
+    """How the error begins if a source cannot be opened."""
+    is_folder = Path(source.dataset).expanduser().is_dir()
+    return f"{place}.dataset: cannot load {source.dataset!r}" + ("" if is_folder else ", which is no folder here")
+
+
+def load_arguments(place: str, source: SourceConfig, config: DataConfig) -> dict[str, str]:
+    """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
+
+    Raises:
+        InputError: the folder is none of these, or a line of its metadata.jsonl is wrong.
+    """
+    folder = Path(source.dataset).expanduser()
+    if metadata := find_metadata(source):
+        check_metadata(metadata, place, source, config)
+        return {"path": "imagefolder", "data_dir": str(folder)}
+    if folder.is_dir() and not any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
+        raise InputError(f"{place}.dataset: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
+    return {"path": str(folder) if folder.is_dir() else source.dataset}
+
+
+def check_columns(data: datasets.Dataset | datasets.IterableDataset, place: str, source: SourceConfig) -> None:
+    """Raise InputError unless the columns are there, and that of the images holds images."""
+    name, columns = source.dataset, data.column_names
+    for column, field in (
+        (source.image_column, "image_column"),
+        *((c, "caption_column") for c in caption_columns(source)),
+    ):
+        if find_column(data, column) is None:
+            raise InputError(f"{place}.{field}: no column {column!r} in {name}; it has {', '.join(columns)}")
+    if not isinstance(data.features.get(source.image_column), datasets.Image):
+        raise InputError(f"{place}.image_column: column {source.image_column!r} of {name} does not hold images")
+
+
+def used_columns(data, source: SourceConfig):
+    """A data set of the images, undecoded, and the captions: other columns would be read with each row."""
+    used = dict.fromkeys([source.image_column, *(find_column(data, c)[0] for c in caption_columns(source))])
+    return data.select_columns(list(used)).cast_column(source.image_column, datasets.Image(decode=False))
+
+
+def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
+    """The path to a column: its name, or a column of structs and a field of it (json.caption); None: not there."""
+    if name in data.column_names:  # a tar's field may have a dot: seg.png
+        return [name]
+    path, features = name.split("."), data.features
+    for part in path:
+        if not isinstance(features, dict) or part not in features:
+            return None
+        features = features[part]
+    return path
+
+
+def draw_shapes(resolution: int) -> datasets.Dataset:
+    """`builtin:shapes` as a data set of PNGs in memory, with the columns `image` and `text`."""
+    images, captions = [], []
+    for index in range(NUM_BUILTIN_SHAPES):
+        image, caption = draw_shape(index, resolution)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})
+        captions.append(caption)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
+
+
+def find_metadata(source: SourceConfig) -> Path | None:
+    """The `metadata.jsonl` of an image folder; None if the source is something else."""
+    folder = Path(source.dataset).expanduser()
+    paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def check_metadata(path: Path, place: str, source: SourceConfig, config: DataConfig) -> None:
+    """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
+    whose image is missing."""
+    if source.image_column != "image":
+        raise InputError(
+            f"{place}.image_column: an image folder has its images in 'image', got {source.image_column!r}"
+        )
+    for number, line in metadata_lines(path):
+        row = read_metadata_line(line, f"{path} line {number}", place, source)
+        if config.on_bad_row == "stop" and not os.path.isfile(os.path.join(path.parent, row["file_name"])):
+            raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+
+
+def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1 on."""
+    with path.open("rb") as file:
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+
+
+def read_metadata_line(line: bytes, line_name: str, place: str, source: SourceConfig) -> dict[str, Any]:
+    """A line's object, which has a file name and a caption.
+
+    Raises:
+        InputError: it has not, or is no JSON; the message begins with `line_name`, or names it.
+    """
+    try:
+        row = json.loads(line.decode().rstrip())  # so that the column is one of this line
+    except json.JSONDecodeError as error:
+        raise InputError(f"{line_name}: not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{line_name}: not UTF-8") from None
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
+    if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
+        raise InputError(
+            f"{place}.caption_column: no {' or '.join(map(repr, caption_columns(source)))} in {line_name}; "
+            f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
+        )
+    return row

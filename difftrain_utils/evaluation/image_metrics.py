@@ -1,0 +1,151 @@
+"""FID, KID and CLIP score of images that are generated from the captions of held-out images.
+
+Feature networks are image models of transformers, by folder or hub name, with their own preprocessing (always Pillow's
+resizing, torchvision or not); torchmetrics computes FID and KID from their features. The CLIP score is of transformers
+alone: torchmetrics 1.9's takes what transformers 5 returns for a tensor, and fails.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from diffusers.utils import pt_to_pil
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.data.rows import Rows
+from difftrain_utils.data.samples import read_row_or_substitute, to_square
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.evaluation.validation import generate
+
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
+
+
+def load_metric_networks(config: Config, data: Rows | None, device: torch.device) -> dict[str, Callable]:
+    """What `image_metrics` needs for the metrics asked for: {"features": (images) -> (N, d), "clip_score":
+    (images, captions) -> (N,)}, float32, of N RGB images.
+
+    Raises:
+        InputError: a network cannot be loaded, or `data` has fewer images than are to be generated.
+    """
+    features, clip = config.evaluation.fid_features, config.evaluation.clip_score_model
+    wanted, networks = config.evaluation.num_metric_images, {}
+    if (features or clip) and wanted > len(data):
+        raise InputError(f"evaluation.num_metric_images: there are {len(data)} held-out images, got {wanted}")
+    blank = [Image.new("RGB", (config.data.resolution, config.data.resolution))]  # what a network cannot do shows now
+    if features:
+        with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
+            importlib.import_module("torchmetrics.image.fid")  # fails here if torch-fidelity is there and is broken
+            networks["features"] = (_load_inception if features == "inception" else _load_features)(features, device)
+            networks["features"](blank)
+    if clip:
+        with blame(f"evaluation.clip_score_model: cannot use {clip!r}", Exception):
+            networks["clip_score"] = _load_clip_score(clip, device)
+            networks["clip_score"](blank, [""])
+    return networks
+
+
+def image_metrics(
+    accelerator: Accelerator, networks: dict, pipeline: DiffusionPipeline, data: Rows, config: Config
+) -> dict[str, float]:
+    """`fid`, `kid` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images` images made
+    from the first captions of the first rows of `data`; FID and KID compare them with the images of these rows.
+
+    Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
+    """
+    evaluation, batches = config.evaluation, []
+    mine = range(accelerator.process_index, evaluation.num_metric_images, accelerator.num_processes)
+    for start in range(0, len(mine), evaluation.batch_size):
+        keys = mine[start : start + evaluation.batch_size]
+        rows = [read_row_or_substitute(data, k, config.data, evaluation.seed, k) for k in keys]
+        captions = [captions[0] for _, captions in rows]
+        images = generate(pipeline, replace(evaluation, prompts=captions), config.data.resolution, keys)
+        batch = {}
+        with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
+            if "features" in networks:
+                squares = torch.stack([to_square(image, config.data) for image, _ in rows])
+                batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
+            if "clip_score" in networks:
+                batch["clip_score"] = networks["clip_score"](images, captions)
+        batches.append({name: values.cpu() for name, values in batch.items()})
+    batches = gather_object(batches)
+    values = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    metrics = {}
+    if "features" in networks:
+        metrics["fid"] = frechet_distance(values["real"], values["generated"])
+        metrics["kid"] = kernel_distance(values["real"], values["generated"])
+    if "clip_score" in networks:
+        metrics["clip_score"] = values["clip_score"].mean().item()
+    return metrics
+
+
+def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """Fréchet distance of the Gaussians through two sets of features (N, d), N >= 2 (Heusel et al. 2017,
+    arXiv:1706.08500, equation 6), by torchmetrics."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # an optional extra
+
+    as_they_are = torch.nn.Identity()
+    as_they_are.num_features = real.shape[1]
+    fid = FrechetInceptionDistance(as_they_are, sync_on_compute=False)  # each process has the features of all
+    fid.update(real, real=True)
+    fid.update(generated, real=False)
+    return fid.compute().item()
+
+
+def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """Unbiased estimate of the squared MMD, kernel (x·y/d + 1)³, of two sets of features (N, d), N >= 2 (Bińkowski et
+    al. 2018, arXiv:1801.01401, section 4), by torchmetrics. It is of all N at once: the usual mean over subsets has
+    the same expectation and more variance, and torchmetrics draws them from the global random state."""
+    from torchmetrics.image.kid import poly_mmd  # an optional extra
+
+    return poly_mmd(real, generated).item()
+
+
+def _load_features(name: str, device: torch.device) -> Callable:
+    network, processor = _load(AutoModel, name, device)
+    network = getattr(network, "vision_model", network)  # CLIP has a text model as well
+    return lambda images: network(processor(images)).pooler_output.flatten(1)
+
+
+def _load_clip_score(name: str, device: torch.device) -> Callable:
+    model, processor = _load(CLIPModel, name, device)
+    tokenizer, text_config = CLIPTokenizer.from_pretrained(name), model.config.text_config
+    if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one where files are missing
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its text model {text_config.vocab_size}")
+    cut = {"padding": True, "truncation": True, "max_length": text_config.max_position_embeddings}
+
+    def clip_score(images: list[Image.Image], captions: list[str]) -> torch.Tensor:
+        """100 max(cos, 0) of the embeddings of image and caption (Hessel et al. 2021, arXiv:2104.08718, but 2.5)."""
+        text = tokenizer(captions, return_tensors="pt", **cut).to(device)
+        output = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=processor(images))
+        return 100 * (output.image_embeds * output.text_embeds).sum(-1).clamp(min=0)  # the embeddings have length 1
+
+    return clip_score
+
+
+def _load(model_class, name: str, device: torch.device) -> tuple[torch.nn.Module, Callable]:
+    """(model in float32, images -> its pixel values). Weights that are missing, transformers would draw at random."""
+    model, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"it has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    model = model.eval().requires_grad_(False).to(device)
+    return model, lambda images: processor(images, return_tensors="pt")["pixel_values"].to(device)
+
+
+def _load_inception(_, device: torch.device) -> Callable:
+    """The network of the original FID, from torch-fidelity, which needs torchvision. Nothing is downloaded."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError("evaluation.fid_features: inception needs torch-fidelity (pip install torch-fidelity)")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+    torch.load(path, weights_only=True)  # torch-fidelity would unpickle whatever it holds
+    inception = importlib.import_module("torchmetrics.image.fid").NoTrainInceptionV3
+    network = inception("inception-v3-compat", ["2048"], str(path)).to(device)
+    return lambda images: network(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))

@@ -1,0 +1,126 @@
+"""How far a prediction is from its target, and how much each noise level counts."""
+
+import math
+
+import torch
+
+from difftrain_utils.config.config import LossConfig
+from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.objective.schedule import append_dims, compute_snr, get_prediction_type
+
+
+def elementwise_loss(
+    config: LossConfig, noise_scheduler, model_pred: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each element, of the target's shape (batch, channels, …). With d = model_pred - target:
+
+    - `mse`: d²
+    - `l1`: |d|
+    - `huber`: 2c(sqrt(d² + c²) - c), d² for small d and 2c|d| for large
+    - `smooth_l1`: 2(sqrt(d² + c²) - c), d²/c for small d and 2|d| for large
+
+    The last two are the pseudo-Huber losses of Khrapov et al. 2024, arXiv:2403.16728, c from `huber_threshold`.
+    """
+    difference = model_pred - target
+    if config.type == "mse":
+        return difference.square()
+    if config.type == "l1":
+        return difference.abs()
+    threshold = append_dims(huber_threshold(config, noise_scheduler, timesteps), difference)
+    # (sqrt(d² + c²) - c) without the cancellation at small d
+    pseudo_huber = difference.square() / ((difference.square() + threshold.square()).sqrt() + threshold)
+    return 2 * pseudo_huber * (threshold if config.type == "huber" else 1)
+
+
+def huber_threshold(config: LossConfig, noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """c of the pseudo-Huber losses, shape (batch,), between `huber_c` and 1.
+
+    - `constant`: huber_c
+    - `exponential`: huber_c^(t/T), 1 without noise and huber_c at full noise
+    - `snr`: (1 - huber_c) / (1 + s/a)² + huber_c
+    """
+    c = torch.full(timesteps.shape, config.huber_c, device=timesteps.device)
+    if config.huber_schedule == "exponential":
+        return c ** (timesteps / noise_scheduler.config.num_train_timesteps)
+    if config.huber_schedule == "snr":
+        return (1 - c) / (1 + compute_snr(noise_scheduler, timesteps) ** -0.5) ** 2 + c
+    return c
+
+
+def loss_weights(config: LossConfig, noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """The weight of each sample's loss in the model's own parametrisation, shape (batch,).
+
+    `uniform` is 1, and so weighs the parametrisations differently. All others state a weight w on the error of the
+    clean latents, |x̂_0 - x_0|², and come out the same for every prediction type: this returns w / c, for at a given
+    x_t the loss in the model's parametrisation is c·|x̂_0 - x_0|² (see `error_scale`). With SNR = a²/s², σ = s/a:
+
+    - `snr`: SNR, which is uniform for epsilon (Ho et al. 2020)
+    - `min_snr`: min(SNR, γ), γ = `snr_gamma` (Hang et al. 2023, arXiv:2303.09556). For v this is
+      min(SNR, γ) / (SNR + 1), as the paper has it; trainers that divide by SNR alone train another weighting.
+    - `soft_min_snr`: SNR·γ / (SNR + γ) (Crowson et al. 2024, arXiv:2401.11605)
+    - `p2`: SNR / (k + SNR)^γ, `p2_k` and `p2_gamma` (Choi et al. 2022, arXiv:2204.00227, on the epsilon loss)
+    - `debiased`: sqrt(SNR) (Yu et al. 2023, arXiv:2310.08442: 1/sqrt(SNR) on the epsilon loss). For v this is
+      sqrt(SNR) / (SNR + 1); trainers that use 1/(SNR + 1) or 1/sqrt(SNR) for v leave the derivation.
+    - `edm`: (σ² + σ_d²) / (σ·σ_d)², `edm_sigma_data` (Karras et al. 2022, arXiv:2206.00364, table 1)
+    - `sigma_sqrt`, `cosmap`: σ_f⁻² and 2 / (π(1 - 2σ_f + 2σ_f²)) on the flow loss, σ_f = s/(a + s) (Esser et al. 2024,
+      arXiv:2403.03206, as diffusers has them)
+    """
+    if config.weighting == "uniform":
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    return clean_weight(config, compute_snr(noise_scheduler, timesteps)) / error_scale(noise_scheduler, timesteps)
+
+
+def clean_weight(config: LossConfig, snr: torch.Tensor) -> torch.Tensor:
+    """The weight w(SNR) on the error of the clean latents: see `loss_weights`."""
+    gamma, sigmas = config.snr_gamma, snr**-0.5
+    flow_sigmas = sigmas / (1 + sigmas)
+    flow_scale = flow_sigmas**-2  # a velocity's error, in clean latents': u - û = -(x_0 - x̂_0) / σ_f
+    return {
+        "snr": lambda: snr,
+        "min_snr": lambda: snr.clamp(max=gamma),
+        "soft_min_snr": lambda: snr * gamma / (snr + gamma),
+        "p2": lambda: snr / (config.p2_k + snr) ** config.p2_gamma,
+        "debiased": lambda: snr.sqrt(),
+        "edm": lambda: (sigmas**2 + config.edm_sigma_data**2) / (sigmas * config.edm_sigma_data) ** 2,
+        "sigma_sqrt": lambda: flow_sigmas**-2 * flow_scale,
+        "cosmap": lambda: 2 / (math.pi * (1 - 2 * flow_sigmas + 2 * flow_sigmas**2)) * flow_scale,
+    }[config.weighting]()
+
+
+def error_scale(noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """c in |model_pred - target|² = c·|x̂_0 - x_0|² at a given x_t = a·x_0 + s·ε, shape (batch,).
+
+    epsilon: SNR; sample: 1; v_prediction: (a²/s + s)² = SNR + 1 where a² + s² = 1; flow: (a/s + 1)² = (1/σ)².
+    """
+    snr = compute_snr(noise_scheduler, timesteps)
+    prediction_type = get_prediction_type(noise_scheduler)
+    if prediction_type == "sample":
+        return torch.ones_like(snr)
+    if prediction_type == "epsilon":
+        return snr
+    if prediction_type == "v_prediction":
+        return snr + 1
+    return (snr.sqrt() + 1) ** 2
+
+
+class LearnedUncertainty(torch.nn.Module):
+    """EDM2's learned loss weighting (Karras et al. 2024, arXiv:2312.02696, section 2.2): loss / exp(u) + u.
+
+    u is a linear function of Fourier features of the noise level c = ln(σ)/4, trained along with the denoiser. At its
+    minimum exp(u) is the expected loss of the noise level, so that all levels contribute gradients of like size. It
+    starts at u = 0, the loss as it was.
+    """
+
+    def __init__(self, num_features: int = 128):
+        super().__init__()
+        generator = generator_for(0, "uncertainty_features", 0)  # fixed: no part of a run's randomness
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(num_features, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_features, generator=generator))
+        self.weight = torch.nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, losses: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:
+        """Weighted losses of shape (batch,) from losses and signal-to-noise ratios of that shape."""
+        noise_level = -snr.log() / 8  # ln(σ)/4, σ = SNR^(-1/2)
+        features = math.sqrt(2) * torch.cos(noise_level[:, None] * self.frequencies + self.phases)
+        log_uncertainty = (features * self.weight).sum(1) / math.sqrt(len(self.weight))  # float32 under autocast, too
+        return losses / log_uncertainty.exp() + log_uncertainty

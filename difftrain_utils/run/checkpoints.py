@@ -1,0 +1,326 @@
+"""Checkpoints to resume from: complete or absent, never half, and verified before they are loaded.
+
+`checkpoint-500/` holds accelerate's `save_state` (weights, optimizer, learning rate, loss scale), the EMA weights as
+`ema.safetensors`, `training_state.json`, and the snapshot of the run that it is from. It is written aside, with the
+digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is no random state in it,
+for keyed samples need none, and nothing that is unpickled.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
+from difftrain_utils.optimization.ema import EMA
+from difftrain_utils.optimization.power_ema import SNAPSHOTS, PowerEMA
+from difftrain_utils.run.manifest import CONFIG_FILE, MANIFEST_FILE, file_digest, is_checkpoint_of, read_manifest
+
+STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
+DIGESTS_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
+PARTIAL, DAMAGED = ".partial", ".damaged"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's
+
+# What may change when a run goes on in its folder: it says where, how long and how often, not what is trained. Whether
+# another folder holds the same data or the same base model, their digests tell.
+FREE_FIELDS = {
+    *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
+    *("data.dataset", "data.validation_dir", "data.num_workers", "data.cache_dir"),
+    *("data.cache_latents", "data.cache_text"),
+    *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
+    *(
+        f"train.{name}"
+        for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
+    ),
+    *(f"train.{name}" for name in ("compile", "channels_last", "plain_attention", "profile", "peak_tflops")),
+    *("model.vae_slicing", "ema.on_cpu"),
+    *("train.gradient_checkpointing", "train.on_nonfinite", "train.max_skipped_steps", "ema.snapshot_every"),
+}
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: dict[str, Any],
+    snapshot: dict[str, str] | None,
+    ema_model: EMA | None,
+    power_ema: PowerEMA | None,
+    keep: int,
+    required: bool,
+) -> None:
+    """Write `output_dir/checkpoint-{state["global_step"]}`, then delete all but the `keep` newest (0: none).
+
+    All processes call it; the main process has the `snapshot`. `state` is what else the loop needs to go on, as JSON.
+    A failed write leaves the older checkpoints as they are. The run goes on with a warning, for the next save may do.
+
+    Raises:
+        RunError: a write failed, and the checkpoint is `required`: there will be no next one.
+    """
+    folder = output_dir / f"checkpoint-{state['global_step']}"
+    if folder.exists():  # the same step of the same run
+        return
+    partial, failure = folder.with_name(folder.name + PARTIAL), None
+    if accelerator.is_main_process:
+        for left_over in output_dir.glob(f"checkpoint-*{PARTIAL}"):
+            shutil.rmtree(left_over, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+    except WRITE_ERRORS as error:
+        failure = one_line(error)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and failure is None:
+        try:
+            for random_state in partial.glob("random_states_*.pkl"):
+                random_state.unlink()
+            for average, file in ((ema_model, EMA_FILE), (power_ema, POWER_EMA_FILE)):
+                if average is not None:  # safetensors wants them contiguous, which channels_last is not
+                    save_file({name: t.contiguous() for name, t in average.state_tensors().items()}, partial / file)
+            for name, content in (snapshot | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
+                (partial / name).write_text(content, encoding="utf-8")
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
+                synced = pool.submit(_fsync_all, partial)
+                digests = sha256sums(partial)
+                synced.result()
+            (partial / DIGESTS_FILE).write_text(digests, encoding="utf-8")
+            replace_folder(partial, folder)
+        except WRITE_ERRORS as error:
+            failure = one_line(error)
+    failures = [text for text in gather_object([failure]) if text is not None]
+    if failures:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        newest = list_checkpoints(output_dir)
+        there = f"the newest checkpoint is {newest[-1][1].name}" if newest else "there is no checkpoint yet"
+        if required:
+            raise RunError(f"cannot save {folder}: {failures[0]}; {there}")
+        warn(f"cannot save {folder}: {failures[0]}; training goes on, {there}")
+    elif keep and accelerator.is_main_process:
+        for _, old in list_checkpoints(output_dir)[:-keep]:
+            leaving = old.rename(old.with_name(old.name + PARTIAL))  # never half a checkpoint by its name
+            shutil.rmtree(leaving, ignore_errors=True)
+
+
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, ema_model: EMA | None, power_ema: PowerEMA | None
+) -> dict[str, Any]:
+    """Bring everything that was prepared back to where `folder` left it, and return the loop's state.
+
+    Raises:
+        InputError: the folder is no checkpoint of this run's model, optimizer and EMA setting.
+    """
+    with blame(f"train.resume_from: cannot load {folder}", OSError, RuntimeError, ValueError, KeyError):
+        state = read_state(folder)
+        accelerator.load_state(str(folder))
+        if ema_model is not None:
+            ema_model.load_state_tensors(load_file(folder / EMA_FILE))
+        if power_ema is not None:
+            power_ema.load_state_tensors(load_file(folder / POWER_EMA_FILE))
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `train.resume_from` names, verified; None to start from the beginning.
+
+    `latest` is the newest intact one of `train.output_dir`, with a warning about newer ones that are damaged.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a run with other settings, or `train.output_dir` holds a run that
+            would be mixed with this one.
+    """
+    resume_from, output_dir = config.train.resume_from, Path(config.train.output_dir)
+    checkpoints = list_checkpoints(output_dir)
+    if config.train.overwrite or (resume_from in (None, "latest") and not checkpoints):
+        return None
+    if resume_from is None:
+        raise InputError(
+            f"train.output_dir: {output_dir} already holds a run ({checkpoints[-1][1].name}); go on with "
+            "--resume-from latest, replace it with --train.overwrite, or give another --output-dir"
+        )
+    if resume_from == "latest":
+        folder = _newest_intact(output_dir)
+    else:
+        folder = Path(resume_from).expanduser()
+        if not (folder / STATE_FILE).is_file():
+            there = ", ".join(path.name for _, path in checkpoints) or "no checkpoint"
+            raise InputError(f"train.resume_from: no checkpoint at {folder}; {output_dir} has {there}")
+        if damage := find_damage(folder):
+            raise InputError(f"train.resume_from: {folder} is damaged: {damage}")
+        if checkpoints and checkpoints[-1][1].resolve() != folder.resolve():
+            raise InputError(
+                f"train.resume_from: {folder} is not the newest checkpoint of {output_dir}, which is "
+                f"{checkpoints[-1][1].name}: a folder holds one history; give another --output-dir"
+            )
+    _check_settings(folder, config)
+    return folder
+
+
+def _newest_intact(output_dir: Path) -> Path:
+    damages = []
+    for _, folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            for text in damages:
+                warn(f"{text}; going on from {folder.name}")
+            return folder
+        damages.append(f"{folder} is damaged: {damage}")
+    raise InputError(f"train.resume_from: no intact checkpoint: {'; '.join(damages)}; --train.overwrite starts afresh")
+
+
+def find_damage(folder: Path) -> str | None:
+    """How the files of a checkpoint differ from its SHA256SUMS; None if they do not."""
+    try:
+        recorded, found = (folder / DIGESTS_FILE).read_bytes(), sha256sums(folder).encode()
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    if recorded == found:
+        return None
+    # the name stands after 64 digits and two spaces; in a damaged list a line may be of any kind
+    digests = [{line[66:]: line[:64] for line in text.splitlines() if line[66:]} for text in (recorded, found)]
+    for name, digest in digests[0].items():
+        if name not in digests[1]:
+            return f"{name.decode(errors='replace')} is missing"
+        if digests[1][name] != digest:
+            return f"{name.decode(errors='replace')} has not the SHA-256 that {DIGESTS_FILE} says"
+    return f"{DIGESTS_FILE} does not list what is there"
+
+
+def sha256sums(folder: Path) -> str:
+    """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(file_digest, paths))
+    return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
+
+
+def _check_settings(folder: Path, config: Config) -> None:
+    """Refuse to go on in the same folder with other settings; into another folder a run may branch off with them."""
+    saved = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    differences = {}
+    for section, fields in dataclasses.asdict(config).items():
+        for name, value in fields.items():
+            was = saved.get(section, {}).get(name, value)
+            if name == "sources" and was and value and _without_places(was) == _without_places(value):
+                continue
+            if was != value and section != "evaluation" and f"{section}.{name}" not in FREE_FIELDS:
+                differences[f"{section}.{name}"] = f"{section}.{name} was {was!r} and is {value!r}"
+    step = read_state(folder)["global_step"]
+    if step > config.train.max_steps:
+        raise InputError(f"train.resume_from: {folder} is past train.max_steps, which is {config.train.max_steps}")
+    is_branch = not is_checkpoint_of(folder, Path(config.train.output_dir))
+    fatal = [text for name, text in differences.items() if not is_branch or name == "optimizer.class_path"]
+    if fatal:
+        hint = "" if is_branch else "; to branch off with other settings give another --output-dir"
+        raise InputError(f"train.resume_from: {folder} is of another run: {', '.join(fatal)}{hint}")
+    if differences:
+        warn(f"branching off from {folder} with other settings: {', '.join(differences.values())}")
+
+
+def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`data.sources` but for where they lie, which may change as `data.dataset` may."""
+    return [{name: value for name, value in source.items() if name != "dataset"} for source in sources]
+
+
+def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None:
+    """Refuse to go on in the same folder with another base model, other data or another precision; a run that branches
+    off is told.
+
+    Raises:
+        InputError: names what differs.
+    """
+    is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
+    saved, now = read_manifest(folder), json.loads(snapshot[MANIFEST_FILE])
+    for what, was, value in (
+        (
+            "model.pretrained_model_name_or_path: the weights",
+            saved["base_model"]["sha256"],
+            now["base_model"]["sha256"],
+        ),
+        ("data.dataset: the training images or captions", saved["data"].get("train"), now["data"].get("train")),
+    ):
+        differing = sorted(key for key in was if was[key] != value.get(key) and key != "dataset")
+        if differing and was.get("streaming") == value.get("streaming"):  # a stream's digest is of its files
+            names = ", ".join(differing)
+            differences.append(f"{what} are not those that {folder} was trained from ({names} differ)")
+    if saved["mixed_precision"] != now["mixed_precision"]:
+        precisions = f"{saved['mixed_precision']}, not {now['mixed_precision']}"
+        differences.append(f"train.precision: {folder} was trained with {precisions}")
+    if differences and not is_branch:
+        raise InputError(differences[0])
+    for difference in differences:
+        warn(f"branching off: {difference}")
+
+
+def is_finished(config: Config, checkpoint: Path | None) -> bool:
+    """Whether `checkpoint` is the end of a run that has left all that it should."""
+    output_dir = Path(config.train.output_dir)
+    if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
+        return False
+    steps = read_state(checkpoint)["global_step"], read_manifest(output_dir).get("final", {}).get("global_step")
+    return steps == (config.train.max_steps, config.train.max_steps)
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """The complete checkpoints of a run as (step, folder), oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def set_newer_aside(output_dir: Path, global_step: int) -> None:
+    """Rename the checkpoints after `global_step`, which are damaged, so that the run can write them again."""
+    for step, path in list_checkpoints(output_dir):
+        if step > global_step:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def delete_run(output_dir: Path) -> None:
+    """Delete what a run leaves in its folder, checkpoints first, and nothing else."""
+    for path in [
+        *output_dir.glob("checkpoint-*"),
+        *(output_dir / name for name in ("pipeline", "samples", "logs", "profile", SNAPSHOTS)),
+    ]:
+        shutil.rmtree(path, ignore_errors=True)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give `partial` the name `folder`, all its bytes on disk first; an older `folder` goes after that."""
+    _fsync_all(partial)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""What makes a step faster and leaves its formulas as they are: see docs/performance.md."""
+
+import contextlib
+import ctypes
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+
+from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.errors import InputError, one_line
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
+
+
+def set_tf32(config: TrainConfig, device: torch.device) -> None:
+    """Let an NVIDIA GPU round the factors of float32 products and convolutions to TF32 (10 bits of mantissa), or not.
+
+    Torch's own default is to do so in convolutions alone.
+
+    Raises:
+        InputError: `train.tf32` on a device that has no TF32.
+    """
+    if device.type != "cuda":
+        if config.tf32:
+            raise InputError(f"train.tf32: needs an NVIDIA GPU, the device is {device.type}")
+        return
+    if config.tf32 and torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError(f"train.tf32: {torch.cuda.get_device_name(device)} has no TF32 (Ampere and newer have)")
+    # the older names of these switches: torch refuses to read them once their newer ones were set
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+
+
+def speed_up(config: TrainConfig, denoiser: torch.nn.Module) -> None:
+    """Lay out and compile the denoiser as `train.channels_last` and `train.compile` say, in place: names of
+    parameters stay, and what is saved is contiguous as ever.
+
+    Raises:
+        InputError: torch.compile does not work here, or the denoiser has no repeated blocks to compile.
+    """
+    if config.plain_attention:
+        denoiser.set_attn_processor(AttnProcessor())
+    if config.channels_last:
+        # of convolutions' weights; what they put out follows
+        torch.nn.Module.to(denoiser, memory_format=torch.channels_last)
+    if config.compile is None:
+        return
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled without a word
+    # A graph for each shape, whatever came before it: a resumed run may begin with another shape.
+    options = {"dynamic": False}
+    if config.compile == "whole":
+        denoiser.compile(**options)
+    else:
+        try:
+            denoiser.compile_repeated_blocks(fullgraph=True, **options)
+        except ValueError as error:
+            raise InputError(f"train.compile: regional is not for this model: {one_line(error)}") from error
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next step. By default it gives that of large ones back to the
+    system, which hands it out again page by page, filled with zeros. Other allocators are left as they are."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
+
+
+def check_compile(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError unless torch.compile works on the device: it needs a C++ compiler, or Triton on a GPU."""
+    if config.compile is None:
+        return
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds, of any layer of the compiler
+        raise InputError(f"train.compile: torch.compile does not work on this machine: {one_line(error)}") from error

@@ -1,0 +1,225 @@
+"""What a run was: its config, code, machine, base model and data, written before its first step."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.run.metrics import TIMES, read_metrics
+
+CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow")
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+)
+
+
+def take_snapshot(
+    config: Config, accelerator: Accelerator, base_model: dict[str, str], data: dict[str, Any]
+) -> dict[str, str]:
+    """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
+
+    `base_model` are the digests of its parts; `data` is what `inspect_splits` returned.
+    """
+    manifest = {
+        "started": _now(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "git": describe_git(Path(sys.argv[0]).resolve().parent),
+        "versions": describe_versions(),
+        "seed": config.train.seed,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": device_name(accelerator.device),
+        "base_model": {
+            "name": config.model.pretrained_model_name_or_path,
+            "revision": config.model.revision,
+            "sha256": base_model,
+        },
+        "data": data,
+    }
+    return {
+        CONFIG_FILE: config.to_yaml(),
+        ENVIRONMENT_FILE: _json(describe_environment()),
+        MANIFEST_FILE: _json(manifest),
+    }
+
+
+def write_snapshot(
+    output_dir: Path, snapshot: dict[str, str], global_step: int = 0, checkpoint: Path | None = None
+) -> None:
+    """Write the files of a run that starts at `global_step`, from `checkpoint` if it goes on from one.
+
+    `segments` of the manifest lists each start: when, on which host, from which step, and as `differs` what of the
+    manifest was not as at the first start. A run that goes on in its folder keeps the rest of its first manifest.
+    """
+    manifest = json.loads(snapshot[MANIFEST_FILE])
+    segment = {name: manifest[name] for name in ("started", "host", "command")} | {"from_step": global_step}
+    first = manifest | {"segments": []}
+    if checkpoint is not None:
+        segment["resumed_from"] = str(checkpoint)
+        if is_checkpoint_of(checkpoint, output_dir):
+            first = read_manifest(output_dir)
+            first.pop("final", None)
+            segment["differs"] = {
+                name: value for name, value in manifest.items() if name not in segment and value != first.get(name)
+            }
+    first["segments"] = [*first["segments"], segment]
+    snapshot[MANIFEST_FILE] = _json(first)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in snapshot.items():
+        write_text(output_dir / name, content)
+
+
+def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[str, str] | None = None) -> None:
+    """Note in the manifest where the present segment ended, and why.
+
+    `weights`, the digests of the final weights, end the run: they are noted as `final`, with that of the loss trace.
+    """
+    manifest = read_manifest(output_dir)
+    manifest["segments"][-1] |= {"ended": _now(), "to_step": global_step, "reason": reason}
+    if weights is not None:
+        trace = loss_trace_digest(output_dir / "metrics.jsonl")
+        manifest["final"] = {"global_step": global_step, "weights": weights, "loss_trace": trace}
+    write_text(output_dir / MANIFEST_FILE, _json(manifest))
+
+
+def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a run that resumes from it goes on in its folder, and does not branch off from another run."""
+    return checkpoint.resolve().parent == output_dir.resolve()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file whole: a kill or a full disk leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
+
+
+def loss_trace_digest(path: Path) -> str:
+    """SHA-256 over a metrics.jsonl without the times of its steps."""
+    entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
+    metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
+    return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
+
+
+def part_digest(folder: Path, variant: str | None = None) -> str:
+    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone."""
+    paths = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    tensors = {}
+    for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
+        is_bin = path.suffix == ".bin"
+        tensors |= torch.load(path, "cpu", weights_only=True, mmap=True) if is_bin else load_file(path)
+    return tensors_digest({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a module's state dict, in the order of names."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """The same over any named tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe_git(folder: Path) -> dict[str, Any] | None:
+    """The commit of the checkout around `folder`, and how the working tree differs; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, errors="replace", check=True
+        ).stdout
+
+    try:
+        status = git("status", "--porcelain")
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(status), "diff": git("diff", "HEAD")}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version, and those of the packages that decide a run's numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine and all installed packages."""
+    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
+    }
+
+
+def set_deterministic() -> None:
+    """Let torch use deterministic algorithms only. Call it before CUDA starts: cuBLAS reads its variable then."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H100 80GB HBM3`, say; `cpu` and others by their type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,73 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from difftrain_utils.builtins import shapes
+from difftrain_utils.builtins.shapes import COLORS, PROMPTS, SHAPES, count_right, draw_shape, judge
+from difftrain_utils.errors import InputError
+
+
+def test_there_are_enough_colours_and_shapes():
+    assert len(COLORS) >= 6 and len(SHAPES) >= 3
+    assert len(set(PROMPTS)) == len(COLORS) * len(SHAPES)
+
+
+@pytest.mark.parametrize("image_size", [24, 32, 64, 128])
+def test_the_judge_names_what_was_drawn(image_size):
+    for index in range(180):
+        image, caption = draw_shape(index, image_size, seed=5)
+        assert "a {} {}".format(*judge(image)) == caption
+
+
+def test_the_judge_bears_a_little_blur_and_noise():
+    rng = np.random.default_rng(0)
+    drawn = [draw_shape(index, 32) for index in range(180)]
+    spoiled = []
+    for image, _ in drawn:
+        pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) + rng.normal(0, 8, (32, 32, 3))
+        spoiled.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    assert count_right(spoiled, [caption for _, caption in drawn]) >= 0.97 * len(drawn)
+
+
+def test_the_judge_sees_nothing_in_noise_and_blanks():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert judge(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))) == (None, None)
+    for color in [(0, 0, 0), (128, 128, 128), (255, 255, 255), *COLORS.values()]:
+        assert judge(Image.new("RGB", (32, 32), color)) == (None, None)
+
+
+def test_the_judge_does_not_name_a_shape_or_colour_that_is_not_one_of_them():
+    stripe = Image.new("RGB", (32, 32))
+    stripe.paste(COLORS["red"], (4, 14, 28, 18))
+    assert judge(stripe) == ("red", None)
+    half = Image.new("RGB", (32, 32))
+    half.paste(COLORS["red"], (8, 8, 16, 24))
+    half.paste(COLORS["cyan"], (16, 8, 24, 24))
+    assert judge(half) == (None, "square")
+
+
+def test_wrong_images_are_not_counted():
+    images = [draw_shape(index, 32)[0] for index in range(18)]
+    assert count_right(images, PROMPTS) == 18
+    assert count_right(images, PROMPTS[1:] + PROMPTS[:1]) == 0
+
+
+def test_an_image_is_a_function_of_seed_and_index():
+    assert draw_shape(7, 32, seed=1)[0].tobytes() == draw_shape(7, 32, seed=1)[0].tobytes()
+    assert draw_shape(7, 32, seed=1)[0].tobytes() != draw_shape(7, 32, seed=2)[0].tobytes()
+    assert draw_shape(7, 32)[0].tobytes() != draw_shape(7 + 18, 32)[0].tobytes()
+
+
+def test_the_folder_holds_what_is_drawn(tmp_path):
+    shapes.main(["--output-dir", str(tmp_path / "out"), "--num-images", "20", "--image-size", "24"])
+    rows = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    for index, row in enumerate(rows):
+        image, caption = draw_shape(index, 24)
+        assert row["text"] == caption
+        assert Image.open(tmp_path / "out" / row["file_name"]).tobytes() == image.tobytes()
+    with pytest.raises(InputError, match="not empty"):
+        shapes.main(["--output-dir", str(tmp_path / "out")])

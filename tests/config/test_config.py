@@ -1,0 +1,217 @@
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from difftrain_utils.config.config import Config, SourceConfig, field_names, parse_config
+from difftrain_utils.errors import InputError
+
+REQUIRED = ["--model.pretrained_model_name_or_path", "some/model", "--data.dataset", "some/data"]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_config([*REQUIRED, *argv])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_and_overrides(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train:\n  max_steps: 7\n  seed: 3\ndata:\n  dataset: elsewhere\n")
+    argv = [*REQUIRED[:2], "--config", str(file), "--train.seed", "4", "--output-dir=out", "--resume-from", "latest"]
+    config = parse_config(argv)
+    assert (config.train.max_steps, config.train.seed, config.data.dataset) == (7, 4, "elsewhere")
+    assert (config.train.output_dir, config.train.resume_from) == ("out", "latest")
+    assert config.optimizer.class_path == "torch.optim.AdamW" and config.optimizer.init_args == {"lr": 1e-4}
+
+
+def test_values_of_all_kinds_from_the_command_line():
+    config = parse_config(
+        [
+            *REQUIRED,
+            *("--optimizer.class_path", "torch.optim.SGD", "--optimizer.init_args.lr", "1e-3"),
+            *("--optimizer.init_args.momentum=0.9", "--evaluation.prompts", '["a cat", "a dog"]'),
+            *("--train.max_grad_norm", "null", "--data.random_flip", "true", "--train.overwrite"),
+            *("--train.report_to", "tensorboard", "--train.precision", "bf16"),
+        ]
+    )
+    assert config.optimizer.init_args == {"lr": 1e-3, "momentum": 0.9}
+    assert config.evaluation.prompts == ["a cat", "a dog"]
+    assert config.train.max_grad_norm is None and config.data.random_flip is True and config.train.overwrite is True
+    assert config.train.report_to == "tensorboard" and config.train.precision == "bf16"
+
+
+def test_the_resolved_config_is_the_same_config(tmp_path):
+    config = parse_config([*REQUIRED, "--evaluation.prompts", "[\"ä: 'x'\"]", "--optimizer.init_args.lr", "3e-5"])
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.max_step", "3"], "--train.max_step: no such field; did you mean --train.max_steps?"),
+        (["--max_steps", "3"], "--max_steps: no such field; did you mean --train.max_steps?"),
+        (["--seed", "3"], "--seed: no such field; did you mean --train.seed or --evaluation.seed?"),
+        (["--qwertyuiop"], "--qwertyuiop: no such field; see --help"),
+        (["--train.max_steps", "many"], "train.max_steps: Expected a <class 'int'>. Got value: many"),
+        (["--train.max_steps", "0"], "train.max_steps: must be at least 1, got 0"),
+        (["--train.max_steps"], "argument --train.max_steps: expected one argument"),
+        (
+            ["--train.precision", "fp8"],
+            "train.precision: Expected one of ['fp32', 'fp16', 'bf16'] or null. Got value: fp8",
+        ),
+        (["--data.caption_dropout", "1.5"], "data.caption_dropout: must be between 0 and 1, got 1.5"),
+        (["--data.resolution", "4"], "data.resolution: must be at least 8, got 4"),
+        (["--data.random_flip", "maybe"], "data.random_flip: Expected a <class 'bool'>. Got value: maybe"),
+        (["--ema.decay", "1"], "ema.decay: must be at least 0 and below 1, got 1.0"),
+        (["--train.max_grad_norm", "0"], "train.max_grad_norm: must be above 0, or null, got 0.0"),
+        (["--evaluation.guidance_scale", "0.5"], "evaluation.guidance_scale: must be at least 1, got 0.5"),
+        (["--train.overwrite", "--resume-from", "x"], "train.overwrite: cannot go with train.resume_from, got True"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--config", "no/such.yaml"], "--config no/such.yaml: No such file or directory"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(argv, message):
+    assert refusal(*argv) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train:\n  max_step: 3\n", "{file}: train.max_step: no such field; did you mean train.max_steps?"),
+        ("trian:\n  max_steps: 3\n", "{file}: trian: no such field; did you mean train?"),
+        ("train: 3\n", "{file}: train: must hold fields, got 3"),
+        ("- 3\n", "--config {file}: must hold sections (model, data, train, "),
+        ("train:\n  - a\n b: 3\n", "--config {file}: not YAML: "),
+        ("train:\n  max_steps: x\n", "train.max_steps: Expected a <class 'int'>. Got value: x"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    assert refusal("--config", str(file)).startswith(message.format(file=file))
+
+
+SOURCES = '--data.sources=[{"dataset": "a", "weight": 1}, {"dataset": "b", "weight": 3, "caption_column": ["x", "y"]}]'
+
+
+def test_sources_from_file_and_command_line(tmp_path):
+    config = parse_config([*REQUIRED[:2], SOURCES])
+    a, b = config.data.sources
+    assert (a, b) == (SourceConfig("a", weight=1), SourceConfig("b", caption_column=["x", "y"], weight=3))
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert parse_config(["--config", str(tmp_path / "resolved.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ('[{"dataset": "a", "wight": 1}]', "--data.sources[0].wight: no such field; did you mean weight?"),
+        ('[{"dataset": 3}]', "data.sources: an item: field \"dataset\": Expected a <class 'str'>. Got value: 3"),
+        ('[{"split": "x"}]', "data.sources: an item: the following arguments are required: dataset"),
+        ("[]", "data.sources: must have at least one source, got []"),
+        ('[{"dataset": ""}]', "data.sources[0].dataset: must not be empty, got ''"),
+        ('[{"dataset": "a", "caption_column": []}]', "data.sources[0].caption_column: must not be empty, got []"),
+        ('[{"dataset": "a", "weight": 0}]', "data.sources[0].weight: must be above 0 and finite, or null, got 0.0"),
+        (
+            '[{"dataset": "a", "weight": 1}, {"dataset": "b"}]',
+            "data.sources[1].weight: either all sources have a weight or none has, got [1.0, None]",
+        ),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(sources, message):
+    with pytest.raises(InputError) as caught:
+        parse_config([*REQUIRED[:2], "--data.sources", sources])
+    assert str(caught.value) == message
+
+
+def test_a_misspelt_field_of_a_source_in_a_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {sources: [{dataset: a}, {dataset: b, capton_column: x}]}")
+    with pytest.raises(
+        InputError, match=r"data.sources\[1\].capton_column: no such field; did you mean caption_column"
+    ):
+        parse_config([*REQUIRED[:2], "--config", str(tmp_path / "c.yaml")])
+
+
+def test_dataset_or_sources():
+    assert refusal(SOURCES) == "data.dataset: cannot go with data.sources, got 'some/data'"
+    with pytest.raises(
+        InputError, match=r"data.image_column: goes with data.dataset; each of data.sources has its own"
+    ):
+        parse_config([*REQUIRED[:2], SOURCES, "--data.image_column", "jpg"])
+
+
+def test_a_required_field():
+    with pytest.raises(InputError, match=r"data.dataset: needed, or else data.sources"):
+        parse_config(REQUIRED[:2])
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_sizes_that_do():
+    message = refusal("--train.batch_size", "12", "--train.gradient_accumulation_steps", "5")
+    assert "batch_size 10 or 15 would" in message and "gradient_accumulation_steps 1, 2, 3, 4, 6, 12" in message
+
+
+def test_a_warm_up_that_would_be_ignored_is_refused():
+    assert "constant_with_warmup has" in refusal("--lr_scheduler.num_warmup_steps", "5")
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    output = " ".join(capsys.readouterr().out.split())
+    for section in dataclasses.fields(Config):
+        assert all(f"--{section.name}.{f.name}" in output for f in dataclasses.fields(section.type))
+    source = ast.parse((ROOT / "difftrain_utils/config/config.py").read_text())
+    for cls in (node for node in source.body if isinstance(node, ast.ClassDef) and node.name != "Config"):
+        documented = [n for n in cls.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        fields = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
+        assert len(documented) == len(fields) + 1, cls.name  # the class and each field
+        if cls.name == "SourceConfig":  # explained by data.sources
+            source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
+            assert all(f"{f.target.id}: " in source_help for f in fields)
+            continue
+        for docstring in documented:
+            assert " ".join(docstring.value.value.split())[:40].rstrip(".") in output
+
+
+def test_print_config_prints_yaml(capsys):
+    with pytest.raises(SystemExit):
+        parse_config([*REQUIRED, "--train.max_steps", "7", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["max_steps"] == 7
+
+
+def test_every_field_is_read_somewhere():
+    """Each `section.field` of the config is an attribute that the script or a helper looks up."""
+    sources = [ROOT / "train_text_to_image.py", *(ROOT / "difftrain_utils").rglob("*.py")]
+    read = set()
+    for path in sources:
+        tree = ast.parse(path.read_text())
+        for scope in ast.walk(tree):
+            # check_config looks at every field: that does not count as using it
+            if isinstance(scope, ast.FunctionDef) and scope.name not in ("check_config", "require"):
+                read |= {node.attr for node in ast.walk(scope) if isinstance(node, ast.Attribute)}
+    names = [name.split(".")[1] for name in field_names()] + [f.name for f in dataclasses.fields(SourceConfig)]
+    assert [name for name in names if name not in read] == []
+
+
+def test_a_typo_is_told_before_torch_is_imported(tmp_path):
+    code = "import sys; from difftrain_utils.config.config import parse_config\n"
+    code += f"parse_config({REQUIRED}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_configs_are_valid_and_begin_with_their_command(path, monkeypatch):
+    text = path.read_text().replace("\\\n#", "")
+    options = re.match(r"# accelerate launch train_text_to_image\.py (.*)", text)[1].split()
+    assert str(path.relative_to(ROOT)) in options
+    monkeypatch.chdir(ROOT)
+    parse_config(options)

@@ -1,0 +1,237 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import (
+    as_rows,
+    assert_refused,
+    launch,
+    launch_two,
+    make_data,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+    without_dropout,
+)
+from PIL import Image
+
+from difftrain_utils.config.config import DataConfig, parse_config
+from difftrain_utils.data.buckets import Buckets, cropped_share, load_buckets
+from difftrain_utils.data.rows import load_data
+from difftrain_utils.data.samples import Samples, resize_and_crop
+from difftrain_utils.errors import InputError
+from difftrain_utils.families.load import load_family
+
+SIZES = [(32, 32), (24, 40), (40, 24), (16, 64), (24, 32)]
+
+
+class TestAssignment:
+    def test_the_nearest_ratio_cuts_off_least(self):
+        sizes = np.random.default_rng(0).integers(16, 2000, (5000, 2))
+        buckets = Buckets(sizes, SIZES, batch_size=1)
+        assert buckets.sizes == sorted(SIZES, key=lambda size: size[1] / size[0])
+        cropped = np.stack([cropped_share(sizes, np.array([size] * len(sizes))) for size in buckets.sizes])
+        np.testing.assert_allclose(buckets.cropped, cropped.min(0))
+        chosen = cropped[buckets.of_row, np.arange(len(sizes))]
+        np.testing.assert_allclose(chosen, cropped.min(0))
+        assert len(np.unique(buckets.of_row)) == 5
+        assert all(buckets.size_of(i) == buckets.sizes[buckets.of_row[i]] for i in range(100))
+
+    def test_small_buckets_are_merged_smallest_first(self):
+        # of three, four and nine images; what is left out goes to its neighbour
+        sizes = np.array([(100, 260)] * 3 + [(100, 170)] * 4 + [(100, 100)] * 9)
+        three = [(32, 32), (24, 40), (16, 40)]
+        assert Buckets(sizes, three, 3).counts.tolist() == [9, 4, 3]
+        four = Buckets(sizes, three, 4)
+        assert (four.sizes, four.counts.tolist(), four.remainder) == ([(32, 32), (24, 40)], [9, 7], 1 + 3)
+        assert Buckets(sizes, three, 8).sizes == [(32, 32)]
+        one = Buckets(sizes, three, 17)  # fewer images than a batch: one is always left
+        assert one.counts.tolist() == [16] and one.remainder == 16
+
+    def test_no_bucket_is_left_with_less_than_a_batch(self):
+        rng = np.random.default_rng(1)
+        for _ in range(50):
+            sizes = rng.integers(16, 500, (rng.integers(8, 60), 2))
+            buckets = Buckets(sizes, SIZES, 8)
+            assert buckets.counts.min() >= 8 and buckets.counts.sum() == len(sizes)
+            assert buckets.counts.tolist() == np.bincount(buckets.of_row).tolist()
+
+    def test_what_cannot_be_read_counts_as_square(self):
+        sizes = np.array([(0, 0), (10, 30), (0, 0), (20, 20)])
+        assert Buckets(sizes, [(32, 32), (16, 48)], 1).of_row.tolist() == [0, 1, 0, 0]
+
+    def test_what_it_tells(self):
+        sizes = np.array([(100, 200)] * 5 + [(100, 100)] * 4)
+        text = Buckets(sizes, [(32, 32), (32, 48)], 2).describe()
+        assert "32x32: 4, 32x48: 5;" in text and "leaves out 1 images" in text
+        assert f"cuts {5 * 0.25 / 9:.1%} of an image (at most 25.0%)" in text
+
+
+class TestCropping:
+    def test_the_share_is_what_is_cut_off(self, monkeypatch):
+        areas, crop = [], Image.Image.crop
+
+        def record(image, box):
+            areas.append((image.width * image.height, (box[2] - box[0]) * (box[3] - box[1])))
+            return crop(image, box)
+
+        monkeypatch.setattr(Image.Image, "crop", record)
+        sizes = np.random.default_rng(0).integers(100, 400, (40, 2))
+        config = DataConfig("memory", image_interpolation="nearest")
+        for i, (height, width) in enumerate(sizes):
+            target = [(256, 256), (192, 320), (512, 128)][i % 3]
+            image = resize_and_crop(Image.new("RGB", (width, height)), config, target, 0.5, 0.5, flip=False)
+            assert image.shape == (3, *target)
+            covering, kept = areas[-1]
+            share = cropped_share(np.array([[height, width]]), np.array([target])).item()
+            assert 1 - kept / covering == pytest.approx(share, abs=0.005)
+
+    @pytest.mark.parametrize("target", [(64, 64), (48, 96), (96, 40)])
+    @pytest.mark.parametrize("size", [(300, 200), (200, 300), (250, 250)])
+    def test_nothing_is_squeezed(self, target, size):
+        """Steps of x and y are of the same length, in an image whose red grows to the right and whose green grows
+        downwards."""
+        width, height = size
+        x, y = np.meshgrid(np.arange(width) * 255 / 300, np.arange(height) * 255 / 300)
+        image = Image.fromarray(np.stack([x, y, 0 * x], -1).round().astype(np.uint8))
+        config = DataConfig("memory", image_interpolation="bilinear")
+        red, green, _ = resize_and_crop(image, config, target, 0.5, 0.5, flip=False)
+        across = (red[:, -3] - red[:, 2]).mean() / (target[1] - 5)
+        down = (green[-3] - green[2]).mean() / (target[0] - 5)
+        scale = max(target[0] / height, target[1] / width)
+        assert across.item() == pytest.approx(down.item(), rel=0.03)
+        assert across.item() == pytest.approx(2 / 300 / scale, rel=0.03)
+
+
+def wide_and_square(num: int = 21) -> list[Image.Image]:
+    """Every third image is wide, and one is high; a grey level each."""
+    sizes = [(60, 36) if i % 3 == 0 else (36, 36) for i in range(num - 1)] + [(30, 60)]
+    return [Image.new("RGB", size, (i * 10,) * 3) for i, size in enumerate(sizes)]
+
+
+BUCKETS = {"data.buckets": [[32, 32], [24, 40], [40, 24]]}
+
+
+def cut_two(row: dict, index: int) -> dict:
+    return {"image": row["image"] | {"bytes": row["image"]["bytes"][: 60 if index in (3, 4) else None]}}
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_samples_have_the_size_of_their_bucket(policy):
+    images = wide_and_square()
+    data = as_rows(make_data(images, [str(i) for i in range(21)]))
+    if policy == "skip":
+        for part in data.parts:
+            part.data = part.data.map(cut_two, with_indices=True)
+    config = DataConfig("memory", resolution=32, on_bad_row=policy)
+    sizes = np.array([image.size[::-1] for image in images])
+    buckets = Buckets(sizes, BUCKETS["data.buckets"], 4)
+    assert buckets.sizes == [(32, 32), (24, 40)]  # one high image is no batch
+    samples = Samples(data, config, 0, 200, 4, buckets)
+    skipped = 0
+    for k in range(200):
+        sample = samples[k]
+        assert tuple(sample["pixel_values"].shape[1:]) == buckets.size_of(samples.index_of(k))
+        assert tuple(sample["pixel_values"].shape[1:]) == buckets.size_of(int(sample["caption"]))
+        assert sample["skipped"] == (int(sample["caption"]) != samples.index_of(k))
+        skipped += sample["skipped"]
+    for step in range(50):
+        assert len({samples[k]["pixel_values"].shape for k in range(4 * step, 4 * step + 4)}) == 1
+    assert (skipped > 5) == (policy == "skip")
+
+
+class TestWhichSizes:
+    def load(self, short_run, folder, **fields):
+        config = parse_config([*short_run, "--data.dataset", str(folder), *options(fields)])
+        family = load_family(config)
+        return load_buckets(Accelerator(cpu=True), family, load_data(config.data), config), family
+
+    @pytest.mark.parametrize("resolution", [32, 64, 128])
+    def test_auto_gives_sizes_that_the_model_takes(self, short_run, mixed_folder, resolution):
+        fields = {"data.buckets": "auto", "data.resolution": resolution, "train.batch_size": 1}
+        buckets, family = self.load(short_run, mixed_folder, **fields)
+        assert len(buckets.sizes) == 3
+        for height, width in buckets.sizes:
+            assert height % family.size_multiple == width % family.size_multiple == 0
+            assert 0.7 < height * width / resolution**2 < 1.3
+            latents = family.encode_images(torch.zeros(1, 3, height, width))[:, 0]
+            conditioning = family.encode_prompts([""])
+            assert family.predict(family.denoiser, latents, torch.tensor([5]), conditioning).shape == latents.shape
+
+    def test_it_prints_what_they_make_of_the_images(self, short_run, mixed_folder, capsys):
+        self.load(short_run, mixed_folder, **BUCKETS)
+        assert "Buckets (height x width: images): 32x32: 14, 24x40: 7; cropping cuts " in capsys.readouterr().out
+
+    def test_the_model_refuses_a_size(self, short_run, mixed_folder):
+        with pytest.raises(InputError, match=r"^data.buckets: .* needs a multiple of 8, got 36 x 24"):
+            self.load(short_run, mixed_folder, **{"data.buckets": [[36, 24]]})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "data.buckets: must be sizes .height, width. of at least 8, or auto, got .."),
+        ([[32]], "data.buckets: must be sizes"),
+        ([[32, 0]], "data.buckets: must be sizes"),
+        ([[32, 32], [64, 64]], "data.buckets: must have different aspect ratios"),
+        ("square", "data.buckets: .*auto.*square"),
+        ([32, 32], "data.buckets: "),
+    ],
+)
+def test_bad_sizes_are_refused_as_the_config_loads(short_run, value, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config([*short_run, *options({"data.buckets": value})])
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_images_are_told_before_anything_is_written(short_run, mixed_folder, tmp_path):
+    fields = {"data.dataset": mixed_folder, "train.batch_size": 32, "data.cache_dir": tmp_path / "cache"}
+    fields |= {"data.cache_latents": True, "data.center_crop": True}
+    result = launch([*short_run, *options(BUCKETS | fields)])
+    assert_refused(result, "data.buckets: no bucket has the 32 images of a batch")
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("latents*"))
+
+
+def source_fields(mixed_folder, image_folder) -> dict:
+    sources = [{"dataset": str(mixed_folder), "weight": 1}, {"dataset": str(image_folder), "weight": 2}]
+    return {"data.dataset": None, "data.sources": sources}
+
+
+CASES = {
+    "buckets": BUCKETS,
+    "auto": {"data.buckets": "auto", "data.num_workers": 1},
+    "weights": {},
+    "weights-buckets": BUCKETS,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_runs(short_run, mixed_folder, image_folder, tmp_path, name):
+    """Stopped and resumed is unbroken, byte for byte; and the batch may be split."""
+    data = source_fields(mixed_folder, image_folder) if "weights" in name else {"data.dataset": mixed_folder}
+    model = {"model.pretrained_model_name_or_path": without_dropout(short_run, tmp_path)}
+    argv = [*short_run, *options(data | model | CASES[name])]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken"), "--train.keep_checkpoints", "0"])
+    stopped = [*argv, "--output-dir", str(tmp_path / "stopped"), "--train.keep_checkpoints", "0"]
+    train([*stopped, "--resume-from", str(unbroken / "checkpoint-2")])
+    assert pipeline_bytes(tmp_path / "stopped") == pipeline_bytes(unbroken)
+    expected = metrics_without_times(unbroken)
+    assert metrics_without_times(tmp_path / "stopped") == expected[2:]
+    split = ["--train.gradient_accumulation_steps", "2", "--output-dir", str(tmp_path / "split")]
+    runs = [train([*argv, *split])]
+    if name == "weights-buckets":
+        result = launch_two([*argv, "--output-dir", str(tmp_path / "two")])
+        assert result.returncode == 0, result.stderr
+        runs.append(tmp_path / "two")
+    for run in runs:
+        losses = [[entry["loss"] for entry in metrics] for metrics in (metrics_without_times(run), expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    config = parse_config(argv)
+    if config.data.buckets is not None:
+        square = dataclasses.replace(config.data, buckets=None)
+        assert square != config.data
+        plain = train([*argv, "--data.buckets", "null", "--output-dir", str(tmp_path / "plain")])
+        assert pipeline_bytes(plain) != pipeline_bytes(unbroken)

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from difftrain_utils.config.config import Config, DataConfig, EmaConfig, EvaluationConfig, ModelConfig
+from difftrain_utils.data.rows import load_data
+from difftrain_utils.evaluation.validation import (
+    evaluation_weights,
+    generate,
+    labelled_grid,
+    validation_loss,
+    validation_timesteps,
+)
+from difftrain_utils.families.load import load_family
+from difftrain_utils.objective.schedule import alphas_and_sigmas, append_dims, get_target
+from difftrain_utils.optimization.ema import EMA
+from difftrain_utils.run.manifest import weights_digest
+
+
+def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
+    family = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("data")))
+    family.denoiser.eval()
+    prompts = ["a red circle", "a blue square", "a green triangle"]
+
+    def pictures(**fields) -> list[np.ndarray]:
+        torch.manual_seed(len(fields))
+        config = EvaluationConfig(prompts=prompts, num_inference_steps=3, **fields)
+        return [np.asarray(image) for image in generate(family.pipeline(family.denoiser), config, 32)]
+
+    together, apart = pictures(), pictures(batch_size=2)
+    assert len(together) == 3 and together[0].shape == (32, 32, 3)
+    for one, other in zip(together, apart, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+    assert np.abs(pictures(seed=1)[0].astype(int) - together[0]).max() > 10
+
+
+def test_evaluation_uses_the_ema_weights_and_gives_the_others_back():
+    denoiser = torch.nn.Linear(3, 3)
+    ema_model = EMA(denoiser.parameters(), EmaConfig(decay=0.5))
+    ema_weights = [p.clone() for p in denoiser.parameters()]
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(1)
+    before = weights_digest(denoiser)
+    with evaluation_weights(denoiser, ema_model):
+        assert not denoiser.training
+        assert all(torch.equal(p, e) for p, e in zip(denoiser.parameters(), ema_weights, strict=True))
+    assert denoiser.training and weights_digest(denoiser) == before
+
+
+def test_the_grid_shows_each_picture_above_its_label():
+    colors = ["red", "green", "blue", "yellow", "cyan"]
+    grid = labelled_grid([Image.new("RGB", (32, 32), color) for color in colors], colors)
+    pixels = np.asarray(grid)
+    for color in colors:
+        area = (pixels == np.asarray(Image.new("RGB", (1, 1), color))[0, 0]).all(axis=2).sum()
+        assert area == 128 * 128  # enlarged without smoothing, nothing covered
+    dark = (pixels < 60).all(axis=2).sum()
+    assert dark > 50  # the labels are there
+    long = labelled_grid([Image.new("RGB", (512, 512))], ["a very long prompt " * 20])
+    assert long.width < 540
+
+
+class TestValidationLoss:
+    def loss(self, checkpoint_folder, data, prediction=None, name="validation_loss", **fields) -> dict:
+        evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
+        config = Config(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
+        config.evaluation = evaluation
+        family = load_family(config)
+        family.denoiser.eval()
+        if prediction is not None:
+            family.predict = lambda denoiser, noisy, timesteps, conditioning: prediction(family, noisy, timesteps)
+        return validation_loss(Accelerator(), family, family.denoiser, data, config, name)
+
+    def test_it_is_a_function_of_the_weights_and_the_evaluation_seed(self, checkpoint_folder, image_folder):
+        data = load_data(DataConfig(str(image_folder)))
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = self.loss(checkpoint_folder, data)
+        assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
+        assert first == self.loss(checkpoint_folder, data)
+        assert first["validation_loss"] > 0 and len(first["validation_loss_bins"]) == 8
+        assert first["validation_loss"] == pytest.approx(np.mean(first["validation_loss_bins"]))
+        other = self.loss(checkpoint_folder, data, evaluation={"seed": 1})
+        assert other["validation_loss"] != first["validation_loss"]
+
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+    def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type):
+        """A model that always says x̂_0 = 0: v̂ - v = x_0 / sin φ, at the same noise levels for every type."""
+        data = load_data(DataConfig(str(image_folder)))
+
+        def blank(family, noisy, timesteps):
+            zeros = torch.zeros_like(noisy)
+            _, sigmas = alphas_and_sigmas(family.noise_scheduler, timesteps)
+            implied_noise = noisy / append_dims(sigmas, noisy)
+            return get_target(family.noise_scheduler, zeros, implied_noise, timesteps)
+
+        bins = self.loss(checkpoint_folder, data, blank, prediction_type=prediction_type)["validation_loss_bins"]
+        expected = self.loss(checkpoint_folder, data, blank)["validation_loss_bins"]
+        # an integer timestep only comes near the noise level that is asked for
+        assert bins[1:] == pytest.approx(expected[1:], rel=0.02)
+        angles = (torch.arange(8) + 0.5) / 8 * torch.pi / 2
+        assert bins[4:] == pytest.approx((0.95 / angles.sin() ** 2).tolist()[4:], rel=0.35)
+
+    def test_noise_levels_are_spread_over_the_bins(self):
+        for noise_scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler()):
+            timesteps = validation_timesteps(EvaluationConfig(), noise_scheduler, range(800))
+            alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
+            bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
+            assert (bins == torch.arange(800) % 8).float().mean() > 0.97

@@ -1,0 +1,160 @@
+"""What tests share: options of short runs, starting the script, and what it leaves."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from difftrain_utils.config.config import SourceConfig, parse_config
+from difftrain_utils.data.rows import Rows, SourceRows
+from difftrain_utils.errors import one_line_errors
+from difftrain_utils.run.metrics import TIMES
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "train_text_to_image.py"
+BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
+CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
+DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
+
+
+def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path) -> list[str]:
+    return options(
+        {
+            "model.pretrained_model_name_or_path": checkpoint_folder,
+            "data.dataset": image_folder,
+            "data.resolution": 32,
+            "data.random_flip": True,
+            "data.caption_dropout": 0.2,
+            "train.output_dir": output_dir,
+            "train.max_steps": 6,
+            "train.batch_size": 4,
+            "train.log_every": 1,
+            "train.eval_every": 0,
+            "train.save_every": 2,
+            "train.cpu_threads": 1,
+            "optimizer.init_args.lr": 1e-3,
+            "lr_scheduler.name": "cosine",
+            "lr_scheduler.num_warmup_steps": 2,
+        }
+    )
+
+
+def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
+    rows = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(images)]
+    return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
+
+
+def as_rows(data: datasets.Dataset) -> Rows:
+    """A data set with the columns image and text as the rows of a run."""
+    data = data.cast_column("image", datasets.Image(decode=False))
+    return Rows([SourceRows(data, SourceConfig("memory"))])
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def options(fields: dict) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", json_or_text(value))]
+
+
+def json_or_text(value) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | dict) or value is None else str(value)
+
+
+def train(argv: list[str]) -> Path:
+    """Run the script's main in this process; returns the output folder."""
+    import train_text_to_image
+
+    for state in (AcceleratorState, GradientState):
+        state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
+    config = parse_config(argv)
+    train_text_to_image.main(config)
+    return Path(config.train.output_dir)
+
+
+def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
+    """Run the script as its own process, like `accelerate launch` does on one device."""
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, **kwargs)
+
+
+def launch_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def metrics_without_times(output_dir: Path) -> list[dict]:
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def pipeline_bytes(output_dir: Path) -> dict[str, bytes]:
+    folder = output_dir / "pipeline"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without_dropout(short_run, tmp_path) -> Path:
+    folder = tmp_path / "model"
+    shutil.copytree(short_run[short_run.index("--model.pretrained_model_name_or_path") + 1], folder)
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"dropout": 0.0}))
+    return folder
+
+
+def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
+    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), result.stderr
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *argv],
+        cwd=ROOT,
+        env=launch_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        time.sleep(0.005)
+
+
+def last_step(output_dir: Path) -> int:
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def assert_one_line(argv, message, capsys, before=None) -> None:
+    """As the script does it, without the seconds that a process takes to start."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_code, one_line_errors():
+        train(argv)
+    assert exit_code.value.code in (1, 2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), errors

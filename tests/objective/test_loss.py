@@ -1,0 +1,158 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+from difftrain_utils.config.config import LossConfig
+from difftrain_utils.objective.loss import (
+    LearnedUncertainty,
+    clean_weight,
+    elementwise_loss,
+    huber_threshold,
+    loss_weights,
+)
+from difftrain_utils.objective.schedule import (
+    PREDICTION_TYPES,
+    add_noise,
+    alphas_and_sigmas,
+    append_dims,
+    compute_snr,
+    get_target,
+)
+
+WEIGHTINGS = ["snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "sigma_sqrt", "cosmap"]
+
+
+def scheduler(prediction_type: str, **fields):
+    if prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler()
+    return DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear", **fields)
+
+
+def all_timesteps(prediction_type: str) -> torch.Tensor:
+    return torch.arange(1, 1000).float() if prediction_type == "flow_prediction" else torch.arange(1000)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_weighted_loss_is_the_stated_weight_on_the_clean_latents_error(prediction_type, weighting):
+    """A model that says x̂_0 in its own parametrisation, at a given x_t: the weighted losses agree."""
+    config, noise_scheduler = LossConfig(weighting=weighting), scheduler(prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, guess = torch.randn(3, 50, 4, 8, 8, generator=generator, dtype=torch.float64)
+    timesteps = all_timesteps(prediction_type)[torch.linspace(0, 998, 50).long()]
+    noisy = add_noise(noise_scheduler, latents, noise, timesteps)
+    a, s = (append_dims(x.double(), latents) for x in alphas_and_sigmas(noise_scheduler, timesteps))
+    implied_noise = (noisy - a * guess) / s
+    model_pred = get_target(noise_scheduler, guess, implied_noise, timesteps)
+    target = get_target(noise_scheduler, latents, noise, timesteps)
+    loss = (model_pred - target).square().flatten(1).mean(1) * loss_weights(config, noise_scheduler, timesteps)
+    clean_error = (guess - latents).square().flatten(1).mean(1)
+    expected = clean_weight(config, compute_snr(noise_scheduler, timesteps)) * clean_error
+    torch.testing.assert_close(loss, expected, rtol=2e-4, atol=0)
+
+
+def test_the_weights_are_the_papers():
+    timesteps = torch.arange(1000)
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        noise_scheduler = scheduler(prediction_type)
+        snr = compute_snr(noise_scheduler, timesteps)
+
+        def weights(weighting, noise_scheduler=noise_scheduler, **fields):
+            return loss_weights(LossConfig(weighting=weighting, **fields), noise_scheduler, timesteps)
+
+        scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+        torch.testing.assert_close(weights("min_snr"), torch.minimum(snr, torch.tensor(5.0)) / scale)
+        torch.testing.assert_close(weights("soft_min_snr", snr_gamma=4.0), 4 * snr / (4 + snr) / scale)
+        torch.testing.assert_close(weights("debiased"), snr.sqrt() / scale)
+        assert (weights("uniform") == 1).all()
+        if prediction_type == "epsilon":
+            torch.testing.assert_close(weights("snr"), torch.ones(1000))
+            torch.testing.assert_close(weights("p2", p2_gamma=0.5, p2_k=2.0), (2 + snr) ** -0.5)
+            torch.testing.assert_close(weights("debiased"), snr**-0.5)
+    flow, timesteps = scheduler("flow_prediction"), torch.arange(1, 1000).float()
+    for weighting in ("sigma_sqrt", "cosmap"):
+        expected = compute_loss_weighting_for_sd3(weighting, timesteps / 1000)
+        weights = loss_weights(LossConfig(weighting=weighting), flow, timesteps)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=0)
+
+
+def test_edm_gives_unit_weight_to_edms_own_parametrisation():
+    # Karras et al. 2022: λ(σ)·c_out(σ)² = 1, c_out = σ·σ_d / sqrt(σ² + σ_d²)
+    sigmas = torch.logspace(-2, 2, 50)
+    weights = clean_weight(LossConfig(weighting="edm", edm_sigma_data=0.7), sigmas**-2)
+    torch.testing.assert_close(weights * (sigmas * 0.7) ** 2 / (sigmas**2 + 0.7**2), torch.ones(50))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
+def test_weights_are_finite_at_both_ends(prediction_type, weighting):
+    noise_scheduler = scheduler(
+        prediction_type, **({} if prediction_type[0] == "f" else {"rescale_betas_zero_snr": True})
+    )
+    ends = torch.tensor([0.0, 1000.0]) if prediction_type == "flow_prediction" else torch.tensor([0, 999])
+    weights = loss_weights(LossConfig(weighting=weighting), noise_scheduler, ends)
+    assert weights.isfinite().all() and (weights >= 0).all()
+
+
+class TestElementwise:
+    def loss(self, difference, timesteps=None, **fields):
+        target = torch.randn(len(difference), 1, 1, dtype=torch.float64)
+        timesteps = torch.full((len(difference),), 500) if timesteps is None else timesteps
+        model_pred = target + difference.double().reshape(-1, 1, 1)
+        return elementwise_loss(LossConfig(**fields), scheduler("epsilon"), model_pred, target, timesteps).flatten()
+
+    def test_mse_and_l1(self):
+        difference = torch.linspace(-3, 3, 31, dtype=torch.float64)
+        torch.testing.assert_close(self.loss(difference), difference**2)
+        torch.testing.assert_close(self.loss(difference, type="l1"), difference.abs())
+
+    def test_huber_is_quadratic_near_zero_and_linear_far_away(self):
+        near, far, c = torch.tensor([1e-4, -1e-4]), torch.tensor([1e4, -1e4]), 0.1
+        for name, scale in (("huber", 1), ("smooth_l1", 1 / c)):
+            torch.testing.assert_close(
+                self.loss(near, type=name, huber_c=c), scale * near.double() ** 2, rtol=1e-4, atol=0
+            )
+            expected = scale * 2 * c * far.double().abs()
+            torch.testing.assert_close(self.loss(far, type=name, huber_c=c), expected, rtol=1e-4, atol=0)
+
+    def test_huber_is_the_stated_formula(self):
+        difference = torch.linspace(-3, 3, 30, dtype=torch.float64)
+        expected = 2 * 0.3 * ((difference**2 + 0.3**2).sqrt() - 0.3)
+        torch.testing.assert_close(self.loss(difference, type="huber", huber_c=0.3), expected, rtol=1e-6, atol=1e-9)
+
+    def test_thresholds(self):
+        noise_scheduler, timesteps = scheduler("epsilon"), torch.tensor([0, 500, 999])
+        constant = huber_threshold(LossConfig(type="huber"), noise_scheduler, timesteps)
+        torch.testing.assert_close(constant, torch.full((3,), 0.1))
+        config = LossConfig(type="huber", huber_schedule="exponential", huber_c=0.01)
+        expected = torch.tensor([math.exp(math.log(0.01) * t / 1000) for t in (0, 500, 999)])
+        torch.testing.assert_close(huber_threshold(config, noise_scheduler, timesteps), expected)
+        config = LossConfig(type="huber", huber_schedule="snr", huber_c=0.01)
+        sigmas = ((1 - noise_scheduler.alphas_cumprod) / noise_scheduler.alphas_cumprod).sqrt()[timesteps]
+        torch.testing.assert_close(huber_threshold(config, noise_scheduler, timesteps), 0.99 / (1 + sigmas) ** 2 + 0.01)
+
+
+class TestLearnedUncertainty:
+    def test_it_starts_as_the_loss_itself(self):
+        losses, snr = torch.rand(20), torch.logspace(-6, 6, 20)
+        assert torch.equal(LearnedUncertainty()(losses, snr), losses)
+
+    def test_it_learns_the_loss_of_each_noise_level(self):
+        """At the minimum of E[loss / exp(u) + u], exp(u) = E[loss]: weighted, all levels are alike."""
+        uncertainty, generator = LearnedUncertainty(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.05)
+        for _ in range(400):
+            snr = torch.exp(4 * torch.randn(256, generator=generator))
+            losses = (0.1 + 1 / (1 + snr)) * torch.empty(256).exponential_(generator=generator)
+            optimizer.zero_grad()
+            uncertainty(losses, snr).mean().backward()
+            optimizer.step()
+        snr = torch.exp(torch.linspace(-6, 6, 9))
+        with torch.no_grad():
+            zero, one = (uncertainty(torch.full((9,), value), snr) for value in (0.0, 1.0))
+        learned = 1 / (one - zero)
+        torch.testing.assert_close(learned, 0.1 + 1 / (1 + snr), rtol=0.3, atol=0)
+        torch.testing.assert_close(zero, learned.log())

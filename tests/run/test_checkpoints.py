@@ -1,0 +1,142 @@
+from pathlib import Path
+
+import pytest
+from helpers import train
+
+from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig, parse_config
+from difftrain_utils.errors import InputError
+from difftrain_utils.run.checkpoints import (
+    DIGESTS_FILE,
+    STATE_FILE,
+    delete_run,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    replace_folder,
+    set_newer_aside,
+    sha256sums,
+)
+from difftrain_utils.run.manifest import CONFIG_FILE
+
+
+def config(output_dir: Path, resume_from: str | None, **train) -> Config:
+    return Config(
+        ModelConfig("m"), DataConfig("d"), TrainConfig(output_dir=str(output_dir), resume_from=resume_from, **train)
+    )
+
+
+def make_checkpoints(output_dir: Path, *names: str) -> None:
+    for name in names:
+        folder = output_dir / name
+        folder.mkdir(parents=True)
+        (folder / STATE_FILE).write_text('{"global_step": 1}')
+        (folder / CONFIG_FILE).write_text(config(output_dir, None).to_yaml())
+        (folder / DIGESTS_FILE).write_text(sha256sums(folder))
+
+
+def test_the_latest_is_the_newest_complete_one(tmp_path):
+    assert find_checkpoint(config(tmp_path / "none", "latest")) is None
+    make_checkpoints(tmp_path, "checkpoint-900", "checkpoint-1000", "checkpoint-1100.partial", "checkpoint-x")
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [900, 1000]
+    assert find_checkpoint(config(tmp_path, "latest")) == tmp_path / "checkpoint-1000"
+    assert find_checkpoint(config(tmp_path, str(tmp_path / "checkpoint-1000"))) == tmp_path / "checkpoint-1000"
+
+
+def test_a_folder_holds_one_history(tmp_path):
+    make_checkpoints(tmp_path / "a", "checkpoint-5", "checkpoint-10")
+    make_checkpoints(tmp_path / "b", "checkpoint-3")
+    for resume_from, output_dir, message in [
+        (None, "a", r"already holds a run \(checkpoint-10\); go on with --resume-from latest"),
+        (str(tmp_path / "a/checkpoint-5"), "a", "not the newest checkpoint of .*a, which is checkpoint-10"),
+        (str(tmp_path / "b/checkpoint-3"), "a", "not the newest checkpoint of .*a, which is checkpoint-10"),
+        (str(tmp_path / "a/checkpoint-7"), "a", "no checkpoint at .*; .*a has checkpoint-5, checkpoint-10"),
+        ("newest", "c", "no checkpoint at newest; .*c has no checkpoint"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            find_checkpoint(config(tmp_path / output_dir, resume_from))
+    # to branch off into a new folder is fine
+    assert find_checkpoint(config(tmp_path / "c", str(tmp_path / "a/checkpoint-5"))) == tmp_path / "a/checkpoint-5"
+    assert find_checkpoint(config(tmp_path / "a", None, overwrite=True)) is None
+
+
+def test_other_settings_are_refused_in_the_same_folder_and_told_in_another(tmp_path, capsys):
+    make_checkpoints(tmp_path / "a", "checkpoint-5")
+    changed = config(tmp_path / "a", "latest", seed=3, batch_size=8, max_steps=50, log_every=1)
+    changed.optimizer.init_args = {"lr": 1e-3}
+    changed.evaluation.prompts = ["a cat"]
+    with pytest.raises(InputError) as told:
+        find_checkpoint(changed)
+    assert str(told.value) == (
+        f"train.resume_from: {tmp_path}/a/checkpoint-5 is of another run: train.seed was 0 and is 3, train.batch_size "
+        "was 16 and is 8, optimizer.init_args was {'lr': 0.0001} and is {'lr': 0.001}; to branch off with other "
+        "settings give another --output-dir"
+    )
+    branch = config(tmp_path / "b", str(tmp_path / "a/checkpoint-5"), seed=3)
+    assert find_checkpoint(branch) == tmp_path / "a/checkpoint-5"
+    assert "warning: branching off from" in (told := capsys.readouterr().err) and "train.seed was 0 and is 3" in told
+    branch.optimizer.class_path = "torch.optim.SGD"
+    with pytest.raises(InputError, match=r"optimizer.class_path was 'torch.optim.AdamW' and is 'torch.optim.SGD'$"):
+        find_checkpoint(branch)
+    with pytest.raises(InputError, match=r"checkpoint-5 is past train.max_steps, which is 0"):
+        find_checkpoint(config(tmp_path / "a", "latest", max_steps=0))
+
+
+def test_other_data_another_model_and_another_precision_are_refused(short_run, image_folder, tmp_path):
+    argv = [*short_run, "--train.max_steps", "2"]
+    output_dir = train(argv)
+    (tmp_path / "moved").mkdir()
+    for path in image_folder.iterdir():
+        (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+    longer = [*short_run, "--data.dataset", str(tmp_path / "moved"), "--resume-from", "latest"]
+    for more, message in (
+        (["--train.precision", "bf16"], "train.precision: .*checkpoint-2 was trained with no, not bf16"),
+        (["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"], r"weights .*\(unet differ\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train([*longer, *more])
+    metadata = tmp_path / "moved" / "metadata.jsonl"
+    original = metadata.read_text()
+    metadata.write_text(original.replace("red", "rod"))
+    with pytest.raises(InputError, match=r"data.dataset: the training images or captions .*\(sha256 differ\)"):
+        train(longer)
+    metadata.write_text(original)
+    assert train(longer) == output_dir and list_checkpoints(output_dir)[-1][0] == 6  # moved data are the same data
+
+
+def test_a_checkpoint_says_by_itself_what_it_is_from(short_run):
+    output_dir = train([*short_run, "--train.max_steps", "2"])
+    saved = parse_config(["--config", str(output_dir / "checkpoint-2" / CONFIG_FILE)])
+    assert saved.train.max_steps == 2 and saved.train.output_dir == str(output_dir)
+    assert find_damage(output_dir / "checkpoint-2") is None
+    digests = output_dir / "checkpoint-2" / DIGESTS_FILE
+    listed = digests.read_bytes()
+    for spoilt in (listed.replace(b"  ", b" !", 1), b"", b"\xff\n"):
+        digests.write_bytes(spoilt)
+        assert "SHA256SUMS" in find_damage(output_dir / "checkpoint-2")
+    digests.write_bytes(listed)
+    (output_dir / "checkpoint-2" / STATE_FILE).unlink()
+    assert find_damage(output_dir / "checkpoint-2") == f"{STATE_FILE} is missing"
+    (output_dir / "checkpoint-2" / DIGESTS_FILE).unlink()
+    assert find_damage(output_dir / "checkpoint-2") == "SHA256SUMS: No such file or directory"
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-5", "checkpoint-10", "checkpoint-10.damaged")
+    set_newer_aside(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10.damaged", "checkpoint-5"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name, content in (("pipeline", "old"), ("pipeline.partial", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text(content)
+    replace_folder(tmp_path / "pipeline.partial", tmp_path / "pipeline")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+    assert [path.name for path in (tmp_path / "pipeline").iterdir()] == ["new"]
+
+
+def test_deleting_a_run_leaves_what_is_not_its_own(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-1", "pipeline", "samples", "my-notes")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    delete_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["my-notes"]

@@ -1,0 +1,180 @@
+"""Stopping early: by a signal, by the clock, by a gradient that is not finite. Nothing is lost, and the run goes on."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from accelerate import Accelerator
+from helpers import (
+    last_step,
+    launch,
+    launch_two,
+    metrics_without_times,
+    pipeline_bytes,
+    start,
+    train,
+    wait_for,
+    without_dropout,
+)
+
+import train_text_to_image
+from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.errors import RunError
+from difftrain_utils.run.checkpoints import list_checkpoints
+from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
+from difftrain_utils.run.manifest import loss_trace_digest, read_manifest, weights_digest
+from difftrain_utils.run.tracking import read_metrics
+
+
+def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    interruptions = Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic())
+    try:
+        assert interruptions.poll() == (None, False)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruptions.poll() == ("SIGINT", False)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes both on
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        interruptions.end()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_time_limits():
+    config = TrainConfig(max_hours=2.0, save_minutes=10.0)
+    interruptions = Interruptions(config, Accelerator(cpu=True), started=time.monotonic() - 1.9 * 3600)
+    interruptions.end()
+    assert interruptions.poll() == (None, False)
+    interruptions.last_save -= 601
+    assert interruptions.poll() == (None, True)
+    interruptions.saved()
+    interruptions.started -= 361
+    assert interruptions.poll() == ("train.max_hours 2", False)
+
+
+def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_path):
+    """The same command starts, goes on, and says at last that there is nothing to do."""
+    argv = [*short_run, "--train.max_steps", "30", "--train.save_every", "0", "--train.log_every", "2"]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    stopped, steps = tmp_path / "run", [0]
+    command = [*argv, "--resume-from", "latest", "--data.num_workers", "1"]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        run = start(command)
+        wait_for(lambda: last_step(stopped) > steps[-1] + 1, run)
+        run.send_signal(number)
+        assert run.wait() == EXIT_CODE
+        steps.append(list_checkpoints(stopped)[-1][0])
+        assert steps[-2] < last_step(stopped) <= steps[-1] < 30 and not (stopped / "pipeline").exists()
+    result = launch(command)
+    assert result.returncode == 0, result.stderr
+    assert pipeline_bytes(stopped) == pipeline_bytes(unbroken)
+    assert metrics_without_times(stopped) == metrics_without_times(unbroken)
+
+    manifest = read_manifest(stopped)
+    assert [s["from_step"] for s in manifest["segments"]] == steps
+    assert [s.get("to_step") for s in manifest["segments"]] == [*steps[1:], 30]
+    assert [s["reason"] for s in manifest["segments"]] == ["SIGTERM", "SIGINT", "SIGUSR1", "finished"]
+    assert manifest["final"] == read_manifest(unbroken)["final"]
+    before = (stopped / "run_manifest.json").read_bytes()
+    again = launch(command)
+    assert again.returncode == 0 and "Nothing to do: " in again.stdout and "is finished, at step 30" in again.stdout
+    assert (stopped / "run_manifest.json").read_bytes() == before
+
+
+def test_the_manifest_ends_with_digests(short_run, checkpoint_folder):
+    from diffusers import DiffusionPipeline
+
+    output_dir = train(short_run)
+    final = read_manifest(output_dir)["final"]
+    assert final["global_step"] == 6
+    unet = DiffusionPipeline.from_pretrained(output_dir / "pipeline").unet
+    assert final["weights"]["pipeline"] == weights_digest(unet) != final["weights"]["raw"]
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    changed = [json.loads(line) | {"samples_per_second": 1.0} for line in lines]
+    (output_dir / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in changed))
+    assert loss_trace_digest(output_dir / "metrics.jsonl") == final["loss_trace"]
+    changed[2]["loss"] += 1e-12
+    (output_dir / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in changed))
+    assert loss_trace_digest(output_dir / "metrics.jsonl") != final["loss_trace"]
+
+
+def test_save_minutes_save_and_max_hours_stop(short_run, tmp_path):
+    often = train([*short_run, "--train.save_minutes", "1e-9", "--train.keep_checkpoints", "0"])
+    assert [step for step, _ in list_checkpoints(often)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SystemExit) as stopped:
+        train([*short_run, "--output-dir", str(tmp_path / "short"), "--train.max_hours", "1e-9"])
+    assert stopped.value.code == EXIT_CODE
+    assert read_manifest(tmp_path / "short")["segments"][0]["reason"] == "train.max_hours 1e-09"
+    resumed = train([*short_run, "--output-dir", str(tmp_path / "short"), "--resume-from", "latest"])
+    assert pipeline_bytes(resumed) == pipeline_bytes(often)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(short_run, tmp_path, first, then):
+    argv = [*short_run, "--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    whole = train([*argv, "--output-dir", str(tmp_path / "whole")])
+
+    def run(num_processes: int, *options: str):
+        return (launch_two if num_processes == 2 else launch)([*argv, "--resume-from", "latest", *options])
+
+    stopped = run(first, "--train.max_hours", "1e-9")
+    assert f"Stopped at step 1 by train.max_hours 1e-09; --resume-from latest goes on" in stopped.stdout  # noqa: F541
+    resumed = run(then)
+    assert resumed.returncode == 0, resumed.stderr
+    losses = [[entry["loss"] for entry in read_metrics(path / "metrics.jsonl")] for path in (tmp_path / "run", whole)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    segments = read_manifest(tmp_path / "run")["segments"]
+    assert read_manifest(tmp_path / "run")["num_processes"] == first
+    assert segments[1]["from_step"] == 1 and segments[1]["differs"]["num_processes"] == then
+
+
+class TestNonFinite:
+    """Sample 9, of step 3, has a loss of NaN."""
+
+    @pytest.fixture
+    def poison(self, monkeypatch):
+        sample_noise = train_text_to_image.sample_noise
+
+        def poisoned(config, seed, keys, latents):
+            noise = sample_noise(config, seed, keys, latents)
+            for i, key in enumerate(keys):
+                if key == 9:
+                    noise[i, 0, 0, 0] = float("nan")
+            return noise
+
+        monkeypatch.setattr(train_text_to_image, "sample_noise", poisoned)
+        return monkeypatch
+
+    @pytest.mark.parametrize("accumulation", ["1", "2"])
+    def test_stop_names_the_samples_and_keeps_the_last_good_state(self, short_run, tmp_path, poison, accumulation):
+        argv = [*short_run, "--train.gradient_accumulation_steps", accumulation, "--train.save_every", "0"]
+        names = r"0{5}\d.png, .*0{5}\d.png, .*0{5}\d.png, .*0{5}\d.png"
+        message = (
+            rf"the norm of the gradient is nan at step 3, samples 8 to 11 \(.*{names}\); .*checkpoint-2 holds the st"
+        )
+        with pytest.raises(RunError, match=message):
+            train(argv)
+        poison.undo()
+        resumed = train([*argv, "--resume-from", "latest"])
+        unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+        assert pipeline_bytes(resumed) == pipeline_bytes(unbroken)
+        assert metrics_without_times(resumed) == metrics_without_times(unbroken)
+
+    def test_skip_leaves_the_step_out_and_resumes_exactly(self, short_run, tmp_path, poison):
+        argv = [*short_run, "--train.on_nonfinite", "skip", "--train.keep_checkpoints", "0"]
+        unbroken = train(argv)
+        metrics = metrics_without_times(unbroken)
+        assert [entry.get("skipped_steps") for entry in metrics] == [None, None, 1, 1, 1, 1]
+        assert ["loss" in entry and "grad_norm" in entry for entry in metrics] == [True, True, False, True, True, True]
+        for step in (2, 4):
+            branch = ["--output-dir", str(tmp_path / str(step)), "--resume-from", str(unbroken / f"checkpoint-{step}")]
+            assert pipeline_bytes(train([*argv, *branch])) == pipeline_bytes(unbroken)
+            assert metrics_without_times(tmp_path / str(step)) == metrics[step:]
+
+    def test_skip_is_bounded(self, short_run, poison):
+        with pytest.raises(RunError, match="the norm of the gradient is nan at step 3"):
+            train([*short_run, "--train.on_nonfinite", "skip", "--train.max_skipped_steps", "0"])

@@ -1,0 +1,165 @@
+"""Options that make a step faster: the same training to rounding, exact resume, and no trace in what is saved."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import AttnProcessor2_0
+from helpers import (
+    DREAM,
+    assert_refused,
+    launch,
+    launch_two,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+    without_dropout,
+)
+from safetensors.torch import load_file
+
+from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.errors import InputError, one_line_errors
+from difftrain_utils.families.load import load_family
+from difftrain_utils.keyed_random import seed_device
+from difftrain_utils.run.checkpoints import FREE_FIELDS
+from difftrain_utils.run.machine import check_compile, set_tf32, speed_up
+
+EVALUATION = {
+    "evaluation.prompts": ["a red circle", "a blue square", "a green square"],
+    "evaluation.num_inference_steps": 2,
+    "evaluation.num_validation_samples": 16,
+    "evaluation.batch_size": 3,
+    "data.validation_split": 0.3,
+    "train.eval_every": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        yield
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train.channels_last": True, "ema.power_sigma_rels": [0.1]},
+        {"model.vae_slicing": True},
+        {"train.compile": "regional"},
+        pytest.param({"train.compile": "regional", "train.gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"train.compile": "whole"} | DREAM, marks=pytest.mark.slow),
+        pytest.param(
+            {"train.compile": "whole", "train.gradient_checkpointing": True, "train.channels_last": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"train.compile": "whole", "train.precision": "bf16"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda fields: "+".join(name.split(".")[1] for name in fields),
+)
+def test_it_trains_the_same_and_resumes_exactly(short_run, tmp_path, fields):
+    model = without_dropout(short_run, tmp_path)  # a compiled model draws its dropout otherwise
+    argv = [*short_run, "--model.pretrained_model_name_or_path", str(model), *options(EVALUATION)]
+    same = {name: fields[name] for name in fields if name not in FREE_FIELDS or name == "train.precision"}
+    plain = train([*argv, *options(same), "--output-dir", str(tmp_path / "plain")])
+    fast = train([*argv, *options(fields), "--output-dir", str(tmp_path / "fast")])
+    if "train.compile" in fields:  # besides check_compile's: that of training, and of DREAM's probe; none of evaluation
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 2 + ("strategy.dream_training" in fields)
+    losses = [[entry["loss"] for entry in metrics_without_times(run)] for run in (plain, fast)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if "train.precision" in fields else 1e-4)
+    assert losses[0] != losses[1]  # the option did something: at least it rounds otherwise
+    for file in ("model.safetensors", "ema.safetensors"):
+        tensors = [load_file(run / "checkpoint-6" / file) for run in (plain, fast)]
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(tensor.is_contiguous() for tensor in tensors[1].values())
+    torch._dynamo.reset()
+    branch = ["--output-dir", str(tmp_path / "branch"), "--resume-from", str(fast / "checkpoint-4")]
+    resumed = train([*argv, *options(fields), *branch])
+    assert pipeline_bytes(resumed) == pipeline_bytes(fast)
+    assert metrics_without_times(resumed) == metrics_without_times(fast)[4:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["regional", "whole"])
+def test_two_processes_compile_and_resume(short_run, tmp_path, mode):
+    argv = [*short_run, "--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    one = train([*argv, "--output-dir", str(tmp_path / "one")])
+    two = [*argv, "--train.compile", mode, "--output-dir", str(tmp_path / "two")]
+    resumed = [*argv, "--train.compile", mode, "--output-dir", str(tmp_path / "resumed")]
+    for command in (two, [*resumed, "--resume-from", str(tmp_path / "two/checkpoint-4")]):
+        result = launch_two(command)
+        assert result.returncode == 0, result.stderr
+    losses = [[entry["loss"] for entry in metrics_without_times(run)] for run in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(tmp_path / "two")
+
+
+def test_channels_last_lays_out_denoiser_and_vae(checkpoint_folder):
+    train = TrainConfig(channels_last=True)
+    family = load_family(Config(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d"), train))
+    assert family.vae.use_slicing
+    assert all(isinstance(p, AttnProcessor2_0) for p in family.denoiser.attn_processors.values())  # torch's fused one
+    speed_up(train, family.denoiser)
+    for weight in (family.denoiser.conv_in.weight, family.vae.encoder.conv_in.weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    hidden = family.denoiser.conv_in(torch.zeros(2, 4, 8, 8))  # what a convolution puts out follows its weights
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tf32_needs_a_gpu_that_has_it(short_run, tmp_path, monkeypatch):
+    assert_refused(launch([*short_run, "--train.tf32"]), "train.tf32: needs an NVIDIA GPU, the device is cpu")
+    assert not (tmp_path / "run").exists()
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(InputError, match=r"train.tf32: Tesla T4 has no TF32"):
+        set_tf32(TrainConfig(tf32=True), gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for on in (True, False):
+        set_tf32(TrainConfig(tf32=on), gpu)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is on
+    torch.backends.cudnn.allow_tf32 = True  # as it was
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(InputError, match=r"^train.compile: torch.compile does not work on this machine: .*compiler"):
+        check_compile(TrainConfig(compile="whole"), torch.device("cpu"))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    check_compile(TrainConfig(), torch.device("cpu"))
+
+
+def test_too_many_shapes_are_told(capsys):
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 1, True
+    module = FeedForward(4)
+    module.compile(dynamic=False, backend="eager")
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        for size in (1, 2, 3):
+            module(torch.zeros(size, 4))
+    assert stopped.value.code == 1
+    assert "error: train.compile: the denoiser saw too many shapes to compile it for each" in capsys.readouterr().err
+
+
+def test_a_model_without_repeated_blocks_is_refused():
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
+    with pytest.raises(InputError, match=r"train.compile: regional is not for this model: .*_repeated_blocks"):
+        speed_up(TrainConfig(compile="regional"), model)
+
+
+def test_seeding_one_device_is_seeding():
+    numbers = []
+    for seed in (torch.manual_seed, lambda seed: seed_device(seed, Accelerator(cpu=True).device)):
+        seed(5)
+        numbers.append(torch.rand(3).tolist())
+    assert numbers[0] == numbers[1]

@@ -1,0 +1,91 @@
+import gzip
+import json
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import metrics_without_times, options, pipeline_bytes, train
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.families.load import load_family
+from difftrain_utils.run.meter import StepTimer, peak_tflops, training_flops
+from difftrain_utils.run.metrics import TIMES
+
+
+def test_what_a_step_takes_and_how_long_it_waits():
+    timer = StepTimer(TrainConfig(batch_size=8), Accelerator(cpu=True))
+
+    def loader():
+        for _ in range(8):
+            time.sleep(0.03)
+            yield {}
+
+    for part, _ in enumerate(timer.batches(loader())):
+        if part % 2:  # a step has two parts
+            time.sleep(0.18 if part == 7 else 0.06)
+            timer.end_step()
+            time.sleep(0.1)  # evaluating and saving do not count
+    values = timer.take()
+    assert set(values) == set(TIMES) - {"mfu"}
+    assert values["step_time_median"] == pytest.approx(0.12, abs=0.02)
+    assert values["step_time_p95"] == pytest.approx(0.24, abs=0.03)
+    assert values["data_wait"] == pytest.approx(0.24 / 0.6, abs=0.08)
+    assert values["samples_per_second"] == pytest.approx(4 * 8 / 0.6, rel=0.1)
+    assert 0.05 < values["peak_memory_gb"] < 50
+
+
+def test_flops_of_forward_and_backward(checkpoint_folder):
+    family = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("d")))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 2]), torch.randn(2, 16, 64)
+    state = torch.get_rng_state()
+    flops = training_flops(family.denoiser.train(), family.predict, *inputs)
+    assert torch.equal(state, torch.get_rng_state())
+    # torch does not count the CPU's own kernel of attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        prediction = family.predict(family.denoiser, *inputs)
+    assert flops == 3 * counter.get_total_flops()
+    with counter:
+        prediction.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(flops * 2 / 3, rel=0.05)
+    # by hand: 2 (multiply and add) × outputs × inputs of each, three passes
+    convolution, latents = torch.nn.Conv2d(4, 8, 3, padding=1), torch.zeros(2, 4, 10, 10)
+    by_hand = 3 * 2 * (2 * 8 * 10 * 10) * (4 * 3 * 3)
+    assert training_flops(convolution, lambda denoiser, x: denoiser(x), latents) == by_hand
+
+
+def test_utilisation_is_told_where_the_peak_is_known(short_run, monkeypatch):
+    output_dir = train([*short_run, *options({"train.peak_tflops": 0.5, "train.gradient_accumulation_steps": 2})])
+    entries = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    family = load_family(Config(ModelConfig(short_run[1]), DataConfig("d")))
+    inputs = torch.zeros(4, 4, 8, 8), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 16, 64)
+    flops = training_flops(family.denoiser, family.predict, *inputs)
+    for entry in entries:
+        assert entry["mfu"] == pytest.approx(flops / entry["step_time_median"] / 0.5e12)
+    assert "mfu" not in metrics_without_times(output_dir)[0]
+
+    accelerator = Accelerator(cpu=True)
+    assert peak_tflops(TrainConfig(), accelerator) is None
+    accelerator.state.device = torch.device("cuda")
+    for name, peaks in {"NVIDIA H100 PCIe": [51.2, 378.0], "NVIDIA H100 80GB HBM3 MIG 1g.10gb": [None] * 2}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert [peak_tflops(TrainConfig(tf32=tf32), accelerator) for tf32 in (False, True)] == peaks
+
+
+def test_a_trace_that_changes_nothing(short_run, tmp_path, capfd):
+    plain = train([*short_run, "--output-dir", str(tmp_path / "plain")])
+    traced = train([*short_run, "--output-dir", str(tmp_path / "traced"), "--train.profile", "2"])
+    assert pipeline_bytes(plain) == pipeline_bytes(traced)
+    assert metrics_without_times(plain) == metrics_without_times(traced)
+    with gzip.open(traced / "profile/trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert any(event.get("name") == "aten::convolution" and event["args"]["Input Dims"] for event in events)
+    assert "warning" not in capfd.readouterr().err
+    short = [*short_run, "--output-dir", str(tmp_path / "short"), "--train.profile", "--train.max_steps", "2"]
+    assert not (train(short) / "profile").exists()
+    assert "warning: train.profile: no trace" in capfd.readouterr().err

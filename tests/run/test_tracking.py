@@ -1,0 +1,82 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import metrics_without_times
+
+from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.errors import InputError
+from difftrain_utils.run.metrics import read_metrics
+from difftrain_utils.run.tracking import Metrics, Totals, check_trackers
+
+
+def start(output_dir, global_step: int) -> Metrics:
+    config = Config(ModelConfig("model"), DataConfig("data"), TrainConfig(output_dir=str(output_dir)))
+    return Metrics(Accelerator(), config, global_step)
+
+
+def test_each_logged_step_is_a_line(tmp_path):
+    metrics = start(tmp_path, 0)
+    metrics.log(1, {"loss": 0.5, "lr": 1e-4})
+    metrics.log(2, {"loss": 0.25})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.5, "lr": 1e-4},
+        {"step": 2, "loss": 0.25},
+    ]
+
+
+def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "lo')  # cut off in mid-line
+    start(tmp_path, 3).log(4, {"loss": 0.125})
+    assert [entry["step"] for entry in metrics_without_times(tmp_path)] == [1, 2, 3, 4]
+    assert read_metrics(tmp_path / "metrics.jsonl")[:3] == [json.loads(line) for line in lines[:3]]
+
+
+def test_totals_go_on_from_a_checkpoint_in_each_process():
+    """Of many values for two processes: continuing from the mean of both would round otherwise."""
+
+    def processes(*states):
+        totals = []
+
+        def gather(value):
+            return torch.cat([other.loss.view(1) for other in totals]) if value.dim() else value
+
+        common = {"device": torch.device("cpu"), "num_processes": 2, "gather": gather, "reduce": lambda rows, _: rows}
+        for i, state in enumerate(states):
+            totals.append(Totals(SimpleNamespace(**common, process_index=i, is_main_process=i == 0), state))
+        return totals
+
+    losses = torch.rand(100, 2, 5, generator=torch.Generator().manual_seed(0))
+    for sample in losses:
+        unbroken, resumed = processes(None, None), processes(None, None)
+        for step in range(5):
+            for totals in (unbroken, resumed):
+                for total, loss in zip(totals, sample[:, step], strict=True):
+                    total.add(loss, [])
+                    total.end_step(True)
+            if step == 2:
+                resumed = processes(*(json.loads(json.dumps(total.state())) for total in resumed))
+        expected = sample.double().mean().item()
+        assert resumed[0].take()["loss"] == unbroken[0].take()["loss"] == pytest.approx(expected, rel=1e-6)
+    one = Totals(Accelerator(), {"losses": [1.0, 3.0], "steps": 4, "skipped_rows": 0})  # two processes before
+    assert one.take() == {"loss": 0.5, "skipped_rows": 0}
+
+
+def test_a_damaged_file_is_not_cut_back(tmp_path):
+    damaged = '{"step": 1}\n{"st\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(InputError, match=r"/metrics\.jsonl line 2: not JSON: Unterminated string"):
+        start(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+
+
+def test_trackers_are_refused_rather_than_dropped():
+    assert check_trackers(None) == []
+    assert check_trackers("tensorboard") == check_trackers(["tensorboard"]) == ["tensorboard"]
+    with pytest.raises(InputError, match=r"train.report_to: no tracker 'tensorbord'; there is .*tensorboard"):
+        check_trackers("tensorbord")
+    with pytest.raises(InputError, match=r"train.report_to: aim is not installed \(pip install aim\)"):
+        check_trackers(["tensorboard", "aim"])
