@@ -10,12 +10,14 @@ function of (config, seed, k), and optimizer step s takes the samples [s·G, (s+
 a run can be stopped and resumed anywhere, or split over other numbers of processes, and sees the same samples.
 """
 
-from difftrain_utils.config.config import MIXED_PRECISION, parse_config
-from difftrain_utils.errors import RunError, blame, one_line_errors, writing
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.errors import RunError, blame, one_line_errors
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is told at once
     with one_line_errors():
-        config = parse_config()
+        config = parse_config(TextToImageConfig)
 
 import math
 import sys
@@ -35,10 +37,12 @@ from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.rows import load_data, split_data
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.streaming import load_stream
+from difftrain_utils.devices import seed_device
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import evaluation_weights, generate, save_grid, validation_loss
 from difftrain_utils.families.load import load_family
-from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_device, seed_for
+from difftrain_utils.files import new_folder, weights_digest
+from difftrain_utils.keyed_random import keyed_rand, keyed_randn, seed_for
 from difftrain_utils.objective.dream import rectify_noise
 from difftrain_utils.objective.loss import LearnedUncertainty, elementwise_loss, loss_weights
 from difftrain_utils.objective.noise import perturb_input, sample_noise
@@ -53,14 +57,18 @@ from difftrain_utils.run.checkpoints import (
     find_checkpoint,
     is_finished,
     load_checkpoint,
-    replace_folder,
     save_checkpoint,
     set_newer_aside,
 )
 from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
 from difftrain_utils.run.launch import check_launch, pause_at_exit
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_tf32, speed_up
-from difftrain_utils.run.manifest import end_snapshot, set_deterministic, take_snapshot, weights_digest, write_snapshot
+from difftrain_utils.run.manifest import (
+    end_snapshot,
+    set_deterministic,
+    take_snapshot,
+    write_snapshot,
+)
 from difftrain_utils.run.meter import Profiler, StepTimer
 from difftrain_utils.run.tracking import Metrics, Totals, check_trackers
 
@@ -193,7 +201,7 @@ def main(config):
             conditioning = batch["conditioning"] if config.data.cache_text else family.encode_prompts(batch["captions"])
             predict = partial(family.predict, denoiser, conditioning=conditioning)
 
-            noise = sample_noise(config.noise, seed, keys, latents)
+            noise = sample_noise(config.noise, seed, keys, latents, config.train.group_size)
             timesteps = sample_timesteps(
                 config.timesteps, noise_scheduler, seed, keys, config.train.batch_size, accelerator.device
             )
@@ -306,10 +314,9 @@ def main(config):
     # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
     if accelerator.is_main_process:
         weights = {"raw": weights_digest(accelerator.unwrap_model(denoiser))}
-        with evaluation_weights(denoiser, ema_model), writing(output_dir / "pipeline"):
+        with evaluation_weights(denoiser, ema_model), new_folder(output_dir / "pipeline") as folder:
             weights["pipeline"] = weights_digest(accelerator.unwrap_model(denoiser))
-            family.save_pipeline(output_dir / "pipeline.partial", accelerator.unwrap_model(denoiser))
-            replace_folder(output_dir / "pipeline.partial", output_dir / "pipeline")
+            family.save_pipeline(folder, accelerator.unwrap_model(denoiser))
         end_snapshot(output_dir, global_step, "finished", weights)
         print(f"Done: {output_dir / 'pipeline'} holds the trained pipeline")
     accelerator.end_training()

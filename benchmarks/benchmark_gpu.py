@@ -39,7 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import difftrain_utils.builtins.tiny_stable_diffusion
-from difftrain_utils.config.config import parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, one_line
 from difftrain_utils.run import manifest as snapshot
 from difftrain_utils.run.meter import PEAK_TFLOPS
@@ -198,7 +199,7 @@ def train_row(loop, argv, args, profile, connection):
     with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
         print(f"\n── {' '.join(argv)}", flush=True)
         try:
-            loop(parse_config(argv), end_block)
+            loop(parse_config(TextToImageConfig, argv), end_block)
         except Finished:
             connection.send(None)
         except Exception as error:
@@ -229,7 +230,7 @@ def describe_profile(profiler, command: str, seconds: float, num_steps: int) -> 
 def refusal(argv: list[str]) -> str | None:
     """Why the script does not take these options; None if it does."""
     try:
-        parse_config(argv)
+        parse_config(TextToImageConfig, argv)
     except InputError as error:
         return str(error)
 

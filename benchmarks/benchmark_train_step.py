@@ -26,7 +26,8 @@ from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import train_text_to_image as script
-from difftrain_utils.config.config import parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data import samples
 from difftrain_utils.data.encoded import TensorCache
 from difftrain_utils.families.stable_diffusion import StableDiffusion
@@ -121,7 +122,7 @@ parser.add_argument("--repeats", type=int, default=30, help="of a block with tim
 args, options = parser.parse_known_args()
 folder = tempfile.TemporaryDirectory()
 # fmt: off
-config = parse_config([
+config = parse_config(TextToImageConfig, [
     "--config", "configs/quickstart.yaml", "--train.output_dir", f"{folder.name}/run",
     "--train.cpu_threads", str(args.threads), "--train.max_steps", str(args.block * (2 * args.repeats + 1)),
     "--train.log_every", str(args.block), "--train.eval_every", "0", "--train.save_every", "0", *options,

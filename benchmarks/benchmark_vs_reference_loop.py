@@ -31,7 +31,9 @@ from tqdm.auto import tqdm
 
 import train_text_to_image as script
 from difftrain_utils.builtins import shapes
-from difftrain_utils.config.config import MIXED_PRECISION, parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.families.load import load_family
 
 
@@ -160,7 +162,7 @@ def main():
         shapes.main(["--output-dir", str(data), "--num-images", "1800", "--image-size", "32"])
         max_steps = args.block * (args.repeats + 1)
         # fmt: off
-        config = parse_config([
+        config = parse_config(TextToImageConfig, [
             "--config", "configs/quickstart.yaml", "--data.dataset", str(data), "--data.validation_split", "0",
             "--data.num_workers", str(args.workers), "--train.output_dir", f"{folder}/run",
             "--train.cpu_threads", str(args.threads), "--train.max_steps", str(max_steps),

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from difftrain_utils.run.checkpoints import find_damage, save_checkpoint
+from difftrain_utils.files import find_damage
+from difftrain_utils.run.checkpoints import save_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--folder", type=Path, help="where to write, for the disk matters (default: a temporary folder)")

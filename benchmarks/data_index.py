@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import inspect_data
 from difftrain_utils.data.rows import load_data, split_data
 from difftrain_utils.data.samples import Samples, collate

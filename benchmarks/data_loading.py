@@ -31,12 +31,13 @@ import torch
 from photos import write_photos
 from safetensors.torch import save_file
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.encoded import TensorCache, TextCache
 from difftrain_utils.data.rows import load_data
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.streaming import load_stream
-from difftrain_utils.run.checkpoints import DIGESTS_FILE, STATE_FILE, sha256sums
+from difftrain_utils.files import DIGESTS_FILE, sha256sums
+from difftrain_utils.run.checkpoints import STATE_FILE
 
 SCRIPT = Path(__file__).parent.parent / "train_text_to_image.py"
 EARLY, LATE = 10, 1_000_000

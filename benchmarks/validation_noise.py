@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from difftrain_utils.config.config import parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.rows import load_data, split_data
 from difftrain_utils.evaluation.validation import validation_loss
 from difftrain_utils.families.load import load_family
@@ -27,7 +28,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run", type=Path)
 run = parser.parse_args().run
 
-config = parse_config(["--config", str(run / "config.resolved.yaml")])
+config = parse_config(TextToImageConfig, ["--config", str(run / "config.resolved.yaml")])
 accelerator, family = Accelerator(), load_family(config)
 _, validation_data = split_data(load_data(config.data), config.data)
 family.denoiser.to(accelerator.device).eval()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from difftrain_utils.devices import to_device
+
 
 def generator_for(seed: int, purpose: str, key: int) -> torch.Generator:
     """A CPU generator that depends on nothing but its three arguments.
@@ -24,13 +26,6 @@ def seed_for(seed: int, purpose: str, key: int) -> int:
     """The seed of `generator_for`, in [0, 2⁶³), for what takes a seed and no generator."""
     digest = hashlib.blake2b(f"{int(seed)}/{purpose}/{int(key)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def seed_device(seed: int, device: torch.device) -> None:
-    """torch.manual_seed of the CPU and of one device: it takes longer to seek out all there might be."""
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
 
 
 def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[int], device=None) -> torch.Tensor:
@@ -49,13 +44,6 @@ def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: 
     """Integers uniform in [low, high), shape (len(keys),), int64; entry i depends on keys[i] alone."""
     rows = [torch.randint(low, high, (), generator=generator) for generator in _generators(seed, purpose, keys)]
     return to_device(torch.stack(rows), device)
-
-
-def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:
-    """Move CPU numbers. A GPU fetches them from pinned memory when it comes to it, so that the CPU need not wait."""
-    if device is not None and torch.device(device).type == "cuda":
-        return numbers.pin_memory().to(device, non_blocking=True)
-    return numbers.to(device)
 
 
 def _generators(seed: int, purpose: str, keys: Iterable[int]) -> Iterator[torch.Generator]:

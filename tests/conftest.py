@@ -16,7 +16,9 @@ from helpers import make_data, short_options
 from PIL import Image
 
 from difftrain_utils.builtins import shapes
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.families.load import load_family
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -26,7 +28,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 def checkpoint_folder(tmp_path_factory) -> Path:
     """A diffusers checkpoint with weights: the builtin's parts around a UNet small enough for quick tests."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    family = load_family(Config(ModelConfig("builtin:tiny-stable-diffusion"), DataConfig("builtin:shapes")))
+    family = load_family(TextToImageConfig(ModelConfig("builtin:tiny-stable-diffusion"), DataConfig("builtin:shapes")))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -15,7 +15,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from difftrain_utils.config.config import SourceConfig, parse_config
+from difftrain_utils.config import command_line
+from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.rows import Rows, SourceRows
 from difftrain_utils.errors import one_line_errors
 from difftrain_utils.run.metrics import TIMES
@@ -25,6 +27,11 @@ SCRIPT = ROOT / "train_text_to_image.py"
 BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
 CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
+
+
+def parse_config(argv: list[str]) -> TextToImageConfig:
+    """The config of train_text_to_image.py."""
+    return command_line.parse_config(TextToImageConfig, argv)
 
 
 def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path) -> list[str]:

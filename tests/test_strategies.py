@@ -8,12 +8,12 @@ from helpers import (
     launch,
     metrics_without_times,
     options,
+    parse_config,
     pipeline_bytes,
     train,
     without_dropout,
 )
 
-from difftrain_utils.config.config import parse_config
 from difftrain_utils.errors import InputError
 
 COVERING = {
@@ -55,7 +55,7 @@ COVERING = {
     },
     "immiscible-groups": {
         "noise.immiscible": True,
-        "noise.immiscible_batch_size": 2,
+        "train.group_size": 2,
         "data.cache_text": True,
         "timesteps.density": "log_normal",
         "loss.weighting": "edm",
@@ -83,7 +83,7 @@ COVERING = {
         "timesteps.density": "log_normal",
     },
     "other-schedule": {
-        "scheduler.name": "DPMSolverMultistepScheduler",
+        "scheduler.sampler": "DPMSolverMultistepScheduler",
         "scheduler.beta_schedule": "scaled_linear",
         "scheduler.num_train_timesteps": 500,
     },
@@ -119,7 +119,7 @@ def test_it_trains_resumes_and_splits_exactly(short_run, tmp_path, name):
         ({"timesteps.density": "table", "timesteps.table": [0.0]}, "timesteps.table: must be weights of 0 or more"),
         ({"timesteps.min": 0.5, "timesteps.max": 0.5}, "timesteps.min: must be from 0 to below max"),
         ({"loss.huber_schedule": "snr"}, "loss.huber_schedule: does nothing for loss.type mse"),
-        ({"noise.immiscible_batch_size": 2}, "noise.immiscible_batch_size: goes with noise.immiscible only"),
+        ({"train.group_size": 2}, "train.group_size: goes with noise.immiscible only"),
         ({"scheduler.flow_base_resolution": 512}, "scheduler.flow_base_resolution: needs scheduler.flow_shift"),
         ({"noise.pyramid_discount": 1.0}, "noise.pyramid_discount: must be at least 0 and below 1, got 1.0"),
         ({"strategy.dream_detail_preservation": -1.0}, "strategy.dream_detail_preservation: must be 0 or more"),
@@ -133,7 +133,5 @@ def test_what_does_not_go_together_is_refused_as_the_config_loads(short_run, fie
 
 def test_immiscible_noise_needs_its_group_in_one_part_of_the_batch(short_run, tmp_path):
     split = ["--noise.immiscible", "--train.gradient_accumulation_steps", "2"]
-    assert_refused(
-        launch([*short_run, *split]), r"noise.immiscible_batch_size: must divide a part of the batch, which is 2"
-    )
+    assert_refused(launch([*short_run, *split]), r"train.group_size: must divide a part of the batch, which is 2")
     assert not (tmp_path / "run").exists()

@@ -22,6 +22,7 @@ from helpers import (
     launch_two,
     metrics_without_times,
     options,
+    parse_config,
     pipeline_bytes,
     train,
     without_dropout,
@@ -30,14 +31,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difftrain_utils.commands import posthoc_ema, validate_config
-from difftrain_utils.config.config import parse_config
 from difftrain_utils.data.rows import load_data
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
+from difftrain_utils.files import weights_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.timesteps import sample_timesteps
-from difftrain_utils.run.manifest import weights_digest
 
 
 def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
@@ -136,7 +136,7 @@ def test_evaluating_and_saving_change_nothing(short_run, image_folder, tmp_path)
             *short_run,
             *("--output-dir", str(tmp_path / "busy"), "--train.save_every", "1", "--train.eval_every", "1"),
             *("--evaluation.prompts", '["a red circle"]', "--evaluation.num_inference_steps", "2"),
-            *("--train.keep_checkpoints", "0", "--data.validation_dir", image_folder, *few),
+            *("--train.keep_checkpoints", "0", "--data.validation_dataset", image_folder, *few),
         ]
     )
     assert pipeline_bytes(quiet) == pipeline_bytes(busy)
@@ -372,7 +372,7 @@ def test_skipping_changes_nothing_where_all_rows_are_good(short_run, tmp_path):
 
 
 def test_bad_rows_to_validate_on_are_skipped_too(short_run, spoilt_folder):
-    argv = [*short_run, "--data.validation_dir", str(spoilt_folder), "--data.on_bad_row", "skip"]
+    argv = [*short_run, "--data.validation_dataset", str(spoilt_folder), "--data.on_bad_row", "skip"]
     output_dir = train([*argv, "--train.eval_every", "3", "--evaluation.num_validation_samples", "16"])
     losses = [entry.get("validation_loss") for entry in metrics_without_times(output_dir)]
     assert losses[2] > 0 and losses[5] > 0
@@ -381,20 +381,16 @@ def test_bad_rows_to_validate_on_are_skipped_too(short_run, spoilt_folder):
 
 def test_a_worker_that_is_killed_is_told_in_one_line(short_run):
     script = """if True:
-        import os, signal, sys
-        import train_text_to_image as script
-        from difftrain_utils.config.config import parse_config
-        from difftrain_utils.errors import one_line_errors
+        import os, runpy, signal
+        from difftrain_utils.data.samples import Samples
 
-        class Samples(script.Samples):
-            def __getitem__(self, k):
-                if k == 12:
-                    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
-                return super().__getitem__(k)
+        def get_or_die(self, k, get=Samples.__getitem__):
+            if k == 12:
+                os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+            return get(self, k)
 
-        script.Samples = Samples
-        with one_line_errors():
-            script.main(parse_config(sys.argv[1:]))
+        Samples.__getitem__ = get_or_die
+        runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     command = [sys.executable, "-c", script, *short_run, "--data.num_workers", "1"]
     result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120)

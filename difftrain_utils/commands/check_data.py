@@ -3,7 +3,7 @@
     python -m difftrain_utils.commands.check_data --config configs/sd15_finetune.yaml --data.dataset path/to/images
 
 Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all data.sources) and of
-data.validation_dir, and prints a line for each problem, with file and line:
+data.validation_dataset, and prints a line for each problem, with file and line:
 
     error:    training stops at it, or with data.on_bad_row skip takes another row in its place; also an image that
               metadata.jsonl names twice, which training would see twice as often
@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-from difftrain_utils.config.config import DataConfig, SourceConfig, parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.rows import (
     Row,
     Rows,
@@ -47,10 +49,10 @@ Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(argv, prog="python -m difftrain_utils.commands.check_data")
+    config = parse_config(TextToImageConfig, argv, prog="python -m difftrain_utils.commands.check_data")
     tokenizer = load_tokenizer(config)
     num_rows, kinds = 0, []
-    sources = sources_of(config.data) + ([validation_source(config.data)] if config.data.validation_dir else [])
+    sources = sources_of(config.data) + ([validation_source(config.data)] if config.data.validation_dataset else [])
     for place, source in sources:
         length, row_at, problems = list_rows(place, source, config.data)
         num_rows += length

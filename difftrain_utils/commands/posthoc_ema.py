@@ -6,7 +6,6 @@ The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; 
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -79,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     import transformers
 
+    from difftrain_utils.files import new_folder
     from difftrain_utils.optimization.power_ema import gamma_of, reconstruction_weights, relative_residual
-    from difftrain_utils.run.checkpoints import replace_folder
 
     # ── How much of each snapshot ────────────────────────────────────────────────────────────────────────────
     with blame("--sigma-rel", ValueError):
@@ -120,11 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(parameters[name])
-    folder = args.output_dir.resolve()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    replace_folder(partial, folder)
+    with new_folder(args.output_dir.resolve()) as partial:
+        pipeline.save_pretrained(partial)
     print(f"Done: {args.output_dir} holds the pipeline")
 
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from difftrain_utils.commands.compare import Run, brief, differing, facts_of, flatten
-from difftrain_utils.run.manifest import loss_trace_digest, tensors_digest
+from difftrain_utils.files import tensors_digest
+from difftrain_utils.run.manifest import loss_trace_digest
 from difftrain_utils.run.metrics import TIMES
 
 ALLOWED = 1e-5  # relative difference of a metric that float rounding explains, as between splits of a batch

@@ -28,7 +28,8 @@ from difftrain_utils.commands.repetition import (
 )
 from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.errors import InputError, RunError, blame, one_line_errors
-from difftrain_utils.run.checkpoints import find_damage, list_checkpoints
+from difftrain_utils.files import find_damage
+from difftrain_utils.run.checkpoints import list_checkpoints
 from difftrain_utils.run.manifest import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,

@@ -7,12 +7,14 @@ Takes the options of train_text_to_image.py. Where a run has left checkpoints, i
 
 from pathlib import Path
 
-from difftrain_utils.config.config import MIXED_PRECISION, parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import blame, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(argv, prog="python -m difftrain_utils.commands.validate_config")
+    config = parse_config(TextToImageConfig, argv, prog="python -m difftrain_utils.commands.validate_config")
 
     # after the config, so that a typo is told at once
     import torch

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,13 +25,15 @@ from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from safetensors import safe_open
 from safetensors.torch import save
 
-from difftrain_utils.config.config import Config, DataConfig
+from difftrain_utils.config.config import Config
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.fingerprint import cache_folder
 from difftrain_utils.data.rows import Rows, captions_of, read_row
 from difftrain_utils.data.samples import resize_and_crop, size_of
+from difftrain_utils.devices import device_name
 from difftrain_utils.errors import InputError, RowError, RunError, warn, writing
-from difftrain_utils.run.manifest import device_name, file_digest
+from difftrain_utils.files import file_digest, write_file
 
 ENTRIES_PER_SHARD, ENTRIES_PER_BATCH = 1024, 16
 FORMAT = 1  # part of a cache's name: to be raised when what is stored changes
@@ -272,15 +273,9 @@ def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[s
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Under a name of its own at first, for another run may be making the same cache."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with writing(path):
-        try:
-            partial.write_bytes(content)
-            path.with_suffix(".sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    """With its digest first: what is there is intact or not, whoever else is making the same cache."""
+    write_file(path.with_suffix(".sha256"), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n", shared=True)
+    write_file(path, content, shared=True)
 
 
 def _is_intact(path: Path) -> bool:

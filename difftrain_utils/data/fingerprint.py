@@ -1,12 +1,10 @@
 """The data's fingerprint, a digest of all its bytes, and a cache on the disk of what was computed about the data."""
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import Rows, captions_of, map_in_threads, open_image_header, read_bytes
-from difftrain_utils.errors import RowError, warn
+from difftrain_utils.errors import RowError, RunError, warn
+from difftrain_utils.files import write_file
 
 VERSION = 1  # of what is cached: raise it when a digest or a size is computed otherwise
 CLOCK_TICK = 0.05  # seconds, more than the steps of the clock that Linux stamps files by
@@ -114,16 +113,8 @@ def cached(name: str, compute: Callable[[], bytes], rows: Rows, config: DataConf
     time.sleep(CLOCK_TICK)  # what is written after this has another time than the key knows
     content = compute()
     if cache_key(rows, config) == key:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            warn(f"data.cache_dir: cannot write {path}: {error.strerror}; the data will be read again next time")
+            write_file(path, content, shared=True)
+        except RunError as error:
+            warn(f"data.cache_dir: {error}; the data will be read again next time")
     return content

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from difftrain_utils.config.config import DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.sources import caption_columns, find_column, open_source, sources_of, validation_source
 from difftrain_utils.errors import InputError, RowError, one_line
 
@@ -137,12 +137,12 @@ def load_data(config: DataConfig) -> Rows:
 
 def split_data(rows: Rows, config: DataConfig) -> tuple[Rows, Rows | None]:
     """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of the image's
-    file name, so that a row stays on its side when others come or go; or those of `data.validation_dir`.
+    file name, so that a row stays on its side when others come or go; or those of `data.validation_dataset`.
 
     Raises:
-        InputError: one of the two is empty, or `data.validation_dir` cannot be loaded.
+        InputError: one of the two is empty, or `data.validation_dataset` cannot be loaded.
     """
-    if config.validation_dir is not None:
+    if config.validation_dataset is not None:
         place, source = validation_source(config)
         return rows, Rows([SourceRows(open_source(place, source, config), source)])
     if not config.validation_split:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from difftrain_utils.config.config import DataConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, captions_of, read_row

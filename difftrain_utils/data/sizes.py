@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import cached
 from difftrain_utils.data.rows import Row, Rows, map_in_threads, open_image_header, read_bytes
 from difftrain_utils.errors import RowError

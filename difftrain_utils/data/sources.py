@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from difftrain_utils.builtins.shapes import draw_shape
-from difftrain_utils.config.config import DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import InputError, blame
 
 NUM_BUILTIN_SHAPES = 1800
@@ -25,8 +25,8 @@ def sources_of(config: DataConfig) -> list[tuple[str, SourceConfig]]:
 
 
 def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
-    """`data.validation_dir` as a source."""
-    return "data", SourceConfig(config.validation_dir, config.split, config.image_column, config.caption_column)
+    """`data.validation_dataset` as a source."""
+    return "data", SourceConfig(config.validation_dataset, config.split, config.image_column, config.caption_column)
 
 
 def caption_columns(source: SourceConfig) -> list[str]:

@@ -19,7 +19,7 @@ import datasets
 import fsspec
 import torch
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import (
     Row,
     captions_of,

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from difftrain_utils.config.config import Config, EvaluationConfig
+from difftrain_utils.config.config import Config
+from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.data.rows import Rows
 from difftrain_utils.data.samples import read_row_or_substitute, to_square
 from difftrain_utils.keyed_random import generator_for, keyed_rand, keyed_randn

@@ -17,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, blame, one_line
 from difftrain_utils.families.samplers import build_schedulers
+from difftrain_utils.files import file_digest, part_digest, weights_digest
 from difftrain_utils.keyed_random import seed_for
-from difftrain_utils.run.manifest import file_digest, part_digest, weights_digest
 
 
 @dataclass

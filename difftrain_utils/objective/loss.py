@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from difftrain_utils.config.config import LossConfig
+from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.objective.schedule import append_dims, compute_snr, get_prediction_type
 

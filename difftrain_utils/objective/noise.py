@@ -8,17 +8,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from difftrain_utils.config.config import NoiseConfig
-from difftrain_utils.keyed_random import generator_for, keyed_randn, to_device
+from difftrain_utils.config.objective import NoiseConfig
+from difftrain_utils.devices import to_device
+from difftrain_utils.keyed_random import generator_for, keyed_randn
 
 
-def sample_noise(config: NoiseConfig, seed: int, keys: Sequence[int], latents: torch.Tensor) -> torch.Tensor:
+def sample_noise(
+    config: NoiseConfig, seed: int, keys: Sequence[int], latents: torch.Tensor, group_size: int | None = None
+) -> torch.Tensor:
     """The noise of the samples `keys`, of the latents' shape (batch, channels, …), float32.
 
     - `offset`: plus `offset` times a normal number for each channel (Guttenberg 2023, "Diffusion with Offset Noise")
     - `pyramid_discount`: plus coarser noise, weighted by discount^level (Whitaker 2023, "Multi-Resolution Noise for
       Diffusion Model Training"), scaled back to variance 1
-    - `immiscible`: each image of a group gets the noise of the group that is nearest to it in the sum over the group
+    - `immiscible`: each image of a group (`group_size` samples in a row, None: all) gets the noise of the group that is
+      nearest to it in the sum over the group
       (Li et al. 2024, arXiv:2406.12303)
     """
     shape = latents.shape[1:]
@@ -30,7 +34,7 @@ def sample_noise(config: NoiseConfig, seed: int, keys: Sequence[int], latents: t
         noise = noise + config.offset * per_channel.reshape(*per_channel.shape, *[1] * (len(shape) - 1))
     noise = to_device(noise, latents.device)
     if config.immiscible:
-        size = config.immiscible_batch_size or len(keys)
+        size = group_size or len(keys)
         noise = torch.cat([assign(x, n) for x, n in zip(latents.split(size), noise.split(size), strict=True)])
     return noise
 

@@ -12,8 +12,9 @@ from statistics import NormalDist
 
 import torch
 
-from difftrain_utils.config.config import TimestepsConfig
-from difftrain_utils.keyed_random import generator_for, to_device
+from difftrain_utils.config.objective import TimestepsConfig
+from difftrain_utils.devices import to_device
+from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.objective.schedule import get_prediction_type
 
 

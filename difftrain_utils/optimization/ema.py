@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from difftrain_utils.config.config import EmaConfig
+from difftrain_utils.config.training import EmaConfig
 
 
 def decay_at(step: int, decay: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from difftrain_utils.config.config import OptimizerConfig
+from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError, blame
 
 

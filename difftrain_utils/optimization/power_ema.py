@@ -8,10 +8,9 @@ and appendix C. The average at step T weighs the weights θ(t) of step t by the 
 whose width σ_rel is its standard deviation as a fraction of T: unlike with a constant decay, it is the same share of
 the run at every step. Averages of two or more widths are stored now and then; since an average is linear in its
 profile, one of any other width is the combination of the stored ones whose profiles add up to its own.
-`python -m difftrain_utils.commands.posthoc_ema` makes it.
+`difftrain posthoc-ema` makes it.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from difftrain_utils.errors import writing
+from difftrain_utils.files import new_file
 
 MAX_SIGMA_REL = 0.28  # γ = 0, the plain mean of all steps, has 0.289
 SNAPSHOTS = "ema_snapshots"
@@ -158,17 +157,11 @@ class PowerEMA:
         `names` are the parameters' names in the denoiser's state dict, in order. Save before the checkpoint of the
         same step, so that a run which resumes from it has all earlier snapshots.
         """
-        folder = output_dir / SNAPSHOTS
-        folder.mkdir(parents=True, exist_ok=True)
         for sigma_rel, averages in zip(self.sigma_rels, self.averages, strict=True):
-            path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
-            partial = path.with_name(path.name + ".partial")
+            path = output_dir / SNAPSHOTS / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
             tensors = {name: average.contiguous() for name, average in zip(names, averages, strict=True)}
-            with writing(path):
+            with new_file(path) as partial:
                 save_file(tensors, partial, {"sigma_rel": str(sigma_rel), "step": str(global_step)})
-                with open(partial, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
 
 
 def _describe(tensor: torch.Tensor) -> str:

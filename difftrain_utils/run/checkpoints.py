@@ -8,7 +8,6 @@ for keyed samples need none, and nothing that is unpickled.
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +20,27 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from difftrain_utils.config.config import Config
+from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
+from difftrain_utils.files import DIGESTS_FILE, PARTIAL, find_damage, replace_folder, sha256sums, sync_all
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.power_ema import SNAPSHOTS, PowerEMA
-from difftrain_utils.run.manifest import CONFIG_FILE, MANIFEST_FILE, file_digest, is_checkpoint_of, read_manifest
+from difftrain_utils.run.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    is_checkpoint_of,
+    read_manifest,
+)
 
 STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
-DIGESTS_FILE = "SHA256SUMS"  # as sha256sum writes and checks it
-PARTIAL, DAMAGED = ".partial", ".damaged"
+DAMAGED = ".damaged"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's
 
 # What may change when a run goes on in its folder: it says where, how long and how often, not what is trained. Whether
 # another folder holds the same data or the same base model, their digests tell.
 FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
-    *("data.dataset", "data.validation_dir", "data.num_workers", "data.cache_dir"),
+    *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir"),
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
@@ -91,7 +95,7 @@ def save_checkpoint(
             for name, content in (snapshot | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
                 (partial / name).write_text(content, encoding="utf-8")
             with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
-                synced = pool.submit(_fsync_all, partial)
+                synced = pool.submit(sync_all, partial)
                 digests = sha256sums(partial)
                 synced.result()
             (partial / DIGESTS_FILE).write_text(digests, encoding="utf-8")
@@ -183,35 +187,10 @@ def _newest_intact(output_dir: Path) -> Path:
     raise InputError(f"train.resume_from: no intact checkpoint: {'; '.join(damages)}; --train.overwrite starts afresh")
 
 
-def find_damage(folder: Path) -> str | None:
-    """How the files of a checkpoint differ from its SHA256SUMS; None if they do not."""
-    try:
-        recorded, found = (folder / DIGESTS_FILE).read_bytes(), sha256sums(folder).encode()
-    except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    if recorded == found:
-        return None
-    # the name stands after 64 digits and two spaces; in a damaged list a line may be of any kind
-    digests = [{line[66:]: line[:64] for line in text.splitlines() if line[66:]} for text in (recorded, found)]
-    for name, digest in digests[0].items():
-        if name not in digests[1]:
-            return f"{name.decode(errors='replace')} is missing"
-        if digests[1][name] != digest:
-            return f"{name.decode(errors='replace')} has not the SHA-256 that {DIGESTS_FILE} says"
-    return f"{DIGESTS_FILE} does not list what is there"
-
-
-def sha256sums(folder: Path) -> str:
-    """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
-    with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(file_digest, paths))
-    return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
-
-
 def _check_settings(folder: Path, config: Config) -> None:
     """Refuse to go on in the same folder with other settings; into another folder a run may branch off with them."""
     saved = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    rename_fields(saved)
     differences = {}
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items():
@@ -299,28 +278,3 @@ def delete_run(output_dir: Path) -> None:
     ]:
         shutil.rmtree(path, ignore_errors=True)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Give `partial` the name `folder`, all its bytes on disk first; an older `folder` goes after that."""
-    _fsync_all(partial)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync_all(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

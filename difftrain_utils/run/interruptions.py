@@ -6,7 +6,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.config.training import TrainConfig
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -7,7 +7,7 @@ import time
 
 from accelerate import Accelerator
 
-from difftrain_utils.config.config import MIXED_PRECISION, Config, check_immiscible, check_split
+from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.errors import InputError
 
 # who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
@@ -39,8 +39,7 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
         raise InputError(f"accelerate launch: asked for torch.compile ({backend}); --train.compile does that here")
     if accelerator.mixed_precision not in MIXED_PRECISION.values():
         raise InputError(f"accelerate launch: asked for {accelerator.mixed_precision}; there is fp32, fp16 and bf16")
-    check_split(config.train, accelerator.num_processes)
-    check_immiscible(config, accelerator.num_processes)
+    config.check_split(accelerator.num_processes)
     asked = MIXED_PRECISION[config.train.precision]
     if asked not in (None, accelerator.mixed_precision):
         raise InputError(f"train.precision: asked for {asked}, accelerate runs with {accelerator.mixed_precision}")

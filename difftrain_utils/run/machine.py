@@ -6,7 +6,7 @@ import ctypes
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, one_line
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.devices import device_name
+from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
 
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
@@ -85,7 +86,7 @@ def write_snapshot(
     snapshot[MANIFEST_FILE] = _json(first)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, content in snapshot.items():
-        write_text(output_dir / name, content)
+        write_file(output_dir / name, content)
 
 
 def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[str, str] | None = None) -> None:
@@ -98,7 +99,7 @@ def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[
     if weights is not None:
         trace = loss_trace_digest(output_dir / "metrics.jsonl")
         manifest["final"] = {"global_step": global_step, "weights": weights, "loss_trace": trace}
-    write_text(output_dir / MANIFEST_FILE, _json(manifest))
+    write_file(output_dir / MANIFEST_FILE, _json(manifest))
 
 
 def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
@@ -110,51 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
 
 
-def write_text(path: Path, content: str) -> None:
-    """Replace a file whole: a kill or a full disk leaves the old one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
-
-
 def loss_trace_digest(path: Path) -> str:
     """SHA-256 over a metrics.jsonl without the times of its steps."""
     entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
     metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
     return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
-
-
-def part_digest(folder: Path, variant: str | None = None) -> str:
-    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone."""
-    paths = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    tensors = {}
-    for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
-        is_bin = path.suffix == ".bin"
-        tensors |= torch.load(path, "cpu", weights_only=True, mmap=True) if is_bin else load_file(path)
-    return tensors_digest({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a module's state dict, in the order of names."""
-    return tensors_digest(module.state_dict())
-
-
-def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """The same over any named tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def describe_git(folder: Path) -> dict[str, Any] | None:
@@ -210,11 +171,6 @@ def _now() -> str:
 
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def device_name(device: torch.device) -> str:
-    """`NVIDIA H100 80GB HBM3`, say; `cpu` and others by their type."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _processor() -> str:

@@ -1,8 +1,6 @@
 """How fast a run is, and what it waits for: times of its steps, share of waiting, memory, model FLOPs utilisation."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +13,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.devices import peak_memory
 from difftrain_utils.errors import warn
 
 # Dense TFLOP/s in (fp16 and bf16 with float32 sums, TF32, float32), by torch.cuda.get_device_name(). From NVIDIA's data
@@ -138,14 +137,6 @@ class StepTimer:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that torch had of the GPU, or that the process had of main memory, since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 PROFILE_WARMUP, PROFILE_STEPS = 3, 5  # steps: left out, and traced where `train.profile` is just true

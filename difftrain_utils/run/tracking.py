@@ -16,7 +16,7 @@ from PIL import Image
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
-from difftrain_utils.run.manifest import write_text
+from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import read_metrics
 
 
@@ -120,7 +120,7 @@ class Metrics:
 def _cut_back(path: Path, global_step: int) -> None:
     if path.exists():
         kept = [entry for entry in read_metrics(path) if entry["step"] <= global_step]
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_file(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def _primitive(value: Any) -> bool | int | float | str:

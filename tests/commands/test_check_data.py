@@ -134,7 +134,7 @@ def test_what_only_datasets_objects_to(folder, capsys):
 
 def test_the_validation_data_are_checked_too(folder, image_folder, capsys):
     (folder / "000002.png").unlink()
-    lines, code = check(image_folder, capsys, "--data.validation_dir", str(folder))
+    lines, code = check(image_folder, capsys, "--data.validation_dataset", str(folder))
     assert code == 2 and f"{folder / 'metadata.jsonl'} line 3: " in lines[0]
     assert lines[1] == "20 images and their captions: 1 error"
 

@@ -47,7 +47,7 @@ def resumed_run(checkpoint_folder, images, tmp_path_factory) -> Path:
     """Six steps in two segments: stopped after the first one, then resumed."""
     argv = short_options(checkpoint_folder, images, tmp_path_factory.mktemp("runs") / "run")
     argv += [
-        "--data.validation_dir",
+        "--data.validation_dataset",
         str(images),
         "--evaluation.num_validation_samples",
         "8",

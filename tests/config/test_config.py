@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, parse_config
 
-from difftrain_utils.config.config import Config, SourceConfig, field_names, parse_config
+from difftrain_utils.config.command_line import field_names
+from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
 REQUIRED = ["--model.pretrained_model_name_or_path", "some/model", "--data.dataset", "some/data"]
@@ -167,10 +169,11 @@ def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
     output = " ".join(capsys.readouterr().out.split())
-    for section in dataclasses.fields(Config):
+    for section in dataclasses.fields(TextToImageConfig):
         assert all(f"--{section.name}.{f.name}" in output for f in dataclasses.fields(section.type))
-    source = ast.parse((ROOT / "difftrain_utils/config/config.py").read_text())
-    for cls in (node for node in source.body if isinstance(node, ast.ClassDef) and node.name != "Config"):
+    files = [ast.parse(path.read_text()) for path in (ROOT / "difftrain_utils/config").glob("*.py")]
+    classes = [node for file in files for node in file.body if isinstance(node, ast.ClassDef)]
+    for cls in (node for node in classes if node.name.endswith("Config") and not node.bases and node.name != "Config"):
         documented = [n for n in cls.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
         fields = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
         assert len(documented) == len(fields) + 1, cls.name  # the class and each field
@@ -195,16 +198,19 @@ def test_every_field_is_read_somewhere():
     for path in sources:
         tree = ast.parse(path.read_text())
         for scope in ast.walk(tree):
-            # check_config looks at every field: that does not count as using it
-            if isinstance(scope, ast.FunctionDef) and scope.name not in ("check_config", "require"):
+            # checking looks at every field: that does not count as using it
+            if isinstance(scope, ast.FunctionDef) and not scope.name.startswith("check"):
                 read |= {node.attr for node in ast.walk(scope) if isinstance(node, ast.Attribute)}
-    names = [name.split(".")[1] for name in field_names()] + [f.name for f in dataclasses.fields(SourceConfig)]
+    names = [name.split(".")[1] for name in field_names(TextToImageConfig)] + [
+        f.name for f in dataclasses.fields(SourceConfig)
+    ]
     assert [name for name in names if name not in read] == []
 
 
 def test_a_typo_is_told_before_torch_is_imported(tmp_path):
-    code = "import sys; from difftrain_utils.config.config import parse_config\n"
-    code += f"parse_config({REQUIRED}); sys.exit('torch' in sys.modules)"
+    code = "import sys; from difftrain_utils.config.command_line import parse_config\n"
+    code += "from difftrain_utils.config.text_to_image import TextToImageConfig\n"
+    code += f"parse_config(TextToImageConfig, {REQUIRED}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -12,13 +12,14 @@ from helpers import (
     make_data,
     metrics_without_times,
     options,
+    parse_config,
     pipeline_bytes,
     train,
     without_dropout,
 )
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig, parse_config
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets, cropped_share, load_buckets
 from difftrain_utils.data.rows import load_data
 from difftrain_utils.data.samples import Samples, resize_and_crop

@@ -19,6 +19,7 @@ from helpers import (
     make_data,
     metrics_without_times,
     options,
+    parse_config,
     pipeline_bytes,
     train,
     without_dropout,
@@ -26,7 +27,6 @@ from helpers import (
 from PIL import Image
 from transformers import CLIPTextModel
 
-from difftrain_utils.config.config import parse_config
 from difftrain_utils.data import encoded as cache_module
 from difftrain_utils.data.encoded import TensorCache, build_cache, load_caches
 from difftrain_utils.data.fingerprint import inspect_splits
@@ -34,7 +34,7 @@ from difftrain_utils.data.rows import load_data
 from difftrain_utils.data.samples import Samples
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families.load import load_family
-from difftrain_utils.run.manifest import file_digest
+from difftrain_utils.files import file_digest
 
 BOTH = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
 
@@ -156,7 +156,7 @@ class TestTensorCache:
 
     def test_a_disk_that_is_full_after_all(self, tmp_path, monkeypatch):
         monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(RunError, match=r"^cannot write .*shard-00000.safetensors: .*No space left"):
+        with pytest.raises(RunError, match=r"^cannot write .*shard-00000.sha256: .*No space left"):
             self.build(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
@@ -461,11 +461,9 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
 
 def test_a_build_that_is_killed_goes_on(cached_run, tmp_path):
     script = """if True:
-        import os, signal, sys
+        import os, runpy, signal, sys
         import difftrain_utils.data.encoded as cache
-        import train_text_to_image as script
-        from difftrain_utils.config.config import parse_config
-        from difftrain_utils.families.load import StableDiffusion
+        from difftrain_utils.families.stable_diffusion import StableDiffusion
         cache.ENTRIES_PER_SHARD, cache.ENTRIES_PER_BATCH = 4, 3
         encode, calls = StableDiffusion.encode_images, []
 
@@ -476,7 +474,7 @@ def test_a_build_that_is_killed_goes_on(cached_run, tmp_path):
             return encode(self, pixel_values)
 
         StableDiffusion.encode_images = encode_images
-        script.main(parse_config(sys.argv[1:]))
+        runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     command = [sys.executable, "-c", script, *cached_run]
     killed = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 from helpers import as_rows, encode, make_data
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import inspect_data
 from difftrain_utils.data.rows import load_data, open_image, read_row, split_data
 from difftrain_utils.errors import InputError, RowError
@@ -154,7 +154,7 @@ class TestSplit:
 
     def test_another_folder_holds_the_validation_rows(self, image_folder):
         data = load_data(DataConfig("builtin:shapes", resolution=8))
-        config = DataConfig("builtin:shapes", resolution=8, validation_dir=str(image_folder))
+        config = DataConfig("builtin:shapes", resolution=8, validation_dataset=str(image_folder))
         training, validation = split_data(data, config)
         assert training is data and len(validation) == 10
         assert split_data(data, DataConfig("builtin:shapes"))[1] is None

@@ -5,7 +5,7 @@ import torch
 from helpers import as_rows, make_data
 from PIL import Image
 
-from difftrain_utils.config.config import DataConfig
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.samples import Samples, collate, to_pixel_values
 from difftrain_utils.errors import RowError
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import encode, make_data, metrics_without_times, options, train
 from PIL import Image, PngImagePlugin
 
-from difftrain_utils.config.config import DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import fingerprint
 from difftrain_utils.data.fingerprint import cache_key, inspect_data
 from difftrain_utils.data.rows import load_data, open_image, read_row, split_data

@@ -12,7 +12,9 @@ import torch
 from helpers import encode, make_data, metrics_without_times, options, pipeline_bytes, train
 from PIL import Image
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, check_config
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.rows import split_data
 from difftrain_utils.data.samples import Samples, collate
@@ -342,7 +344,7 @@ class TestRefusals:
         [
             (
                 {"validation_split": 0.1},
-                r"data.validation_split: cannot go with streaming \(validation_dir can\), got 0.1",
+                r"data.validation_split: cannot go with streaming \(validation_dataset can\), got 0.1",
             ),
             ({"dataset": "builtin:shapes"}, "data.dataset: streaming is for folders and the hub, got 'builtin:shapes'"),
             ({"shuffle_buffer": 0}, "data.shuffle_buffer: must be at least 1, got 0"),
@@ -351,7 +353,7 @@ class TestRefusals:
     def test_settings(self, fields, message):
         data = replace(DataConfig("somewhere", streaming=True), **fields)
         with pytest.raises(InputError, match=message):
-            check_config(Config(ModelConfig("builtin:tiny-stable-diffusion"), data))
+            TextToImageConfig(ModelConfig("builtin:tiny-stable-diffusion"), data).check()
 
     def test_data(self, folders, tmp_path):
         empty = tmp_path / "empty"

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import pt_to_pil
-from helpers import launch_two, metrics_without_times, pipeline_bytes, train
+from helpers import launch_two, metrics_without_times, parse_config, pipeline_bytes, train
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -23,7 +23,6 @@ from transformers import (
 
 from difftrain_utils.builtins.tiny_stable_diffusion.make import make_tokenizer
 from difftrain_utils.commands.compare import load_runs, summary_table
-from difftrain_utils.config.config import parse_config
 from difftrain_utils.data.rows import load_data, read_row, split_data
 from difftrain_utils.data.samples import to_square
 from difftrain_utils.errors import InputError

@@ -5,7 +5,11 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from difftrain_utils.config.config import Config, DataConfig, EmaConfig, EvaluationConfig, ModelConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.data.rows import load_data
 from difftrain_utils.evaluation.validation import (
     evaluation_weights,
@@ -15,13 +19,13 @@ from difftrain_utils.evaluation.validation import (
     validation_timesteps,
 )
 from difftrain_utils.families.load import load_family
+from difftrain_utils.files import weights_digest
 from difftrain_utils.objective.schedule import alphas_and_sigmas, append_dims, get_target
 from difftrain_utils.optimization.ema import EMA
-from difftrain_utils.run.manifest import weights_digest
 
 
 def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
-    family = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("data")))
+    family = load_family(TextToImageConfig(ModelConfig(str(checkpoint_folder)), DataConfig("data")))
     family.denoiser.eval()
     prompts = ["a red circle", "a blue square", "a green triangle"]
 
@@ -67,7 +71,7 @@ def test_the_grid_shows_each_picture_above_its_label():
 class TestValidationLoss:
     def loss(self, checkpoint_folder, data, prediction=None, name="validation_loss", **fields) -> dict:
         evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
-        config = Config(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
+        config = TextToImageConfig(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
         config.evaluation = evaluation
         family = load_family(config)
         family.denoiser.eval()

@@ -9,7 +9,10 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, SchedulerConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.objective import SchedulerConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.samplers import build_schedulers
 
@@ -17,7 +20,7 @@ SD15 = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_l
 
 
 def build(prediction_type=None, checkpoint=SD15, resolution=512, **fields):
-    config = Config(
+    config = TextToImageConfig(
         ModelConfig("m", prediction_type=prediction_type), DataConfig("d", resolution=resolution), SchedulerConfig()
     )
     config.scheduler = SchedulerConfig(**fields)
@@ -33,7 +36,7 @@ def test_the_checkpoints_schedule_is_kept():
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_snr_reaches_the_training_schedule_and_the_sampler(name):
-    noise_scheduler, sampler = build("v_prediction", rescale_betas_zero_snr=True, name=name)
+    noise_scheduler, sampler = build("v_prediction", rescale_betas_zero_snr=True, sampler=name)
     assert noise_scheduler.alphas_cumprod[-1] == 0
     # Lin et al. 2024, arXiv:2305.08891, algorithm 1: sqrt(ᾱ) shifted to end in 0 and scaled to begin as before
     root = SD15.alphas_cumprod.double().sqrt()
@@ -43,7 +46,9 @@ def test_zero_terminal_snr_reaches_the_training_schedule_and_the_sampler(name):
 
 
 def test_the_config_overrides_the_schedule():
-    noise_scheduler, sampler = build(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, name="DDIMScheduler")
+    noise_scheduler, sampler = build(
+        beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, sampler="DDIMScheduler"
+    )
     assert len(noise_scheduler.alphas_cumprod) == 100 and isinstance(sampler, DDIMScheduler)
     expected = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert torch.equal(noise_scheduler.alphas_cumprod, expected)
@@ -79,11 +84,11 @@ def test_a_saved_flow_pipelines_scheduler_is_understood_again():
     [
         (None, {"rescale_betas_zero_snr": True}, "epsilon says nothing of the image at pure noise"),
         ("v_prediction", {"rescale_betas_zero_snr": True}, "PNDMScheduler does not know this noise schedule"),
-        ("sample", {}, "scheduler.name: PNDMScheduler cannot sample sample"),
-        (None, {"name": "FastScheduler"}, "scheduler.name: diffusers has no scheduler 'FastScheduler'"),
-        (None, {"name": "AutoencoderKL"}, "scheduler.name: diffusers has no scheduler 'AutoencoderKL'"),
+        ("sample", {}, "scheduler.sampler: PNDMScheduler cannot sample sample"),
+        (None, {"sampler": "FastScheduler"}, "scheduler.sampler: diffusers has no scheduler 'FastScheduler'"),
+        (None, {"sampler": "AutoencoderKL"}, "scheduler.sampler: diffusers has no scheduler 'AutoencoderKL'"),
         ("flow_prediction", {"beta_schedule": "linear"}, "flow_prediction has no betas"),
-        ("flow_prediction", {"name": "DDIMScheduler"}, "scheduler.name: DDIMScheduler"),
+        ("flow_prediction", {"sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler"),
     ],
 )
 def test_what_does_not_fit_is_refused(prediction_type, fields, message):
@@ -92,5 +97,5 @@ def test_what_does_not_fit_is_refused(prediction_type, fields, message):
 
 
 def test_euler_fits_as_it_is():
-    _, sampler = build("v_prediction", name="EulerDiscreteScheduler")
+    _, sampler = build("v_prediction", sampler="EulerDiscreteScheduler")
     assert isinstance(sampler, EulerDiscreteScheduler) and sampler.config.prediction_type == "v_prediction"

@@ -6,17 +6,20 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 
 from difftrain_utils.builtins.shapes import count_right, draw_shape
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import to_pixel_values
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import BUILTINS, load_family
-from difftrain_utils.run.manifest import weights_digest
+from difftrain_utils.files import weights_digest
 
 BUILTIN = "builtin:tiny-stable-diffusion"
 
 
 def load(name, seed: int = 0, **model):
-    return load_family(Config(ModelConfig(str(name), **model), DataConfig("data"), TrainConfig(seed=seed)))
+    return load_family(TextToImageConfig(ModelConfig(str(name), **model), DataConfig("data"), TrainConfig(seed=seed)))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,9 @@ def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
 
 
 def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkpoint_folder):
-    config = Config(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_latents=True, cache_text=True))
+    config = TextToImageConfig(
+        ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_latents=True, cache_text=True)
+    )
     family = load_family(config)
     assert not {"vae", "text_encoder"} & vars(family).keys()
     loaded = load(checkpoint_folder)
@@ -92,7 +97,7 @@ def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkp
     assert weights_digest(family.vae) == weights_digest(loaded.vae)
     family.free_cached()
     assert "vae" not in vars(family)
-    partly = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_text=True)))
+    partly = load_family(TextToImageConfig(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_text=True)))
     partly.free_cached()
     assert "vae" in vars(partly)
 

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from difftrain_utils.config.config import EmaConfig
+from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.errors import RunError
+from difftrain_utils.files import find_damage
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.power_ema import PowerEMA
-from difftrain_utils.run.checkpoints import find_damage, list_checkpoints, save_checkpoint
+from difftrain_utils.run.checkpoints import list_checkpoints, save_checkpoint
 
 folder, error, every = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, 1)[3])
 faults = ctypes.CDLL(None)

@@ -20,13 +20,14 @@ from helpers import (
     launch_environment,
     metrics_without_times,
     options,
+    parse_config,
     pipeline_bytes,
     train,
 )
 
-from difftrain_utils.config.config import parse_config
 from difftrain_utils.errors import InputError
-from difftrain_utils.run.checkpoints import PARTIAL, find_checkpoint, list_checkpoints
+from difftrain_utils.files import PARTIAL
+from difftrain_utils.run.checkpoints import find_checkpoint, list_checkpoints
 
 HERE = Path(__file__).parent
 ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them

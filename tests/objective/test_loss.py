@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from difftrain_utils.config.config import LossConfig
+from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.objective.loss import (
     LearnedUncertainty,
     clean_weight,

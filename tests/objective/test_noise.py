@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from difftrain_utils.config.config import NoiseConfig
+from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.keyed_random import keyed_randn
 from difftrain_utils.objective.noise import assign, perturb_input, sample_noise
 
 SHAPES = [(8, 4, 17), (8, 4, 16, 16), (8, 4, 3, 8, 8)]
 
 
-def draw(shape=(8, 4, 16, 16), keys=None, seed=0, **fields) -> torch.Tensor:
+def draw(shape=(8, 4, 16, 16), keys=None, seed=0, group_size=None, **fields) -> torch.Tensor:
     latents = keyed_randn(9, "latents", range(shape[0]), shape[1:])
-    return sample_noise(NoiseConfig(**fields), seed, keys or list(range(shape[0])), latents)
+    return sample_noise(NoiseConfig(**fields), seed, keys or list(range(shape[0])), latents, group_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,7 +70,7 @@ def test_immiscible_noise_is_the_nearest_assignment():
 
 def test_immiscible_groups_are_assigned_on_their_own():
     whole = draw((8, 4, 4, 4), immiscible=True)
-    grouped = draw((8, 4, 4, 4), immiscible=True, immiscible_batch_size=4)
+    grouped = draw((8, 4, 4, 4), immiscible=True, group_size=4)
     latents, plain = keyed_randn(9, "latents", range(8), (4, 4, 4)), draw((8, 4, 4, 4))
     expected = torch.cat([assign(latents[:4], plain[:4]), assign(latents[4:], plain[4:])])
     assert torch.equal(grouped, expected) and not torch.equal(grouped, whole)

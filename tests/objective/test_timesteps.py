@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from difftrain_utils.config.config import TimestepsConfig
+from difftrain_utils.config.objective import TimestepsConfig
 from difftrain_utils.objective.timesteps import quantile, sample_timesteps
 
 DDPM, FLOW = DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()

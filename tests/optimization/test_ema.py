@@ -4,7 +4,7 @@ from diffusers.training_utils import EMAModel
 from helpers import metrics_without_times, options, pipeline_bytes, train
 from safetensors.torch import load_file
 
-from difftrain_utils.config.config import EmaConfig
+from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.optimization.ema import EMA, decay_at
 
 

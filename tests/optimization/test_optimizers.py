@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from difftrain_utils.config.config import OptimizerConfig
+from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.optimization.optimizers import build_optimizer
 

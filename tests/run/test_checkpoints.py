@@ -1,26 +1,31 @@
 from pathlib import Path
 
 import pytest
-from helpers import train
+from helpers import parse_config, train
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig, parse_config
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.run.checkpoints import (
+from difftrain_utils.files import (
     DIGESTS_FILE,
+    find_damage,
+    replace_folder,
+    sha256sums,
+)
+from difftrain_utils.run.checkpoints import (
     STATE_FILE,
     delete_run,
     find_checkpoint,
-    find_damage,
     list_checkpoints,
-    replace_folder,
     set_newer_aside,
-    sha256sums,
 )
 from difftrain_utils.run.manifest import CONFIG_FILE
 
 
-def config(output_dir: Path, resume_from: str | None, **train) -> Config:
-    return Config(
+def config(output_dir: Path, resume_from: str | None, **train) -> TextToImageConfig:
+    return TextToImageConfig(
         ModelConfig("m"), DataConfig("d"), TrainConfig(output_dir=str(output_dir), resume_from=resume_from, **train)
     )
 

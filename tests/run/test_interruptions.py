@@ -19,12 +19,13 @@ from helpers import (
     without_dropout,
 )
 
-import train_text_to_image
-from difftrain_utils.config.config import TrainConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import RunError
+from difftrain_utils.files import weights_digest
+from difftrain_utils.objective import noise
 from difftrain_utils.run.checkpoints import list_checkpoints
 from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
-from difftrain_utils.run.manifest import loss_trace_digest, read_manifest, weights_digest
+from difftrain_utils.run.manifest import loss_trace_digest, read_manifest
 from difftrain_utils.run.tracking import read_metrics
 
 
@@ -137,16 +138,14 @@ class TestNonFinite:
 
     @pytest.fixture
     def poison(self, monkeypatch):
-        sample_noise = train_text_to_image.sample_noise
+        keyed_randn = noise.keyed_randn
 
-        def poisoned(config, seed, keys, latents):
-            noise = sample_noise(config, seed, keys, latents)
-            for i, key in enumerate(keys):
-                if key == 9:
-                    noise[i, 0, 0, 0] = float("nan")
-            return noise
+        def poisoned(seed, purpose, keys, *arguments):
+            numbers = keyed_randn(seed, purpose, keys, *arguments)
+            numbers[[key == 9 for key in keys]] = float("nan")
+            return numbers
 
-        monkeypatch.setattr(train_text_to_image, "sample_noise", poisoned)
+        monkeypatch.setattr(noise, "keyed_randn", poisoned)
         return monkeypatch
 
     @pytest.mark.parametrize("accumulation", ["1", "2"])

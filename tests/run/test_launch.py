@@ -7,7 +7,10 @@ import pytest
 from accelerate import Accelerator
 from helpers import ROOT, SCRIPT, assert_refused, launch_environment
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.launch import check_launch
 
@@ -28,10 +31,10 @@ from difftrain_utils.run.launch import check_launch
 )
 def test_refused(monkeypatch, environment, train, message):
     accelerator = Accelerator(cpu=True)
-    config = Config(ModelConfig("m"), DataConfig("d"), TrainConfig(**train))
+    config = TextToImageConfig(ModelConfig("m"), DataConfig("d"), TrainConfig(**train))
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    check_launch(Config(ModelConfig("m"), DataConfig("d")), accelerator)
+    check_launch(TextToImageConfig(ModelConfig("m"), DataConfig("d")), accelerator)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
@@ -42,7 +45,7 @@ def test_one_process_of_torchrun_a_node_is_fine(monkeypatch):
     """Under srun, torchrun's world is what counts, not Slurm's tasks."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    check_launch(Config(ModelConfig("m"), DataConfig("d")), Accelerator(cpu=True))
+    check_launch(TextToImageConfig(ModelConfig("m"), DataConfig("d")), Accelerator(cpu=True))
 
 
 def test_two_processes_that_are_each_alone_are_refused(short_run, tmp_path):

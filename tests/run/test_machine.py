@@ -18,10 +18,13 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.devices import seed_device
 from difftrain_utils.errors import InputError, one_line_errors
 from difftrain_utils.families.load import load_family
-from difftrain_utils.keyed_random import seed_device
 from difftrain_utils.run.checkpoints import FREE_FIELDS
 from difftrain_utils.run.machine import check_compile, set_tf32, speed_up
 
@@ -99,7 +102,9 @@ def test_two_processes_compile_and_resume(short_run, tmp_path, mode):
 
 def test_channels_last_lays_out_denoiser_and_vae(checkpoint_folder):
     train = TrainConfig(channels_last=True)
-    family = load_family(Config(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d"), train))
+    family = load_family(
+        TextToImageConfig(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d"), train)
+    )
     assert family.vae.use_slicing
     assert all(isinstance(p, AttnProcessor2_0) for p in family.denoiser.attn_processors.values())  # torch's fused one
     speed_up(train, family.denoiser)

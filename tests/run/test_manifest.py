@@ -4,15 +4,19 @@ import subprocess
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import parse_config
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig, parse_config
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.devices import device_name
+from difftrain_utils.files import weights_digest
 from difftrain_utils.run.manifest import (
     describe_environment,
     describe_git,
-    device_name,
     set_deterministic,
     take_snapshot,
-    weights_digest,
     write_snapshot,
 )
 
@@ -54,7 +58,7 @@ def test_git_tells_the_commit_and_what_differs_from_it(tmp_path):
 
 def test_the_snapshot_names_what_made_the_run(tmp_path):
     model = torch.nn.Linear(2, 2)
-    config = Config(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
+    config = TextToImageConfig(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
     snapshot = take_snapshot(config, Accelerator(), {"unet": weights_digest(model)}, {"num_images": 3, "sha256": "abc"})
     write_snapshot(tmp_path / "new" / "run", snapshot)
     manifest = json.loads((tmp_path / "new/run/run_manifest.json").read_text())

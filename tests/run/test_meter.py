@@ -9,7 +9,10 @@ from helpers import metrics_without_times, options, pipeline_bytes, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.load import load_family
 from difftrain_utils.run.meter import StepTimer, peak_tflops, training_flops
 from difftrain_utils.run.metrics import TIMES
@@ -38,7 +41,7 @@ def test_what_a_step_takes_and_how_long_it_waits():
 
 
 def test_flops_of_forward_and_backward(checkpoint_folder):
-    family = load_family(Config(ModelConfig(str(checkpoint_folder)), DataConfig("d")))
+    family = load_family(TextToImageConfig(ModelConfig(str(checkpoint_folder)), DataConfig("d")))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 2]), torch.randn(2, 16, 64)
     state = torch.get_rng_state()
@@ -60,7 +63,7 @@ def test_flops_of_forward_and_backward(checkpoint_folder):
 def test_utilisation_is_told_where_the_peak_is_known(short_run, monkeypatch):
     output_dir = train([*short_run, *options({"train.peak_tflops": 0.5, "train.gradient_accumulation_steps": 2})])
     entries = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    family = load_family(Config(ModelConfig(short_run[1]), DataConfig("d")))
+    family = load_family(TextToImageConfig(ModelConfig(short_run[1]), DataConfig("d")))
     inputs = torch.zeros(4, 4, 8, 8), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 16, 64)
     flops = training_flops(family.denoiser, family.predict, *inputs)
     for entry in entries:

@@ -6,14 +6,17 @@ import torch
 from accelerate import Accelerator
 from helpers import metrics_without_times
 
-from difftrain_utils.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.tracking import Metrics, Totals, check_trackers
 
 
 def start(output_dir, global_step: int) -> Metrics:
-    config = Config(ModelConfig("model"), DataConfig("data"), TrainConfig(output_dir=str(output_dir)))
+    config = TextToImageConfig(ModelConfig("model"), DataConfig("data"), TrainConfig(output_dir=str(output_dir)))
     return Metrics(Accelerator(), config, global_step)
 
 

@@ -1,0 +1,199 @@
+"""A config from a YAML file (`--config FILE`) and the command line, where any field has its dotted name
+(`--train.max_steps 200`)."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from difftrain_utils.config.config import RENAMED, Config, rename_fields
+from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.training import OptimizerConfig
+from difftrain_utils.errors import InputError, warn
+
+ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
+    """Read a config of `config_class` from a command line (`sys.argv` if None), and check it.
+
+    Raises:
+        InputError: a field or option does not exist, or a value is not allowed.
+        SystemExit: after --help or --print_config.
+    """
+    argv = _expand(config_class, sys.argv[1:] if argv is None else argv)
+    parser = _build_parser(config_class, prog)
+    argv = _check_names(config_class, argv)
+    try:
+        namespace = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(_one_line(str(error))) from None
+    sections = {field.name: field.type(**vars(getattr(namespace, field.name))) for field in _sections(config_class)}
+    config = config_class(**sections)
+    if config.data.sources is not None:
+        config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
+    config.check()
+    return config
+
+
+def field_names(config_class: type[Config]) -> list[str]:
+    """The dotted names of all fields, in order."""
+    return [f"{s.name}.{f.name}" for s in _sections(config_class) for f in dataclasses.fields(s.type)]
+
+
+def _sections(config_class: type[Config]) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(config_class)
+
+
+def _build_parser(config_class: type[Config], prog: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog or os.path.basename(sys.argv[0]),
+        description="Every field of the config, by its dotted name. --output-dir and --resume-from are short "
+        "for --train.output_dir and --train.resume_from.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of the fields below.")
+    for section in _sections(config_class):
+        if section.type is not OptimizerConfig:
+            parser.add_class_arguments(section.type, section.name)
+    # By hand: jsonargparse would take these two names for a class of its own to build, and import torch.
+    optimizer = parser.add_argument_group("Any optimizer of any library: its class and its arguments")
+    default = OptimizerConfig()
+    optimizer.add_argument(
+        "--optimizer.class_path", type=str, default=default.class_path, help="Import path of the class."
+    )
+    optimizer.add_argument(
+        "--optimizer.init_args",
+        type=dict[str, Any],
+        default=default.init_args,
+        help="Arguments of the class, e.g. --optimizer.init_args.lr 1e-4.",
+    )
+    return parser
+
+
+def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
+    """--output-dir is --train.output_dir, and a switch without a value (--train.overwrite) means true."""
+    switches = [
+        f"{section.name}.{field.name}"
+        for section in _sections(config_class)
+        for field in dataclasses.fields(section.type)
+        if field.type in (bool, bool | None, bool | int)
+    ]
+    expanded = []
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+        name, equals, value = arg.partition("=")
+        expanded.append(ALIASES.get(name, name) + equals + value)
+        if name[2:] in switches and not equals and following.startswith("--"):
+            expanded.append("true")
+    return expanded
+
+
+def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
+    """The arguments with today's names for fields that were renamed. Names are looked at before values: an unknown one
+    gets a suggestion, which jsonargparse does not give."""
+    known, argv = field_names(config_class), list(argv)
+    for position, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            continue
+        name, equals, value = arg[2:].partition("=")
+        has_next = not equals and position + 1 < len(argv)
+        value = argv[position + 1] if has_next else value
+        if name == "config":
+            content = _read_file(config_class, value)
+            if renamed := rename_fields(content):
+                for old, new in renamed.items():
+                    warn(f"{value}: {old} is called {new} now")
+                argv[position + has_next] = ("" if has_next else "--config=") + json.dumps(content)
+        elif name in RENAMED:
+            warn(f"--{name} is called --{RENAMED[name]} now")
+            argv[position] = f"--{RENAMED[name]}{equals}{'' if has_next else value}"
+        elif (
+            name not in [*known, "help", "print_config"]
+            and name.removesuffix("+") not in known
+            and not name.startswith("optimizer.init_args.")
+        ):
+            raise InputError(f"--{_no_such_field(name, known, '--')}")
+        elif name.removesuffix("+") == "data.sources":
+            with contextlib.suppress(yaml.YAMLError):  # jsonargparse says what is wrong with it
+                for unknown in _unknown_source_fields(yaml.safe_load(value)):
+                    raise InputError(f"--{_no_such_field(unknown, known)}")
+    return argv
+
+
+def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
+    """The sections of a config file, all of whose names are known, or were before they were renamed."""
+    names, known = [section.name for section in _sections(config_class)], field_names(config_class)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: must hold sections ({', '.join(names)}), got {content!r:.60}")
+    for section, fields in content.items():
+        if section not in names:
+            raise InputError(f"{path}: {_no_such_field(str(section), known)}")
+        if not isinstance(fields, dict):
+            raise InputError(f"{path}: {section}: must hold fields, got {fields!r:.60}")
+        for unknown in (f"{section}.{name}" for name in fields if f"{section}.{name}" not in [*known, *RENAMED]):
+            raise InputError(f"{path}: {_no_such_field(unknown, known)}")
+        for unknown in _unknown_source_fields(fields.get("sources")):
+            raise InputError(f"{path}: {_no_such_field(unknown, known)}")
+    return content
+
+
+def _unknown_source_fields(sources: Any) -> Iterator[str]:
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            yield from (f"data.sources[{i}].{name}" for name in source if name not in _source_fields())
+
+
+def _source_fields() -> list[str]:
+    return [f.name for f in dataclasses.fields(SourceConfig)]
+
+
+def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
+    if name.startswith("data.sources["):
+        last = name.rpartition(".")[2]
+        matches = difflib.get_close_matches(last, _source_fields(), n=1, cutoff=0.7)
+        hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
+        return f"{name}: no such field; {hint}"
+    sections = list(dict.fromkeys(k.split(".")[0] for k in known))
+    matches = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.7)
+    if not matches:  # a field's name with another section's or none: there may be one in more than one section
+        last_parts = difflib.get_close_matches(name.split(".")[-1], {k.split(".")[1] for k in known}, n=1, cutoff=0.7)
+        matches = [k for k in known if k.split(".")[1] in last_parts]
+    hint = f"did you mean {' or '.join(prefix + match for match in matches)}?" if matches else "see --help"
+    return f"{name}: no such field; {hint}"
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message as one line, e.g. `train.max_steps: Expected a <class 'int'>. Got value: x`."""
+    if in_source := re.search(r"SourceConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
+        problem = " ".join(in_source[1].replace("Parser key", "field").split())
+        return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
+    if "Union subtypes" in message:
+        name = message.split('"')[1]
+        expected = [
+            line.strip(" -").removeprefix("Expected a ") for line in message.splitlines() if "- Expected" in line
+        ]
+        value = message.rsplit("Given value: ", 1)[-1]
+        message = f"{name}: Expected {' or '.join(expected)}. Got value: {value}"
+    message = message.replace('Parser key "', "").replace('":', ":")
+    message = message.replace("typing.Literal", "one of ").replace("<class 'NoneType'>", "null")
+    return " ".join(message.split())

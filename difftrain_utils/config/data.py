@@ -1,0 +1,133 @@
+"""Images and captions: where they are, and how they become training samples."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from difftrain_utils.config.config import Require
+from difftrain_utils.errors import InputError
+
+
+@dataclass
+class SourceConfig:
+    """One of several data sets, an item of `data.sources`."""
+
+    dataset: str
+    """As data.dataset."""
+    split: str = "train"
+    """As data.split."""
+    image_column: str = "image"
+    """As data.image_column."""
+    caption_column: str | list[str] = "text"
+    """As data.caption_column."""
+    weight: float | None = None
+    """Share of the samples that are of this source."""
+    loss_weight: float = 1.0
+    """Factor of the loss of this source's samples."""
+
+    def check(self, place: str) -> None:
+        """`place` is how errors call this source: data.sources[0], say."""
+        for name in ("dataset", "caption_column"):
+            if getattr(self, name) in ("", []):
+                raise InputError(f"{place}.{name}: must not be empty, got {getattr(self, name)!r}")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise InputError(f"{place}.weight: must be above 0 and finite, or null, got {self.weight}")
+        if not 0 <= self.loss_weight < math.inf:
+            raise InputError(f"{place}.loss_weight: must be 0 or more and finite, got {self.loss_weight}")
+
+
+@dataclass
+class DataConfig:
+    """Images and captions, and how an image becomes a training sample."""
+
+    dataset: str | None = None
+    """A folder of images with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
+    `builtin:shapes` (needs no download)."""
+    split: str = "train"
+    """The split of the data set to train on."""
+    streaming: bool = False
+    """Read the data set as a stream, for one that does not fit on the disk (also from a folder of tar files)."""
+    shuffle_buffer: int = 1000
+    """Rows of a stream that are shuffled among each other; each worker and each process keeps as many in memory."""
+    image_column: str = "image"
+    """Column of the images (an image folder calls it `image`, tar files `jpg`, `png`, …)."""
+    caption_column: str | list[str] = "text"
+    """Column of the captions: a string, or a list of strings of which one is drawn. `json.caption` is the field caption
+    of a column json. A list of columns: of all their captions that are not null one is drawn."""
+    sources: list[SourceConfig] | None = None
+    """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
+    text, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's
+    share of the samples (for all sources or none; they are scaled to add up to 1); without weights every row comes once
+    an epoch. `loss_weight` is a factor of the loss of its samples."""
+    resolution: int = 512
+    """Side of the square training image in pixels; the image's shorter side is resized to it."""
+    center_crop: bool = False
+    """Crop the centre instead of a random place."""
+    random_flip: bool = False
+    """Mirror half of the samples."""
+    image_interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """Pillow's filter for resizing."""
+    caption_dropout: float = 0.0
+    """Probability of an empty caption, for classifier-free guidance (0.1 is usual)."""
+    validation_split: float = 0.0
+    """Share of the images to hold out for the validation loss, chosen by their file names."""
+    validation_dataset: str | None = None
+    """Another data set (a folder or a hub name) for the validation loss, instead of a share of this one. It is read
+    with `split`, `image_column` and `caption_column`, too, also where there are `sources`."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
+    (`skipped_rows` in metrics.jsonl)."""
+    buckets: Literal["auto"] | list[list[int]] | None = None
+    """Sizes [height, width] to train at, of which each image gets that of the nearest aspect ratio; `auto`: sizes of
+    about resolution² pixels; null: squares only. Each batch has one size."""
+    cache_latents: bool = False
+    """Run the VAE on each image once, before training, and keep its moments on the disk (needs center_crop)."""
+    cache_text: bool = False
+    """Run the text encoder on each caption once, before training, and keep its output on the disk."""
+    cache_dir: str | None = None
+    """Folder of these caches, and of other things that were computed about the data; null: `difftrain` in the cache of
+    datasets."""
+    num_workers: int = 0
+    """Processes that load images, for each training process; 0: the training process does it."""
+
+    def check(self, require: Require) -> None:
+        self.check_sources(require)
+        require(self.resolution >= 8, "resolution", "must be at least 8")
+        require(0 <= self.caption_dropout <= 1, "caption_dropout", "must be between 0 and 1")
+        require(0 <= self.validation_split < 1, "validation_split", "must be at least 0 and below 1")
+        both = self.validation_split and self.validation_dataset
+        require(not both, "validation_dataset", "cannot go with validation_split")
+        require(self.shuffle_buffer >= 1, "shuffle_buffer", "must be at least 1")
+        has_one_crop = not self.cache_latents or self.center_crop
+        require(has_one_crop, "cache_latents", "needs data.center_crop (one crop is kept)")
+        sizes = self.buckets if isinstance(self.buckets, list) else [[8, 8]]
+        are_sizes = len(sizes) > 0 and all(len(size) == 2 and min(size) >= 8 for size in sizes)
+        require(are_sizes, "buckets", "must be sizes [height, width] of at least 8, or auto")
+        ratios = [size[0] / size[1] for size in sizes]
+        require(len(set(ratios)) == len(ratios), "buckets", "must have different aspect ratios")
+        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        if self.streaming:
+            require(not self.validation_split, "validation_split", "cannot go with streaming (validation_dataset can)")
+            is_builtin = self.dataset is not None and self.dataset.startswith("builtin:")
+            require(not is_builtin, "dataset", "streaming is for folders and the hub")
+            for name in ("buckets", "cache_latents", "cache_text", "sources"):
+                require(not getattr(self, name), name, "cannot go with data.streaming")
+
+    def check_sources(self, require: Require) -> None:
+        """The rules of `dataset`, `sources` and their columns."""
+        require(self.dataset != "", "dataset", "must not be empty")
+        require(self.cache_dir != "", "cache_dir", "must not be empty")
+        require(self.dataset is None or self.sources is None, "dataset", "cannot go with data.sources")
+        require(self.dataset is not None or self.sources is not None, "dataset", "needed, or else data.sources")
+        require(self.sources != [], "sources", "must have at least one source")
+        require(self.caption_column not in ("", []), "caption_column", "must not be empty")
+        weights = [source.weight for source in self.sources or []]
+        for i, source in enumerate(self.sources or []):
+            source.check(f"data.sources[{i}]")
+            if (source.weight is None) != (weights[0] is None):
+                rule = "either all sources have a weight or none has"
+                raise InputError(f"data.sources[{i}].weight: {rule}, got {weights}")
+        if self.sources is not None and self.validation_dataset is None:  # these would have no effect
+            for name in ("split", "image_column", "caption_column"):
+                is_default = getattr(self, name) == getattr(DataConfig, name)
+                require(is_default, name, "goes with data.dataset; each of data.sources has its own")

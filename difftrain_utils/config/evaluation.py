@@ -1,0 +1,47 @@
+"""The pictures and figures that show the progress."""
+
+from dataclasses import dataclass, field
+
+from difftrain_utils.config.config import Require
+
+
+@dataclass
+class EvaluationConfig:
+    """The grid of images, the validation loss and the image metrics that show the progress."""
+
+    prompts: list[str] = field(default_factory=list)
+    """One image each."""
+    seed: int = 0
+    """Prompt i starts from the same noise every time."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1: none."""
+    batch_size: int = 8
+    """Images generated at a time."""
+    num_validation_samples: int = 256
+    """Fixed (image, noise, noise level) triples of the validation loss."""
+    num_validation_bins: int = 8
+    """Noise levels from low to high that the validation loss is reported for."""
+    shapes_judge: bool = False
+    """Count the images that show the colour and shape of their prompts (for `builtin:shapes`)."""
+    fid_features: str | None = None
+    """Network whose features FID and KID compare: an image model of transformers (a folder or hub name, such as
+    `facebook/dinov2-base`) or `inception`; null: no FID and KID."""
+    clip_score_model: str | None = None
+    """CLIP model of the CLIP score (a folder or hub name, such as `openai/clip-vit-base-patch16`); null: none."""
+    num_metric_images: int = 1000
+    """Images generated for these metrics, from the captions of as many held-out images."""
+
+    def check(self, require: Require) -> None:
+        require(self.num_inference_steps >= 1, "num_inference_steps", "must be at least 1")
+        require(self.guidance_scale >= 1, "guidance_scale", "must be at least 1")
+        require(self.batch_size >= 1, "batch_size", "must be at least 1")
+        samples, bins = self.num_validation_samples, self.num_validation_bins
+        require(bins >= 1, "num_validation_bins", "must be at least 1")
+        fits = samples >= bins and samples % bins == 0
+        require(fits, "num_validation_samples", f"must be a multiple of num_validation_bins, {bins}")
+        require(self.seed >= 0, "seed", "must be 0 or more")
+        for name in ("fid_features", "clip_score_model"):
+            require(getattr(self, name) != "", name, "must not be empty")
+        require(self.num_metric_images >= 2, "num_metric_images", "must be at least 2")

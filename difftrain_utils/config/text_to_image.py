@@ -1,0 +1,46 @@
+"""The config of train_text_to_image.py."""
+
+from dataclasses import dataclass, field
+
+from difftrain_utils.config.config import Config, Require
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.objective import LossConfig, NoiseConfig, SchedulerConfig, StrategyConfig, TimestepsConfig
+from difftrain_utils.config.training import EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass
+class TextToImageConfig(Config):
+    """One run of `train_text_to_image.py`."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check_sections(self, requires: dict[str, Require]) -> None:
+        data, require = self.data, requires["evaluation"]
+        rule = f"needs data.dataset builtin:shapes (it is {data.dataset!r})"
+        require(not self.evaluation.shapes_judge or data.dataset == "builtin:shapes", "shapes_judge", rule)
+        for name in ("fid_features", "clip_score_model"):
+            held_out = data.validation_split or data.validation_dataset
+            rule = "needs held-out images: data.validation_split or data.validation_dataset"
+            require(getattr(self.evaluation, name) is None or held_out, name, rule)
+        has_groups = self.train.group_size is None or self.noise.immiscible
+        requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
+
+    def check_split(self, num_processes: int) -> None:
+        """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut
+        apart."""
+        self.train.check_split(num_processes)
+        if self.noise.immiscible:
+            self.train.check_groups(num_processes)

@@ -1,0 +1,174 @@
+"""The run, its optimizer and learning rate, and the averages of the weights."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from difftrain_utils.config.config import Require
+from difftrain_utils.errors import InputError
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    output_dir: str = "runs/text-to-image"
+    """Folder for all that the run leaves (short form: --output-dir)."""
+    resume_from: str | None = None
+    """`latest` or a checkpoint folder to go on from (short form: --resume-from). `latest` starts from the
+    beginning where there is no checkpoint yet, so one command serves for start and restart."""
+    overwrite: bool = False
+    """Delete the run that `output_dir` holds and start afresh."""
+    seed: int = 0
+    """Everything random about a run is a function of this and of the number of the sample."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    max_hours: float | None = None
+    """Save and stop after this time, to be resumed; null: no limit."""
+    batch_size: int = 16
+    """Samples of one optimizer step, over all processes and accumulation steps."""
+    group_size: int | None = None
+    """Samples in a row among which methods of several samples work (`noise.immiscible`); null: the whole batch, which
+    then cannot be split."""
+    num_processes: int | None = None
+    """Refuse to start with another number of processes; null: with any."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is split into to save memory; the losses stay the same."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; null: no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When the gradient is infinite or NaN: save what was before and stop, or leave the step's update out."""
+    max_skipped_steps: int = 10
+    """Updates left out by `skip` before the run stops all the same."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Mixed precision; null: what `accelerate config` or `accelerate launch` says."""
+    deterministic: bool = False
+    """Only deterministic algorithms, bit-equal on the same GPU; slower. A CPU run is bit-equal without."""
+    cpu_threads: int | None = None
+    """Threads of a process; null: what the launcher says (`accelerate launch` says 1)."""
+    compile: Literal["regional", "whole"] | None = None
+    """torch.compile of the denoiser: its repeated blocks (starts sooner), or the whole; null: none."""
+    channels_last: bool = False
+    """Keep the weights of the denoiser's and the VAE's convolutions with their channels last: often faster with mixed
+    precision."""
+    plain_attention: bool = False
+    """Attention as separate products instead of torch's fused kernel: faster on a CPU with small images, but slower and
+    hungry for memory elsewhere."""
+    tf32: bool = False
+    """Round the factors of float32 products and convolutions to TF32 on an NVIDIA GPU: faster, less precise."""
+    peak_tflops: float | None = None
+    """The device's peak in 10¹² operations per second, which `mfu` is a share of; null: as listed for some GPUs."""
+    profile: bool | int = False
+    """Trace this many steps (true: 5) into `output_dir/profile`, after 3 to warm up."""
+    log_every: int = 10
+    """Steps between two lines of metrics (the loss is the mean since the last line)."""
+    eval_every: int = 500
+    """Steps between two evaluations: grids, validation loss and image metrics; 0: none."""
+    save_every: int = 500
+    """Steps between two checkpoints; 0: only at the end."""
+    save_minutes: float | None = None
+    """Minutes after which a checkpoint is written besides; null: none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0: all."""
+    report_to: str | list[str] | None = None
+    """Accelerate trackers besides metrics.jsonl: `tensorboard`, `wandb`, … or a list of them."""
+
+    def check(self, require: Require) -> None:
+        require(self.output_dir != "", "output_dir", "must not be empty")
+        require(self.seed >= 0, "seed", "must be 0 or more")
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+            require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "must be above 0, or null")
+        for name in ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps"):
+            require(getattr(self, name) >= 0, name, "must be 0 or more")
+        for name in ("cpu_threads", "group_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "must be at least 1, or null")
+        require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
+        require(self.profile >= 0, "profile", "must be true, false or a number of steps")
+        self.check_split(num_processes=1)
+
+    def check_split(self, num_processes: int) -> None:
+        """Raise InputError unless a batch splits evenly over accumulation steps and processes."""
+        parts = self.gradient_accumulation_steps * num_processes
+        if self.batch_size % parts:
+            allowed = [n for n in range(1, self.batch_size + 1) if self.batch_size % (n * num_processes) == 0]
+            below = self.batch_size // parts * parts
+            sizes = f"{below} or {below + parts}" if below else f"{parts}"
+            raise InputError(
+                f"train.batch_size: {self.batch_size} does not divide by train.gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} × {num_processes} processes; batch_size {sizes} would"
+                + (f", or gradient_accumulation_steps {', '.join(map(str, allowed))}" if allowed else "")
+            )
+
+    def check_groups(self, num_processes: int) -> None:
+        """Raise InputError unless each group of `group_size` samples lies in one part of a batch."""
+        parts = self.gradient_accumulation_steps * num_processes
+        part, group = self.batch_size // parts, self.group_size or self.batch_size
+        if part % group:
+            raise InputError(
+                f"train.group_size: must divide a part of the batch, which is {part} (train.batch_size "
+                f"{self.batch_size} in {parts} parts), got {self.group_size or 'null (the whole batch)'}"
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """Any optimizer of any library: its class and its arguments."""
+
+    class_path: str = "torch.optim.AdamW"
+    """Import path of the class."""
+    init_args: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-4})
+    """Arguments of the class, e.g. --optimizer.init_args.lr 1e-4."""
+
+    def check(self, require: Require) -> None:
+        """Nothing: `build_optimizer` asks the class."""
+
+
+@dataclass
+class LrSchedulerConfig:
+    """diffusers' learning rate schedules."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
+    """The schedule over `train.max_steps`."""
+    num_warmup_steps: int = 0
+    """Steps over which the rate rises from 0."""
+
+    def check(self, require: Require) -> None:
+        warmup = self.num_warmup_steps
+        require(warmup >= 0, "num_warmup_steps", "must be 0 or more")
+        rule = f"has no warm-up (constant_with_warmup has, lr_scheduler.num_warmup_steps is {warmup})"
+        require(not (warmup and self.name == "constant"), "name", rule)
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights; grids and `pipeline/` use it."""
+
+    enabled: bool = True
+    """Keep the average."""
+    decay: float = 0.9999
+    """The average's largest decay; at step s it is at most (1 + s) / (10 + s)."""
+    update_every: int = 1
+    """Steps between two updates of the average, which is as wide with any number."""
+    on_cpu: bool = False
+    """Keep the average in main memory instead of the GPU's; slower."""
+    power_sigma_rels: list[float] = field(default_factory=list)
+    """Widths of EDM2's power-function averages to keep besides, e.g. [0.05, 0.1]; their snapshots make an average of
+    any width after the run (`difftrain posthoc-ema`)."""
+    snapshot_every: int = 500
+    """Steps between two snapshots of those averages, in `ema_snapshots/`."""
+
+    def check(self, require: Require) -> None:
+        require(0 <= self.decay < 1, "decay", "must be at least 0 and below 1")
+        require(self.update_every >= 1, "update_every", "must be at least 1")
+        widths = self.power_sigma_rels
+        require(all(0 < w <= 0.28 for w in widths), "power_sigma_rels", "must be above 0 and at most 0.28")
+        are_names = all(round(w, 3) == w for w in widths) and len(set(widths)) == len(widths)
+        require(are_names, "power_sigma_rels", "must be different widths of three decimals at most")
+        require(self.snapshot_every >= 1, "snapshot_every", "must be at least 1")

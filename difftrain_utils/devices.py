@@ -1,0 +1,33 @@
+"""What differs between a CPU and a GPU."""
+
+import resource
+import sys
+
+import torch
+
+
+def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:
+    """Move CPU numbers. A GPU fetches them from pinned memory when it comes to it, so that the CPU need not wait."""
+    if device is not None and torch.device(device).type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """torch.manual_seed of the CPU and of one device: it takes longer to seek out all there might be."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H100 80GB HBM3`, say; `cpu` and others by their type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that torch had of the GPU, or that the process had of main memory, since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

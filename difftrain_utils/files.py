@@ -1,0 +1,161 @@
+"""Files and folders that are written whole or not at all, and digests of what is in them.
+
+What is written lies beside its place under another name, `….partial`, until all its bytes are on the disk; then it is
+renamed. So a kill or a full disk leaves what was there before.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from difftrain_utils.errors import writing
+
+if TYPE_CHECKING:
+    import torch
+
+PARTIAL = ".partial"
+DIGESTS_FILE = "SHA256SUMS"  # of a folder, as sha256sum writes and checks it
+
+
+# ── Whole or not at all ──────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def new_file(path: Path, shared: bool = False) -> Iterator[Path]:
+    """The path to write a file at, which becomes `path` when the block ends; its folder is made.
+
+    A file that several runs may be writing at once is `shared`: each has a name of its own for it until then.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}" if shared else path.name + PARTIAL)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes, shared: bool = False) -> None:
+    """Write a file, text as UTF-8: see `new_file`."""
+    with new_file(path, shared) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """The path of an empty folder to fill, which becomes `folder` when the block ends.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            replace_folder(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give `partial` the name `folder`, all its bytes on disk first; an older `folder` goes after that."""
+    sync_all(partial)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until all that is in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ── Digests ──────────────────────────────────────────────────────────────────────────────────────────────────
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256sums(folder: Path) -> str:
+    """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(file_digest, paths))
+    return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
+
+
+def find_damage(folder: Path) -> str | None:
+    """How the files of a folder differ from its SHA256SUMS; None if they do not."""
+    try:
+        recorded, found = (folder / DIGESTS_FILE).read_bytes(), sha256sums(folder).encode()
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    if recorded == found:
+        return None
+    # the name stands after 64 digits and two spaces; in a damaged list a line may be of any kind
+    digests = [{line[66:]: line[:64] for line in text.splitlines() if line[66:]} for text in (recorded, found)]
+    for name, digest in digests[0].items():
+        if name not in digests[1]:
+            return f"{name.decode(errors='replace')} is missing"
+        if digests[1][name] != digest:
+            return f"{name.decode(errors='replace')} has not the SHA-256 that {DIGESTS_FILE} says"
+    return f"{DIGESTS_FILE} does not list what is there"
+
+
+def weights_digest(module: "torch.nn.Module") -> str:
+    """SHA-256 over the names, types, shapes and bytes of a module's state dict, in the order of names."""
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: "dict[str, torch.Tensor]") -> str:
+    """The same over any named tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def part_digest(folder: Path, variant: str | None = None) -> str:
+    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    paths = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    tensors = {}
+    for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
+        is_bin = path.suffix == ".bin"
+        tensors |= torch.load(path, "cpu", weights_only=True, mmap=True) if is_bin else load_file(path)
+    return tensors_digest({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
