@@ -29,11 +29,11 @@ import train_text_to_image as script
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data import samples
-from difftrain_utils.data.encoded import TensorCache
+from difftrain_utils.data.encoded import EncodedCache
+from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.objective import timesteps
 from difftrain_utils.optimization.optimizers import build_optimizer
-from difftrain_utils.run.machine import speed_up
 
 # What an uncached run cannot do without, whoever writes its loop
 WORK = ("VAE", "text encoder", "EMA")
@@ -49,7 +49,7 @@ PARTS = [
     (script.EMA, "step", "EMA"),
     (samples, "read_row", "data: row, decoding"),
     (samples, "resize_and_crop", "data: resize, crop, to tensor"),
-    (TensorCache, "__getitem__", "data: caches"),
+    (EncodedCache, "__getitem__", "data: caches"),
     (script.Samples, "__getitem__", "data: other"),
     (script, "collate", "data: other"),
     (samples, "generator_for", "keyed generators: data"),
@@ -100,7 +100,7 @@ class BareStep:
 
     def __init__(self, family, config):
         model = copy.deepcopy(family.denoiser).train()
-        speed_up(config.train, model)
+        configure_denoiser(config.train, model)
         optimizer = build_optimizer(config.optimizer, model.parameters())
         self.parameters = list(model.parameters())
         self.max_norm = config.train.max_grad_norm or math.inf

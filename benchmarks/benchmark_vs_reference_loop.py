@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 import train_text_to_image as script
-from difftrain_utils.builtins import shapes
+from difftrain_utils.commands import draw_shapes
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -159,7 +159,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"  # for the processes to come
         data = Path(folder, "shapes")
-        shapes.main(["--output-dir", str(data), "--num-images", "1800", "--image-size", "32"])
+        draw_shapes.main(["--output-dir", str(data), "--num-images", "1800", "--image-size", "32"])
         max_steps = args.block * (args.repeats + 1)
         # fmt: off
         config = parse_config(TextToImageConfig, [

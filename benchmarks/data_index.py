@@ -24,7 +24,7 @@ from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import inspect_data
-from difftrain_utils.data.rows import load_data, split_data
+from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.sizes import image_sizes
 
@@ -74,9 +74,9 @@ with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
     data_folder = Path(temporary) / "data"
     timed("write (not counted)", write_rows, data_folder, args.rows)
     config = DataConfig(str(data_folder), resolution=32, cache_dir=str(Path(temporary) / "cache"))
-    rows = timed("open", load_data, config)
+    rows = timed("open", map_rows, config)
     assert len(rows) == args.rows
-    training, _ = timed("split", split_data, rows, dataclasses.replace(config, validation_split=0.01))
+    training, _ = timed("split", split_rows, rows, dataclasses.replace(config, validation_split=0.01))
     if args.digests:
         for what in ("first time", "second time"):
             timed(f"image sizes, {what}", image_sizes, training, config)

@@ -32,10 +32,10 @@ from photos import write_photos
 from safetensors.torch import save_file
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.encoded import TensorCache, TextCache
-from difftrain_utils.data.rows import load_data
+from difftrain_utils.data.encoded import EncodedCache, TextCache
+from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
-from difftrain_utils.data.streaming import load_stream
+from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.files import DIGESTS_FILE, sha256sums
 from difftrain_utils.run.checkpoints import STATE_FILE
 
@@ -48,7 +48,7 @@ EARLY, LATE = 10, 1_000_000
 
 def folder_samples(photos: Path, args) -> torch.utils.data.Dataset:
     config = DataConfig(str(photos), resolution=args.resolution, random_flip=True)
-    return Samples(load_data(config), config, 0, 1 << 40)
+    return Samples(map_rows(config), config, 0, 1 << 40)
 
 
 def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
@@ -62,7 +62,7 @@ def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
         for i in range(shards):
             data.shard(shards, i).to_parquet(folder / f"{i:05d}.parquet")
     config = DataConfig(str(folder), resolution=args.resolution, random_flip=True, streaming=True, shuffle_buffer=64)
-    return Samples(load_stream(config, 0), config, 0, 1 << 40)
+    return Samples(open_stream(config, 0), config, 0, 1 << 40)
 
 
 def embed(row):
@@ -74,12 +74,12 @@ def cached_samples(photos: Path, args) -> torch.utils.data.Dataset:
     config = DataConfig(
         str(photos), resolution=args.resolution, random_flip=True, center_crop=True, caption_dropout=0.1
     )
-    data, side = load_data(config), args.resolution // 8
+    data, side = map_rows(config), args.resolution // 8
     caches = []
     for name, shape in (("latents", (2, 2, 4, side, side)), ("text", (77, 768))):
         folder = photos.with_name(name)
         folder.mkdir(exist_ok=True)
-        cache = TensorCache(folder, torch.zeros(len(data)).numpy())
+        cache = EncodedCache(folder, torch.zeros(len(data)).numpy())
         for shard, entries in enumerate(cache.shards):
             save_file({"values": torch.randn(len(entries), *shape)}, cache.path(shard))
         caches.append(cache)

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.data.rows import load_data, split_data
+from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.evaluation.validation import validation_loss
 from difftrain_utils.families.load import load_family
-from difftrain_utils.run.checkpoints import EMA_FILE, list_checkpoints
+from difftrain_utils.run.checkpoints import EMA_FILE
+from difftrain_utils.run.run_folder import list_checkpoints
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("run", type=Path)
@@ -30,7 +31,7 @@ run = parser.parse_args().run
 
 config = parse_config(TextToImageConfig, ["--config", str(run / "config.resolved.yaml")])
 accelerator, family = Accelerator(), load_family(config)
-_, validation_data = split_data(load_data(config.data), config.data)
+_, validation_data = split_rows(map_rows(config.data), config.data)
 family.denoiser.to(accelerator.device).eval()
 family.move_frozen_parts(accelerator.device, torch.float32)
 

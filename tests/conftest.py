@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from helpers import make_data, short_options
 from PIL import Image
 
-from difftrain_utils.builtins import shapes
+from difftrain_utils.commands import draw_shapes
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -49,7 +49,7 @@ def checkpoint_folder(tmp_path_factory) -> Path:
 def image_folder(tmp_path_factory) -> Path:
     """Ten captioned images: a batch of four crosses epochs."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.main(["--output-dir", str(folder), "--num-images", "10", "--image-size", "36"])
+    draw_shapes.main(["--output-dir", str(folder), "--num-images", "10", "--image-size", "36"])
     return folder
 
 

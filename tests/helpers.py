@@ -18,7 +18,7 @@ from PIL import Image
 from difftrain_utils.config import command_line
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.data.rows import Rows, SourceRows
+from difftrain_utils.data.rows import MappedRows, SourceRows
 from difftrain_utils.errors import one_line_errors
 from difftrain_utils.run.metrics import TIMES
 
@@ -61,10 +61,10 @@ def make_data(images: list[Image.Image], captions: list) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": rows, "text": captions}).cast_column("image", datasets.Image())
 
 
-def as_rows(data: datasets.Dataset) -> Rows:
+def as_rows(data: datasets.Dataset) -> MappedRows:
     """A data set with the columns image and text as the rows of a run."""
     data = data.cast_column("image", datasets.Image(decode=False))
-    return Rows([SourceRows(data, SourceConfig("memory"))])
+    return MappedRows([SourceRows(data, SourceConfig("memory"))])
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difftrain_utils.commands import posthoc_ema, validate_config
-from difftrain_utils.data.rows import load_data
+from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
@@ -103,7 +103,7 @@ def test_the_weights_are_what_a_plain_loop_gives(short_run):
     output_dir = train([*short_run, "--train.max_steps", "1"])
     family = load_family(config)
     family.denoiser.eval()
-    samples = Samples(load_data(config.data), config.data, 0, 4)
+    samples = Samples(map_rows(config.data), config.data, 0, 4)
     batch = collate([samples[k] for k in range(4)])
     posterior = family.vae.encode(batch["pixel_values"]).latent_dist
     latents = posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(4), (4, 8, 8))
@@ -344,7 +344,7 @@ def test_bad_rows_that_are_skipped_are_counted_and_resume_exactly(short_run, spo
     argv += ["--train.gradient_accumulation_steps", "2", "--train.keep_checkpoints", "0"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     config = parse_config(argv)
-    samples = Samples(load_data(config.data), config.data, 0, 32)
+    samples = Samples(map_rows(config.data), config.data, 0, 32)
     skipped = [samples.index_of(k) in (1, 4, 6) for k in range(32)]
     metrics = metrics_without_times(unbroken)
     counts = [sum(skipped[:12]), sum(skipped[12:24])]  # three steps of four
@@ -402,7 +402,7 @@ def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     config = parse_config([*short_run, "--data.dataset", str(folder)])
-    row = Samples(load_data(config.data), config.data, 0, 4).index_of(2)  # the second process's first sample
+    row = Samples(map_rows(config.data), config.data, 0, 4).index_of(2)  # the second process's first sample
     image = folder / f"{row:06d}.png"
     image.write_bytes(image.read_bytes()[:120])
     result = launch_two([*short_run, "--data.dataset", str(folder)])

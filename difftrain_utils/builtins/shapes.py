@@ -1,22 +1,11 @@
-"""The built-in captioned data set: one coloured shape on a dark ground, and a judge that names both.
+"""The built-in captioned data set: one coloured shape on a dark ground, and a judge that names both."""
 
-    python -m difftrain_utils.builtins.shapes --output-dir data/shapes --num-images 2000 --image-size 32
-
-writes the images and their metadata.jsonl, for people to look at or to train on as a folder.
-`data.dataset: builtin:shapes` draws the same images in memory.
-"""
-
-import argparse
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from difftrain_utils.errors import InputError, one_line_errors
 from difftrain_utils.keyed_random import generator_for
 
 COLORS = {
@@ -115,31 +104,3 @@ def count_right(images: list[Image.Image], prompts: list[str]) -> int:
     return sum(
         " ".join(["a", *map(str, judge(image))]) == prompt for image, prompt in zip(images, prompts, strict=True)
     )
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m difftrain_utils.builtins.shapes", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--num-images", type=int, default=2000)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.num_images < 1 or args.image_size < 8:
-        raise InputError("--num-images must be at least 1 and --image-size at least 8")
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise InputError(f"--output-dir {args.output_dir} is not empty")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(args.num_images):
-        image, caption = draw_shape(index, args.image_size, args.seed)
-        image.save(args.output_dir / f"{index:06d}.png")
-        lines.append(json.dumps({"file_name": f"{index:06d}.png", "text": caption}))
-    (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{args.num_images} images and metadata.jsonl in {os.fspath(args.output_dir)}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

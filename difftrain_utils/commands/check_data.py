@@ -1,11 +1,11 @@
 """Find all that is wrong with the images and captions of a config, before training does.
 
-    python -m difftrain_utils.commands.check_data --config configs/sd15_finetune.yaml --data.dataset path/to/images
+    difftrain check-data --config configs/sd15_finetune.yaml --data.dataset path/to/images
 
 Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all data.sources) and of
 data.validation_dataset, and prints a line for each problem, with file and line:
 
-    error:    training stops at it, or with data.on_bad_row skip takes another row in its place; also an image that
+    error:    training stops at it, or with data.on_bad_row skip takes another row in its field; also an image that
               metadata.jsonl names twice, which training would see twice as often
     warning:  training takes it: an empty caption, one that is cut off, an image that is enlarged
 
@@ -22,17 +22,7 @@ from tqdm import tqdm
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.data.rows import (
-    Row,
-    Rows,
-    SourceRows,
-    captions_of,
-    follow,
-    join_captions,
-    map_in_threads,
-    open_image,
-    read_bytes,
-)
+from difftrain_utils.data.rows import MappedRows, Row, SourceRows, follow, join_captions, map_in_threads, read_bytes
 from difftrain_utils.data.sources import (
     caption_columns,
     find_metadata,
@@ -42,19 +32,21 @@ from difftrain_utils.data.sources import (
     sources_of,
     validation_source,
 )
-from difftrain_utils.errors import InputError, RowError, one_line_errors
+from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_tokenizer
+from difftrain_utils.media.image import open_image
+from difftrain_utils.media.text import captions_of
 
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(TextToImageConfig, argv, prog="python -m difftrain_utils.commands.check_data")
+    config = parse_config(TextToImageConfig, argv, prog="difftrain check-data")
     tokenizer = load_tokenizer(config)
     num_rows, kinds = 0, []
     sources = sources_of(config.data) + ([validation_source(config.data)] if config.data.validation_dataset else [])
-    for place, source in sources:
-        length, row_at, problems = list_rows(place, source, config.data)
+    for field, source in sources:
+        length, row_at, problems = list_rows(field, source, config.data)
         num_rows += length
         title = source.dataset
         for kind, message in (*problems, *check_rows(length, row_at, title, config.data, tokenizer)):
@@ -66,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def list_rows(place: str, source: SourceConfig, config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
+def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
     """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself.
 
     A row's name is how problems call it.
@@ -78,7 +70,7 @@ def list_rows(place: str, source: SourceConfig, config: DataConfig) -> tuple[int
         )
     if path is None:
         try:
-            rows = Rows([SourceRows(open_source(place, source, config), source)])
+            rows = MappedRows([SourceRows(open_source(field, source, config), source)])
         except InputError as error:
             return 0, [].__getitem__, [("error", str(error))]
 
@@ -91,7 +83,7 @@ def list_rows(place: str, source: SourceConfig, config: DataConfig) -> tuple[int
     rows, lines = [], {}
     for number, line in metadata_lines(path):
         try:
-            row = read_metadata_line(line, f"{path} line {number}", place, source)
+            row = read_metadata_line(line, f"{path} line {number}", field, source)
         except InputError as error:
             problems.append(("error", str(error)))
             continue
@@ -104,7 +96,7 @@ def list_rows(place: str, source: SourceConfig, config: DataConfig) -> tuple[int
         rows.append(Row(name, {"bytes": None, "path": file}, captions))
     if not problems:
         try:  # what only `datasets` objects to, such as captions of unlike types
-            open_source(place, source, dataclasses.replace(config, on_bad_row="skip"))
+            open_source(field, source, dataclasses.replace(config, on_bad_row="skip"))
         except InputError as error:
             problems.append(("error", str(error)))
     return len(rows), rows.__getitem__, problems
@@ -141,8 +133,3 @@ def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Proble
     except RowError as error:
         problems.append(("error", str(error)))
     return name, captions, problems
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

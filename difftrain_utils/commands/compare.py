@@ -1,6 +1,6 @@
 """Compare runs: their results, whether one won, and whether the comparison is fair.
 
-    python -m difftrain_utils.commands.compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
+    difftrain compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
 
 A RUN is a run's output folder. Runs that differ only in their seed form a group, of which mean and sample standard
 deviation are shown. --output also writes one self-contained HTML file with curves and pictures.
@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from difftrain_utils.commands import compare_html as html
-from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.errors import InputError, blame
 from difftrain_utils.run.metrics import TIMES, read_metrics
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
@@ -122,7 +122,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def validation_loss(run: Run) -> list[tuple[int, float]]:
+def validation_losses(run: Run) -> list[tuple[int, float]]:
     """(step, loss) of the EMA weights if they were validated, else of the raw weights."""
     return series(run, "validation_loss_ema") or series(run, "validation_loss")
 
@@ -146,7 +146,7 @@ def steps_done(run: Run) -> int:
 def summary(run: Run) -> dict[str, float]:
     """The numbers of a run's row by column; a column that the run has no values for is left out."""
     columns = {}
-    if losses := validation_loss(run):
+    if losses := validation_losses(run):
         columns |= {FINAL: losses[-1][1], BEST: min(filter(math.isfinite, dict(losses).values()), default=math.nan)}
     for name in {name for entry in run.metrics for name in entry} - NOT_SHOWN:
         if not name.startswith("validation_") and (values := series(run, name)):
@@ -218,7 +218,7 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
     for run, values in zip(runs, summaries, strict=True):
         cells = {name: number(value) for name, value in values.items()}
         if BEST in values and math.isfinite(values[BEST]):
-            cells[BEST] += f" @ {next(step for step, loss in validation_loss(run) if loss == values[BEST])}"
+            cells[BEST] += f" @ {next(step for step, loss in validation_losses(run) if loss == values[BEST])}"
         done, planned = steps_done(run), run.config.get("train.max_steps") or 0
         steps = f"{done} of {planned}" if done < planned else f"{done}"
         group = groups.get(run.name, "")
@@ -270,7 +270,7 @@ def differing(tables: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: row for name, row in rows.items() if len(set(row)) > 1}
 
 
-def differences(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def what_differs(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The config fields, and the facts outside of the config, that are not the same in all runs."""
     facts = differing([run.facts for run in runs])
     if DENOISER in facts and denoiser_follows_seed(runs):
@@ -287,7 +287,7 @@ def denoiser_follows_seed(runs: list[Run]) -> bool:
 
 
 def headline(runs: list[Run]) -> str:
-    config, facts = differences(runs)
+    config, facts = what_differs(runs)
     if not facts:
         return f"The runs differ in: {', '.join(config)}" if config else "The runs differ in nothing that is recorded."
     start = f"differ in: {', '.join(config)}; and outside" if config else "have the same config, but differ outside"
@@ -310,7 +310,7 @@ def by_value(runs: list[Run], values: list[str]) -> str:
 
 def unfair(runs: list[Run]) -> list[str]:
     """What makes a better result of one run say nothing about the setting that was to be compared."""
-    config, facts = differences(runs)
+    config, facts = what_differs(runs)
     code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", "versions.diffusers")
     found = {
         "data fingerprint": [name for name in facts if name.split(".")[0] == "data"],
@@ -329,17 +329,17 @@ def unfair(runs: list[Run]) -> list[str]:
 def notes(runs: list[Run]) -> list[str]:
     """What to know before reading the table."""
     counted = [run.name for setting in settings_of(runs) for run in setting]
-    raw = [run.name for run in runs if validation_loss(run) and not series(run, "validation_loss_ema")]
+    raw = [run.name for run in runs if validation_losses(run) and not series(run, "validation_loss_ema")]
     found = [f"{run.name} repeats a seed and is not counted twice" for run in runs if run.name not in counted]
     if raw:
         of = "" if len(raw) == sum(BEST in summary(run) for run in runs) else f" of {', '.join(raw)}"
         found.append(f"the validation loss{of} is that of the raw weights, not the EMA weights")
     for run in runs:
-        if (losses := validation_loss(run)) and losses[-1][0] != steps_done(run):
+        if (losses := validation_losses(run)) and losses[-1][0] != steps_done(run):
             found.append(f"{run.name} was last validated at step {losses[-1][0]}, not at its last step")
         if skipped := sum(count for _, count in series(run, "skipped_rows")):
             found.append(f"{run.name} took {skipped} samples from other rows than were due, which could not be read")
-    if any(name.startswith(OBJECTIVE) for name in differences(runs)[0]):
+    if any(name.startswith(OBJECTIVE) for name in what_differs(runs)[0]):
         found.append("the training losses are of different objectives: do not compare them")
     if len(runs) > 1 and not any(run.facts.get("git.commit") for run in runs):
         found.append("no run recorded a git commit: whether the code was the same is unknown")
@@ -347,7 +347,7 @@ def notes(runs: list[Run]) -> list[str]:
 
 
 # ── Who won ──────────────────────────────────────────────────────────────────────────────────────────────────
-def verdict(runs: list[Run]) -> str:
+def winner(runs: list[Run]) -> str:
     """Who won on the final validation loss, as far as the seeds can tell."""
     settings = settings_of(runs)
     groups = group_names(settings)
@@ -381,7 +381,7 @@ def verdict(runs: list[Run]) -> str:
 
 
 def conclusion(runs: list[Run]) -> str:
-    text = verdict(runs)
+    text = winner(runs)
     return f"{text} But the comparison is unfair: see the differences." if text and unfair(runs) else text
 
 
@@ -404,7 +404,7 @@ def text_report(runs: list[Run]) -> str:
     if len(bins) > 1:
         parts.append("Last validation loss by noise level, from low (bin 1) to high:\n" + text_table(bins))
     if len(runs) > 1:
-        rows = [f"  {name}: {by_value(runs, row)}" for table in differences(runs) for name, row in table.items()]
+        rows = [f"  {name}: {by_value(runs, row)}" for table in what_differs(runs) for name, row in table.items()]
         parts.append("\n".join([headline(runs), *rows, *unfair(runs)]))
     return "\n\n".join(part for part in parts if part)
 
@@ -416,7 +416,7 @@ def html_report(runs: list[Run]) -> str:
     parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
     parts += [html.conclusion(text)] if (text := conclusion(runs)) else []
     if len(runs) > 1:
-        found = [[name, *map(brief, row)] for rows in differences(runs) for name, row in rows.items()]
+        found = [[name, *map(brief, row)] for rows in what_differs(runs) for name, row in rows.items()]
         parts += [html.heading("Differences") + html.paragraph(headline(runs))]
         parts += [html.paragraph(warning, "unfair") for warning in unfair(runs)]
         parts += [html.table([["", *(run.name for run in runs)], *found], "values")] if found else []
@@ -427,7 +427,7 @@ def html_report(runs: list[Run]) -> str:
 
 def charts(runs: list[Run]) -> str:
     training = [(run.name, html.smooth(series(run, "loss")), series(run, "loss")) for run in runs]
-    validation = [(run.name, validation_loss(run), []) for run in runs]
+    validation = [(run.name, validation_losses(run), []) for run in runs]
     bins = [(run.name, list(enumerate(validation_bins(run)[1], 1)), []) for run in runs]
     drawn = [html.chart("Training loss (running mean; faint: as logged)", "step", training, markers=False)]
     drawn += [html.chart("Validation loss", "step", validation)]
@@ -444,9 +444,7 @@ def last_sample(run: Run) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m difftrain_utils.commands.compare", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="difftrain compare", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
     args = parser.parse_args(argv)
@@ -459,8 +457,3 @@ def main(argv: list[str] | None = None) -> None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(html_report(runs), encoding="utf-8")
         print(f"\n{args.output} shows it with curves and pictures")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

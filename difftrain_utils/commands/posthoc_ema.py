@@ -1,6 +1,6 @@
 """Make a pipeline with an average of the weights of any width, after the run that stored EMA snapshots.
 
-    python -m difftrain_utils.commands.posthoc_ema runs/quickstart --sigma-rel 0.1 --output-dir runs/sigma-0.1
+    difftrain posthoc-ema runs/quickstart --sigma-rel 0.1 --output-dir runs/sigma-0.1
 
 The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; RUN is left as it is.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from difftrain_utils.errors import InputError, blame, one_line_errors
+from difftrain_utils.errors import InputError, blame
 
 MAX_RESIDUAL = 0.05
 
@@ -18,17 +18,18 @@ def find_snapshots(run: Path) -> list[tuple[Path, float, int]]:
     """The run's snapshots as (file, γ, step), in the order of their steps."""
     from safetensors import SafetensorError, safe_open
 
-    from difftrain_utils.optimization.power_ema import SNAPSHOTS, gamma_of
+    from difftrain_utils.optimization.power_ema import gamma_of
+    from difftrain_utils.run.run_folder import EMA_SNAPSHOTS
 
     found = []
-    for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
+    for path in (run / EMA_SNAPSHOTS).glob("step-*.safetensors"):
         with blame(f"{path}", OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if not {"sigma_rel", "step"} <= metadata.keys():
                 raise ValueError("no EMA snapshot: its metadata lacks sigma_rel or step")
             found.append((path, gamma_of(float(metadata["sigma_rel"])), int(metadata["step"])))
     if len(found) < 2:
-        raise InputError(f"{run / SNAPSHOTS}: needs 2 or more EMA snapshots, found {len(found) or 'none'}")
+        raise InputError(f"{run / EMA_SNAPSHOTS}: needs 2 or more EMA snapshots, found {len(found) or 'none'}")
     return sorted(found, key=lambda snapshot: (snapshot[2], snapshot[0]))
 
 
@@ -58,9 +59,7 @@ def check_same_parameters(tensors: dict, others: dict, name: str, other_name: st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m difftrain_utils.commands.posthoc_ema", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="difftrain posthoc-ema", description=__doc__.splitlines()[0])
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's output folder, with ema_snapshots/ and pipeline/"
     )
@@ -122,8 +121,3 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(args.output_dir.resolve()) as partial:
         pipeline.save_pretrained(partial)
     print(f"Done: {args.output_dir} holds the pipeline")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -37,7 +37,7 @@ def circumstances(config: dict[str, Any], manifest: dict[str, Any], env: dict[st
     return flatten({"config": config, "package": env["packages"]}) | facts_of(manifest, env) | machine
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each difference, the most suspicious first; all but the main packages share the last line."""
     found, lines = differing([then, now]), []
     for what, starts in SUSPECTS.items():
@@ -52,7 +52,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def likely_reasons(run: Run, manifest: dict[str, Any], found: list[str]) -> list[str]:
-    """What may be why the run came out otherwise, the most likely first: `found` are the `differences`."""
+    """What may be why the run came out otherwise, the most likely first: `found` are the `changes`."""
     reasons, segments = [], manifest["segments"]
     if "final" in manifest and loss_trace_digest(run.folder / "metrics.jsonl") != manifest["final"]["loss_trace"]:
         reasons.append(f"{run.folder / 'metrics.jsonl'} was changed after the run: the manifest has another digest")

@@ -1,6 +1,6 @@
 """Run a run again, and say whether it comes out the same.
 
-    python -m difftrain_utils.commands.reproduce runs/quickstart [--steps 100] [--output-dir runs/again]
+    difftrain reproduce runs/quickstart [--steps 100] [--output-dir runs/again]
 
 Start it in the folder that the run was started in. Exit code 0: the same, to the bit or within the tolerance; 1:
 another result, or the re-run failed; 2: the run cannot be run again. See docs/reproducibility.md.
@@ -18,27 +18,20 @@ from typing import Any
 
 from difftrain_utils.commands.compare import Run, flatten, load_run, read_mapping
 from difftrain_utils.commands.repetition import (
+    changes,
     checkpoint_digest,
     circumstances,
     compare_weights,
     deviations,
-    differences,
     likely_reasons,
     verdict,
 )
 from difftrain_utils.config.config import MIXED_PRECISION
-from difftrain_utils.errors import InputError, RunError, blame, one_line_errors
+from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import find_damage
-from difftrain_utils.run.checkpoints import list_checkpoints
-from difftrain_utils.run.manifest import (
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    MANIFEST_FILE,
-    describe_environment,
-    describe_git,
-    describe_versions,
-)
+from difftrain_utils.run.manifest import describe_environment, describe_git, describe_versions
 from difftrain_utils.run.metrics import read_metrics
+from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, list_checkpoints
 
 say = partial(print, flush=True)  # in order with what the re-run prints
 
@@ -169,9 +162,7 @@ def tell(title: str, lines: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m difftrain_utils.commands.reproduce", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="difftrain reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")
@@ -200,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     code_now = {"git": describe_git(script.resolve().parent), "versions": describe_versions()}
     now = circumstances({}, code_now, describe_environment())
     known = [{k: v for k, v in table.items() if k.startswith(KNOWN_BEFORE)} for table in (then, now)]
-    before = differences(*known)
+    before = changes(*known)
     tell("Differences in code, hardware and versions", before)
     if now.get("git.dirty"):
         say("The working tree is not as committed now (git status); the content of untracked files is not recorded.")
@@ -211,9 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         return circumstances(config, *(read_mapping(output_dir / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE)))
 
     def tell_the_rest() -> None:
-        rest = [line for line in differences(then, recorded()) if line not in before]
+        rest = [line for line in changes(then, recorded()) if line not in before]
         say()  # below the progress bar
-        tell("Further differences (data, base model, config, device)", rest)
+        tell("Further changes (data, base model, config, device)", rest)
 
     with empty_cache:
         rerun(command, environment, output_dir, steps, tell_the_rest)
@@ -230,12 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     if has_weights:
         weights = compare_weights(name, [folder / part for folder in folders], digests)
     what += f", {len(metrics[0])} lines of metrics"
-    reasons = likely_reasons(run, manifest, differences(then, recorded()))
+    reasons = likely_reasons(run, manifest, changes(then, recorded()))
     text, code = verdict(what, deviations(*metrics), weights, reasons)
     say(text)
     return code
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(main())

@@ -25,15 +25,15 @@ class SourceConfig:
     loss_weight: float = 1.0
     """Factor of the loss of this source's samples."""
 
-    def check(self, place: str) -> None:
-        """`place` is how errors call this source: data.sources[0], say."""
+    def check(self, field: str) -> None:
+        """`field` is how errors call this source: data.sources[0], say."""
         for name in ("dataset", "caption_column"):
             if getattr(self, name) in ("", []):
-                raise InputError(f"{place}.{name}: must not be empty, got {getattr(self, name)!r}")
+                raise InputError(f"{field}.{name}: must not be empty, got {getattr(self, name)!r}")
         if self.weight is not None and not 0 < self.weight < math.inf:
-            raise InputError(f"{place}.weight: must be above 0 and finite, or null, got {self.weight}")
+            raise InputError(f"{field}.weight: must be above 0 and finite, or null, got {self.weight}")
         if not 0 <= self.loss_weight < math.inf:
-            raise InputError(f"{place}.loss_weight: must be 0 or more and finite, got {self.loss_weight}")
+            raise InputError(f"{field}.loss_weight: must be 0 or more and finite, got {self.loss_weight}")
 
 
 @dataclass

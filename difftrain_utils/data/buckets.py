@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import generate_aspect_ratio_buckets
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.data.rows import Rows
+from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.sizes import image_sizes
 
 
@@ -39,7 +39,7 @@ class Buckets:
         return self.sizes[self.of_row[row]]
 
     def describe(self) -> str:
-        """What to tell of them: how many images each has, what cropping cuts off, what an epoch leaves out."""
+        """In words: how many images each has, what cropping cuts off, what an epoch leaves out."""
         counts = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.sizes, self.counts, strict=True))
         return (
             f"Buckets (height x width: images): {counts}; cropping cuts {self.cropped.mean():.1%} of an image "
@@ -54,7 +54,7 @@ def cropped_share(sizes: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return 1 - np.minimum(quotient, 1 / quotient)
 
 
-def load_buckets(accelerator: Accelerator, family, data: Rows, config: Config) -> Buckets:
+def load_buckets(accelerator: Accelerator, family, rows: MappedRows, config: Config) -> Buckets:
     """The buckets that `data.buckets` asks for. Prints what they make of the images.
 
     Raises:
@@ -67,6 +67,6 @@ def load_buckets(accelerator: Accelerator, family, data: Rows, config: Config) -
     for height, width in sizes:
         family.check_size(height, width, "data.buckets")
     with accelerator.main_process_first():
-        buckets = Buckets(image_sizes(data, config.data), sizes, config.train.batch_size)
+        buckets = Buckets(image_sizes(rows, config.data), sizes, config.train.batch_size)
     accelerator.print(buckets.describe())
     return buckets

@@ -1,4 +1,4 @@
-"""What frozen encoders make of the data, computed once: the VAE's moments and the prompts' embeddings.
+"""What frozen encoders make of the data, computed once: the VAE's moments and the prompts' conditioning.
 
 A cache is a folder of safetensors shards, each beside its digest as `sha256sum` writes it. Its name is a digest of all
 that decides its content (data, transforms, encoders, dtype), so that nothing stale is ever read. Each shard is written
@@ -21,99 +21,181 @@ import PIL
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import gather_object, tqdm
 from safetensors import safe_open
 from safetensors.torch import save
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.fingerprint import cache_folder
-from difftrain_utils.data.rows import Rows, captions_of, read_row
-from difftrain_utils.data.samples import resize_and_crop, size_of
+from difftrain_utils.data.load import Data
+from difftrain_utils.data.rows import read_row
+from difftrain_utils.data.samples import size_of
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import InputError, RowError, RunError, warn, writing
 from difftrain_utils.files import file_digest, write_file
+from difftrain_utils.media.image import crop_of, resize_and_crop
+from difftrain_utils.media.text import captions_of
 
-ENTRIES_PER_SHARD, ENTRIES_PER_BATCH = 1024, 16
-FORMAT = 1  # part of a cache's name: to be raised when what is stored changes
+SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
+FORMAT = 2  # part of a cache's name: to be raised when what is stored changes
+LAYOUT_FILE = "layout.json"
+
+Entry = dict[str, torch.Tensor]
 
 
-class TensorCache:
-    """Entry i is a tensor, read from memory-mapped shards; entries of one group have one shape.
+class EncodedCache:
+    """Entry i is a dict of tensors, read from memory-mapped shards.
 
-    Shard s holds the entries `shards[s]`, in this order.
+    A shard holds entries of one group, and of each name one tensor: those of its entries one after another along their
+    first dimension, and as `NAME.ends` where each of them ends. So entries may be of different lengths: of what a mask
+    `NAME_mask` belongs to, the end that the mask leaves out is not stored, and comes back as zeros. Numbers, which have
+    no dimension, are stacked.
+
+    `layout` says of each group how many entries a shard has.
     """
 
-    def __init__(self, folder: Path, groups: np.ndarray):
-        self.folder, self.shards = folder, []
-        self.places = np.empty((len(groups), 2), np.int32)  # of each entry: its shard, and where in it
+    def __init__(self, folder: Path, groups: np.ndarray, layout: dict[str, dict[str, int]]):
+        self.folder, self.layout, self.shards = folder, layout, []
+        self.shard_of, self.index_in = (np.empty(len(groups), np.int32) for _ in range(2))
         for group in np.unique(groups):
-            entries = np.flatnonzero(groups == group)
-            for start in range(0, len(entries), ENTRIES_PER_SHARD):
-                shard = entries[start : start + ENTRIES_PER_SHARD]
-                self.places[shard, 0], self.places[shard, 1] = len(self.shards), np.arange(len(shard))
+            entries, count = np.flatnonzero(groups == group), layout[str(group)]["entries_per_shard"]
+            for start in range(0, len(entries), count):
+                shard = entries[start : start + count]
+                self.shard_of[shard], self.index_in[shard] = len(self.shards), np.arange(len(shard))
                 self.shards.append(shard)
-        self._open = {}
+        self.lengths: dict[str, int] = {}
+        self._open: dict[int, dict[str, tuple[torch.Tensor, np.ndarray | None]]] = {}
 
-    def __getitem__(self, entry: int) -> torch.Tensor:
-        shard, place = int(self.places[entry, 0]), int(self.places[entry, 1])
-        values = self._open.get(shard)
-        if values is None:  # a view of the mapped file
-            values = self._open[shard] = safe_open(self.path(shard), "pt").get_tensor("values")
-        return values[place]
+    def __getitem__(self, entry: int) -> Entry:
+        tensors, index, values = self._tensors(int(self.shard_of[entry])), int(self.index_in[entry]), {}
+        for name, (tensor, ends) in tensors.items():
+            if ends is None:
+                values[name] = tensor[index]
+                continue
+            value = tensor[int(ends[index - 1]) if index else 0 : int(ends[index])]
+            if name in self.lengths:
+                padding = value.new_zeros(self.lengths[name] - len(value), *value.shape[1:])
+                value = torch.cat([value, padding])
+            values[name] = value
+        return values
 
     def __getstate__(self):  # an open shard is not passed on to another process
         return vars(self) | {"_open": {}}
 
     def path(self, shard: int) -> Path:
-        """The shard's file, with one tensor, `values`."""
+        """The shard's file."""
         return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def measure(self) -> None:
+        """Note how long the longest entry is, of each name with a mask: what is read is padded to that. So it depends
+        on the data, and not on which entries are in one batch."""
+        names = self._tensors(0)
+        padded = [name for name in names if f"{name}_mask" in names or name.endswith("_mask")]
+        for shard in range(len(self.shards) if padded else 0):
+            with safe_open(self.path(shard), "pt") as file:
+                for name in padded:
+                    longest = int(file.get_tensor(f"{name}.ends").diff(prepend=torch.zeros(1, dtype=torch.long)).max())
+                    self.lengths[name] = max(longest, self.lengths.get(name, 0))
+
+    def _tensors(self, shard: int) -> dict[str, tuple[torch.Tensor, np.ndarray | None]]:
+        if shard not in self._open:  # views of the mapped file
+            with safe_open(self.path(shard), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            ends = {name: tensors.pop(f"{name}.ends", None) for name in list(tensors) if not name.endswith(".ends")}
+            self._open[shard] = {
+                name: (tensors[name], None if of_name is None else of_name.numpy()) for name, of_name in ends.items()
+            }
+        return self._open[shard]
+
+
+def pack(entries: list[Entry]) -> Entry:
+    """The tensors of a shard: see `EncodedCache`."""
+    entries, tensors = [_trim(entry) for entry in entries], {}
+    for name in entries[0]:
+        values = [entry[name] for entry in entries]
+        if values[0].ndim == 0:
+            tensors[name] = torch.stack(values)
+        else:
+            tensors[name] = torch.cat(values).contiguous()
+            tensors[f"{name}.ends"] = torch.tensor([len(value) for value in values]).cumsum(0)
+    return tensors
+
+
+def _trim(entry: Entry) -> Entry:
+    trimmed = dict(entry)
+    for mask_name in [name for name in entry if name.endswith("_mask")]:
+        kept = entry[mask_name].nonzero()
+        length = int(kept[-1]) + 1 if len(kept) else 0
+        for name in (mask_name, mask_name.removesuffix("_mask")):
+            trimmed[name] = entry[name][:length]
+    return trimmed
 
 
 def build_cache(
     accelerator: Accelerator,
-    cache: TensorCache,
+    folder: Path,
+    groups: np.ndarray,
     inputs: Sequence[Any],
-    encode: Callable[[Any], torch.Tensor],
+    encode: Callable[[list[Any]], Entry],
     what: str,
     num_workers: int,
-) -> None:
-    """Make the shards of `cache` that are not there or damaged: entry i is `encode` of `inputs[i]`, in batches.
-
-    The processes share the shards out.
+) -> EncodedCache:
+    """The cache in `folder`, whose entry i, of group `groups[i]`, is what `encode` makes of `inputs[i]` (of a list of
+    inputs it makes a batch). Shards that are not there or damaged are made; the processes share them out.
 
     Raises:
         InputError: there is not enough room on the disk.
         RunError: a shard cannot be written.
         RowError: of `inputs`.
     """
+    with accelerator.main_process_first():
+        cache = EncodedCache(folder, groups, _layout(accelerator, folder, groups, inputs, encode))
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     with ThreadPoolExecutor(4) as pool:
-        intact = list(pool.map(_is_intact, map(cache.path, mine)))
-    missing = [shard for shard, is_intact in zip(mine, intact, strict=True) if not is_intact]
+        intact = list(pool.map(is_intact, map(cache.path, mine)))
+    missing = [shard for shard, is_there in zip(mine, intact, strict=True) if not is_there]
     missing_anywhere = gather_object(missing)
     if accelerator.is_main_process and missing_anywhere:
         for path in map(cache.path, missing_anywhere):
             if path.exists():
                 warn(f"{path} is damaged: making it again")
-        entry_bytes = encode([inputs[int(cache.shards[missing_anywhere[0]][0])]]).nbytes
-        _check_room(cache.folder, sum(len(cache.shards[shard]) for shard in missing_anywhere) * entry_bytes)
+        sizes = [(groups[cache.shards[shard][0]], len(cache.shards[shard])) for shard in missing_anywhere]
+        _check_room(folder, sum(count * cache.layout[str(group)]["entry_bytes"] for group, count in sizes))
     batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
     batches = list(itertools.chain(*batches_of))
     loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
     with tqdm(total=sum(map(len, batches)), desc=what, disable=not batches or not accelerator.is_main_process) as bar:
         loaded = iter(loader)
         for shard, of_shard in zip(missing, batches_of, strict=True):
-            values = []
+            entries = []
             for batch in itertools.islice(loaded, len(of_shard)):
-                values.append(encode(batch).cpu())
+                encoded = {name: values.cpu() for name, values in encode(batch).items()}
+                entries += [{name: values[i] for name, values in encoded.items()} for i in range(len(batch))]
                 bar.update(len(batch))
-            _write(cache.path(shard), save({"values": torch.cat(values).contiguous()}))
+            _write(cache.path(shard), save(pack(entries)))
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
         if not cache.path(shard).exists():
             raise InputError(f"data.cache_dir: {cache.path(shard)} is missing; all processes must see the same folder")
+    cache.measure()
+    return cache
+
+
+def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, encode) -> dict[str, dict[str, int]]:
+    """Of each group, the bytes of an entry, measured at the first one, and how many entries a shard of `SHARD_BYTES`
+    has: whole batches, so that its size changes no batch. It is kept beside the shards, for measuring takes the
+    encoder."""
+    path = folder / LAYOUT_FILE
+    if accelerator.is_main_process and not is_intact(path):
+        layout = {}
+        for group in np.unique(groups):
+            entry = encode([inputs[int(np.flatnonzero(groups == group)[0])]])
+            size = sum(values.nbytes for values in entry.values())
+            count = max(1, SHARD_BYTES // size // ENTRIES_PER_BATCH) * ENTRIES_PER_BATCH
+            layout[str(group)] = {"entry_bytes": size, "entries_per_shard": count}
+        _write(path, json.dumps(layout).encode())
+    return json.loads(path.read_bytes())
 
 
 def _batches(entries: list[int]) -> list[list[int]]:
@@ -127,81 +209,83 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 class _Images:
-    """Item i is the image of row i as a training sample has it, (3, H, W); NaN if it cannot be read and is skipped."""
+    """Item i is the image of row i as a training sample has it, with the middle cut out, the sizes of that crop as it
+    is and mirrored, (2, 6), and whether the image could be read (if not, it is black)."""
 
-    def __init__(self, data, config: DataConfig, buckets: Buckets | None):
-        self.data, self.config, self.buckets = data, config, buckets
+    def __init__(self, data: Data, config: DataConfig):
+        self.data, self.config = data, config
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        size = size_of(row, self.config, self.buckets)
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        size = size_of(row, self.config, self.data.buckets)
         try:
-            return resize_and_crop(read_row(self.data, row, self.config)[0], self.config, size, 0.5, 0.5, flip=False)
+            image, _ = read_row(self.data.rows, row)
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.full((3, *size), torch.nan)
+            return torch.zeros(3, *size), torch.zeros(2, 6, dtype=torch.long), False
+        upright, mirrored = (crop_of(image, size, flip=flip) for flip in (False, True))
+        sizes = torch.tensor([upright.sizes, mirrored.sizes])
+        return resize_and_crop(image, upright, self.config), sizes, True
 
 
 def load_caches(
-    accelerator: Accelerator, family, data: Rows, config: Config, fingerprints: dict | None, buckets: Buckets | None
-) -> tuple[TensorCache | None, "TextCache | None"]:
-    """The caches that `data.cache_latents` and `data.cache_text` ask for, made where they are not there yet; then the
-    encoder is dropped from memory. All processes call it; the main one has the data's `fingerprints`.
+    accelerator: Accelerator, family, data: Data, fingerprints: dict[str, dict], config: Config
+) -> dict[str, Any]:
+    """The caches by name that `data.cache_latents` ("latents") and `data.cache_text` ("text") ask for, made where they
+    are not there yet; then the encoder is dropped from memory. All processes call it.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    latents, prompts = None, None
-    if config.data.cache_latents or config.data.cache_text:
-        (fingerprint,) = broadcast_object_list([fingerprints and fingerprints["train"]["sha256"]])
+    caches, sha256 = {}, fingerprints["train"]["sha256"]
     if config.data.cache_latents:
-        latents = cache_latents(accelerator, family, data, config, fingerprint, buckets)
+        caches["latents"] = cache_latents(accelerator, family, data, sha256, config)
         family.free_cached()
     if config.data.cache_text:
-        prompts = cache_text(accelerator, family, data, config, fingerprint)
+        caches["text"] = cache_text(accelerator, family, data, sha256, config)
         family.free_cached()
-    return latents, prompts
+    return caches
 
 
-def cache_latents(
-    accelerator: Accelerator, family, data, config: Config, fingerprint: str, buckets: Buckets | None
-) -> TensorCache:
-    """Entry i is the VAE's mean and standard deviation for row i, upright and (with `data.random_flip`) mirrored, of
-    shape (1 or 2, 2, channels, height, width). For a row that cannot be read it is NaN.
+def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> EncodedCache:
+    """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
+    deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), and "is_readable".
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
     names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
-    key = {name: getattr(config.data, name) for name in names} | family.cache_key("vae")
-    key |= {"data": fingerprint, "buckets": buckets and buckets.sizes, "pillow": PIL.__version__}
+    key = {name: getattr(config.data, name) for name in names} | family.describe_parts(family.image_part)
+    key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= describe_rounding(accelerator, family, config)
-    groups = np.zeros(len(data), np.int16) if buckets is None else buckets.of_row
-    cache = TensorCache(_folder(accelerator, config.data, "latents", key), groups)
+    groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
+    folder = _folder(accelerator, config.data, "latents", key)
+    sides = 2 if config.data.random_flip else 1
 
-    def encode(images: list[torch.Tensor]) -> torch.Tensor:
-        pixel_values = torch.stack(images).to(accelerator.device)
-        flips = (pixel_values, pixel_values.flip(-1)) if config.data.random_flip else (pixel_values,)
+    def encode(items: list[tuple[torch.Tensor, torch.Tensor, bool]]) -> Entry:
+        images, sizes, is_readable = zip(*items, strict=True)
+        pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
+        flips = (pixel_values, pixel_values.flip(-1))[:sides]
         moments = torch.stack([family.encode_images(flip) for flip in flips], 1)
-        if not moments[pixel_values[:, 0, 0, 0].isfinite()].isfinite().all():  # would count as rows that are not read
+        if not moments.isfinite().all():
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
-        return moments
+        return {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
 
-    build_cache(
-        accelerator, cache, _Images(data, config.data, buckets), encode, "Caching latents", config.data.num_workers
-    )
-    return cache
+    images = _Images(data, config.data)
+    return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
 
 
 class TextCache:
-    """`cache.of_row(i)` are the numbers of row i's captions; `cache[number]` is a caption's conditioning, and number 0
-    the empty caption."""
+    """`text.of_row(i)` are the numbers of row i's captions, and `text[number]` is a caption's conditioning; number
+    `NULL` is that of no caption."""
 
-    def __init__(self, cache: TensorCache, starts: np.ndarray, numbers: np.ndarray):
+    NULL = 0
+
+    def __init__(self, cache: EncodedCache, starts: np.ndarray, numbers: np.ndarray):
         self.cache, self.starts, self.numbers = cache, starts, numbers  # arrays, which forked workers share
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> Entry:
         return self.cache[number]
 
     def of_row(self, row: int) -> np.ndarray:
@@ -209,32 +293,32 @@ class TextCache:
         return self.numbers[self.starts[row] : self.starts[row + 1]]
 
 
-def cache_text(accelerator: Accelerator, family, data, config: Config, fingerprint: str) -> TextCache:
-    """The conditioning of each caption that the data has, and of the empty one. A row whose captions cannot be read has
-    none.
+def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> TextCache:
+    """The conditioning of each caption that the data has, and of none. A row whose captions cannot be read has none.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    key = {"data": fingerprint} | describe_rounding(accelerator, family, config)
-    folder = _folder(accelerator, config.data, "text", key | family.cache_key("text_encoder", "tokenizer"))
+    key = {"data": sha256} | describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
+    folder = _folder(accelerator, config.data, "text", key)
     captions_file = folder / "captions.json"
     with accelerator.main_process_first():
-        if accelerator.is_main_process and not _is_intact(captions_file):
+        if accelerator.is_main_process and not is_intact(captions_file):
             if captions_file.exists():
                 warn(f"{captions_file} is damaged: making it again")
-            _write(captions_file, json.dumps(_number_captions(data, config.data)).encode())
+            _write(captions_file, json.dumps(_number_captions(data.rows, config.data)).encode())
         content = json.loads(captions_file.read_bytes())
-    cache = TensorCache(folder, np.zeros(len(content["captions"]), np.int16))
-    build_cache(accelerator, cache, content["captions"], family.encode_prompts, "Caching prompts", num_workers=0)
+    captions, groups = content["captions"], np.zeros(len(content["captions"]), np.int16)
+    cache = build_cache(accelerator, folder, groups, captions, family.encode_prompts, "Caching prompts", num_workers=0)
     return TextCache(cache, np.array(content["starts"]), np.array(content["numbers"], np.int32))
 
 
-def _number_captions(data, config: DataConfig) -> dict[str, list]:
-    """The different captions, the empty one first, and their numbers row after row; row i's from starts[i] on."""
-    numbers, of_rows, starts = {"": 0}, [], [0]
-    for index in range(len(data)):
-        row = data[index]
+def _number_captions(rows, config: DataConfig) -> dict[str, list]:
+    """The different captions, after the null for no caption, and their numbers row after row; row i's from starts[i]
+    on."""
+    numbers, of_rows, starts = {None: TextCache.NULL}, [], [0]
+    for index in range(len(rows)):
+        row = rows[index]
         try:
             captions = captions_of(row.captions, row.name)
         except RowError:
@@ -268,7 +352,7 @@ def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[s
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and not (folder / "key.json").exists():
-            _write(folder / "key.json", content.encode())
+            write_file(folder / "key.json", content, shared=True)
     return folder
 
 
@@ -278,7 +362,8 @@ def _write(path: Path, content: bytes) -> None:
     write_file(path, content, shared=True)
 
 
-def _is_intact(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
+    """Whether a file is what its digest beside it says."""
     try:
         return path.with_suffix(".sha256").read_text() == f"{file_digest(path)}  {path.name}\n"
     except (OSError, UnicodeDecodeError):

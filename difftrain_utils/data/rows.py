@@ -1,31 +1,36 @@
-"""The rows of the data: one sequence of all sources', which of them are held out, and how an image is read."""
+"""The rows of the data: one sequence of all sources', and which of them are held out."""
 
 import bisect
 import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import Image
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
+from difftrain_utils.data.order import Order
 from difftrain_utils.data.sources import caption_columns, find_column, open_source, sources_of, validation_source
 from difftrain_utils.errors import InputError, RowError, one_line
+from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.media.image import open_image, open_image_header
+from difftrain_utils.media.text import captions_of
 
 BATCH = 65536  # rows whose paths are in memory at a time
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is an error here: open_image_header
+NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
 
 
 class Row(NamedTuple):
@@ -34,6 +39,31 @@ class Row(NamedTuple):
     name: str
     image: dict[str, Any] | None
     captions: Any
+
+
+class Rows(Protocol):
+    """What training asks of its rows, whether they lie on the disk (`MappedRows`) or are read as a stream
+    (`StreamedRows`)."""
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def loss_weight(self, index: int) -> float:
+        """The factor of a row's loss, without reading the row."""
+
+    def order(self, seed: int, batch_size: int, buckets=None) -> Sequence[int]:
+        """The row of each sample k. Raises InputError where there is none."""
+
+    def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[Iterable[int], str]:
+        """The rows that may stand in for row `index` as sample k, in their order, and what they are in words."""
+
+    def inspect(self, config: DataConfig) -> dict[str, Any]:
+        """The fingerprint: {"dataset": …, "sha256": …, …}. Raises RowError for what is found to be wrong."""
+
+    def place(self, k: int) -> dict[str, Any] | None:
+        """What `load_place` needs to go on from sample k, as JSON; None where nothing is needed."""
+
+    def load_place(self, place: dict[str, Any] | None) -> None:
+        """Let the rows be read from `place` on. Changes no sample, only how soon it is there."""
 
 
 @dataclasses.dataclass
@@ -74,7 +104,7 @@ class SourceRows:
             yield paths.take(take).to_pylist(), is_file.take(take).to_numpy(zero_copy_only=False)
 
 
-class Rows(Sequence):
+class MappedRows(Sequence):
     """All rows of the sources `parts`, in order; row i is a `Row`.
 
     The data sets stay mapped from the disk: nothing here grows with the rows, but for the indices of a split.
@@ -108,6 +138,82 @@ class Rows(Sequence):
         """Each source's weight, as the config has it."""
         return [part.source.weight for part in self.parts]
 
+    def loss_weight(self, index: int) -> float:
+        """The factor of a row's loss, without reading the row."""
+        return self.parts[bisect.bisect_right(self._ends, index)].source.loss_weight
+
+    def order(self, seed: int, batch_size: int, buckets=None) -> Order:
+        """Raises InputError: see `Order`."""
+        weights = None if None in self.weights else self.weights
+        return Order(seed, self.lengths, weights, buckets and buckets.of_row, batch_size)
+
+    def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[list[int], str]:
+        """Some rows (of the same bucket) drawn from (seed, k)."""
+        rows = np.arange(len(self)) if buckets is None else np.flatnonzero(buckets.of_row == buckets.of_row[index])
+        drawn = torch.randint(len(rows), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
+        return rows[drawn.numpy()].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
+
+    def place(self, k: int) -> None:
+        """Any row is at hand."""
+
+    def load_place(self, place: None) -> None:
+        """Any row is at hand."""
+
+    def inspect(self, config: DataConfig) -> dict[str, Any]:
+        """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
+
+        The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order. Where bad rows are
+        skipped, it has their bytes as they are, and null for an image that is not there. It is remembered: while no
+        file has changed, nothing is read.
+
+        Raises:
+            RowError: an image that Pillow does not know, or a caption that is no string (names the file), unless
+                `data.on_bad_row` is skip.
+        """
+
+        def digest(index: int) -> bytes:
+            row, content = self[index], None
+            captions = [row.captions] if isinstance(row.captions, str) else row.captions
+            try:
+                content = read_bytes(row.image, row.name)
+                captions_of(captions, row.name)
+                open_image_header(io.BytesIO(content), row.name)
+            except RowError:
+                if config.on_bad_row == "stop":
+                    raise
+            # the file's name alone, so that a moved folder keeps its fingerprint
+            name = os.path.basename((row.image or {}).get("path") or f"row {index}")
+            entry = [name, captions, content if content is None else hashlib.sha256(content).hexdigest()]
+            return hashlib.sha256(json.dumps(entry, default=str).encode()).digest()
+
+        def compute() -> bytes:
+            total = hashlib.sha256()
+            for row_digest in map_in_threads(digest, range(len(self))):
+                total.update(row_digest)
+            return json.dumps({"num_images": len(self), "sha256": total.hexdigest()}).encode()
+
+        found = json.loads(remembered("fingerprint.json", compute, lambda: self.identity(config), config))
+        names = config.dataset if config.sources is None else ", ".join(source.dataset for source in config.sources)
+        return {"dataset": names} | found
+
+    def identity(self, config: DataConfig) -> str:
+        """A digest that changes when a file that holds rows or images changes, or other rows of them are taken.
+
+        `Dataset._fingerprint` (datasets 5.2) has the paths and modification times of local files; it does not notice a
+        file that is changed and given its old time back, nor an image that only a row of parquet names. So besides, of
+        every file that is read, its `stamp`.
+        """
+        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, Image.MAX_IMAGE_PIXELS)).encode())
+        for part in self.parts:
+            columns = part.source.image_column, part.source.caption_column
+            files = [stamp(file["filename"]) for file in part.data.cache_files]
+            digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
+            digest.update(b"all" if part.indices is None else part.indices.tobytes())
+            for paths, is_file in part.paths():
+                files = [stamp(path) for path, read in zip(paths, is_file, strict=True) if read]
+                digest.update(repr(files).encode())
+        return digest.hexdigest()
+
 
 def follow(row: dict[str, Any], path: str | list[str]) -> Any:
     """What a row has at the path to a column (`find_column`, or a dotted name); None where it has nothing."""
@@ -126,16 +232,16 @@ def join_captions(values: list[Any]) -> Any:
     return [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
 
 
-def load_data(config: DataConfig) -> Rows:
+def map_rows(config: DataConfig) -> MappedRows:
     """The rows of all sources.
 
     Raises:
         InputError: a data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    return Rows([SourceRows(open_source(place, source, config), source) for place, source in sources_of(config)])
+    return MappedRows([SourceRows(open_source(field, source, config), source) for field, source in sources_of(config)])
 
 
-def split_data(rows: Rows, config: DataConfig) -> tuple[Rows, Rows | None]:
+def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]:
     """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of the image's
     file name, so that a row stays on its side when others come or go; or those of `data.validation_dataset`.
 
@@ -143,8 +249,8 @@ def split_data(rows: Rows, config: DataConfig) -> tuple[Rows, Rows | None]:
         InputError: one of the two is empty, or `data.validation_dataset` cannot be loaded.
     """
     if config.validation_dataset is not None:
-        place, source = validation_source(config)
-        return rows, Rows([SourceRows(open_source(place, source, config), source)])
+        field, source = validation_source(config)
+        return rows, MappedRows([SourceRows(open_source(field, source, config), source)])
     if not config.validation_split:
         return rows, None
     training, validation = [], []
@@ -154,7 +260,7 @@ def split_data(rows: Rows, config: DataConfig) -> tuple[Rows, Rows | None]:
         # a source of which nothing is held out stays, so that a weight stays in its place
         training.append(SourceRows(part.data, part.source, np.flatnonzero(~held_out)))
         validation.append(SourceRows(part.data, part.source, np.flatnonzero(held_out)))
-    training, validation = Rows(training), Rows(validation)
+    training, validation = MappedRows(training), MappedRows(validation)
     if not len(training) or not len(validation):
         raise InputError(
             f"data.validation_split: {config.validation_split} of {len(rows)} images leaves {len(training)} to train "
@@ -169,7 +275,7 @@ def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.
     return np.frombuffer(digests, ">u8") / 2**64 < config.validation_split
 
 
-def read_row(rows: Rows, index: int, config: DataConfig) -> tuple[Image.Image, list[str]]:
+def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
     """The decoded image and the captions of a row.
 
     Raises:
@@ -208,53 +314,3 @@ def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
             return file.read()
     except OSError as error:
         raise RowError(f"{name}: {error.strerror or one_line(error)}") from None
-
-
-def captions_of(value: Any, name: str) -> list[str]:
-    """A row's captions: one string, or a list of at least one. Raises RowError if `value` is neither."""
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise RowError(f"{name}: the caption must be a string or a list of strings, got {value!r:.80}")
-    return captions
-
-
-def open_image_header(file: BinaryIO, name: str) -> Image.Image:
-    """Recognise an image without decoding it, reading no more of the file than that takes.
-
-    Raises:
-        RowError: it is no image, or one that Pillow would warn of as a decompression bomb.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        image = Image.open(file)
-        pixels = image.width * image.height
-    except Image.DecompressionBombError as error:  # of twice the limit; the error tells the size first
-        pixels = int(re.search(r"\d+", str(error))[0])
-    except UnidentifiedImageError:
-        raise RowError(f"{name}: not an image that Pillow knows") from None
-    except Exception as error:
-        raise RowError(f"{name}: cannot read the image's header: {one_line(error)}") from None
-    if limit is not None and pixels > limit:
-        raise RowError(f"{name}: an image of {pixels} pixels; the limit is {limit} (Pillow's MAX_IMAGE_PIXELS)")
-    return image
-
-
-def open_image(content: bytes, name: str) -> Image.Image:
-    """Decode an image to RGB as a viewer shows it: upright, transparency on white, 16 bits scaled to 8.
-
-    Raises:
-        RowError: it cannot be decoded.
-    """
-    image = open_image_header(io.BytesIO(content), name)
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-            return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
-    except MemoryError:  # not the image's fault
-        raise
-    except Exception as error:  # Pillow's decoders raise all kinds on damaged bytes
-        raise RowError(f"{name}: cannot decode the image: {one_line(error)}") from None

@@ -5,120 +5,108 @@ A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer ste
 state of a data loader, and processes and gradient accumulation only split [s·G, (s+1)·G).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from accelerate import Accelerator
+from PIL import Image
 
+from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.buckets import Buckets
-from difftrain_utils.data.order import Order
-from difftrain_utils.data.rows import Rows, captions_of, read_row
-from difftrain_utils.data.streaming import StreamedRows
+from difftrain_utils.data.load import Data
+from difftrain_utils.data.rows import MappedRows, read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
-
-NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
+from difftrain_utils.media.image import crop_of, resize_and_crop
+from difftrain_utils.media.text import captions_of
 
 
 class Samples(torch.utils.data.Dataset):
     """Item k is sample k:
 
     - "key": k
-    - "pixel_values": (3, H, W) float32 in [-1, 1]; or "moments", of the `latents` cache: (2, channels, h, w)
-    - "caption": str; or "conditioning", of the `prompts` cache
+    - "pixel_values": (3, H, W) float32 in [-1, 1]; or "moments": of the cache `latents`, (2, channels, h, w)
+    - "caption": str, or None where it is dropped (`data.caption_dropout`); or "conditioning": of the cache `text`, a
+      dict
+      of tensors
+    - "dropped": whether the caption is dropped
+    - "sizes": six integers, of the image as it was, of the crop and of what is trained on: see `Crop`
+    - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
-    - "stream_state": where a stream (`data.streaming`) goes on from this sample; None for other data
+    - "place": where a stream (`data.streaming`) goes on from this sample; None for other data
 
-    With `buckets` all samples of a batch have one size; `batch_size` is the global one. `latents` and `prompts` are the
-    caches (`load_caches`), where there are any.
-
-    Raises:
-        InputError: see `Order`.
+    All samples of a batch have one size. `caches` are those of `load_caches`; of what they stand for, `also` names what
+    is to be there besides: "pixel_values", "caption".
     """
 
     def __init__(
         self,
-        data: Rows | StreamedRows,
+        data: Data,
         config: DataConfig,
         seed: int,
         num_samples: int,
-        batch_size: int = 1,
-        buckets: Buckets | None = None,
+        caches: Mapping[str, Any] | None = None,
+        also: Iterable[str] = (),
     ):
-        self.data, self.config, self.seed, self.num_samples = data, config, seed, num_samples
-        self.buckets, self.latents, self.prompts = buckets, None, None
-        self.order = None  # a stream has its rows by k
-        if not isinstance(data, StreamedRows):
-            of_row = None if buckets is None else buckets.of_row
-            weights = None if None in data.weights else data.weights
-            self.order = Order(seed, data.lengths, weights, of_row, batch_size)
+        self.rows, self.order, self.buckets = data.rows, data.order, data.buckets
+        self.config, self.seed, self.num_samples = config, seed, num_samples
+        self.latents, self.text = (caches or {}).get("latents"), (caches or {}).get("text")
+        self.has_pixels = self.latents is None or "pixel_values" in also
+        self.has_caption = self.text is None or "caption" in also
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        stream_state = self.data.state(k) if isinstance(self.data, StreamedRows) else None
-        row, read = self.index_of(k), partial(self._read, k=k)
-        sample, skipped = read_or_substitute(read, self.data, row, self.config, self.seed, k, self.buckets)
-        return sample | {"key": k, "skipped": skipped, "stream_state": stream_state}
-
-    def index_of(self, k: int) -> int:
-        """The row of sample k."""
-        return k if self.order is None else self.order[k]
+        place, row, read = self.rows.place(k), self.order[k], partial(self._read, k=k)
+        sample, skipped = read_or_substitute(read, self.rows, row, self.config, self.seed, k, self.buckets)
+        return sample | {"key": k, "skipped": skipped, "place": place}
 
     def names_of(self, keys: Iterable[int]) -> list[str]:
         """The file names of the samples `keys`."""
-        return [self.data[self.index_of(k)].name for k in keys]
-
-    def describe_nonfinite(self, global_step: int, train: TrainConfig, grad_norm: float) -> str:
-        """What to tell when the step after `global_step` has a gradient that is not finite."""
-        first, last = global_step * train.batch_size, (global_step + 1) * train.batch_size - 1
-        names = ", ".join(dict.fromkeys(self.names_of(range(first, last + 1))))
-        return (
-            f"the norm of the gradient is {grad_norm} at step {global_step + 1}, samples {first} to {last} ({names}); "
-            f"{train.output_dir}/checkpoint-{global_step} holds the state before it"
-        )
+        return [self.rows[self.order[k]].name for k in keys]
 
     def _read(self, row: int, k: int) -> dict[str, Any]:
         """What sample k is made of row `row`; raises RowError if that cannot be read."""
-        sample = {}
-        if self.latents is not None:
-            if self.prompts is None:
-                stored = self.data[row]
-                captions = captions_of(stored.captions, stored.name)
-            flips = self.latents[row]
-            if self.config.on_bad_row == "skip" and flips[0, 0, 0, 0, 0].isnan():
-                raise RowError(f"{self._name(row)}: could not be read when the latents were cached")
-            sample["moments"] = flips[1 if self._is_flipped(k) else 0]
-        else:
-            image, captions = read_row(self.data, row, self.config)
+        sample = {"weight": self.rows.loss_weight(row), "dropped": self._is_dropped(k)}
+        flip, captions = self._is_flipped(k), None
+        if self.has_pixels:
+            image, captions = read_row(self.rows, row)
             across, down = 0.5, 0.5
             if not self.config.center_crop:
                 across, down = torch.rand(2, generator=generator_for(self.seed, "crop", k)).tolist()
             size = size_of(row, self.config, self.buckets)
-            sample["pixel_values"] = resize_and_crop(image, self.config, size, across, down, self._is_flipped(k))
-        if self.prompts is None:
-            sample["caption"] = captions[self._choose(len(captions), k)] if self._has_caption(k) else ""
-        else:
-            numbers = self.prompts.of_row(row)
+            crop = crop_of(image, size, across, down, flip)
+            sample["pixel_values"] = resize_and_crop(image, crop, self.config, flip)
+            sample["sizes"] = torch.tensor(crop.sizes)
+        if self.latents is not None:
+            entry = self.latents[row]
+            if self.config.on_bad_row == "skip" and not entry["is_readable"]:
+                raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
+            side = 1 if flip else 0
+            sample |= {"moments": entry["moments"][side], "sizes": entry["sizes"][side]}
+        if self.has_caption:
+            if captions is None:
+                stored = self.rows[row]
+                captions = captions_of(stored.captions, stored.name)
+            sample["caption"] = None if sample["dropped"] else captions[self._choose(len(captions), k)]
+        if self.text is not None:
+            numbers = self.text.of_row(row)
             if len(numbers) == 0:
-                raise RowError(f"{self._name(row)}: its captions could not be read when the prompts were cached")
-            sample["conditioning"] = self.prompts[numbers[self._choose(len(numbers), k)] if self._has_caption(k) else 0]
+                reason = "its captions could not be read when the prompts were cached"
+                raise RowError(f"{self.rows[row].name}: {reason}")
+            number = self.text.NULL if sample["dropped"] else numbers[self._choose(len(numbers), k)]
+            sample["conditioning"] = self.text[number]
         return sample
-
-    def _name(self, row: int) -> str:
-        return self.data[row].name
 
     def _is_flipped(self, k: int) -> bool:
         return self.config.random_flip and self._draw("flip", k) < 0.5
 
-    def _has_caption(self, k: int) -> bool:
-        return not self.config.caption_dropout or self._draw("caption_dropout", k) >= self.config.caption_dropout
+    def _is_dropped(self, k: int) -> bool:
+        return self.config.caption_dropout > 0 and self._draw("caption_dropout", k) < self.config.caption_dropout
 
     def _choose(self, count: int, k: int) -> int:
         if count == 1:
@@ -129,21 +117,38 @@ class Samples(torch.utils.data.Dataset):
         return torch.rand((), generator=generator_for(self.seed, purpose, k)).item()
 
 
+def load_batches(accelerator: Accelerator, samples: Samples, state, config: Config) -> Iterator[dict[str, Any]]:
+    """This process's parts of the batches, on its device, from the step on that `state` has come to."""
+    samples.rows.load_place(state.place)
+    dataloader = torch.utils.data.DataLoader(
+        samples,
+        sampler=range(state.step * config.train.batch_size, len(samples)),
+        batch_size=config.train.batch_size // config.train.gradient_accumulation_steps,
+        collate_fn=collate,
+        num_workers=config.data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(accelerator.prepare(dataloader))
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors are stacked; "keys", "captions" and "skipped" are lists; "stream_state" is that of
-    the last sample.
+    """A batch: tensors are stacked, also those of "conditioning"; "keys", "captions", "dropped" and "skipped" are
+    lists; "weights" is a tensor; "place" is that of the last sample.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
-    names = {"key": "keys", "caption": "captions"}
+    names = {"key": "keys", "caption": "captions", "weight": "weights"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
     stacked = {name: torch.stack(values) for name, values in batch.items() if isinstance(values[0], torch.Tensor)}
-    return batch | stacked | {"stream_state": samples[-1]["stream_state"]}
+    if "conditioning" in batch:
+        entries = batch["conditioning"]
+        stacked["conditioning"] = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+    return batch | stacked | {"weights": torch.tensor(batch["weights"]), "place": samples[-1]["place"]}
 
 
 def read_or_substitute(
     read: Callable[[int], Any],
-    data: Rows | StreamedRows,
+    rows: MappedRows,
     index: int,
     config: DataConfig,
     seed: int,
@@ -151,8 +156,7 @@ def read_or_substitute(
     buckets: Buckets | None = None,
 ) -> tuple[Any, bool]:
     """`read(index)` and False; or, if it raises RowError and `data.on_bad_row` is skip, what `read` makes of the first
-    readable one of some rows (of the same bucket) drawn from (seed, k), and True. A stream, in which no row can be
-    drawn, has the rows that follow in its window instead.
+    readable one of `rows.substitutes`, and True.
 
     Raises:
         RowError: the row cannot be read and is not to be skipped, or none of the other rows can be read either.
@@ -163,12 +167,7 @@ def read_or_substitute(
         if config.on_bad_row == "stop":
             raise
         first = error
-    if isinstance(data, StreamedRows):
-        others, which = data.substitutes(k), f"any of the {config.shuffle_buffer} rows that are shuffled with it"
-    else:
-        rows = np.arange(len(data)) if buckets is None else np.flatnonzero(buckets.of_row == buckets.of_row[index])
-        drawn = torch.randint(len(rows), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
-        others, which = rows[drawn.numpy()].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
+    others, which = rows.substitutes(index, k, seed, buckets)
     for substitute in others:
         try:
             return read(substitute), True
@@ -178,36 +177,12 @@ def read_or_substitute(
 
 
 def read_row_or_substitute(
-    data: Rows | StreamedRows, index: int, config: DataConfig, seed: int, k: int
+    rows: MappedRows, index: int, config: DataConfig, seed: int, k: int
 ) -> tuple[Image.Image, list[str]]:
     """The image and the captions of a row or its substitute: see `read_or_substitute`."""
-    return read_or_substitute(lambda row: read_row(data, row, config), data, index, config, seed, k)[0]
+    return read_or_substitute(lambda row: read_row(rows, row), rows, index, config, seed, k)[0]
 
 
 def size_of(row: int, config: DataConfig, buckets: Buckets | None = None) -> tuple[int, int]:
     """(height, width) of a row's image when it is trained on."""
     return (config.resolution, config.resolution) if buckets is None else buckets.size_of(row)
-
-
-def resize_and_crop(
-    image: Image.Image, config: DataConfig, size: tuple[int, int], across: float, down: float, flip: bool
-) -> torch.Tensor:
-    """Scale an image to cover `size` (height, width), and cut that out, `across` and `down` in [0, 1) of the way."""
-    height, width = size
-    scale = max(width / image.width, height / image.height)
-    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(covering, Image.Resampling[config.image_interpolation.upper()])
-    # each of the possible places is as likely as any other
-    left, top = int(across * (image.width - width + 1)), int(down * (image.height - height + 1))
-    image = image.crop((left, top, left + width, top + height))
-    return to_pixel_values(ImageOps.mirror(image) if flip else image)
-
-
-def to_square(image: Image.Image, config: DataConfig) -> torch.Tensor:
-    """The middle of an image, as evaluations see it."""
-    return resize_and_crop(image, config, (config.resolution, config.resolution), 0.5, 0.5, flip=False)
-
-
-def to_pixel_values(image: Image.Image) -> torch.Tensor:
-    """An RGB image as float32 of shape (3, height, width) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)

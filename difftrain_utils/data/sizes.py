@@ -8,16 +8,17 @@ import numpy as np
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.fingerprint import cached
-from difftrain_utils.data.rows import Row, Rows, map_in_threads, open_image_header, read_bytes
+from difftrain_utils.data.fingerprint import remembered
+from difftrain_utils.data.rows import MappedRows, Row, map_in_threads, read_bytes
 from difftrain_utils.errors import RowError
+from difftrain_utils.media.image import open_image_header
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
 
 
-def image_sizes(rows: Rows, config: DataConfig) -> np.ndarray:
+def image_sizes(rows: MappedRows, config: DataConfig) -> np.ndarray:
     """int32 of shape (len(rows), 2): (height, width) of each image as `open_image` gives it, upright; nothing is
-    decoded. Cached on the disk while no file changes. In a run of several processes call it on the main one first.
+    decoded. Remembered on the disk while no file changes. In a run of several processes call it on the main one first.
 
     (0, 0) stands for an image that cannot be read, where `data.on_bad_row` is skip.
 
@@ -41,7 +42,9 @@ def image_sizes(rows: Rows, config: DataConfig) -> np.ndarray:
         np.save(buffer, sizes)
         return buffer.getvalue()
 
-    return np.load(io.BytesIO(cached("sizes.npy", compute, rows, config)), allow_pickle=False)
+    return np.load(
+        io.BytesIO(remembered("sizes.npy", compute, lambda: rows.identity(config), config)), allow_pickle=False
+    )
 
 
 def _size(row: Row) -> tuple[int, int]:

@@ -18,7 +18,7 @@ FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local 
 
 
 def sources_of(config: DataConfig) -> list[tuple[str, SourceConfig]]:
-    """The sources of a run, each with the field that errors name: `data`, or `data.sources[0]`, …"""
+    """The sources of a run, each with how errors call it: `data`, or `data.sources[0]`, …"""
     if config.sources is not None:
         return [(f"data.sources[{i}]", source) for i, source in enumerate(config.sources)]
     return [("data", SourceConfig(config.dataset, config.split, config.image_column, config.caption_column))]
@@ -34,7 +34,7 @@ def caption_columns(source: SourceConfig) -> list[str]:
     return [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
 
 
-def open_source(place: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
+def open_source(field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
     """The images, undecoded ({"bytes", "path"}), and the captions of a source, mapped into memory.
 
     Raises:
@@ -44,29 +44,29 @@ def open_source(place: str, source: SourceConfig, config: DataConfig) -> dataset
     if name == "builtin:shapes":
         data = draw_shapes(config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{place}.dataset: no such builtin: {name!r}; there is builtin:shapes")
+        raise InputError(f"{field}.dataset: no such builtin: {name!r}; there is builtin:shapes")
     else:
         folder = Path(name).expanduser()
-        with blame(cannot_load(place, source), Exception):  # whatever stops datasets
+        with blame(cannot_load(field, source), Exception):  # whatever stops datasets
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
             elif (folder / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(str(folder / source.split))
             else:
-                data = datasets.load_dataset(**load_arguments(place, source, config), split=source.split)
-    check_columns(data, place, source)
+                data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
+    check_columns(data, field, source)
     if len(data) == 0:
-        raise InputError(f"{place}.dataset: {name} has no images")
+        raise InputError(f"{field}.dataset: {name} has no images")
     return used_columns(data, source)
 
 
-def cannot_load(place: str, source: SourceConfig) -> str:
+def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
     is_folder = Path(source.dataset).expanduser().is_dir()
-    return f"{place}.dataset: cannot load {source.dataset!r}" + ("" if is_folder else ", which is no folder here")
+    return f"{field}.dataset: cannot load {source.dataset!r}" + ("" if is_folder else ", which is no folder here")
 
 
-def load_arguments(place: str, source: SourceConfig, config: DataConfig) -> dict[str, str]:
+def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict[str, str]:
     """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
 
     Raises:
@@ -74,24 +74,24 @@ def load_arguments(place: str, source: SourceConfig, config: DataConfig) -> dict
     """
     folder = Path(source.dataset).expanduser()
     if metadata := find_metadata(source):
-        check_metadata(metadata, place, source, config)
+        check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
     if folder.is_dir() and not any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
-        raise InputError(f"{place}.dataset: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
+        raise InputError(f"{field}.dataset: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
 
-def check_columns(data: datasets.Dataset | datasets.IterableDataset, place: str, source: SourceConfig) -> None:
+def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
     """Raise InputError unless the columns are there, and that of the images holds images."""
     name, columns = source.dataset, data.column_names
-    for column, field in (
+    for column, asked_by in (
         (source.image_column, "image_column"),
         *((c, "caption_column") for c in caption_columns(source)),
     ):
         if find_column(data, column) is None:
-            raise InputError(f"{place}.{field}: no column {column!r} in {name}; it has {', '.join(columns)}")
+            raise InputError(f"{field}.{asked_by}: no column {column!r} in {name}; it has {', '.join(columns)}")
     if not isinstance(data.features.get(source.image_column), datasets.Image):
-        raise InputError(f"{place}.image_column: column {source.image_column!r} of {name} does not hold images")
+        raise InputError(f"{field}.image_column: column {source.image_column!r} of {name} does not hold images")
 
 
 def used_columns(data, source: SourceConfig):
@@ -132,15 +132,15 @@ def find_metadata(source: SourceConfig) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def check_metadata(path: Path, place: str, source: SourceConfig, config: DataConfig) -> None:
+def check_metadata(path: Path, field: str, source: SourceConfig, config: DataConfig) -> None:
     """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
     whose image is missing."""
     if source.image_column != "image":
         raise InputError(
-            f"{place}.image_column: an image folder has its images in 'image', got {source.image_column!r}"
+            f"{field}.image_column: an image folder has its images in 'image', got {source.image_column!r}"
         )
     for number, line in metadata_lines(path):
-        row = read_metadata_line(line, f"{path} line {number}", place, source)
+        row = read_metadata_line(line, f"{path} line {number}", field, source)
         if config.on_bad_row == "stop" and not os.path.isfile(os.path.join(path.parent, row["file_name"])):
             raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
 
@@ -151,7 +151,7 @@ def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
 
 
-def read_metadata_line(line: bytes, line_name: str, place: str, source: SourceConfig) -> dict[str, Any]:
+def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceConfig) -> dict[str, Any]:
     """A line's object, which has a file name and a caption.
 
     Raises:
@@ -167,7 +167,7 @@ def read_metadata_line(line: bytes, line_name: str, place: str, source: SourceCo
         raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
     if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
         raise InputError(
-            f"{place}.caption_column: no {' or '.join(map(repr, caption_columns(source)))} in {line_name}; "
+            f"{field}.caption_column: no {' or '.join(map(repr, caption_columns(source)))} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
     return row

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -20,15 +21,7 @@ import fsspec
 import torch
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.rows import (
-    Row,
-    captions_of,
-    follow,
-    join_captions,
-    map_in_threads,
-    open_image_header,
-    read_bytes,
-)
+from difftrain_utils.data.rows import Row, follow, join_captions, map_in_threads, read_bytes
 from difftrain_utils.data.sources import (
     cannot_load,
     caption_columns,
@@ -40,6 +33,8 @@ from difftrain_utils.data.sources import (
 )
 from difftrain_utils.errors import InputError, RowError, blame, one_line, warn
 from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.media.image import open_image_header
+from difftrain_utils.media.text import captions_of
 
 READ_AT_A_TIME = 16  # rows that are converted from Arrow together
 END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
@@ -54,19 +49,19 @@ class Place(NamedTuple):
     row: int
 
 
-def load_stream(config: DataConfig, seed: int) -> "StreamedRows":
+def open_stream(config: DataConfig, seed: int) -> "StreamedRows":
     """The rows of `data.dataset` as a stream. Reads the list of its files, and the first row.
 
     Raises:
         InputError: the data set, its split or a column is not there, or has no rows.
         RowError: the first row has no image or caption, unless `data.on_bad_row` is skip.
     """
-    ((place, source),) = sources_of(config)
-    with blame(cannot_load(place, source), Exception):  # whatever stops datasets
-        builder = datasets.load_dataset_builder(**load_arguments(place, source, config))
+    ((field, source),) = sources_of(config)
+    with blame(cannot_load(field, source), Exception):  # whatever stops datasets
+        builder = datasets.load_dataset_builder(**load_arguments(field, source, config))
         data = builder.as_streaming_dataset(split=config.split)
         files = list(builder.config.data_files[config.split])
-    check_columns(data, place, source)
+    check_columns(data, field, source)
     rows = StreamedRows(used_columns(data, source), files, config, seed)
     first = rows.first()
     if config.on_bad_row == "stop":
@@ -96,31 +91,38 @@ class StreamedRows:
         self._hold(window)
         return self._rows[position]
 
-    def substitutes(self, k: int) -> Iterator[int]:
-        """The samples of the same window in the order in which they may stand in for sample k."""
-        window, position = divmod(k, self.config.shuffle_buffer)
-        for step in range(1, self.config.shuffle_buffer):
-            yield window * self.config.shuffle_buffer + (position + step) % self.config.shuffle_buffer
+    def loss_weight(self, index: int) -> float:
+        """The factor of a row's loss."""
+        return self.source.loss_weight
 
-    def state(self, k: int) -> dict[str, Any]:
-        """What `load_state` needs to go on from sample k, as JSON: where its window begins, and in which stream."""
+    def order(self, seed: int, batch_size: int, buckets=None) -> range:
+        """Row k is that of sample k."""
+        return range(sys.maxsize)
+
+    def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[Iterator[int], str]:
+        """The other rows of the window, for in a stream no row can be drawn."""
+        size = self.config.shuffle_buffer
+        window, position = divmod(k, size)
+        others = (window * size + (position + step) % size for step in range(1, size))
+        return others, f"any of the {size} rows that are shuffled with it"
+
+    def place(self, k: int) -> dict[str, Any]:
+        """Where the window of sample k begins, and in which stream."""
         self._hold(k // self.config.shuffle_buffer)
         return {"stream": self.identity} | self._place._asdict()
 
-    def start_state(self) -> dict[str, Any]:
-        """The state that was loaded last, or that of the beginning."""
-        return {"stream": self.identity} | self._start._asdict()
-
-    def load_state(self, state: dict[str, Any] | None) -> None:
-        """Read from where `state` was, not from the beginning. Changes no sample, only how soon it is there.
+    def load_place(self, place: dict[str, Any] | None) -> None:
+        """Read from `place` on; None: from where it was read before.
 
         A run that branches off with another data set, seed or shuffle buffer has another stream: its place for sample k
         is found by reading all before, with a warning.
         """
-        if state is None or state["stream"] != self.identity:
+        if place is None:
+            return
+        if place["stream"] != self.identity:
             warn("train.resume_from: the checkpoint is of another stream; this one is read from its beginning")
             return
-        self._start = Place(*(state[name] for name in Place._fields))
+        self._start = Place(*(place[name] for name in Place._fields))
         self._rows = []
 
     def first(self) -> Row:
@@ -130,7 +132,7 @@ class StreamedRows:
         reader.close()  # before workers are forked, which would share its open file
         return row
 
-    def inspect(self) -> dict[str, Any]:
+    def inspect(self, config: DataConfig) -> dict[str, Any]:
         """The fingerprint: a SHA-256 over the files, for nobody has read all rows."""
         return {"dataset": self.config.dataset, "streaming": True, "num_files": len(self.files), "sha256": self.sha256}
 

@@ -7,38 +7,37 @@ alone: torchmetrics 1.9's takes what transformers 5 returns for a tensor, and fa
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from diffusers.utils import pt_to_pil
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.data.rows import Rows
-from difftrain_utils.data.samples import read_row_or_substitute, to_square
+from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.samples import read_row_or_substitute
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.evaluation.validation import generate
+from difftrain_utils.evaluation.grids import generate
+from difftrain_utils.media.image import to_square
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
 
-def load_metric_networks(config: Config, data: Rows | None, device: torch.device) -> dict[str, Callable]:
+def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.device) -> dict[str, Callable]:
     """What `image_metrics` needs for the metrics asked for: {"features": (images) -> (N, d), "clip_score":
     (images, captions) -> (N,)}, float32, of N RGB images.
 
     Raises:
-        InputError: a network cannot be loaded, or `data` has fewer images than are to be generated.
+        InputError: a network cannot be loaded, or `rows` has fewer images than are to be generated.
     """
     features, clip = config.evaluation.fid_features, config.evaluation.clip_score_model
     wanted, networks = config.evaluation.num_metric_images, {}
-    if (features or clip) and wanted > len(data):
-        raise InputError(f"evaluation.num_metric_images: there are {len(data)} held-out images, got {wanted}")
+    if (features or clip) and wanted > len(rows):
+        raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out images, got {wanted}")
     blank = [Image.new("RGB", (config.data.resolution, config.data.resolution))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
@@ -53,10 +52,10 @@ def load_metric_networks(config: Config, data: Rows | None, device: torch.device
 
 
 def image_metrics(
-    accelerator: Accelerator, networks: dict, pipeline: DiffusionPipeline, data: Rows, config: Config
+    accelerator: Accelerator, networks: dict, family, denoiser: torch.nn.Module, rows: MappedRows, config: Config
 ) -> dict[str, float]:
     """`fid`, `kid` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images` images made
-    from the first captions of the first rows of `data`; FID and KID compare them with the images of these rows.
+    from the first captions of the first `rows`; FID and KID compare them with the images of these rows.
 
     Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
     """
@@ -64,13 +63,13 @@ def image_metrics(
     mine = range(accelerator.process_index, evaluation.num_metric_images, accelerator.num_processes)
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
-        rows = [read_row_or_substitute(data, k, config.data, evaluation.seed, k) for k in keys]
-        captions = [captions[0] for _, captions in rows]
-        images = generate(pipeline, replace(evaluation, prompts=captions), config.data.resolution, keys)
+        held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
+        captions = [captions[0] for _, captions in held_out]
+        images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data) for image, _ in rows])
+                squares = torch.stack([to_square(image, config.data)[0] for image, _ in held_out])
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)

@@ -1,22 +1,28 @@
-"""Model families: one file each, chosen by what the checkpoint's model_index.json says it is."""
+"""The families by what a checkpoint's model_index.json says it is, and loading one."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from diffusers import DiffusionPipeline
-from transformers import CLIPTokenizer
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import blame
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.families.denoiser import configure_denoiser
+from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
+from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
+from difftrain_utils.objective.loss import LearnedUncertainty
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
+FAMILIES: dict[str, type[DiffusersFamily]] = {"StableDiffusionPipeline": StableDiffusion}
 BUILTINS = {"builtin:tiny-stable-diffusion": Path(__file__).parent.parent / "builtins/tiny_stable_diffusion"}
 
 
-def load_family(config: Config) -> StableDiffusion:
-    """Load the checkpoint that `model.pretrained_model_name_or_path` names, on the CPU in float32.
+def load_family(config: Config) -> Family:
+    """The family of the checkpoint that `model.pretrained_model_name_or_path` names, its frozen parts on the CPU in
+    float32.
 
     Raises:
         InputError: there is no such checkpoint, a part of it is missing, its family is not known, or its noise
@@ -25,19 +31,39 @@ def load_family(config: Config) -> StableDiffusion:
     name = config.model.pretrained_model_name_or_path
     with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
         source, model_index = _find(name, config.model.revision)
+        family_class = FAMILIES[model_index["_class_name"]]
+        if config.data.cache_latents and family_class.image_part is None:
+            raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
         from_scratch = config.model.train_from_scratch or name in BUILTINS
-        return StableDiffusion.load(source, model_index, config, init_seed=config.train.seed if from_scratch else None)
+        return family_class.load(source, model_index, config, from_scratch)
 
 
-def load_tokenizer(config: Config) -> CLIPTokenizer:
-    """The checkpoint's tokenizer alone, which cuts captions at its `model_max_length` tokens.
+def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]:
+    """All that is trained, by name: the denoiser and, with `loss.learned_uncertainty`, EDM2's uncertainty.
+
+    Raises:
+        InputError: the denoiser's weights cannot be loaded, or it cannot be compiled.
+    """
+    denoiser = family.load_denoiser()
+    family.check_denoiser(denoiser)
+    configure_denoiser(config.train, denoiser)
+    models = {"denoiser": denoiser.train()}
+    if config.loss.learned_uncertainty:
+        models["uncertainty"] = LearnedUncertainty()
+    return models
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The checkpoint's tokenizer alone, which cuts captions at its `model_max_length` tokens; None if it has none.
 
     Raises:
         InputError: there is no such checkpoint or tokenizer, or its family is not known.
     """
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
-        return StableDiffusion.load_tokenizer(_find(name, revision)[0], revision)
+        source, model_index = _find(name, revision)
+        tokenizers = [p for p in FAMILIES[model_index["_class_name"]].text_parts if p.startswith("tokenizer")]
+        return load_part(source, model_index, tokenizers[0], revision=revision) if tokenizers else None
 
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
@@ -51,6 +77,6 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError("no such folder")
     source = str(path) if path.is_dir() else name
     model_index = DiffusionPipeline.load_config(source, revision=revision)
-    if model_index["_class_name"] != "StableDiffusionPipeline":
-        raise ValueError(f"a {model_index['_class_name']}; known is StableDiffusionPipeline")
+    if model_index["_class_name"] not in FAMILIES:
+        raise ValueError(f"a {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
     return source, model_index

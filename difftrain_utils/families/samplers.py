@@ -5,18 +5,21 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.objective.schedule import FLOW_SCHEDULERS, Schedule
 
 
-def build_schedulers(
-    checkpoint_class: type[SchedulerMixin], checkpoint_config: dict[str, Any], config: Config
-) -> tuple[SchedulerMixin, SchedulerMixin]:
-    """(noise_scheduler, sampler): a `DDPMScheduler` or, for flow_prediction, a `FlowMatchEulerDiscreteScheduler` to
-    train with, and a sampler of the same schedule for pipelines: the checkpoint's class unless `scheduler.sampler` says
-    otherwise (DPM-Solver for flow_prediction, which most other samplers do not know).
+def build_schedule(
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], config: Config, has_init_noise_sigma: bool = False
+) -> tuple[Schedule, SchedulerMixin]:
+    """The schedule to train with, and a sampler of it for pipelines: of the checkpoint's own class unless
+    `scheduler.sampler` names another.
+
+    `own` is the config of the checkpoint's sampler. Where that was not made for flow_prediction, or the pipeline asks
+    for an `init_noise_sigma` that it has not, DPM-Solver samples it.
 
     Raises:
         InputError: there is no such sampler, or it does not know the prediction type or the schedule.
@@ -29,36 +32,59 @@ def build_schedulers(
         "rescale_betas_zero_snr": fields.rescale_betas_zero_snr,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    wanted = dict(checkpoint_config) | overrides
-    own_type = "flow_prediction" if "FlowMatch" in checkpoint_class.__name__ else "epsilon"  # where it does not say
-    prediction_type = wanted.get("prediction_type", own_type)
-    sampler_class = checkpoint_class if fields.sampler is None else _sampler_class(fields.sampler)
+    is_flow_match = issubclass(sampler_class, FLOW_SCHEDULERS)
+    own_type = "flow_prediction" if is_flow_match else own.get("prediction_type", "epsilon")
+    prediction_type = config.model.prediction_type or own_type
+    is_own = fields.sampler is None
+    if not is_own:
+        sampler_class = _sampler_class(fields.sampler)
+    elif prediction_type == "flow_prediction" and (
+        own_type != prediction_type or (is_flow_match and has_init_noise_sigma)
+    ):
+        sampler_class, is_own = DPMSolverMultistepScheduler, False
     if prediction_type == "flow_prediction":
-        if fields.beta_schedule or fields.rescale_betas_zero_snr:
-            raise InputError("scheduler: flow_prediction has no betas; leave beta_schedule and rescale_betas_zero_snr")
-        shift = fields.flow_shift or checkpoint_config.get("shift") or checkpoint_config.get("flow_shift", 1.0)
-        shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
-        num_timesteps = wanted["num_train_timesteps"]
-        noise_scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_timesteps, shift=shift)
-        flow = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
-        sampler_class = sampler_class if fields.sampler else DPMSolverMultistepScheduler
-        with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
-            sampler = sampler_class(num_train_timesteps=num_timesteps, **flow)
+        schedule, sampler = _build_flow(sampler_class, own, overrides, is_own, config)
     else:
-        noise_scheduler = DDPMScheduler.from_config(checkpoint_config, **overrides)
-        if prediction_type == "epsilon" and noise_scheduler.alphas_cumprod[-1] == 0:
-            raise InputError(
-                "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "
-                "use model.prediction_type v_prediction or sample"
-            )
-        with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError):
-            sampler = sampler_class.from_config(checkpoint_config, **overrides)
-        if not torch.allclose(sampler.alphas_cumprod, noise_scheduler.alphas_cumprod, rtol=0, atol=1e-6):
-            raise InputError(
-                f"scheduler.sampler: {sampler_class.__name__} does not know this noise schedule; try DDIMScheduler"
-            )
-    _try(sampler, prediction_type)
-    return noise_scheduler, sampler
+        schedule, sampler = _build_ddpm(sampler_class, own, overrides)
+    _try(sampler, prediction_type, has_init_noise_sigma)
+    return schedule, sampler
+
+
+def _build_flow(
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any], is_own: bool, config: Config
+) -> tuple[Schedule, SchedulerMixin]:
+    fields = config.scheduler
+    if fields.beta_schedule or fields.rescale_betas_zero_snr:
+        raise InputError("scheduler: flow_prediction has no betas; leave beta_schedule and rescale_betas_zero_snr")
+    shift = fields.flow_shift or own.get("shift") or own.get("flow_shift", 1.0)
+    shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
+    num_timesteps = overrides.get("num_train_timesteps", own["num_train_timesteps"])
+    schedule = Schedule("linear", "flow_prediction", num_timesteps, shift=shift)
+    if issubclass(sampler_class, FLOW_SCHEDULERS):
+        fitting = {"num_train_timesteps": num_timesteps, "shift": shift}
+    else:
+        fitting = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        fitting["num_train_timesteps"] = num_timesteps
+    with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
+        return schedule, sampler_class.from_config(own, **fitting) if is_own else sampler_class(**fitting)
+
+
+def _build_ddpm(
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any]
+) -> tuple[Schedule, SchedulerMixin]:
+    schedule = Schedule.of(DDPMScheduler.from_config(own, **overrides))
+    if schedule.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise InputError(
+            "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "
+            "use model.prediction_type v_prediction or sample"
+        )
+    with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError):
+        sampler = sampler_class.from_config(own, **overrides)
+    has_betas = hasattr(sampler, "alphas_cumprod")
+    if not has_betas or not torch.allclose(sampler.alphas_cumprod, schedule.alphas_cumprod, rtol=0, atol=1e-6):
+        name = sampler_class.__name__
+        raise InputError(f"scheduler.sampler: {name} does not know this noise schedule; try DDIMScheduler")
+    return schedule, sampler
 
 
 def _sampler_class(name: str) -> type[SchedulerMixin]:
@@ -68,12 +94,16 @@ def _sampler_class(name: str) -> type[SchedulerMixin]:
     return cls
 
 
-def _try(sampler: SchedulerMixin, prediction_type: str) -> None:
+def _try(sampler: SchedulerMixin, prediction_type: str, has_init_noise_sigma: bool) -> None:
     """Take two steps: a sampler says only then that it does not know a prediction type, or needs another pipeline."""
     sampler, latents = copy.deepcopy(sampler), torch.zeros(1, 1, 2, 2)
     culprit = f"scheduler.sampler: {type(sampler).__name__} cannot sample {prediction_type}"
+    is_flow = isinstance(sampler, FLOW_SCHEDULERS)
     with blame(culprit, ValueError, NotImplementedError, TypeError, AttributeError):
-        sampler.set_timesteps(2)
-        latents = latents * sampler.init_noise_sigma
+        # a shift that depends on the size is the pipeline's affair, which says it as mu
+        sampler.set_timesteps(2, **({"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}))
+        if has_init_noise_sigma:
+            latents = latents * sampler.init_noise_sigma
         for timestep in sampler.timesteps:
-            latents = sampler.step(latents, timestep, sampler.scale_model_input(latents, timestep)).prev_sample
+            scaled = latents if is_flow else sampler.scale_model_input(latents, timestep)
+            latents = sampler.step(latents, timestep, scaled).prev_sample

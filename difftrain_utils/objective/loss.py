@@ -6,13 +6,25 @@ import torch
 
 from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.objective.schedule import append_dims, compute_snr, get_prediction_type
+from difftrain_utils.objective.schedule import Schedule, append_dims
+
+
+def sample_losses(
+    config: LossConfig, schedule: Schedule, output: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """The weighted loss of each sample, shape (batch,): the mean over its elements, of `elementwise_loss` times
+    `loss_weights`."""
+    losses = elementwise_loss(config, schedule, output, target, timesteps)
+    weights = loss_weights(config, schedule, timesteps)
+    if weights.ndim == 1:
+        return losses.flatten(1).mean(1) * weights
+    return (losses * append_dims(weights, losses)).flatten(1).mean(1)
 
 
 def elementwise_loss(
-    config: LossConfig, noise_scheduler, model_pred: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+    config: LossConfig, schedule: Schedule, output: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """The loss of each element, of the target's shape (batch, channels, …). With d = model_pred - target:
+    """The loss of each element, of the target's shape (batch, channels, …). With d = output - target:
 
     - `mse`: d²
     - `l1`: |d|
@@ -21,19 +33,19 @@ def elementwise_loss(
 
     The last two are the pseudo-Huber losses of Khrapov et al. 2024, arXiv:2403.16728, c from `huber_threshold`.
     """
-    difference = model_pred - target
+    difference = output - target
     if config.type == "mse":
         return difference.square()
     if config.type == "l1":
         return difference.abs()
-    threshold = append_dims(huber_threshold(config, noise_scheduler, timesteps), difference)
+    threshold = append_dims(huber_threshold(config, schedule, timesteps), difference)
     # (sqrt(d² + c²) - c) without the cancellation at small d
     pseudo_huber = difference.square() / ((difference.square() + threshold.square()).sqrt() + threshold)
     return 2 * pseudo_huber * (threshold if config.type == "huber" else 1)
 
 
-def huber_threshold(config: LossConfig, noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """c of the pseudo-Huber losses, shape (batch,), between `huber_c` and 1.
+def huber_threshold(config: LossConfig, schedule: Schedule, timesteps: torch.Tensor) -> torch.Tensor:
+    """c of the pseudo-Huber losses, of the timesteps' shape, between `huber_c` and 1.
 
     - `constant`: huber_c
     - `exponential`: huber_c^(t/T), 1 without noise and huber_c at full noise
@@ -41,18 +53,19 @@ def huber_threshold(config: LossConfig, noise_scheduler, timesteps: torch.Tensor
     """
     c = torch.full(timesteps.shape, config.huber_c, device=timesteps.device)
     if config.huber_schedule == "exponential":
-        return c ** (timesteps / noise_scheduler.config.num_train_timesteps)
+        return c ** (timesteps / schedule.num_train_timesteps)
     if config.huber_schedule == "snr":
-        return (1 - c) / (1 + compute_snr(noise_scheduler, timesteps) ** -0.5) ** 2 + c
+        return (1 - c) / (1 + schedule.snr(timesteps) ** -0.5) ** 2 + c
     return c
 
 
-def loss_weights(config: LossConfig, noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """The weight of each sample's loss in the model's own parametrisation, shape (batch,).
+def loss_weights(config: LossConfig, schedule: Schedule, timesteps: torch.Tensor) -> torch.Tensor:
+    """The weight of the loss at each timestep in the model's own parametrisation, of the timesteps' shape.
 
     `uniform` is 1, and so weighs the parametrisations differently. All others state a weight w on the error of the
     clean latents, |x̂_0 - x_0|², and come out the same for every prediction type: this returns w / c, for at a given
-    x_t the loss in the model's parametrisation is c·|x̂_0 - x_0|² (see `error_scale`). With SNR = a²/s², σ = s/a:
+    x_t the loss in the model's parametrisation is c·|x̂_0 - x_0|² (see `Schedule.error_scale`). With SNR = a²/s², σ =
+    s/a:
 
     - `snr`: SNR, which is uniform for epsilon (Ho et al. 2020)
     - `min_snr`: min(SNR, γ), γ = `snr_gamma` (Hang et al. 2023, arXiv:2303.09556). For v this is
@@ -67,7 +80,7 @@ def loss_weights(config: LossConfig, noise_scheduler, timesteps: torch.Tensor) -
     """
     if config.weighting == "uniform":
         return torch.ones(timesteps.shape, device=timesteps.device)
-    return clean_weight(config, compute_snr(noise_scheduler, timesteps)) / error_scale(noise_scheduler, timesteps)
+    return clean_weight(config, schedule.snr(timesteps)) / schedule.error_scale(timesteps)
 
 
 def clean_weight(config: LossConfig, snr: torch.Tensor) -> torch.Tensor:
@@ -85,22 +98,6 @@ def clean_weight(config: LossConfig, snr: torch.Tensor) -> torch.Tensor:
         "sigma_sqrt": lambda: flow_sigmas**-2 * flow_scale,
         "cosmap": lambda: 2 / (math.pi * (1 - 2 * flow_sigmas + 2 * flow_sigmas**2)) * flow_scale,
     }[config.weighting]()
-
-
-def error_scale(noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """c in |model_pred - target|² = c·|x̂_0 - x_0|² at a given x_t = a·x_0 + s·ε, shape (batch,).
-
-    epsilon: SNR; sample: 1; v_prediction: (a²/s + s)² = SNR + 1 where a² + s² = 1; flow: (a/s + 1)² = (1/σ)².
-    """
-    snr = compute_snr(noise_scheduler, timesteps)
-    prediction_type = get_prediction_type(noise_scheduler)
-    if prediction_type == "sample":
-        return torch.ones_like(snr)
-    if prediction_type == "epsilon":
-        return snr
-    if prediction_type == "v_prediction":
-        return snr + 1
-    return (snr.sqrt() + 1) ** 2
 
 
 class LearnedUncertainty(torch.nn.Module):

@@ -1,93 +1,157 @@
-"""Noisy latents, and what the denoiser has to predict from them.
+"""Noisy latents, and what the denoiser has to predict from them: a schedule is a path × a prediction type.
 
-Every schedule mixes x_t = a·x_0 + s·ε. Where the prediction type is `flow_prediction` (rectified flow, Liu et al.
-2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206), a = 1 - σ and s = σ = t / num_train_timesteps, t a float.
-Otherwise a = sqrt(ᾱ_t) and s = sqrt(1 - ᾱ_t), t an integer (Ho et al. 2020, arXiv:2006.11239, eq. 4).
-Latents of any rank work: (batch, channels, …) for audio, images and video.
+Every path mixes x_t = a·x_0 + s·ε:
+
+- `ddpm`: a = sqrt(ᾱ_t), s = sqrt(1 - ᾱ_t), t an integer (Ho et al. 2020, arXiv:2006.11239, eq. 4)
+- `linear`: a = 1 - σ, s = σ = t / num_train_timesteps, t a float (rectified flow: Liu et al. 2022, arXiv:2209.03003;
+  Esser et al. 2024, arXiv:2403.03206)
+
+What is predicted of it:
+
+- `epsilon`: the noise ε (Ho et al. 2020, eq. 14)
+- `v_prediction`: v = a·ε - s·x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)
+- `sample`: the clean latents x_0
+- `flow_prediction`: the velocity u = ε - x_0 (Esser et al. 2024, section 2)
 """
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 
 
 def append_dims(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give per-sample values of shape (batch,) the rank of `like`, so that they broadcast over it."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+    """Give values the rank of `like`, so that they broadcast over it: of shape (batch,), or with more dimensions of
+    `like`, such as (batch, 1, frames, 1, 1)."""
+    return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
-def get_prediction_type(noise_scheduler) -> str:
-    """What a model trained with this scheduler predicts; diffusers' flow matching schedulers do not say.
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The noise schedule that a model is trained with.
 
-    Raises:
-        ValueError: it is none of `PREDICTION_TYPES`.
+    Latents have any rank, (batch, channels, …). Timesteps have the shape (batch,), or any other that broadcasts over
+    the latents (`append_dims`): one for each frame, say. They are integers in [0, num_train_timesteps) on the path
+    `ddpm`, and floats in [0, num_train_timesteps] on the path `linear`.
     """
-    prediction_type = getattr(noise_scheduler.config, "prediction_type", "flow_prediction")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-    return prediction_type
 
+    path: Literal["ddpm", "linear"]
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+    num_train_timesteps: int = 1000
+    alphas_cumprod: torch.Tensor | None = None
+    """ᾱ of each timestep, (num_train_timesteps,), of the path `ddpm`."""
+    shift: float = 1.0
+    """How much the timesteps of the path `linear` are shifted towards noise: see `sample_timesteps`."""
+    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
-def alphas_and_sigmas(noise_scheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and s of x_t = a·x_0 + s·ε, each of the timesteps' shape (batch,).
+    @classmethod
+    def of(cls, scheduler) -> "Schedule":
+        """That of a scheduler of diffusers.
 
-    `timesteps`: integers in [0, num_train_timesteps), or floats in [0, num_train_timesteps] for flow_prediction.
-    """
-    if get_prediction_type(noise_scheduler) == "flow_prediction":
-        sigmas = timesteps / noise_scheduler.config.num_train_timesteps
-        return 1 - sigmas, sigmas
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        Raises:
+            ValueError: it has none of the two paths, or predicts none of `PREDICTION_TYPES`.
+        """
+        config = scheduler.config
+        if isinstance(scheduler, FLOW_SCHEDULERS):
+            shift = config.get("shift", 1.0)
+            return cls("linear", "flow_prediction", config.num_train_timesteps, shift=shift)
+        prediction_type = config.get("prediction_type")
+        if prediction_type not in PREDICTION_TYPES:
+            name, allowed = type(scheduler).__name__, ", ".join(PREDICTION_TYPES)
+            raise ValueError(f"{name}: prediction_type must be one of {allowed}, got {prediction_type!r}")
+        if prediction_type == "flow_prediction":
+            shift = config.get("flow_shift", 1.0)
+            return cls("linear", prediction_type, config.num_train_timesteps, shift=shift)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"{type(scheduler).__name__}: it has no alphas_cumprod, and is no flow matching scheduler")
+        return cls("ddpm", prediction_type, config.num_train_timesteps, scheduler.alphas_cumprod)
 
+    @property
+    def has_continuous_time(self) -> bool:
+        """Whether timesteps are floats, not integers."""
+        return self.path == "linear"
 
-def compute_snr(noise_scheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """The signal-to-noise ratio a² / s², shape (batch,), kept within [1e-8, 1e8] so that it is never 0 or infinite."""
-    alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
-    return (alphas.square() / sigmas.square().clamp(min=1e-12)).clamp(1e-8, 1e8)
+    def alphas_and_sigmas(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a and s of x_t = a·x_0 + s·ε, each of the timesteps' shape."""
+        if self.path == "linear":
+            sigmas = timesteps / self.num_train_timesteps
+            return 1 - sigmas, sigmas
+        device = timesteps.device
+        if device not in self._on_device:
+            self._on_device[device] = self.alphas_cumprod.to(device)
+        alphas_cumprod = self._on_device[device][timesteps]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The signal-to-noise ratio a² / s², of the timesteps' shape, kept within [1e-8, 1e8] so that it is never 0 or
+        infinite."""
+        alphas, sigmas = self.alphas_and_sigmas(timesteps)
+        return (alphas.square() / sigmas.square().clamp(min=1e-12)).clamp(1e-8, 1e8)
 
-def add_noise(noise_scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The noisy latents x_t = a·latents + s·noise, of the latents' shape (batch, channels, …)."""
-    alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
-    return append_dims(alphas, latents) * latents + append_dims(sigmas, latents) * noise
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The noisy latents x_t = a·latents + s·noise, of the latents' shape."""
+        alphas, sigmas = self.alphas_and_sigmas(timesteps)
+        return append_dims(alphas, latents) * latents + append_dims(sigmas, latents) * noise
 
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser has to predict, of the latents' shape."""
+        return self._express(latents, noise, timesteps, self.prediction_type)
 
-def get_target(noise_scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the denoiser has to predict, by the scheduler's prediction type; of the latents' shape.
+    def convert(
+        self, output: torch.Tensor, noisy_latents: torch.Tensor, timesteps: torch.Tensor, to: str
+    ) -> torch.Tensor:
+        """The prediction `output` that was made from `noisy_latents` as one of the type `to`, of the latents' shape.
 
-    - `epsilon`: the noise ε (Ho et al. 2020, eq. 14)
-    - `v_prediction`: v = a·ε - s·x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)
-    - `sample`: the clean latents x_0
-    - `flow_prediction`: the velocity u = ε - x_0 (Esser et al. 2024, section 2)
+        Solves x_t = a·x_0 + s·ε and the prediction's definition for x_0 and ε. A `sample` prediction says nothing of
+        the noise at s = 0, and `epsilon` nothing of the clean latents at a = 0: what is converted is finite there, and
+        meaningless.
+        """
+        if to == self.prediction_type:
+            return output
+        alphas, sigmas = (append_dims(x, noisy_latents) for x in self.alphas_and_sigmas(timesteps))
+        if self.prediction_type == "epsilon":
+            noise, latents = output, (noisy_latents - sigmas * output) / alphas.clamp(min=1e-6)
+        elif self.prediction_type == "sample":
+            noise, latents = (noisy_latents - alphas * output) / sigmas.clamp(min=1e-6), output
+        elif self.prediction_type == "flow_prediction":
+            norm = 1 if self.path == "linear" else alphas + sigmas
+            noise, latents = (noisy_latents + alphas * output) / norm, (noisy_latents - sigmas * output) / norm
+        else:
+            norm = 1 if self.path == "ddpm" else alphas.square() + sigmas.square()
+            noise = (sigmas * noisy_latents + alphas * output) / norm
+            latents = (alphas * noisy_latents - sigmas * output) / norm
+        return self._express(latents, noise, timesteps, to)
 
-    Raises:
-        ValueError: another prediction type.
-    """
-    prediction_type = get_prediction_type(noise_scheduler)
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return latents
-    if prediction_type == "flow_prediction":
-        return noise - latents
-    alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
-    return append_dims(alphas, latents) * noise - append_dims(sigmas, latents) * latents
+    def error_scale(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """c in |output - target|² = c·|x̂_0 - x_0|² at a given x_t = a·x_0 + s·ε, of the timesteps' shape.
 
+        epsilon: SNR; sample: 1; v_prediction: (a²/s + s)², which is SNR + 1 where a² + s² = 1; flow: (a/s + 1)², which
+        is (1/σ)² where a + s = 1.
+        """
+        snr = self.snr(timesteps)
+        if self.prediction_type == "sample":
+            return torch.ones_like(snr)
+        if self.prediction_type == "epsilon":
+            return snr
+        if self.prediction_type == "flow_prediction":
+            return (snr.sqrt() + 1) ** 2
+        if self.path == "ddpm":
+            return snr + 1
+        alphas, sigmas = self.alphas_and_sigmas(timesteps)
+        return ((alphas.square() + sigmas.square()) / sigmas.clamp(min=1e-6)).square()
 
-def get_predicted_noise(
-    noise_scheduler, noisy_latents: torch.Tensor, model_pred: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """The noise ε that a prediction of any type stands for, given the noisy latents that it was made from.
-
-    Solves x_t = a·x_0 + s·ε and the prediction's definition for ε. A `sample` prediction says nothing of the noise at
-    s = 0: there the noise comes out finite, and meaningless.
-    """
-    prediction_type = get_prediction_type(noise_scheduler)
-    alphas, sigmas = (append_dims(x, noisy_latents) for x in alphas_and_sigmas(noise_scheduler, timesteps))
-    if prediction_type == "epsilon":
-        return model_pred
-    if prediction_type == "sample":
-        return (noisy_latents - alphas * model_pred) / sigmas.clamp(min=1e-6)
-    if prediction_type == "flow_prediction":
-        return noisy_latents + alphas * model_pred
-    return sigmas * noisy_latents + alphas * model_pred
+    def _express(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prediction_type: str
+    ) -> torch.Tensor:
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return latents
+        if prediction_type == "flow_prediction":
+            return noise - latents
+        alphas, sigmas = self.alphas_and_sigmas(timesteps)
+        return append_dims(alphas, latents) * noise - append_dims(sigmas, latents) * latents

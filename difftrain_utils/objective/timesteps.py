@@ -15,31 +15,37 @@ import torch
 from difftrain_utils.config.objective import TimestepsConfig
 from difftrain_utils.devices import to_device
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.objective.schedule import get_prediction_type
+from difftrain_utils.objective.schedule import Schedule
 
 
 def sample_timesteps(
-    config: TimestepsConfig, noise_scheduler, seed: int, keys: Sequence[int], batch_size: int, device=None
+    config: TimestepsConfig,
+    schedule: Schedule,
+    seed: int,
+    keys: Sequence[int],
+    batch_size: int,
+    shift: float = 1.0,
+    device=None,
+    purpose: str = "timestep",
 ) -> torch.Tensor:
     """The timesteps of the samples `keys`, shape (len(keys),).
 
-    int64 in [0, T), T = num_train_timesteps; for flow_prediction float32 in (0, T), shifted by the scheduler's `shift`
-    (Esser et al. 2024, arXiv:2403.03206). `batch_size` is the global one, which `stratified` divides (0, 1) by.
+    int64 in [0, T), T = num_train_timesteps; float32 in (0, T) where time is continuous. There σ = t / T is shifted
+    towards noise, to shift·σ / (1 + (shift - 1)·σ) (Esser et al. 2024, arXiv:2403.03206). `batch_size` is the global
+    one, which `stratified` divides (0, 1) by. A second time of a sample is drawn for another `purpose`.
     """
-    num_timesteps = noise_scheduler.config.num_train_timesteps
-    flow = get_prediction_type(noise_scheduler) == "flow_prediction"
-    timesteps = []
+    num_timesteps, timesteps = schedule.num_train_timesteps, []
     for k in keys:
-        fraction = quantile(config, noise_scheduler, _uniform(seed, k, batch_size if config.stratified else None))
-        if flow and config.density not in ("log_normal", "table"):
-            shift = noise_scheduler.config.shift
+        fraction = quantile(config, schedule, _uniform(seed, purpose, k, batch_size if config.stratified else None))
+        if schedule.has_continuous_time and config.density not in ("log_normal", "table"):
             fraction = shift * fraction / (1 + (shift - 1) * fraction)
         fraction = config.min + (config.max - config.min) * fraction
-        timesteps.append(num_timesteps * fraction if flow else min(int(num_timesteps * fraction), num_timesteps - 1))
+        timestep = num_timesteps * fraction
+        timesteps.append(timestep if schedule.has_continuous_time else min(int(timestep), num_timesteps - 1))
     return to_device(torch.tensor(timesteps), device)
 
 
-def quantile(config: TimestepsConfig, noise_scheduler, u: float) -> float:
+def quantile(config: TimestepsConfig, schedule: Schedule, u: float) -> float:
     """Where a density has the share `u` of its mass below it: a fraction of the schedule, from 0 to 1.
 
     - `uniform`
@@ -57,7 +63,7 @@ def quantile(config: TimestepsConfig, noise_scheduler, u: float) -> float:
     if config.density == "cosmap":
         return 1 - 1 / (math.tan(math.pi * u / 2) + 1)
     if config.density == "log_normal":
-        return _fraction_of(noise_scheduler, NormalDist(config.p_mean, config.p_std).inv_cdf(u))
+        return _fraction_of(schedule, NormalDist(config.p_mean, config.p_std).inv_cdf(u))
     if config.density == "table":
         edges = [0.0, *itertools.accumulate(config.table)]
         part = min(bisect.bisect_right(edges, u * edges[-1]), len(config.table)) - 1
@@ -65,20 +71,20 @@ def quantile(config: TimestepsConfig, noise_scheduler, u: float) -> float:
     return u
 
 
-def _uniform(seed: int, k: int, batch_size: int | None) -> float:
+def _uniform(seed: int, purpose: str, k: int, batch_size: int | None) -> float:
     """A number in (0, 1) for sample k; stratified, each batch has one in each of batch_size equal parts."""
-    number = torch.rand((), generator=generator_for(seed, "timestep", k), dtype=torch.float64).item()
+    number = torch.rand((), generator=generator_for(seed, purpose, k), dtype=torch.float64).item()
     if batch_size is not None:
         step, position = divmod(k, batch_size)
-        part = torch.randperm(batch_size, generator=generator_for(seed, "timestep_strata", step))[position].item()
+        part = torch.randperm(batch_size, generator=generator_for(seed, f"{purpose}_strata", step))[position].item()
         number = (part + number) / batch_size
     return min(max(number, 1e-9), 1 - 1e-9)
 
 
-def _fraction_of(noise_scheduler, log_sigma: float) -> float:
+def _fraction_of(schedule: Schedule, log_sigma: float) -> float:
     """The fraction of the schedule whose noise-to-signal ratio s/a has this logarithm, or is nearest to it."""
-    if get_prediction_type(noise_scheduler) == "flow_prediction":
+    if schedule.path == "linear":
         return 1 / (1 + math.exp(-log_sigma))
-    alphas_cumprod = noise_scheduler.alphas_cumprod.double().clamp(1e-12, 1 - 1e-12)
+    alphas_cumprod = schedule.alphas_cumprod.double().clamp(1e-12, 1 - 1e-12)
     table = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod)
     return (torch.abs(table - log_sigma).argmin().item() + 0.5) / len(table)

@@ -5,7 +5,8 @@ set of tensors for the differences.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -75,3 +76,20 @@ class EMA:
         """
         for name, average in self.state_tensors().items():
             average.copy_(tensors[name])
+
+
+@contextmanager
+def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
+    """Give the denoiser its EMA weights (if there are any) and eval mode, for as long as the block runs."""
+    if ema is not None:
+        ema.store(denoiser.parameters())
+        ema.copy_to(denoiser.parameters())
+    denoiser.eval()
+    try:
+        # other batch sizes than in training: they are not worth a compilation (train.compile) each
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        denoiser.train()
+        if ema is not None:
+            ema.restore(denoiser.parameters())

@@ -1,18 +1,19 @@
-"""An optimizer from its import path, so that any library's optimizer can be named in a config."""
+"""The optimizer and the learning rate. The optimizer is given by its import path, so that it may be any library's."""
 
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
+from diffusers.optimization import get_scheduler
 
-from difftrain_utils.config.training import OptimizerConfig
+from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError, blame
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """`class_path(parameters, **init_args)`.
+def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> torch.optim.Optimizer:
+    """`class_path(groups, **init_args)`, with a group of parameters for each of the models, by its name.
 
     Raises:
         InputError: there is no such class, it is no optimizer, or it refuses its arguments.
@@ -33,4 +34,12 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[torch.nn.Param
     with blame(
         f"optimizer.init_args: {config.class_path} refuses {config.init_args}", TypeError, ValueError, RuntimeError
     ):
-        return cls(parameters, **config.init_args)
+        groups = [{"name": name, "params": list(model.parameters())} for name, model in models.items()]
+        return cls(groups, **config.init_args)
+
+
+def build_lr_scheduler(
+    config: LrSchedulerConfig, optimizer: torch.optim.Optimizer, max_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate as a function of the optimizer step, up to `max_steps`."""
+    return get_scheduler(config.name, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=max_steps)

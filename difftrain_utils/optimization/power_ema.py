@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from difftrain_utils.files import new_file
 
 MAX_SIGMA_REL = 0.28  # γ = 0, the plain mean of all steps, has 0.289
-SNAPSHOTS = "ema_snapshots"
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -151,14 +150,14 @@ class PowerEMA:
         for name, average in own.items():
             average.copy_(tensors[name])
 
-    def save_snapshot(self, output_dir: Path, global_step: int, names: list[str]) -> None:
-        """Write `output_dir/ema_snapshots/step-000500-0.050.safetensors` for each width: whole or not at all.
+    def save_snapshot(self, folder: Path, global_step: int, names: list[str]) -> None:
+        """Write `folder/step-000500-0.050.safetensors` for each width: whole or not at all.
 
         `names` are the parameters' names in the denoiser's state dict, in order. Save before the checkpoint of the
         same step, so that a run which resumes from it has all earlier snapshots.
         """
         for sigma_rel, averages in zip(self.sigma_rels, self.averages, strict=True):
-            path = output_dir / SNAPSHOTS / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
+            path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
             tensors = {name: average.contiguous() for name, average in zip(names, averages, strict=True)}
             with new_file(path) as partial:
                 save_file(tensors, partial, {"sigma_rel": str(sigma_rel), "step": str(global_step)})

@@ -1,14 +1,12 @@
 """Checkpoints to resume from: complete or absent, never half, and verified before they are loaded.
 
-`checkpoint-500/` holds accelerate's `save_state` (weights, optimizer, learning rate, loss scale), the EMA weights as
-`ema.safetensors`, `training_state.json`, and the snapshot of the run that it is from. It is written aside, with the
-digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is no random state in it,
-for keyed samples need none, and nothing that is unpickled.
-"""
+`checkpoint-500/` holds accelerate's `save_state` (optimizer, learning rate, loss scale), each trained model and each
+average of weights as `NAME.safetensors`, `training_state.json`, and the record of the run that it is from. It is
+written aside, with the digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is
+no random state in it, for keyed samples need none, and nothing that is unpickled."""
 
 import dataclasses
 import json
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,18 +19,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, find_damage, replace_folder, sha256sums, sync_all
-from difftrain_utils.optimization.ema import EMA
-from difftrain_utils.optimization.power_ema import SNAPSHOTS, PowerEMA
-from difftrain_utils.run.manifest import (
+from difftrain_utils.optimization.averages import Averages
+from difftrain_utils.run.manifest import Record
+from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
-    MANIFEST_FILE,
+    EMA_SNAPSHOTS,
+    METRICS_FILE,
+    PIPELINE,
+    PROFILE,
+    SAMPLES,
+    TRACKERS,
+    checkpoint_name,
     is_checkpoint_of,
+    list_checkpoints,
     read_manifest,
 )
 
-STATE_FILE, EMA_FILE, POWER_EMA_FILE = "training_state.json", "ema.safetensors", "power_ema.safetensors"
+STATE_FILE = "training_state.json"
 DAMAGED = ".damaged"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's
 
@@ -58,21 +64,20 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     state: dict[str, Any],
-    snapshot: dict[str, str] | None,
-    ema_model: EMA | None,
-    power_ema: PowerEMA | None,
+    record: dict[str, str],
+    averages: Averages,
     keep: int,
     required: bool,
 ) -> None:
     """Write `output_dir/checkpoint-{state["global_step"]}`, then delete all but the `keep` newest (0: none).
 
-    All processes call it; the main process has the `snapshot`. `state` is what else the loop needs to go on, as JSON.
+    All processes call it. `state` is what else the loop needs to go on, as JSON, `record` are files of the run by name.
     A failed write leaves the older checkpoints as they are. The run goes on with a warning, for the next save may do.
 
     Raises:
         RunError: a write failed, and the checkpoint is `required`: there will be no next one.
     """
-    folder = output_dir / f"checkpoint-{state['global_step']}"
+    folder = output_dir / checkpoint_name(state["global_step"])
     if folder.exists():  # the same step of the same run
         return
     partial, failure = folder.with_name(folder.name + PARTIAL), None
@@ -89,10 +94,10 @@ def save_checkpoint(
         try:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()
-            for average, file in ((ema_model, EMA_FILE), (power_ema, POWER_EMA_FILE)):
-                if average is not None:  # safetensors wants them contiguous, which channels_last is not
-                    save_file({name: t.contiguous() for name, t in average.state_tensors().items()}, partial / file)
-            for name, content in (snapshot | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
+            for name, average in averages.items():  # safetensors wants them contiguous, which channels_last is not
+                tensors = {key: tensor.contiguous() for key, tensor in average.state_tensors().items()}
+                save_file(tensors, partial / f"{name}.safetensors")
+            for name, content in (record | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
                 (partial / name).write_text(content, encoding="utf-8")
             with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
                 synced = pool.submit(sync_all, partial)
@@ -117,21 +122,18 @@ def save_checkpoint(
             shutil.rmtree(leaving, ignore_errors=True)
 
 
-def load_checkpoint(
-    accelerator: Accelerator, folder: Path, ema_model: EMA | None, power_ema: PowerEMA | None
-) -> dict[str, Any]:
-    """Bring everything that was prepared back to where `folder` left it, and return the loop's state.
+def load_checkpoint(accelerator: Accelerator, folder: Path, averages: Averages) -> dict[str, Any]:
+    """Bring everything that was prepared, and the averages, back to where `folder` left them; returns the `state` that
+    was saved with them.
 
     Raises:
-        InputError: the folder is no checkpoint of this run's model, optimizer and EMA setting.
+        InputError: the folder is no checkpoint of this run's models, optimizer and averages.
     """
     with blame(f"train.resume_from: cannot load {folder}", OSError, RuntimeError, ValueError, KeyError):
         state = read_state(folder)
         accelerator.load_state(str(folder))
-        if ema_model is not None:
-            ema_model.load_state_tensors(load_file(folder / EMA_FILE))
-        if power_ema is not None:
-            power_ema.load_state_tensors(load_file(folder / POWER_EMA_FILE))
+        for name, average in averages.items():
+            average.load_state_tensors(load_file(folder / f"{name}.safetensors"))
     return state
 
 
@@ -216,15 +218,15 @@ def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in source.items() if name != "dataset"} for source in sources]
 
 
-def check_origin(folder: Path, snapshot: dict[str, str], config: Config) -> None:
-    """Refuse to go on in the same folder with another base model, other data or another precision; a run that branches
-    off is told.
+def check_origin(folder: Path, record: Record, config: Config) -> None:
+    """Refuse to go on in the same folder with another base model, other data or another precision; to a run that
+    branches off it is a warning.
 
     Raises:
         InputError: names what differs.
     """
     is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
-    saved, now = read_manifest(folder), json.loads(snapshot[MANIFEST_FILE])
+    saved, now = read_manifest(folder), record.manifest
     for what, was, value in (
         (
             "model.pretrained_model_name_or_path: the weights",
@@ -255,16 +257,23 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
     return steps == (config.train.max_steps, config.train.max_steps)
 
 
-def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run as (step, folder), oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+def begin_run(
+    accelerator: Accelerator, record: Record, step: int, checkpoint: Path | None, config: TrainConfig
+) -> None:
+    """Make the run's folder ready: nothing of a run that it replaces, nor anything that comes after `step`; and the
+    record of this start, at `step` of `checkpoint`."""
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        if config.overwrite:
+            delete_run(output_dir)
+        set_damaged_aside(output_dir, step)
+    record.write(output_dir, step, checkpoint)
 
 
-def set_newer_aside(output_dir: Path, global_step: int) -> None:
-    """Rename the checkpoints after `global_step`, which are damaged, so that the run can write them again."""
+def set_damaged_aside(output_dir: Path, last_step: int) -> None:
+    """Rename the checkpoints after `last_step`, which are damaged, so that the run can write them again."""
     for step, path in list_checkpoints(output_dir):
-        if step > global_step:
+        if step > last_step:
             aside = path.with_name(path.name + DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -274,7 +283,7 @@ def delete_run(output_dir: Path) -> None:
     """Delete what a run leaves in its folder, checkpoints first, and nothing else."""
     for path in [
         *output_dir.glob("checkpoint-*"),
-        *(output_dir / name for name in ("pipeline", "samples", "logs", "profile", SNAPSHOTS)),
+        *(output_dir / name for name in (PIPELINE, SAMPLES, TRACKERS, PROFILE, EMA_SNAPSHOTS)),
     ]:
         shutil.rmtree(path, ignore_errors=True)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    (output_dir / METRICS_FILE).unlink(missing_ok=True)

@@ -1,14 +1,25 @@
-"""Refuse to start where what was launched is not what was asked for; end without a false failure."""
+"""The start of a run: accelerate and the machine as they were asked for, all that can be wrong with the input found
+before anything is written; and an end without a false failure."""
 
 import atexit
 import importlib.util
 import os
 import time
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, broadcast_object_list
 
 from difftrain_utils.config.config import MIXED_PRECISION, Config
-from difftrain_utils.errors import InputError
+from difftrain_utils.data.fingerprint import inspect_splits
+from difftrain_utils.data.load import Data
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.run.checkpoints import check_origin
+from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
+from difftrain_utils.run.manifest import Record
+from difftrain_utils.run.run_folder import TRACKERS
+from difftrain_utils.run.tracking import check_trackers
 
 # who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -17,6 +28,56 @@ ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
+
+
+def launch(config: Config) -> Accelerator:
+    """Set up the machine and accelerate. All processes call it first.
+
+    Raises:
+        InputError: this machine, or what was launched, cannot do what the config asks for.
+    """
+    train = config.train
+    if train.deterministic:
+        set_deterministic()
+    if train.cpu_threads:
+        torch.set_num_threads(train.cpu_threads)
+    trackers = check_trackers(train.report_to)
+    with blame("train.precision", ValueError):  # what this device cannot do
+        accelerator = Accelerator(
+            mixed_precision=MIXED_PRECISION[train.precision],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                train.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+            step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
+            log_with=trackers or None,
+            project_dir=Path(train.output_dir) / TRACKERS,
+        )
+    check_launch(config, accelerator)
+    pause_at_exit(accelerator)
+    check_compile(train, accelerator.device)
+    set_tf32(train, accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Path | None, config: Config) -> Record:
+    """The record of the run that is about to start: read all data once, for their fingerprint, and take the digests of
+    the models' weights. Refuses to go on from a checkpoint of another origin. Nothing is written.
+
+    Raises:
+        InputError: the checkpoint is of a run with another base model, other data or another precision.
+        RowError: an image or a caption cannot be read.
+    """
+    fingerprints = [None]
+    if accelerator.is_main_process:
+        fingerprints = [inspect_splits(data.rows, data.validation_rows, config.data)]
+    (fingerprints,) = broadcast_object_list(fingerprints)
+    record = Record(config, accelerator, family.digests(models["denoiser"]), fingerprints)
+    if checkpoint is not None:
+        check_origin(checkpoint, record, config)
+    return record
 
 
 def check_launch(config: Config, accelerator: Accelerator) -> None:
@@ -56,8 +117,7 @@ def pause_at_exit(accelerator: Accelerator) -> None:
     """Give the threads of torch's process group a moment at exit, by whichever way this process ends.
 
     A thread of gloo lets go of the last tensors shortly after the collective has returned. If Python ends between the
-    two, that thread aborts the process, and a run that finished is told as failed (pytorch/pytorch#190489). DDP keeps
-    the group alive past destroy_process_group, so that nothing else waits for these threads.
-    """
+    two, that thread aborts the process, and a run that finished is reported as failed (pytorch/pytorch#190489). DDP
+    keeps the group alive past destroy_process_group, so that nothing else waits for these threads."""
     if accelerator.num_processes > 1:
         atexit.register(time.sleep, 0.2)

@@ -1,16 +1,23 @@
-"""What makes a step faster and leaves its formulas as they are: see docs/performance.md."""
+"""How the machine computes: what is set once, before anything is computed."""
 
 import contextlib
 import ctypes
+import os
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, one_line
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
+
+
+def set_deterministic() -> None:
+    """Let torch use deterministic algorithms only. Call it before CUDA starts: cuBLAS reads its variable then."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def set_tf32(config: TrainConfig, device: torch.device) -> None:
@@ -30,33 +37,6 @@ def set_tf32(config: TrainConfig, device: torch.device) -> None:
     # the older names of these switches: torch refuses to read them once their newer ones were set
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
-
-
-def speed_up(config: TrainConfig, denoiser: torch.nn.Module) -> None:
-    """Lay out and compile the denoiser as `train.channels_last` and `train.compile` say, in place: names of
-    parameters stay, and what is saved is contiguous as ever.
-
-    Raises:
-        InputError: torch.compile does not work here, or the denoiser has no repeated blocks to compile.
-    """
-    if config.plain_attention:
-        denoiser.set_attn_processor(AttnProcessor())
-    if config.channels_last:
-        # of convolutions' weights; what they put out follows
-        torch.nn.Module.to(denoiser, memory_format=torch.channels_last)
-    if config.compile is None:
-        return
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled without a word
-    # A graph for each shape, whatever came before it: a resumed run may begin with another shape.
-    options = {"dynamic": False}
-    if config.compile == "whole":
-        denoiser.compile(**options)
-    else:
-        try:
-            denoiser.compile_repeated_blocks(fullgraph=True, **options)
-        except ValueError as error:
-            raise InputError(f"train.compile: regional is not for this model: {one_line(error)}") from error
 
 
 def keep_freed_memory() -> None:

@@ -18,8 +18,16 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.devices import device_name
 from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
+from difftrain_utils.run.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    PIPELINE,
+    is_checkpoint_of,
+    read_manifest,
+)
 
-CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow")
 ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -30,85 +38,92 @@ ENVIRONMENT = (
 )
 
 
-def take_snapshot(
-    config: Config, accelerator: Accelerator, base_model: dict[str, str], data: dict[str, Any]
-) -> dict[str, str]:
-    """The contents of `config.resolved.yaml`, `env.json` and `run_manifest.json`, by file name.
+class Record:
+    """What a run was: `config.resolved.yaml`, `env.json` and `run_manifest.json`, as `files` by name.
 
-    `base_model` are the digests of its parts; `data` is what `inspect_splits` returned.
+    All processes have it; the main process writes.
     """
-    manifest = {
-        "started": _now(),
-        "command": sys.argv,
-        "host": platform.node(),
-        "git": describe_git(Path(sys.argv[0]).resolve().parent),
-        "versions": describe_versions(),
-        "seed": config.train.seed,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "num_processes": accelerator.num_processes,
-        "distributed_type": accelerator.distributed_type.value,
-        "mixed_precision": accelerator.mixed_precision,
-        "device": device_name(accelerator.device),
-        "base_model": {
-            "name": config.model.pretrained_model_name_or_path,
-            "revision": config.model.revision,
-            "sha256": base_model,
-        },
-        "data": data,
-    }
-    return {
-        CONFIG_FILE: config.to_yaml(),
-        ENVIRONMENT_FILE: _json(describe_environment()),
-        MANIFEST_FILE: _json(manifest),
-    }
 
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        base_model: dict[str, str],
+        fingerprints: dict[str, dict[str, Any]],
+    ):
+        """`base_model` are the digests of its parts; `fingerprints` are those of the data (`inspect_splits`)."""
+        self.accelerator, self.config, self.fingerprints = accelerator, config, fingerprints
+        self.manifest = {
+            "started": _now(),
+            "command": sys.argv,
+            "host": platform.node(),
+            "git": describe_git(Path(sys.argv[0]).resolve().parent),
+            "versions": describe_versions(),
+            "seed": config.train.seed,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "num_processes": accelerator.num_processes,
+            "distributed_type": accelerator.distributed_type.value,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": device_name(accelerator.device),
+            "base_model": {
+                "name": config.model.pretrained_model_name_or_path,
+                "revision": config.model.revision,
+                "sha256": base_model,
+            },
+            "data": fingerprints,
+        }
+        self.environment = describe_environment()
 
-def write_snapshot(
-    output_dir: Path, snapshot: dict[str, str], global_step: int = 0, checkpoint: Path | None = None
-) -> None:
-    """Write the files of a run that starts at `global_step`, from `checkpoint` if it goes on from one.
+    @property
+    def files(self) -> dict[str, str]:
+        """The contents, by file name."""
+        return {
+            CONFIG_FILE: self.config.to_yaml(),
+            ENVIRONMENT_FILE: _json(self.environment),
+            MANIFEST_FILE: _json(self.manifest),
+        }
 
-    `segments` of the manifest lists each start: when, on which host, from which step, and as `differs` what of the
-    manifest was not as at the first start. A run that goes on in its folder keeps the rest of its first manifest.
-    """
-    manifest = json.loads(snapshot[MANIFEST_FILE])
-    segment = {name: manifest[name] for name in ("started", "host", "command")} | {"from_step": global_step}
-    first = manifest | {"segments": []}
-    if checkpoint is not None:
-        segment["resumed_from"] = str(checkpoint)
-        if is_checkpoint_of(checkpoint, output_dir):
-            first = read_manifest(output_dir)
-            first.pop("final", None)
-            segment["differs"] = {
-                name: value for name, value in manifest.items() if name not in segment and value != first.get(name)
-            }
-    first["segments"] = [*first["segments"], segment]
-    snapshot[MANIFEST_FILE] = _json(first)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in snapshot.items():
-        write_file(output_dir / name, content)
+    def write(self, output_dir: Path, step: int = 0, checkpoint: Path | None = None) -> None:
+        """Write the files of a run that starts at `step`, from `checkpoint` if it goes on from one.
 
+        `segments` of the manifest lists each start: when, on which host, from which step, and as `differs` what of the
+        manifest was not as at the first start. A run that goes on in its folder keeps the rest of its first manifest.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        segment = {name: self.manifest[name] for name in ("started", "host", "command")} | {"from_step": step}
+        first = self.manifest | {"segments": []}
+        if checkpoint is not None:
+            segment["resumed_from"] = str(checkpoint)
+            if is_checkpoint_of(checkpoint, output_dir):
+                first = read_manifest(output_dir)
+                first.pop("final", None)
+                segment["differs"] = {
+                    name: value
+                    for name, value in self.manifest.items()
+                    if name not in segment and value != first.get(name)
+                }
+        self.manifest = first | {"segments": [*first["segments"], segment]}
+        for name, content in self.files.items():
+            write_file(output_dir / name, content)
 
-def end_snapshot(output_dir: Path, global_step: int, reason: str, weights: dict[str, str] | None = None) -> None:
-    """Note in the manifest where the present segment ended, and why.
+    def end(self, step: int, reason: str | None, weights: dict[str, str] | None) -> None:
+        """Note in the manifest where this start of the run ended, and why, and say so.
 
-    `weights`, the digests of the final weights, end the run: they are noted as `final`, with that of the loss trace.
-    """
-    manifest = read_manifest(output_dir)
-    manifest["segments"][-1] |= {"ended": _now(), "to_step": global_step, "reason": reason}
-    if weights is not None:
-        trace = loss_trace_digest(output_dir / "metrics.jsonl")
-        manifest["final"] = {"global_step": global_step, "weights": weights, "loss_trace": trace}
-    write_file(output_dir / MANIFEST_FILE, _json(manifest))
-
-
-def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
-    """Whether a run that resumes from it goes on in its folder, and does not branch off from another run."""
-    return checkpoint.resolve().parent == output_dir.resolve()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        `weights`, the digests of the final weights, end the run: they are noted as `final`, with that of the loss
+        trace."""
+        output_dir = Path(self.config.train.output_dir)
+        if not self.accelerator.is_main_process:
+            return
+        self.manifest["segments"][-1] |= {"ended": _now(), "to_step": step, "reason": reason or "finished"}
+        if weights is not None:
+            trace = loss_trace_digest(output_dir / METRICS_FILE)
+            self.manifest["final"] = {"global_step": step, "weights": weights, "loss_trace": trace}
+        write_file(output_dir / MANIFEST_FILE, _json(self.manifest))
+        if weights is not None:
+            print(f"Done: {output_dir / PIPELINE} holds the trained pipeline")
+        else:
+            print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")
 
 
 def loss_trace_digest(path: Path) -> str:
@@ -155,14 +170,6 @@ def describe_environment() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     }
-
-
-def set_deterministic() -> None:
-    """Let torch use deterministic algorithms only. Call it before CUDA starts: cuBLAS reads its variable then."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
 
 
 def _now() -> str:

@@ -1,66 +1,76 @@
-"""How fast a run is, and what it waits for: times of its steps, share of waiting, memory, model FLOPs utilisation."""
+"""How a run goes, and how fast: its losses, times of its steps, share of waiting, memory, model FLOPs utilisation."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.func import functional_call
+from accelerate.utils import tqdm
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
+from difftrain_utils.config.config import Config
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import peak_memory
-from difftrain_utils.errors import warn
-
-# Dense TFLOP/s in (fp16 and bf16 with float32 sums, TF32, float32), by torch.cuda.get_device_name(). From NVIDIA's data
-# sheets of H100, H200, A100, L40S and L4 (figures with sparsity halved), and its white papers of the Ada and the GA102
-# architecture. The same name always means the same peak, unless somebody has lowered the power limit.
-H100_SXM, H100_NVL, A100 = (989.4, 494.7, 66.9), (835.5, 417.5, 60.0), (312.0, 156.0, 19.5)
-PEAK_TFLOPS = {
-    "NVIDIA H200": H100_SXM,
-    "NVIDIA H200 NVL": H100_NVL,
-    "NVIDIA H100 80GB HBM3": H100_SXM,
-    "NVIDIA H100 NVL": H100_NVL,
-    "NVIDIA H100 PCIe": (756.0, 378.0, 51.2),
-    **{f"NVIDIA A100{variant}": A100 for variant in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")},
-    "NVIDIA L40S": (362.05, 183.0, 91.6),
-    "NVIDIA L4": (121.0, 60.0, 30.3),
-    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
-    "NVIDIA GeForce RTX 3090": (71.0, 35.6, 35.6),
-}
+from difftrain_utils.run.flops import peak_tflops, training_flops
+from difftrain_utils.run.state import TrainState
+from difftrain_utils.run.tracking import Metrics
 
 
-def peak_tflops(config: TrainConfig, accelerator: Accelerator) -> float | None:
-    """The TFLOP/s that this device could do in the run's precision: `train.peak_tflops`, or of the table; None where
-    neither says it."""
-    if config.peak_tflops is not None or accelerator.device.type != "cuda":
-        return config.peak_tflops
-    peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(accelerator.device))
-    return peaks and peaks[0 if accelerator.mixed_precision in ("bf16", "fp16") else 1 if config.tf32 else 2]
+class Meter:
+    """What is shown and logged of a run: times, losses, progress bar and the lines of metrics."""
 
+    def __init__(self, accelerator: Accelerator, state: TrainState, config: Config):
+        self.accelerator, self.state, self.config = accelerator, state, config
+        self.metrics = Metrics(accelerator, config, state.step)
+        self.timer = StepTimer(config.train, accelerator)
 
-@torch.no_grad()
-def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inputs: Any) -> int:
-    """FLOPs of forward and backward pass of `predict(denoiser, *inputs)`: matrix products, convolutions and attention.
+    def __enter__(self) -> "Meter":
+        state, train = self.state, self.config.train
+        self.bar = tqdm(total=train.max_steps, initial=state.step, desc="Steps", smoothing=0.05, mininterval=1)
+        return self
 
-    They are counted in a forward pass on the meta device, which computes nothing and draws nothing; the backward pass
-    takes twice as many. What is computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's
-    probe) does not count.
-    """
+    def __exit__(self, *error) -> None:
+        self.bar.close()
 
-    def to_meta(value):
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
+    def parts(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The parts of the next step's batch."""
+        for _ in range(self.config.train.gradient_accumulation_steps):
+            yield self.timer.next_batch(batches)
 
-    state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
-    # eager: the counter sees torch's own operations only
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        predict(lambda *args, **kwargs: functional_call(denoiser, state, args, kwargs), *to_meta(inputs))
-    return 3 * counter.get_total_flops()
+    def count_flops(self, predict: partial, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> None:
+        """This part of a step trains what `predict(noisy_latents, timesteps)` computes, a `partial` of the family's
+        `predict(denoiser, …, conditioning=…)`."""
+        self.timer.count_flops(predict, noisy_latents, timesteps)
+
+    def end_step(self, grad_norm: torch.Tensor, lr: float) -> dict[str, Any]:
+        """A step is done, its gradient had this norm before clipping, and it was made at this learning rate.
+
+        Returns the line of metrics, every `train.log_every` steps and after the last: losses (means since the line
+        before), lr, times; the norm if it is finite. Else nothing.
+        """
+        self.timer.end_step()
+        self.bar.update()
+        if not self.state.is_due(self.config.train.log_every):
+            return {}
+        logs = self.state.totals.take() | {"lr": lr}
+        if self.config.data.on_bad_row == "stop":
+            del logs["skipped_rows"]
+        if math.isfinite(norm := grad_norm.item()):
+            logs["grad_norm"] = norm
+        if self.state.skipped_steps:
+            logs["skipped_steps"] = self.state.skipped_steps
+        logs |= self.timer.take()
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
+        return logs
+
+    def log(self, logs: dict[str, Any]) -> None:
+        """Write a line of metrics for this step, if there is anything in it."""
+        if logs:
+            self.metrics.log(self.state.step, logs)
 
 
 class StepTimer:
@@ -79,27 +89,25 @@ class StepTimer:
     def _begin(self) -> None:
         self.steps, self.waited, self.loop_time, self.flops = [], 0.0, 0.0, 0
 
-    def batches(self, dataloader: Iterable) -> Iterator:
-        """The batches of the loader, and the time that the loop waits for them. A step starts with its first batch."""
-        batches = iter(dataloader)
-        while True:
-            start = time.perf_counter()
-            if self.started is None:
-                self.started = self._now(), start
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    def next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next of the batches, and the time that the loop waits for it. A step starts with its first one."""
+        start = time.perf_counter()
+        if self.started is None:
+            self.started = self._now(), start
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
 
-    def count_flops(self, denoiser: torch.nn.Module, predict: Callable, noisy_latents: torch.Tensor, *inputs) -> None:
+    def count_flops(self, predict: partial, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> None:
         """Add the FLOPs of this part of a step, counted once for each shape; nothing where the peak is not known."""
         if self.peak_tflops is None:
             return
-        shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), (noisy_latents, *inputs)))
+        inputs = (noisy_latents, timesteps, predict.keywords)
+        shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), inputs))
         if shapes not in self.flops_of_shape:
-            denoiser = self.accelerator.unwrap_model(denoiser)
-            self.flops_of_shape[shapes] = training_flops(denoiser, predict, noisy_latents, *inputs)
+            denoiser = self.accelerator.unwrap_model(predict.args[0])
+            inputs = noisy_latents, timesteps
+            self.flops_of_shape[shapes] = training_flops(denoiser, predict.func, *inputs, **predict.keywords)
         self.flops += self.flops_of_shape[shapes]
 
     def end_step(self) -> None:
@@ -137,42 +145,3 @@ class StepTimer:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-PROFILE_WARMUP, PROFILE_STEPS = 3, 5  # steps: left out, and traced where `train.profile` is just true
-
-
-class Profiler:
-    """A trace of `train.profile` steps, after some to warm up, as `output_dir/profile/trace.json.gz`, for
-    https://ui.perfetto.dev. It changes no numbers; with `train.profile` false it does nothing."""
-
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.path, self.profile = Path(config.output_dir) / "profile" / "trace.json.gz", None
-        if config.profile and accelerator.is_main_process:
-            steps = PROFILE_STEPS if config.profile is True else config.profile
-            self.path.unlink(missing_ok=True)
-            self.profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(wait=0, warmup=PROFILE_WARMUP, active=steps, repeat=1),
-                on_trace_ready=self._write,
-                record_shapes=True,
-                profile_memory=True,
-            )
-            self.profile.start()
-
-    def step(self) -> None:
-        """A step of the run has ended."""
-        if self.profile is not None:
-            self.profile.step()
-
-    def end(self) -> None:
-        """Write what there is if the run ended before the trace did."""
-        if self.profile is not None:
-            self.profile.stop()
-            if not self.path.exists():
-                warn(
-                    f"train.profile: no trace, for the run ended within the first {PROFILE_WARMUP} steps, which warm up"
-                )
-
-    def _write(self, profile: torch.profiler.profile) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(self.path))

@@ -4,11 +4,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -18,6 +16,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import read_metrics
+from difftrain_utils.run.run_folder import METRICS_FILE
 
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -37,49 +36,6 @@ def check_trackers(report_to: str | list[str] | None) -> list[str]:
     return names
 
 
-class Totals:
-    """What adds up between two lines of metrics, kept on the device so that it need not be asked at each step. A
-    checkpoint holds `state()`, so that the line after a resume is that of an unbroken run."""
-
-    def __init__(self, accelerator: Accelerator, state: dict[str, Any] | None = None):
-        self.accelerator = accelerator
-        state = state or {"losses": [0.0], "steps": 0, "skipped_rows": 0}
-        # a sum for each process, for rounding depends on how a sum is put together
-        loss = fmean(state["losses"])
-        if len(state["losses"]) == accelerator.num_processes:
-            loss = state["losses"][accelerator.process_index]
-        self.loss = torch.full((), loss, device=accelerator.device)
-        self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
-        self.steps = state["steps"]
-        self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0  # the sum over all processes
-
-    def add(self, loss: torch.Tensor, skipped: list[bool]) -> None:
-        """A part of a step: its share of the step's loss, and which of its samples other rows stand in for."""
-        self.step_loss += loss
-        self.step_rows += sum(skipped)
-
-    def end_step(self, is_finite: bool) -> None:
-        """A step whose gradient is not finite does not count for the loss."""
-        if is_finite:
-            self.loss, self.steps = self.loss + self.step_loss, self.steps + 1
-        self.skipped_rows += self.step_rows
-        self.step_loss, self.step_rows = torch.zeros_like(self.loss), 0
-
-    def state(self) -> dict[str, Any]:
-        """The totals of all processes, which all of them ask for; of the losses, one sum for each process."""
-        rows = torch.tensor(float(self.skipped_rows), device=self.loss.device)
-        losses = self.accelerator.gather(self.loss.view(1)).tolist()
-        rows = round(self.accelerator.reduce(rows, "sum").item())
-        return {"losses": losses, "steps": self.steps, "skipped_rows": rows}
-
-    def take(self) -> dict[str, Any]:
-        """{"loss": mean of the steps, "skipped_rows": sum}, and begin anew; without a loss if no step counted."""
-        state = self.state()
-        self.__init__(self.accelerator)
-        loss = {"loss": fmean(state["losses"]) / state["steps"]} if state["steps"] else {}
-        return loss | {"skipped_rows": state["skipped_rows"]}
-
-
 class Metrics:
     """Writes `metrics.jsonl` (one JSON object a logged step) and passes the values on to the trackers.
 
@@ -91,7 +47,7 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, config: Config, global_step: int):
         self.accelerator = accelerator
-        self.path = Path(config.train.output_dir) / "metrics.jsonl"
+        self.path = Path(config.train.output_dir) / METRICS_FILE
         if accelerator.is_main_process:
             _cut_back(self.path, global_step)
         if accelerator.log_with:
@@ -109,12 +65,13 @@ class Metrics:
                 os.fsync(file.fileno())
         self.accelerator.log(values, step=step)
 
-    def log_images(self, step: int, name: str, images: list[Image.Image]) -> None:
-        """Show images of one size in the trackers that show images (TensorBoard, Weights & Biases)."""
-        for tracker in self.accelerator.trackers:
-            kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            if tracker.name in ("tensorboard", "wandb"):
-                tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
+
+def log_images(accelerator: Accelerator, step: int, name: str, images: list[Image.Image]) -> None:
+    """Show images of one size in the trackers that show images (TensorBoard, Weights & Biases)."""
+    for tracker in accelerator.trackers:
+        kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        if tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
 
 
 def _cut_back(path: Path, global_step: int) -> None:

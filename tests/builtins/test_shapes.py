@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from difftrain_utils.builtins import shapes
 from difftrain_utils.builtins.shapes import COLORS, PROMPTS, SHAPES, count_right, draw_shape, judge
+from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
 
 
@@ -62,7 +62,7 @@ def test_an_image_is_a_function_of_seed_and_index():
 
 
 def test_the_folder_holds_what_is_drawn(tmp_path):
-    shapes.main(["--output-dir", str(tmp_path / "out"), "--num-images", "20", "--image-size", "24"])
+    draw_shapes.main(["--output-dir", str(tmp_path / "out"), "--num-images", "20", "--image-size", "24"])
     rows = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     for index, row in enumerate(rows):
@@ -70,4 +70,4 @@ def test_the_folder_holds_what_is_drawn(tmp_path):
         assert row["text"] == caption
         assert Image.open(tmp_path / "out" / row["file_name"]).tobytes() == image.tobytes()
     with pytest.raises(InputError, match="not empty"):
-        shapes.main(["--output-dir", str(tmp_path / "out")])
+        draw_shapes.main(["--output-dir", str(tmp_path / "out")])

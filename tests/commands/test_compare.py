@@ -26,7 +26,7 @@ from difftrain_utils.commands.compare import (
     summary_table,
     text_table,
     unfair,
-    verdict,
+    winner,
 )
 from difftrain_utils.commands.compare_html import BOTTOM, LEFT, RIGHT, TOP, smooth, ticks
 from difftrain_utils.errors import InputError
@@ -145,7 +145,7 @@ def test_absent_values_are_a_dash_and_a_run_alone_needs_no_others(tmp_path, caps
     ]
     runs = pair(tmp_path / "pair", config={"loss.type": "huber"}, metrics=[{"step": 40, "loss": 0.5}])
     assert summary_table(runs)[2] == ["b", "40", "–", "–", "–", "0.5000", "–"]
-    assert verdict(runs) == "1 setting has a finite validation loss: nothing to compare."
+    assert winner(runs) == "1 setting has a finite validation loss: nothing to compare."
 
 
 def test_groups_of_seeds_have_mean_and_sample_standard_deviation(tmp_path):
@@ -220,7 +220,7 @@ def test_the_lower_mean_wins_if_it_is_two_standard_errors_away(tmp_path):
     """Means 0.4 and 0.3, variances 0.0008 and 0.0004: the standard error is √(0.0008/2 + 0.0004/2) = 0.02449."""
     mse, huber = [0.4 - 0.02, 0.4 + 0.02], [0.3 - 0.02 / math.sqrt(2), 0.3 + 0.02 / math.sqrt(2)]
     runs = load_runs(seeds(tmp_path, "m", mse) + seeds(tmp_path, "h", huber, **{"loss.type": "huber"}))
-    assert verdict(runs) == (
+    assert winner(runs) == (
         "Final validation loss: h (loss.type: huber) 0.3000, then m (loss.type: mse) 0.4000. "
         "The difference 0.10 has a standard error of 0.024: h won. "
         "With so few seeds the standard error is itself rough."
@@ -232,30 +232,30 @@ def test_the_line_between_won_and_not_distinguishable(tmp_path, gap, outcome):
     """Both variances are 2·0.01², so that two standard errors are 2·√(0.0002/2 + 0.0002/2) = 0.02828."""
     mse, huber = [0.49, 0.51], [0.49 + gap, 0.51 + gap]
     runs = load_runs(seeds(tmp_path, "m", mse) + seeds(tmp_path, "h", huber, **{"loss.type": "huber"}))
-    assert outcome in verdict(runs)
-    assert ("not distinguishable" in verdict(runs)) != ("won" in verdict(runs))
+    assert outcome in winner(runs)
+    assert ("not distinguishable" in winner(runs)) != ("won" in winner(runs))
 
 
 def test_groups_that_are_equal_without_spread_are_not_distinguishable(tmp_path):
     runs = load_runs(seeds(tmp_path, "m", [0.5, 0.5]) + seeds(tmp_path, "h", [0.5, 0.5], **{"loss.type": "huber"}))
-    assert "not distinguishable" in verdict(runs)
+    assert "not distinguishable" in winner(runs)
 
 
 def test_one_seed_says_nothing_about_spread(tmp_path):
     runs = pair(tmp_path, losses=(0.5, 0.3), config={"loss.type": "huber"})
-    assert verdict(runs) == (
+    assert winner(runs) == (
         "Final validation loss: b (loss.type: huber) 0.3000, then a (loss.type: mse) 0.4000. "
         "b won, but one seed says nothing about spread (b and a): it may be chance."
     )
     group = seeds(tmp_path, "g", [0.35, 0.36], **{"loss.type": "l1"})
     runs = load_runs([tmp_path / "a", *group])
-    assert "g won, but one seed says nothing about spread (a)" in verdict(runs)
+    assert "g won, but one seed says nothing about spread (a)" in winner(runs)
     runs = pair(tmp_path / "equal", config={"loss.type": "huber"})
-    assert "They are equal, but one seed" in verdict(runs)
+    assert "They are equal, but one seed" in winner(runs)
 
 
 def test_seeds_of_one_setting_do_not_compete(tmp_path):
-    assert verdict(load_runs(seeds(tmp_path, "m", [0.5, 0.4]))) == "All runs are one setting: nothing to win."
+    assert winner(load_runs(seeds(tmp_path, "m", [0.5, 0.4]))) == "All runs are one setting: nothing to win."
 
 
 def test_a_run_that_diverged_does_not_win(tmp_path):
@@ -263,7 +263,7 @@ def test_a_run_that_diverged_does_not_win(tmp_path):
     good = [write_run(tmp_path / name, (0.5, loss), {"loss.type": name}) for name, loss in (("x", 0.4), ("y", 0.6))]
     runs = load_runs([bad, *good])
     assert summary_table(runs)[1][2:4] == ["nan", "0.3000 @ 20"]
-    assert verdict(runs).startswith("Final validation loss: x (loss.type: x) 0.4000, then y (loss.type: y) 0.6000.")
+    assert winner(runs).startswith("Final validation loss: x (loss.type: x) 0.4000, then y (loss.type: y) 0.6000.")
 
 
 # ── What differs, and what is unfair ─────────────────────────────────────────────────────────────────────────

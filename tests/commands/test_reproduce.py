@@ -15,10 +15,10 @@ from difftrain_utils.commands.compare import load_run, read_mapping
 from difftrain_utils.commands.repetition import (
     Deviation,
     Weights,
+    changes,
     circumstances,
     compare_weights,
     deviations,
-    differences,
     likely_reasons,
     verdict,
 )
@@ -93,7 +93,7 @@ def test_the_first_steps_alone_and_what_is_told(resumed_run, tmp_path, capfd):
     assert lines[1].endswith(", from step 0 to 1 (train.max_hours 1e-09)")
     assert lines[2].endswith(", from step 1 to 6 (finished)")
     assert lines[3] == "Differences in code, hardware and versions: none"
-    assert "Further differences (data, base model, config, device): none" in lines
+    assert "Further changes (data, base model, config, device): none" in lines
     assert lines[-1].startswith("bit-identical: the first 4 steps, 4 lines of metrics, weights of checkpoint-4 ")
     assert read_mapping(tmp_path / "new/run_manifest.json").get("final") is None or (tmp_path / "new/pipeline").exists()
 
@@ -204,11 +204,11 @@ def test_differences_come_in_the_order_of_suspicion(resumed_run):
     files = ("run_manifest.json", "env.json")
     config, (manifest, env) = load_run(resumed_run, "").config, (read_mapping(resumed_run / name) for name in files)
     then = circumstances(config, manifest, env)
-    assert differences(then, dict(then)) == []
+    assert changes(then, dict(then)) == []
     now = dict(then) | {"deterministic": True, "cpu_threads": 9, "versions.torch": "1.0", "processor": "Z80"}
     now |= {"package.foo": "1", "package.torch": "1.0", "mixed_precision": "bf16", "git.commit": "d" * 40}
     now |= {"config.train.seed": 5, "base_model.sha256.unet": "e" * 64, "data.train.sha256": "f" * 64}
-    lines = differences(then, now)
+    lines = changes(then, now)
     starts = (
         "data: data.train.sha256 ",
         "base model: base_model.sha256.unet ",

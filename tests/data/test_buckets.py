@@ -21,10 +21,11 @@ from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets, cropped_share, load_buckets
-from difftrain_utils.data.rows import load_data
-from difftrain_utils.data.samples import Samples, resize_and_crop
+from difftrain_utils.data.rows import map_rows
+from difftrain_utils.data.samples import Samples
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
+from difftrain_utils.media.image import resize_and_crop
 
 SIZES = [(32, 32), (24, 40), (40, 24), (16, 64), (24, 32)]
 
@@ -148,7 +149,7 @@ class TestWhichSizes:
     def load(self, short_run, folder, **fields):
         config = parse_config([*short_run, "--data.dataset", str(folder), *options(fields)])
         family = load_family(config)
-        return load_buckets(Accelerator(cpu=True), family, load_data(config.data), config), family
+        return load_buckets(Accelerator(cpu=True), family, map_rows(config.data), config), family
 
     @pytest.mark.parametrize("resolution", [32, 64, 128])
     def test_auto_gives_sizes_that_the_model_takes(self, short_run, mixed_folder, resolution):

@@ -28,9 +28,9 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from difftrain_utils.data import encoded as cache_module
-from difftrain_utils.data.encoded import TensorCache, build_cache, load_caches
+from difftrain_utils.data.encoded import EncodedCache, build_cache, load_caches
 from difftrain_utils.data.fingerprint import inspect_splits
-from difftrain_utils.data.rows import load_data
+from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families.load import load_family
@@ -75,8 +75,8 @@ def varied_folder(tmp_path_factory):
 class TestTensorCache:
     groups = np.array([0, 1, 0, 0, 1, 0, 0, 2])
 
-    def build(self, folder, encode=None, inputs=None) -> TensorCache:
-        cache = TensorCache(folder, self.groups)
+    def build(self, folder, encode=None, inputs=None) -> EncodedCache:
+        cache = EncodedCache(folder, self.groups)
         inputs = inputs or [torch.full((2, 2 + int(group)), float(i)) for i, group in enumerate(self.groups)]
         build_cache(Accelerator(cpu=True), cache, inputs, encode or torch.stack, "Testing", num_workers=0)
         return cache
@@ -164,7 +164,7 @@ class TestTensorCache:
 def caches_of(argv: list[str]):
     config = parse_config(argv)
     family = load_family(config)
-    data = load_data(config.data)
+    data = map_rows(config.data)
     fingerprints = inspect_splits(data, None, config.data)
     return load_caches(Accelerator(cpu=True), family, data, config, fingerprints, None), family, data, config
 
@@ -305,7 +305,7 @@ class TestKey:
 
     def test_it_changes_with_the_type(self, cached_run):
         config = parse_config(cached_run)
-        data, names = load_data(config.data), []
+        data, names = map_rows(config.data), []
         for dtype in (torch.float32, torch.bfloat16):
             family = load_family(config)
             family.move_frozen_parts("cpu", dtype)

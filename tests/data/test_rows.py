@@ -9,8 +9,9 @@ from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import inspect_data
-from difftrain_utils.data.rows import load_data, open_image, read_row, split_data
+from difftrain_utils.data.rows import map_rows, read_row, split_rows
 from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.media.image import open_image
 
 
 class TestOpenImage:
@@ -76,7 +77,7 @@ class TestOpenImage:
 
 class TestLoadData:
     def test_an_image_folder(self, image_folder):
-        data = load_data(DataConfig(dataset=str(image_folder)))
+        data = map_rows(DataConfig(dataset=str(image_folder)))
         rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
         assert [row.captions for row in data] == [row["text"] for row in rows]
         assert [row.name.rsplit("/")[-1] for row in data] == [row["file_name"] for row in rows]
@@ -84,14 +85,14 @@ class TestLoadData:
     def test_caption_lists(self, image_folder, tmp_path):
         (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "captions": ["one", "two"]}\n')
-        data = load_data(DataConfig(dataset=str(tmp_path), caption_column="captions"))
+        data = map_rows(DataConfig(dataset=str(tmp_path), caption_column="captions"))
         assert data[0].captions == ["one", "two"]
 
     def test_a_folder_of_parquet_files(self, tmp_path):
         images = [Image.new("RGB", (20, 16), (10 * i,) * 3) for i in range(7)]
         make_data(images, [str(i) for i in range(7)]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(dataset=str(tmp_path))
-        data = load_data(config)
+        data = map_rows(config)
         rows = [read_row(data, i, config) for i in range(len(data))]
         assert [captions for _, captions in rows] == [[str(i)] for i in range(7)]
         assert all(np.array_equal(row, image) for (row, _), image in zip(rows, images, strict=True))
@@ -101,7 +102,7 @@ class TestLoadData:
             (tmp_path / split).mkdir()
             (tmp_path / split / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
             (tmp_path / split / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{split}"}}\n')
-        assert load_data(DataConfig(dataset=str(tmp_path), split="test"))[0].captions == "test"
+        assert map_rows(DataConfig(dataset=str(tmp_path), split="test"))[0].captions == "test"
 
     @pytest.mark.parametrize(
         ("lines", "message"),
@@ -117,7 +118,7 @@ class TestLoadData:
         (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
         (tmp_path / "metadata.jsonl").write_text(lines + "\n")
         with pytest.raises(InputError, match=message):
-            load_data(DataConfig(dataset=str(tmp_path)))
+            map_rows(DataConfig(dataset=str(tmp_path)))
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -130,11 +131,11 @@ class TestLoadData:
     )
     def test_bad_names_are_refused(self, fields, message):
         with pytest.raises(InputError, match=message):
-            load_data(DataConfig(**({"resolution": 8} | fields)))
+            map_rows(DataConfig(**({"resolution": 8} | fields)))
 
     def test_no_metadata(self, tmp_path):
         with pytest.raises(InputError, match=r"has no metadata.jsonl"):
-            load_data(DataConfig(dataset=str(tmp_path)))
+            map_rows(DataConfig(dataset=str(tmp_path)))
 
 
 class TestSplit:
@@ -142,7 +143,7 @@ class TestSplit:
         images = [Image.new("RGB", (4, 4))] * n
         rows = [{"bytes": encode(image), "path": f"/somewhere/{first + i}.png"} for i, image in enumerate(images)]
         data = datasets.Dataset.from_dict({"image": rows, "text": [str(first + i) for i in range(n)]})
-        training, validation = split_data(as_rows(data), DataConfig("memory", validation_split=share))
+        training, validation = split_rows(as_rows(data), DataConfig("memory", validation_split=share))
         return {row.captions for row in training}, {row.captions for row in validation}
 
     def test_a_share_is_held_out_by_name(self):
@@ -153,11 +154,11 @@ class TestSplit:
         assert self.split(500, 0.2, first=500)[1] <= validation <= self.split(1000, 0.3)[1]
 
     def test_another_folder_holds_the_validation_rows(self, image_folder):
-        data = load_data(DataConfig("builtin:shapes", resolution=8))
+        data = map_rows(DataConfig("builtin:shapes", resolution=8))
         config = DataConfig("builtin:shapes", resolution=8, validation_dataset=str(image_folder))
-        training, validation = split_data(data, config)
+        training, validation = split_rows(data, config)
         assert training is data and len(validation) == 10
-        assert split_data(data, DataConfig("builtin:shapes"))[1] is None
+        assert split_rows(data, DataConfig("builtin:shapes"))[1] is None
 
     def test_an_empty_side_is_refused(self):
         with pytest.raises(InputError, match=r"data.validation_split: 0.001 of 3 images leaves 3 to train on and 0 to"):
@@ -186,7 +187,7 @@ class TestFingerprint:
         for path in image_folder.iterdir():
             (moved / path.name).write_bytes(path.read_bytes())
         digests = [
-            inspect_data(load_data(config), config)["sha256"]
+            inspect_data(map_rows(config), config)["sha256"]
             for config in (DataConfig(dataset=str(folder)) for folder in (image_folder, moved))
         ]
         assert digests[0] == digests[1]
@@ -208,10 +209,10 @@ class TestFingerprint:
         config = DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip")
 
         def fingerprint() -> str:
-            return inspect_data(load_data(config), config)["sha256"]
+            return inspect_data(map_rows(config), config)["sha256"]
 
         stop = DataConfig(dataset=str(tmp_path / "data"))
-        digests = [inspect_data(load_data(stop), stop)["sha256"]]
+        digests = [inspect_data(map_rows(stop), stop)["sha256"]]
         assert fingerprint() == digests[0]  # of good data, whatever the policy
         path = tmp_path / "data" / "000003.png"
         for content in (path.read_bytes()[:20], b"text", b""):
@@ -227,7 +228,7 @@ class TestFingerprint:
         path = tmp_path / "data" / "metadata.jsonl"
         path.write_bytes(path.read_bytes() + b"{\n")
         with pytest.raises(InputError, match=r"metadata.jsonl line 11: not JSON"):
-            load_data(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))
+            map_rows(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))
         path.write_bytes(b"\xff\n")
         with pytest.raises(InputError, match=r"metadata.jsonl line 1: not UTF-8"):
-            load_data(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))
+            map_rows(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))

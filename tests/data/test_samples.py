@@ -6,8 +6,9 @@ from helpers import as_rows, make_data
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.samples import Samples, collate, to_pixel_values
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import RowError
+from difftrain_utils.media.image import to_pixel_values
 
 
 def make_samples(data: datasets.Dataset, seed: int = 0, **fields) -> Samples:

@@ -15,9 +15,10 @@ from PIL import Image, PngImagePlugin
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import fingerprint
 from difftrain_utils.data.fingerprint import cache_key, inspect_data
-from difftrain_utils.data.rows import load_data, open_image, read_row, split_data
+from difftrain_utils.data.rows import map_rows, read_row, split_rows
 from difftrain_utils.data.sizes import image_sizes
 from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.media.image import open_image
 
 
 def grey(level: int, size=(20, 16)) -> Image.Image:
@@ -50,7 +51,7 @@ def two(tmp_path) -> DataConfig:
 
 class TestRows:
     def test_they_are_those_of_all_sources_in_order(self, two):
-        rows = load_data(two)
+        rows = map_rows(two)
         assert (len(rows), rows.lengths, rows.weights) == (7, [4, 3], [1, 3])
         assert [row.captions for row in rows] == ["p0", "p1", "p2", "p3", ["t0", "x"], ["t1", "x"], ["t2", "x"]]
         levels = [np.asarray(read_row(rows, i, two)[0])[0, 0, 0] for i in range(7)]
@@ -65,8 +66,8 @@ class TestRows:
             make_data([grey(0, (2, 2))] * n, [f"{name}{i}" for i in range(n)]).to_parquet(tmp_path / name / "x.parquet")
         sources = [SourceConfig(str(tmp_path / name)) for name in "ab"]
         both, config = DataConfig(sources=sources), DataConfig(str(tmp_path / "b"), validation_split=0.2)
-        sides = split_data(load_data(both), dataclasses.replace(both, validation_split=0.2))
-        of_b = split_data(load_data(config), config)
+        sides = split_rows(map_rows(both), dataclasses.replace(both, validation_split=0.2))
+        of_b = split_rows(map_rows(config), config)
         for side, alone in zip(sides, of_b, strict=True):
             assert [row.captions for row in side][side.lengths[0] :] == [row.captions for row in alone]
         assert sum(map(len, sides)) == 500 and 20 < len(of_b[1]) < 60
@@ -77,20 +78,20 @@ class TestRows:
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
         datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "parquet/train.parquet")
         with pytest.raises(RowError, match=rf"^{tmp_path}/parquet row 1: not an image"):
-            read_row(load_data(two), 1, two)
+            read_row(map_rows(two), 1, two)
         one = DataConfig(str(tmp_path / "parquet"))
         with pytest.raises(RowError, match=r"^row 1: not an image"):
-            read_row(load_data(one), 1, one)
+            read_row(map_rows(one), 1, one)
 
     def test_errors_name_the_source(self, two):
         two.sources[1].image_column = "jpg"
         with pytest.raises(
             InputError, match=r"data.sources\[1\].image_column: no column 'jpg' in .*; it has png, json"
         ):
-            load_data(two)
+            map_rows(two)
         two.sources[1] = SourceConfig("/no/such/folder")
         with pytest.raises(InputError, match=r"data.sources\[1\].dataset: cannot load '/no/such/folder'"):
-            load_data(two)
+            map_rows(two)
 
 
 class TestCaptionColumns:
@@ -98,7 +99,7 @@ class TestCaptionColumns:
         data = make_data([grey(0)] * 3, ["a", "b", None])
         data.add_column("more", [["c", "d"], None, None]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(str(tmp_path), caption_column=["text", "more"])
-        rows = load_data(config)
+        rows = map_rows(config)
         assert [read_row(rows, i, config)[1] for i in range(2)] == [["a", "c", "d"], ["b"]]
         with pytest.raises(RowError, match=r"2.png: the caption must be a string or a list of strings, got \[\]"):
             read_row(rows, 2, config)
@@ -108,10 +109,10 @@ class TestCaptionColumns:
         for i, line in enumerate(lines):
             grey(i).save(tmp_path / line["file_name"])
         (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        rows = load_data(DataConfig(str(tmp_path), caption_column=["short", "long"]))
+        rows = map_rows(DataConfig(str(tmp_path), caption_column=["short", "long"]))
         assert [row.captions for row in rows] == [["s"], ["l"]]
         with pytest.raises(InputError, match=r"data.caption_column: no 'a' or 'b' in .* line 1; it has short"):
-            load_data(DataConfig(str(tmp_path), caption_column=["a", "b"]))
+            map_rows(DataConfig(str(tmp_path), caption_column=["a", "b"]))
 
 
 class TestFormats:
@@ -120,18 +121,18 @@ class TestFormats:
             samples = [{"jpg": encode(grey(i), "JPEG"), "txt": f"{t} {i}".encode()} for i in range(3)]
             write_tar(tmp_path / f"train-{t:04d}.tar", samples)
         config = DataConfig(str(tmp_path), image_column="jpg", caption_column="txt")
-        rows = load_data(config)
+        rows = map_rows(config)
         assert [read_row(rows, i, config)[1] for i in range(6)] == [[f"{t} {i}"] for t in range(2) for i in range(3)]
         assert read_row(rows, 5, config)[0].size == (20, 16)
         with pytest.raises(InputError, match=r"data.image_column: no column 'image' in .*; it has jpg, txt, __key__"):
-            load_data(DataConfig(str(tmp_path)))
+            map_rows(DataConfig(str(tmp_path)))
 
     def test_what_save_to_disk_wrote(self, tmp_path):
         data = make_data([grey(i) for i in range(3)], ["a", "b", "c"])
         data.save_to_disk(tmp_path / "one")
         datasets.DatasetDict({"test": data.select([2])}).save_to_disk(tmp_path / "several")
-        assert [row.captions for row in load_data(DataConfig(str(tmp_path / "one")))] == ["a", "b", "c"]
-        assert [row.captions for row in load_data(DataConfig(str(tmp_path / "several"), split="test"))] == ["c"]
+        assert [row.captions for row in map_rows(DataConfig(str(tmp_path / "one")))] == ["a", "b", "c"]
+        assert [row.captions for row in map_rows(DataConfig(str(tmp_path / "several"), split="test"))] == ["c"]
 
 
 class TestFingerprintCache:
@@ -142,10 +143,10 @@ class TestFingerprintCache:
 
     def test_a_second_start_reads_nothing(self, two, monkeypatch):
         names = self.count_reads(monkeypatch)
-        first = inspect_data(load_data(two), two)
+        first = inspect_data(map_rows(two), two)
         assert len(names) == 7 and first["num_images"] == 7
-        assert inspect_data(load_data(two), two) == first and len(names) == 7
-        assert inspect_data(load_data(two), dataclasses.replace(two, cache_dir=f"{two.cache_dir}2")) == first
+        assert inspect_data(map_rows(two), two) == first and len(names) == 7
+        assert inspect_data(map_rows(two), dataclasses.replace(two, cache_dir=f"{two.cache_dir}2")) == first
         assert len(names) == 14  # another folder: all is read
 
     @pytest.mark.parametrize("same_size", [True, False])
@@ -155,21 +156,21 @@ class TestFingerprintCache:
         for path in image_folder.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         config = DataConfig(str(folder), cache_dir=str(tmp_path / "cache"))
-        rows = load_data(config)
+        rows = map_rows(config)
         first, before = inspect_data(rows, config), os.stat(folder / "000003.png")
         content = bytearray((folder / "000003.png").read_bytes())
         content[-1 if same_size else len(content) :] = b"x"
         (folder / "000003.png").write_bytes(content)
         os.utime(folder / "000003.png", ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert load_data(config).parts[0].data._fingerprint == rows.parts[0].data._fingerprint  # so it is not enough
-        assert inspect_data(load_data(config), config) != first
+        assert map_rows(config).parts[0].data._fingerprint == rows.parts[0].data._fingerprint  # so it is not enough
+        assert inspect_data(map_rows(config), config) != first
 
     def test_the_key_tells_rows_and_columns_apart(self, two):
-        rows = load_data(two)
+        rows = map_rows(two)
         keys = [cache_key(rows, two), cache_key(rows, dataclasses.replace(two, on_bad_row="skip"))]
-        keys += [cache_key(side, two) for side in split_data(rows, dataclasses.replace(two, validation_split=0.5))]
+        keys += [cache_key(side, two) for side in split_rows(rows, dataclasses.replace(two, validation_split=0.5))]
         two.sources[0].caption_column = ["text"]
-        keys.append(cache_key(load_data(two), two))
+        keys.append(cache_key(map_rows(two), two))
         assert len(set(keys)) == 5 and cache_key(rows, two) not in keys[1:4]
 
     def test_an_error_is_not_cached(self, tmp_path):
@@ -177,12 +178,12 @@ class TestFingerprintCache:
         config = DataConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"))
         for _ in range(2):
             with pytest.raises(RowError, match=r"0.png: the caption must be"):
-                inspect_data(load_data(config), config)
+                inspect_data(map_rows(config), config)
 
     def test_a_cache_that_cannot_be_written_is_warned_of(self, two, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         config = dataclasses.replace(two, cache_dir=str(tmp_path / "file"))
-        assert inspect_data(load_data(config), config) == inspect_data(load_data(two), two)
+        assert inspect_data(map_rows(config), config) == inspect_data(map_rows(two), two)
         assert "warning: data.cache_dir: cannot write" in capsys.readouterr().err
 
 
@@ -212,15 +213,15 @@ class TestImageSizes:
             lines.append(json.dumps({"file_name": f"{i}.img.png", "text": ""}))
         (folder / "metadata.jsonl").write_text("\n".join(lines))
         config = DataConfig(str(folder), cache_dir=str(tmp_path / "cache"))
-        sizes = image_sizes(load_data(config), config)
+        sizes = image_sizes(map_rows(config), config)
         assert sizes.dtype == np.int32 and sizes.tolist() == [list(size) for size in expected]
         monkeypatch.setattr(Image, "open", None)  # from the cache
-        assert image_sizes(load_data(config), config).tolist() == sizes.tolist()
+        assert image_sizes(map_rows(config), config).tolist() == sizes.tolist()
 
     def test_no_pixel_is_decoded(self, two, monkeypatch):
         monkeypatch.setattr(Image.Image, "load", None)
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
-        assert image_sizes(load_data(two), two).tolist() == [[16, 20]] * 7
+        assert image_sizes(map_rows(two), two).tolist() == [[16, 20]] * 7
 
     def test_what_cannot_be_read(self, image_folder, tmp_path):
         for path in image_folder.iterdir():
@@ -228,7 +229,7 @@ class TestImageSizes:
         (tmp_path / "000002.png").write_bytes(b"text")
         (tmp_path / "000005.png").unlink()
         config = DataConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"), on_bad_row="skip")
-        rows = load_data(config)
+        rows = map_rows(config)
         assert image_sizes(rows, config).tolist() == [[0, 0] if i in (2, 5) else [36, 36] for i in range(10)]
         with pytest.raises(RowError, match=r"000002.png: not an image that Pillow knows"):
             image_sizes(rows, dataclasses.replace(config, on_bad_row="stop"))

@@ -16,9 +16,9 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.fingerprint import inspect_splits
-from difftrain_utils.data.rows import split_data
+from difftrain_utils.data.rows import split_rows
 from difftrain_utils.data.samples import Samples, collate
-from difftrain_utils.data.streaming import StreamedRows, files_digest, load_stream
+from difftrain_utils.data.streaming import StreamedRows, files_digest, open_stream
 from difftrain_utils.errors import InputError, RowError, RunError
 
 SIZES = (5, 3, 4, 1)  # rows of the files: an epoch of 13
@@ -91,7 +91,7 @@ def make_config(folder: Path, **fields) -> DataConfig:
 
 
 def stream(folder: Path, seed: int = 0, **fields) -> StreamedRows:
-    return load_stream(make_config(folder, **fields), seed)
+    return open_stream(make_config(folder, **fields), seed)
 
 
 def captions(rows: StreamedRows, keys) -> list[str]:
@@ -212,7 +212,7 @@ def loaded(samples: Samples, keys: range, **arguments) -> list[dict]:
 class TestSamples:
     def samples(self, folder: Path, **fields) -> Samples:
         config = make_config(folder, random_flip=True, **fields)
-        return Samples(load_stream(config, 0), config, 0, 1000)
+        return Samples(open_stream(config, 0), config, 0, 1000)
 
     @pytest.mark.parametrize("kind", WRITERS)
     def test_they_are_the_same_with_any_number_of_workers(self, folders, kind):
@@ -266,7 +266,7 @@ class TestBadRows:
 
     def test_skip_takes_the_next_readable_row_of_the_window(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip")
-        samples, rows = Samples(load_stream(config, 0), config, 0, 1000), stream(spoilt, on_bad_row="skip")
+        samples, rows = Samples(open_stream(config, 0), config, 0, 1000), stream(spoilt, on_bad_row="skip")
         num_skipped = 0
         for first in range(0, 130, 5):
             window = captions(rows, range(first, first + 5))
@@ -279,7 +279,7 @@ class TestBadRows:
 
     def test_a_window_without_a_readable_row_stops(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip", shuffle_buffer=1)
-        samples = Samples(load_stream(config, 0), config, 0, 100)
+        samples = Samples(open_stream(config, 0), config, 0, 100)
         k = next(k for k in range(13) if samples.data[k].captions == "6")
         with pytest.raises(
             RowError, match=r"^6.png: not an image .*; nor can any of the 1 rows that are shuffled with"
@@ -313,8 +313,8 @@ class TestBadRows:
 class TestFingerprint:
     def test_it_is_of_the_files(self, folders, tmp_path):
         config = make_config(folders["parquet"])
-        rows = load_stream(config, 0)
-        fingerprint = inspect_splits(*split_data(rows, config), config)
+        rows = open_stream(config, 0)
+        fingerprint = inspect_splits(*split_rows(rows, config), config)
         assert fingerprint == {
             "train": {"dataset": config.dataset, "streaming": True, "num_files": 4, "sha256": rows.sha256}
         }
@@ -388,7 +388,7 @@ class TestRefusals:
             ),
         ):
             with pytest.raises(InputError, match=message):
-                load_stream(config, 0)
+                open_stream(config, 0)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])

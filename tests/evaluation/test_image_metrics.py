@@ -23,16 +23,16 @@ from transformers import (
 
 from difftrain_utils.builtins.tiny_stable_diffusion.make import make_tokenizer
 from difftrain_utils.commands.compare import load_runs, summary_table
-from difftrain_utils.data.rows import load_data, read_row, split_data
+from difftrain_utils.data.rows import map_rows, read_row, split_rows
 from difftrain_utils.data.samples import to_square
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.grids import generate
 from difftrain_utils.evaluation.image_metrics import (
     frechet_distance,
     image_metrics,
     kernel_distance,
     load_metric_networks,
 )
-from difftrain_utils.evaluation.validation import generate
 from difftrain_utils.families.load import load_family
 from difftrain_utils.run.launch import check_launch
 
@@ -145,7 +145,7 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
     family = load_family(config)
     family.denoiser.eval()
     pipeline = family.pipeline(family.denoiser)
-    _, data = split_data(load_data(config.data), config.data)
+    _, data = split_rows(map_rows(config.data), config.data)
     state = torch.get_rng_state()
     networks = load_metric_networks(config, data, torch.device("cpu"))
     got = image_metrics(Accelerator(), networks, pipeline, data, config)
@@ -192,7 +192,7 @@ def test_a_run_logs_them_resumes_exactly_and_is_otherwise_the_same(measured_run,
     logged = {entry["step"]: entry for entry in metrics_without_times(run) if "fid" in entry}
     assert list(logged) == [3, 6] and logged[3]["fid"] != logged[6]["fid"] and logged[6]["clip_score"] >= 0
     config = parse_config(measured_run)
-    _, data = split_data(load_data(config.data), config.data)
+    _, data = split_rows(map_rows(config.data), config.data)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")  # the EMA weights after the last step
     pipeline.set_progress_bar_config(disable=True)
     networks = load_metric_networks(config, data, torch.device("cpu"))

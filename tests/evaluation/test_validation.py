@@ -10,18 +10,13 @@ from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig
-from difftrain_utils.data.rows import load_data
-from difftrain_utils.evaluation.validation import (
-    evaluation_weights,
-    generate,
-    labelled_grid,
-    validation_loss,
-    validation_timesteps,
-)
+from difftrain_utils.data.rows import map_rows
+from difftrain_utils.evaluation.grids import generate, labelled_grid
+from difftrain_utils.evaluation.validation import validation_loss, validation_timesteps
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import weights_digest
 from difftrain_utils.objective.schedule import alphas_and_sigmas, append_dims, get_target
-from difftrain_utils.optimization.ema import EMA
+from difftrain_utils.optimization.ema import EMA, evaluation_weights
 
 
 def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
@@ -80,7 +75,7 @@ class TestValidationLoss:
         return validation_loss(Accelerator(), family, family.denoiser, data, config, name)
 
     def test_it_is_a_function_of_the_weights_and_the_evaluation_seed(self, checkpoint_folder, image_folder):
-        data = load_data(DataConfig(str(image_folder)))
+        data = map_rows(DataConfig(str(image_folder)))
         torch.manual_seed(1)
         state = torch.get_rng_state()
         first = self.loss(checkpoint_folder, data)
@@ -94,7 +89,7 @@ class TestValidationLoss:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
     def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type):
         """A model that always says x̂_0 = 0: v̂ - v = x_0 / sin φ, at the same noise levels for every type."""
-        data = load_data(DataConfig(str(image_folder)))
+        data = map_rows(DataConfig(str(image_folder)))
 
         def blank(family, noisy, timesteps):
             zeros = torch.zeros_like(noisy)

@@ -10,10 +10,10 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.data.samples import to_pixel_values
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import BUILTINS, load_family
 from difftrain_utils.files import weights_digest
+from difftrain_utils.media.image import to_pixel_values
 
 BUILTIN = "builtin:tiny-stable-diffusion"
 

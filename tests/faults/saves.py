@@ -20,7 +20,8 @@ from difftrain_utils.errors import RunError
 from difftrain_utils.files import find_damage
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.power_ema import PowerEMA
-from difftrain_utils.run.checkpoints import list_checkpoints, save_checkpoint
+from difftrain_utils.run.checkpoints import save_checkpoint
+from difftrain_utils.run.run_folder import list_checkpoints
 
 folder, error, every = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, 1)[3])
 faults = ctypes.CDLL(None)

@@ -27,7 +27,8 @@ from helpers import (
 
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import PARTIAL
-from difftrain_utils.run.checkpoints import find_checkpoint, list_checkpoints
+from difftrain_utils.run.checkpoints import find_checkpoint
+from difftrain_utils.run.run_folder import list_checkpoints
 
 HERE = Path(__file__).parent
 ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_dream_and_update_latents
 
-from difftrain_utils.objective.dream import rectify_noise
+from difftrain_utils.objective.dream import dream_noise
 from difftrain_utils.objective.schedule import (
     PREDICTION_TYPES,
     add_noise,
@@ -41,7 +41,7 @@ def test_equals_diffusers_for_epsilon(p):
         unet, noise_scheduler, timesteps, noise, noisy.clone(), noise.clone(), states, p
     )
     predict = lambda noisy_latents, t: unet(noisy_latents, t, states).sample  # noqa: E731
-    rectified = rectify_noise(predict, noise_scheduler, latents, noise, timesteps, p)
+    rectified = dream_noise(predict, noise_scheduler, latents, noise, timesteps, p)
     assert not rectified.requires_grad
     torch.testing.assert_close(add_noise(noise_scheduler, latents, rectified, timesteps), expected[0])
     torch.testing.assert_close(get_target(noise_scheduler, latents, rectified, timesteps), expected[1])
@@ -54,7 +54,7 @@ def test_the_new_targets_are_those_of_the_derivation(prediction_type, shape):
     latents, noise, model_pred, timesteps = random_input(shape, prediction_type)
     a, s = (append_dims(x, latents) for x in alphas_and_sigmas(noise_scheduler, timesteps))
     noisy = add_noise(noise_scheduler, latents, noise, timesteps)
-    rectified = rectify_noise(lambda *_: model_pred, noise_scheduler, latents, noise, timesteps, 2.0)
+    rectified = dream_noise(lambda *_: model_pred, noise_scheduler, latents, noise, timesteps, 2.0)
     predicted_noise = get_predicted_noise(noise_scheduler, noisy, model_pred, timesteps)
     delta = (s / (a**2 + s**2).sqrt()) ** 2 * (noise - predicted_noise)
     torch.testing.assert_close(add_noise(noise_scheduler, latents, rectified, timesteps), noisy + s * delta)
@@ -70,5 +70,5 @@ def test_a_perfect_prediction_is_left_alone(prediction_type):
     noise_scheduler = scheduler(prediction_type)
     latents, noise, _, timesteps = random_input((4, 3, 8, 8), prediction_type)
     target = get_target(noise_scheduler, latents, noise, timesteps)
-    rectified = rectify_noise(lambda *_: target, noise_scheduler, latents, noise, timesteps, 1.0)
+    rectified = dream_noise(lambda *_: target, noise_scheduler, latents, noise, timesteps, 1.0)
     torch.testing.assert_close(rectified, noise, rtol=1e-4, atol=1e-4)

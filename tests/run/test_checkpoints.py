@@ -18,10 +18,9 @@ from difftrain_utils.run.checkpoints import (
     STATE_FILE,
     delete_run,
     find_checkpoint,
-    list_checkpoints,
-    set_newer_aside,
+    set_damaged_aside,
 )
-from difftrain_utils.run.manifest import CONFIG_FILE
+from difftrain_utils.run.run_folder import CONFIG_FILE, list_checkpoints
 
 
 def config(output_dir: Path, resume_from: str | None, **train) -> TextToImageConfig:
@@ -127,7 +126,7 @@ def test_a_checkpoint_says_by_itself_what_it_is_from(short_run):
 
 def test_damaged_checkpoints_are_set_aside(tmp_path):
     make_checkpoints(tmp_path, "checkpoint-5", "checkpoint-10", "checkpoint-10.damaged")
-    set_newer_aside(tmp_path, 5)
+    set_damaged_aside(tmp_path, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10.damaged", "checkpoint-5"]
 
 

@@ -23,10 +23,10 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import RunError
 from difftrain_utils.files import weights_digest
 from difftrain_utils.objective import noise
-from difftrain_utils.run.checkpoints import list_checkpoints
 from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
-from difftrain_utils.run.manifest import loss_trace_digest, read_manifest
-from difftrain_utils.run.tracking import read_metrics
+from difftrain_utils.run.manifest import loss_trace_digest
+from difftrain_utils.run.metrics import read_metrics
+from difftrain_utils.run.run_folder import list_checkpoints, read_manifest
 
 
 def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():

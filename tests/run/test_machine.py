@@ -24,9 +24,10 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import seed_device
 from difftrain_utils.errors import InputError, one_line_errors
+from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.load import load_family
 from difftrain_utils.run.checkpoints import FREE_FIELDS
-from difftrain_utils.run.machine import check_compile, set_tf32, speed_up
+from difftrain_utils.run.machine import check_compile, set_tf32
 
 EVALUATION = {
     "evaluation.prompts": ["a red circle", "a blue square", "a green square"],
@@ -107,7 +108,7 @@ def test_channels_last_lays_out_denoiser_and_vae(checkpoint_folder):
     )
     assert family.vae.use_slicing
     assert all(isinstance(p, AttnProcessor2_0) for p in family.denoiser.attn_processors.values())  # torch's fused one
-    speed_up(train, family.denoiser)
+    configure_denoiser(train, family.denoiser)
     for weight in (family.denoiser.conv_in.weight, family.vae.encoder.conv_in.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     hidden = family.denoiser.conv_in(torch.zeros(2, 4, 8, 8))  # what a convolution puts out follows its weights
@@ -159,7 +160,7 @@ def test_a_model_without_repeated_blocks_is_refused():
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
     )
     with pytest.raises(InputError, match=r"train.compile: regional is not for this model: .*_repeated_blocks"):
-        speed_up(TrainConfig(compile="regional"), model)
+        configure_denoiser(TrainConfig(compile="regional"), model)
 
 
 def test_seeding_one_device_is_seeding():

@@ -12,10 +12,10 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import device_name
 from difftrain_utils.files import weights_digest
+from difftrain_utils.run.machine import set_deterministic
 from difftrain_utils.run.manifest import (
     describe_environment,
     describe_git,
-    set_deterministic,
     take_snapshot,
     write_snapshot,
 )

@@ -14,7 +14,8 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.load import load_family
-from difftrain_utils.run.meter import StepTimer, peak_tflops, training_flops
+from difftrain_utils.run.flops import peak_tflops, training_flops
+from difftrain_utils.run.meter import StepTimer
 from difftrain_utils.run.metrics import TIMES
 
 

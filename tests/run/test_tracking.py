@@ -12,7 +12,8 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.tracking import Metrics, Totals, check_trackers
+from difftrain_utils.run.state import Totals
+from difftrain_utils.run.tracking import Metrics, check_trackers
 
 
 def start(output_dir, global_step: int) -> Metrics:

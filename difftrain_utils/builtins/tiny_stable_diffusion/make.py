@@ -17,8 +17,8 @@ from diffusers.optimization import get_scheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftrain_utils.builtins.shapes import COLORS, SHAPES, draw_shape
-from difftrain_utils.data.samples import to_pixel_values
 from difftrain_utils.keyed_random import keyed_randint
+from difftrain_utils.media.image import to_pixel_values
 
 IMAGE_SIZE, MAX_TOKENS = 32, 16
 

@@ -1,0 +1,5 @@
+"""`python -m difftrain_utils` is `difftrain`."""
+
+from difftrain_utils.commands.main import main
+
+main()

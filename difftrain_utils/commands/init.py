@@ -1,0 +1,30 @@
+"""Copy the training scripts, their configs and the launcher's into a folder, to use and to change.
+
+difftrain init my-project && cd my-project
+accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
+"""
+
+import argparse
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from difftrain_utils.errors import InputError
+from difftrain_utils.files import new_folder
+
+FOLDERS = ("configs", "accelerate_configs")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="difftrain init", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that is not there yet, or empty")
+    folder = parser.parse_args(argv).folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there, and not an empty folder")
+    with resources.as_file(resources.files("difftrain_utils.starter")) as starter, new_folder(folder.resolve()) as new:
+        scripts = sorted(starter.glob("train_*.py"))
+        for script in scripts:
+            shutil.copy(script, new)
+        for name in FOLDERS:
+            shutil.copytree(starter / name, new / name)
+    print(f"{folder} holds {', '.join(script.name for script in scripts)}, {' and '.join(FOLDERS)}")

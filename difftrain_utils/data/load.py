@@ -1,0 +1,42 @@
+"""All that is trained on: the rows, the sizes they are trained at, and which of them each sample has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.data.buckets import Buckets, load_buckets
+from difftrain_utils.data.rows import (
+    MappedRows,
+    map_rows,
+    split_rows,
+)
+from difftrain_utils.data.streaming import open_stream
+
+
+@dataclass
+class Data:
+    """`rows` to train on and those that are held out, the buckets where there are any, and the row of each sample."""
+
+    rows: MappedRows
+    order: Sequence[int]
+    validation_rows: MappedRows | None = None
+    buckets: Buckets | None = None
+
+
+def load_data(accelerator: Accelerator, family, config: Config) -> Data:
+    """The data that the section `data` names. No image is decoded yet.
+
+    Raises:
+        InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
+            the model cannot take images of this size, or no bucket has a batch of images.
+    """
+    resolution, seed = config.data.resolution, config.train.seed
+    family.check_size(resolution, resolution, "data.resolution")
+    with accelerator.main_process_first():
+        rows = open_stream(config.data, seed) if config.data.streaming else map_rows(config.data)
+        rows, validation_rows = split_rows(rows, config.data)
+    buckets = load_buckets(accelerator, family, rows, config) if config.data.buckets else None
+    order = rows.order(seed, config.train.batch_size, buckets)
+    return Data(rows, order, validation_rows, buckets)

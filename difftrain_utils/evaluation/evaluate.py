@@ -1,0 +1,68 @@
+"""How a run does: a validation loss, pictures of the evaluation prompts and what can be said of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from difftrain_utils.builtins.shapes import count_right
+from difftrain_utils.config.config import Config
+from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.evaluation.grids import generate, save_grid
+from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
+from difftrain_utils.evaluation.validation import validation_loss
+from difftrain_utils.optimization.ema import EMA, evaluation_weights
+from difftrain_utils.run.run_folder import SAMPLES
+from difftrain_utils.run.tracking import log_images
+
+
+class Evaluation:
+    """What is evaluated every `train.eval_every` steps. Its networks are loaded when it is made.
+
+    Raises:
+        InputError: a network cannot be loaded, or there are too few held-out images for it.
+    """
+
+    def __init__(self, accelerator: Accelerator, family, validation_rows: MappedRows | None, config: Config):
+        self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
+        with accelerator.main_process_first():
+            self.networks = load_metric_networks(config, validation_rows, accelerator.device)
+
+    def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
+        """The line of metrics. All processes call it and share the work out; the grid of images is written by one.
+
+        The validation loss is taken of the raw and of the EMA weights, all else of the EMA weights if there are any.
+        """
+        evaluation, logs, denoiser = self.config.evaluation, {}, self.accelerator.unwrap_model(denoiser)
+        if self.rows is not None:
+            loss_of = (self.accelerator, self.family, denoiser, self.rows, self.config)
+            with evaluation_weights(denoiser, None):
+                logs |= validation_loss(*loss_of, "validation_loss")
+            if ema is not None:
+                with evaluation_weights(denoiser, ema):
+                    logs |= validation_loss(*loss_of, "validation_loss_ema")
+        if evaluation.prompts:
+            with evaluation_weights(denoiser, ema), self.accelerator.autocast():
+                images = self.generate_grid(denoiser)
+            if self.accelerator.is_main_process:
+                folder = Path(self.config.train.output_dir) / SAMPLES
+                save_grid(images, evaluation.prompts, folder / f"step-{step:06d}.png")
+                log_images(self.accelerator, step, "samples", images)
+            if evaluation.shapes_judge:
+                logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
+        if self.networks:
+            with evaluation_weights(denoiser, ema), self.accelerator.autocast():
+                logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
+        self.family.free_cached()
+        return logs
+
+    def generate_grid(self, denoiser: torch.nn.Module) -> list:
+        """The images of all evaluation prompts, of which each process makes its share."""
+        evaluation, resolution = self.config.evaluation, self.config.data.resolution
+        mine = range(self.accelerator.process_index, len(evaluation.prompts), self.accelerator.num_processes)
+        prompts = [evaluation.prompts[i] for i in mine]
+        made = generate(self.family, denoiser, evaluation, resolution, prompts, mine)
+        images = dict(gather_object(list(zip(mine, made, strict=True))))
+        return [images[i] for i in range(len(evaluation.prompts))]

@@ -1,0 +1,68 @@
+"""Pictures of the evaluation prompts: generated with the same noise every time, and laid out in a labelled grid."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.files import new_file
+from difftrain_utils.keyed_random import generator_for
+
+
+@torch.no_grad()
+def generate(
+    family,
+    denoiser: torch.nn.Module,
+    config: EvaluationConfig,
+    resolution: int,
+    prompts: Sequence[str],
+    keys: Sequence[int],
+) -> list[Image.Image]:
+    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone."""
+    images = []
+    for start in range(0, len(prompts), config.batch_size):
+        some = slice(start, start + config.batch_size)
+        images += family.generate(
+            denoiser,
+            prompts[some],
+            height=resolution,
+            width=resolution,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generators=[generator_for(config.seed, "evaluation", k) for k in keys[some]],
+        )
+    return images
+
+
+def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
+    """All images with their labels underneath, about square; small ones are shown at 128 pixels or more."""
+    scale = max(1, -(-128 // images[0].width))
+    width, height = images[0].width * scale, images[0].height * scale
+    columns = min(len(images), math.ceil(math.sqrt(1.6 * len(images))))  # wider than high
+    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(size=max(12, width // 24))
+    margin, line = 6, int(font.size * 1.6)
+    grid = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + line + margin) + margin), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left, top = margin + i % columns * (width + margin), margin + i // columns * (height + line + margin)
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height + 2), _shorten(label, font, width), fill="black", font=font)
+    return grid
+
+
+def save_grid(images: list[Image.Image], labels: list[str], path: Path) -> None:
+    """Write the grid as a PNG file. Raises RunError if it cannot be written."""
+    with new_file(path) as partial:
+        labelled_grid(images, labels).save(partial, "PNG")
+
+
+def _shorten(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(label) <= width:
+        return label
+    while label and font.getlength(label + "…") > width:
+        label = label[:-1]
+    return label + "…"

@@ -1,0 +1,63 @@
+"""How the denoiser computes, whatever its family: what makes a step faster or smaller and leaves its formulas as they
+are (see docs/performance.md), and a look at what it computes on the way."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.errors import InputError, one_line
+
+RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
+
+
+def configure_denoiser(config: TrainConfig, denoiser: torch.nn.Module) -> None:
+    """Lay out and compile the denoiser as `train.gradient_checkpointing`, `train.plain_attention`,
+    `train.channels_last` and `train.compile` say, in place: names of parameters stay, and what is saved is contiguous
+    as ever.
+
+    Raises:
+        InputError: torch.compile does not work here, or the denoiser has no repeated blocks to compile.
+    """
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.plain_attention:
+        denoiser.set_attn_processor(AttnProcessor())
+    if config.channels_last:
+        # of convolutions' weights; what they put out follows
+        torch.nn.Module.to(denoiser, memory_format=torch.channels_last)
+    if config.compile is None:
+        return
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled without a word
+    # A graph for each shape, whatever came before it: a resumed run may begin with another shape.
+    options = {"dynamic": False}
+    if config.compile == "whole":
+        denoiser.compile(**options)
+    else:
+        try:
+            denoiser.compile_repeated_blocks(fullgraph=True, **options)
+        except ValueError as error:
+            raise InputError(f"train.compile: regional is not for this model: {one_line(error)}") from error
+
+
+def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A dict that has, after each forward pass, what the modules of these names in the denoiser put out, with their
+    gradients. Ask for it before the denoiser is compiled or wrapped.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    states: dict[str, torch.Tensor] = {}
+    modules = dict(denoiser.named_modules())
+    for name in names:
+        if name not in modules:
+            there = ", ".join(list(modules)[1:6])
+            raise InputError(f"hidden states: the denoiser has no module {name!r}; it has {there}, …")
+
+        def keep(module, inputs, output, name=name):
+            states[name] = output[0] if isinstance(output, tuple) else output
+
+        modules[name].register_forward_hook(keep)
+    return states

@@ -1,0 +1,106 @@
+"""What a model family is: the contract that scripts, data and evaluation rely on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from difftrain_utils.objective.schedule import Schedule
+
+Conditioning = dict[str, torch.Tensor]  # batch first
+
+
+class Family(Protocol):
+    """What scripts, data and evaluation ask of a model family.
+
+    It holds the checkpoint's frozen parts. The denoiser, which is trained, is an argument: there may be several, or
+    wrapped ones. Latents have any rank, (batch, channels, …), in their natural form: packing them, ids, scale and
+    direction of time and the sign of the output are the family's affair, in `predict` and nowhere else.
+
+    Conditioning is a dict of tensors, batch first. What is padded is padded to a length that does not depend on the
+    other captions; if the model is told what counts, `NAME_mask`, (batch, tokens), tells it of `NAME`."""
+
+    image_part: str | None
+    """The name of the part that encodes images; None in pixel space."""
+    text_parts: tuple[str, ...]
+    """The names of the parts that encode captions: text encoders and tokenizers."""
+    schedule: Schedule
+    """The noise schedule to train with."""
+    size_multiple: int
+    """What an image's sides must be multiples of."""
+    weight_dtype: torch.dtype
+    """Of the frozen parts."""
+
+    def load_denoiser(self) -> torch.nn.Module:
+        """The denoiser in float32 on the CPU, from the checkpoint's weights or from random ones."""
+
+    def check_denoiser(self, denoiser: torch.nn.Module) -> None:
+        """Raise RunError unless a pipeline of this family can have this denoiser."""
+
+    def check_size(self, height: int, width: int, name: str) -> None:
+        """Raise InputError, about the field `name`, unless the model can take images of this size."""
+
+    def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
+        """SHA-256 of the weights of all parts (`weights_digest`), by their names."""
+
+    def describe_parts(self, *parts: str) -> dict[str, str]:
+        """All that decides what frozen parts put out, by name: digests of their weights, configs and vocabularies."""
+
+    def move_frozen_parts(self, accelerator: Accelerator) -> None:
+        """Bring the frozen parts onto the device, in its precision."""
+
+    def free_cached(self) -> None:
+        """Drop the frozen parts whose work is cached from memory; they are loaded again when they are used again."""
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of what images are in latents, (batch, 2, *latent); 0 where there is no
+        posterior."""
+
+    def sample_latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Normalised latents drawn from the moments by `noise`, of its shape; float32."""
+
+    def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
+        """The conditioning of captions; of None the pipeline's own for "nothing", which is not always that of ""."""
+
+    def null_conditioning(self) -> Conditioning:
+        """The conditioning of one sample without a caption."""
+
+    def encode(self, batch: dict[str, Any], seed: int, purpose: str = "vae_noise") -> tuple[torch.Tensor, Conditioning]:
+        """The latents and the conditioning of a batch of samples, from the caches where the batch is from them;
+        `purpose` is that of the keyed noise that latents are drawn with."""
+
+    def predict(
+        self,
+        denoiser: torch.nn.Module,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+    ) -> torch.Tensor:
+        """The denoiser's output, float32, of the latents' shape, as the schedule's prediction type: ε, v, x_0 or
+        u = ε - x_0."""
+
+    def shift(self, *size: int) -> float:
+        """How much the timesteps of latents of this size (height, width, say) are shifted towards noise."""
+
+    def generate(
+        self,
+        denoiser: torch.nn.Module,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generators: Sequence[torch.Generator],
+    ) -> list[Image.Image]:
+        """An image for each prompt, by the family's own pipeline."""
+
+    def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
+        """A pipeline of the parts in memory around `denoiser`."""
+
+    def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
+        """Write a pipeline around `denoiser`, with the checkpoint's own frozen parts. Raises RunError if it would not
+        be one (`check_denoiser`)."""

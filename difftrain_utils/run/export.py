@@ -1,0 +1,29 @@
+"""What a run is for."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from difftrain_utils.files import new_folder, weights_digest
+from difftrain_utils.optimization.ema import EMA, evaluation_weights
+from difftrain_utils.run.run_folder import PIPELINE
+
+
+def export_pipeline(
+    accelerator: Accelerator, family, denoiser: torch.nn.Module, ema: EMA | None, output_dir: str
+) -> dict[str, str]:
+    """Write `output_dir/pipeline`, with the EMA weights if there are any, and return the digests of the denoiser's
+    "raw" weights and of those in the "pipeline". All processes call it; one writes.
+
+    Raises:
+        RunError: it cannot be written, or would be none of this family's.
+    """
+    denoiser = accelerator.unwrap_model(denoiser)
+    weights = {"raw": weights_digest(denoiser)}
+    with evaluation_weights(denoiser, ema):
+        weights["pipeline"] = weights_digest(denoiser)
+        if accelerator.is_main_process:
+            with new_folder(Path(output_dir) / PIPELINE) as folder:
+                family.save_pipeline(folder, denoiser)
+    return weights

@@ -1,0 +1,203 @@
+"""All that changes while a run trains, and what of it a checkpoint holds."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.data.samples import Samples
+from difftrain_utils.errors import RunError
+from difftrain_utils.optimization.averages import Averages
+from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
+from difftrain_utils.run.manifest import Record
+from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name
+
+MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
+
+
+class Totals:
+    """What adds up between two lines of metrics, kept on the device so that it need not be asked at each step."""
+
+    def __init__(self, accelerator: Accelerator, num_parts: int):
+        self.accelerator, self.num_parts = accelerator, num_parts
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.losses: dict[str, torch.Tensor] = {}  # sums over the steps
+        self.steps, self.skipped_rows = 0, 0  # the latter of the process; loaded ones are the main process's
+        self.clear_step()
+
+    def clear_step(self) -> None:
+        """Forget the parts of a step that does not end."""
+        self.step_losses: dict[str, torch.Tensor] = {}
+        self.step_skipped_rows = 0
+
+    def add(self, losses: dict[str, torch.Tensor], skipped: list[bool]) -> None:
+        """A part of a step: its samples' losses, (batch,) each, and for which of them other rows stand in."""
+        means = {"loss": sum(losses.values()).detach().mean()}
+        if len(losses) > 1:
+            means |= {f"loss_{name}": values.detach().mean() for name, values in losses.items()}
+        for name, mean in means.items():
+            self.step_losses[name] = self.step_losses.get(name, 0) + mean / self.num_parts
+        self.step_skipped_rows += sum(skipped)
+
+    def end_step(self, is_finite: bool) -> None:
+        """A step whose gradient is not finite does not count for the losses."""
+        if is_finite:
+            self.losses = {name: self.losses.get(name, 0) + loss for name, loss in self.step_losses.items()}
+            self.steps += 1
+        self.skipped_rows += self.step_skipped_rows
+        self.clear_step()
+
+    def state(self) -> dict[str, Any]:
+        """The totals of all processes, which all of them ask for. Of the losses, one sum for each process, for rounding
+        depends on how a sum is put together."""
+        accelerator = self.accelerator
+        rows = torch.tensor(float(self.skipped_rows), device=accelerator.device)
+        losses = {name: accelerator.gather(loss.view(1)).tolist() for name, loss in self.losses.items()}
+        rows = round(accelerator.reduce(rows, "sum").item())
+        return {"losses": losses, "steps": self.steps, "skipped_rows": rows}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, on any number of processes."""
+        accelerator = self.accelerator
+        for name, sums in state["losses"].items():
+            same = len(sums) == accelerator.num_processes
+            loss = sums[accelerator.process_index] if same else fmean(sums)
+            self.losses[name] = torch.full((), loss, device=accelerator.device)
+        self.steps = state["steps"]
+        self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0
+
+    def take(self) -> dict[str, Any]:
+        """The mean losses of the steps, if any counted, and the sum of `skipped_rows`; and begin anew."""
+        state = self.state()
+        self.clear()
+        losses = {name: fmean(sums) / state["steps"] for name, sums in state["losses"].items()}
+        return losses | {"skipped_rows": state["skipped_rows"]}
+
+
+class TrainState:
+    """Step, models, optimizer, learning rate, averages, totals and the place in a stream of data: brought onto the
+    device when it is made, and saved and loaded as one checkpoint.
+
+    Each of the `models` has its name as a group of parameters in the optimizer, and as a file in a checkpoint; so has
+    each of the `averages`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        models: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        record: Record,
+        config: TrainConfig,
+    ):
+        self.accelerator, self.record, self.config = accelerator, record, config
+        prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
+        *prepared, self.optimizer, self.lr_scheduler = prepared
+        self.models = dict(zip(models, prepared, strict=True))
+        self.averages: Averages = {}
+        self.step, self.skipped_steps = 0, 0
+        self.totals = Totals(accelerator, config.gradient_accumulation_steps)
+        self.place: dict[str, Any] | None = None  # where a stream goes on after this step
+        self._next_place, self._is_finite = None, True  # of the step that is being made
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    # ── A step ───────────────────────────────────────────────────────────────────────────────────────────────
+    def add(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
+        """A part of a step is done: its losses, (batch,) each."""
+        self.totals.add(losses, batch["skipped"])
+        self._next_place = batch["place"]
+
+    def accepts(self, grad_norm: torch.Tensor, samples: Samples) -> bool:
+        """Whether the optimizer shall make its step: not if the gradient is not finite, which counts as a skipped step.
+        With fp16 that is usual, and the loss scaler leaves the step out by itself.
+
+        Raises:
+            RunError: it is not finite, and that ends the run (`train.on_nonfinite`, `train.max_skipped_steps`, or no
+            loss
+                scale helps); the state before the step is saved.
+        """
+        self._is_finite, scaler = grad_norm.isfinite().item(), self.accelerator.scaler
+        if self._is_finite:
+            return True
+        if scaler is not None:
+            if scaler.get_scale() < MIN_LOSS_SCALE:
+                raise RunError(f"at step {self.step + 1} no loss scale makes fp16's gradient finite; use bf16")
+        elif self.config.on_nonfinite == "stop" or self.skipped_steps >= self.config.max_skipped_steps:
+            self.save(required=True)
+            raise RunError(self._describe_nonfinite(grad_norm.item(), samples))
+        self.skipped_steps += 1
+        return scaler is not None
+
+    def _describe_nonfinite(self, grad_norm: float, samples: Samples) -> str:
+        size = self.config.batch_size
+        first, last = self.step * size, (self.step + 1) * size - 1
+        samples.rows.load_place(self.place)  # not to read all that came before
+        names = ", ".join(dict.fromkeys(samples.names_of(range(first, last + 1))))
+        return (
+            f"the norm of the gradient is {grad_norm} at step {self.step + 1}, samples {first} to {last} ({names}); "
+            f"{Path(self.config.output_dir) / checkpoint_name(self.step)} holds the state before it"
+        )
+
+    def end_step(self) -> None:
+        """The update is made, or left out."""
+        self.totals.end_step(self._is_finite)
+        self.step, self.place = self.step + 1, self._next_place
+
+    def is_due(self, every: int) -> bool:
+        """Whether what comes every so many steps comes now; at the last step it does. 0: never."""
+        return every > 0 and (self.step % every == 0 or self.is_finished)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this was the last step."""
+        return self.step >= self.config.max_steps
+
+    # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
+    def save(self, required: bool = False) -> None:
+        """Write a checkpoint of this step, unless it is there. Raises RunError if that fails and is `required`."""
+        state = {"global_step": self.step, "skipped_steps": self.skipped_steps}
+        state |= {"totals": self.totals.state(), "place": self.place}
+        folder, keep = Path(self.config.output_dir), self.config.keep_checkpoints
+        save_checkpoint(self.accelerator, folder, state, self.record.files, self.averages, keep, required)
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Go back to where a checkpoint was written; None: nothing to do.
+
+        Raises:
+            InputError: the folder is no checkpoint of these models, optimizer and averages.
+        """
+        if checkpoint is None:
+            return
+        state = load_checkpoint(self.accelerator, checkpoint, self.averages)
+        self.step, self.skipped_steps, self.place = state["global_step"], state["skipped_steps"], state["place"]
+        self.totals.load_state(state["totals"])
+        self.accelerator.print(f"Resuming from {checkpoint} at step {self.step} of {self.config.max_steps}")
+
+    def save_ema_snapshot(self) -> None:
+        """Keep the power-function averages of this step, if there are any."""
+        if "power_ema" in self.averages and self.accelerator.is_main_process:
+            names = [name for name, _ in self._plain("denoiser").named_parameters()]
+            self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
+
+    def _plain(self, name: str) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.models[name])
+
+    def _save_models(self, models: list, weights: list, folder: str) -> None:
+        """Instead of accelerate, which numbers them."""
+        weights.clear()
+        for name in self.models if self.accelerator.is_main_process else ():
+            tensors = {key: tensor.contiguous() for key, tensor in self._plain(name).state_dict().items()}
+            save_file(tensors, Path(folder) / f"{name}.safetensors")
+
+    def _load_models(self, models: list, folder: str) -> None:
+        models.clear()
+        for name in self.models:
+            self._plain(name).load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
