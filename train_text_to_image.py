@@ -56,7 +56,7 @@ def main(config: TextToImageConfig) -> int:
         accelerator.print(f"Nothing to do: {config.train.output_dir} is finished, at step {config.train.max_steps}")
         return 0
 
-    # ── Model and data. What is wrong with the input shows here, before anything is written ─────────────────
+    # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
     family = load_family(config)
     models = trained_models(family, config)
     optimizer = build_optimizer(config.optimizer, models)
@@ -118,14 +118,14 @@ def main(config: TextToImageConfig) -> int:
             if state.accepts(grad_norm, samples):
                 state.optimizer.step()
             state.optimizer.zero_grad()
-            (lr, *_) = state.lr_scheduler.get_last_lr()
+            lr = state.lr_scheduler.get_last_lr()[0]
             state.lr_scheduler.step()
             state.end_step()
             for average in state.averages.values():
                 average.step(denoiser.parameters(), state.step)
 
             # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────
-            interruptions.poll()
+            interruptions.poll()  # before anything is printed
             logs = meter.end_step(grad_norm, lr)
             profiler.step()
             if state.is_due(config.train.eval_every):
@@ -138,9 +138,8 @@ def main(config: TextToImageConfig) -> int:
                 interruptions.saved()
 
     # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
-    weights = None
+    weights, ema = None, state.averages.get("ema")
     if state.is_finished:
-        ema = state.averages.get("ema")
         weights = export_pipeline(accelerator, family, denoiser, ema, config.train.output_dir)
     record.end(state.step, interruptions.stop, weights)
     accelerator.end_training()

@@ -42,7 +42,7 @@ import difftrain_utils.builtins.tiny_stable_diffusion
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, one_line
-from difftrain_utils.run import manifest as snapshot
+from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.run.flops import PEAK_TFLOPS
 
 # The public configs of stable-diffusion-v1-5: what they say other than the defaults of diffusers
@@ -167,7 +167,7 @@ def count_flops(shapes: dict, resolution: int) -> dict[str, float]:
 def train_row(loop, argv, args, profile, connection):
     """In a process of its own: train, and send each block's seconds; at last None, or the reason for stopping."""
     multiprocessing.set_start_method("fork", force=True)  # the data loader's default, which other methods lose
-    snapshot.weights_digest = lambda module: "not taken"  # seconds of each start that no row is about
+    DiffusersFamily.digests = lambda family, denoiser: {}  # seconds of each start that no row is about
     on_gpu, num_blocks, profiler = torch.cuda.is_available(), 0, None
     start = time.perf_counter()
 

@@ -24,27 +24,30 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-import train_text_to_image as script
+import train_text_to_image
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.families.load import load_family
+from difftrain_utils.run.tracking import Metrics
 
 
 def reference_loop(config, end_block):
     """What examples/text_to_image/train_text_to_image.py of diffusers does by default; `end_block` ends each block."""
     accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     set_seed(config.train.seed)
-    family = load_family(config)
-    unet, vae, text_encoder = family.denoiser, family.vae, family.text_encoder
-    tokenizer, noise_scheduler, size = family.tokenizer, family.noise_scheduler, config.data.resolution
+    family, size = load_family(config), config.data.resolution
+    family.move_frozen_parts(accelerator)
+    unet, weight_dtype = family.load_denoiser(), family.weight_dtype
+    vae, text_encoder, tokenizer = (family.part(name) for name in ("vae", "text_encoder", "tokenizer"))
+    noise_scheduler = DDPMScheduler.from_config(family.sampler.config)
     ema_unet = EMAModel(unet.parameters(), decay=config.ema.decay)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optimizer.init_args["lr"], weight_decay=0.0)
 
@@ -85,7 +88,6 @@ def reference_loop(config, end_block):
         unet, optimizer, train_dataloader, lr_scheduler
     )
     ema_unet.to(accelerator.device)
-    family.move_frozen_parts(accelerator.device, weight_dtype)
     global_step = 0
     progress_bar = tqdm(total=config.train.max_steps, desc="Steps")
     while True:
@@ -121,14 +123,14 @@ def reference_loop(config, end_block):
 
 
 def script_loop(config, end_block):
-    log = script.Metrics.log
+    log = Metrics.log
 
     def log_and_end_block(metrics, step, values):  # the last thing that a step does, without evaluating and saving
         log(metrics, step, values)
         end_block(step, values["loss"])
 
-    script.Metrics.log = log_and_end_block
-    script.main(config)
+    Metrics.log = log_and_end_block
+    train_text_to_image.main(config)
 
 
 def train(loop, config, block, connection):

@@ -22,13 +22,18 @@ from difftrain_utils.run.checkpoints import save_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--folder", type=Path, help="where to write, for the disk matters (default: a temporary folder)")
-parser.add_argument("--width", type=int, default=192)
+parser.add_argument("--width", type=int, default=192, help="a multiple of 16")
 parser.add_argument("--repeats", type=int, default=5)
 args = parser.parse_args()
 
 accelerator = Accelerator()
-model = UNet2DModel(sample_size=32, block_out_channels=(args.width, 2 * args.width, 2 * args.width, 4 * args.width),
-                    down_block_types=("DownBlock2D",) * 4, up_block_types=("UpBlock2D",) * 4)  # fmt: skip
+model = UNet2DModel(
+    sample_size=32,
+    block_out_channels=tuple(factor * args.width for factor in (1, 2, 2, 4)),
+    down_block_types=("DownBlock2D",) * 4,
+    up_block_types=("UpBlock2D",) * 4,
+    norm_num_groups=16,
+)
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
 for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)
@@ -58,7 +63,7 @@ try:
         timed("read", read, folder / "bare")
         size = sum(file.stat().st_size for file in (folder / "bare").iterdir())
         shutil.rmtree(folder / "bare")
-        timed("save_checkpoint", save_checkpoint, accelerator, folder, {"global_step": step}, {}, None, None, 0, True)
+        timed("save_checkpoint", save_checkpoint, accelerator, folder, {"global_step": step}, {}, {}, 0, True)
         timed("verify", find_damage, folder / f"checkpoint-{step}")
         shutil.rmtree(folder / f"checkpoint-{step}")
 finally:

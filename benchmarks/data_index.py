@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.fingerprint import inspect_data
+from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.sizes import image_sizes
@@ -80,8 +80,8 @@ with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
     if args.digests:
         for what in ("first time", "second time"):
             timed(f"image sizes, {what}", image_sizes, training, config)
-            timed(f"fingerprint, {what}", inspect_data, training, config)
-    samples = Samples(training, config, 0, 64 * args.batches)
+            timed(f"fingerprint, {what}", training.inspect, config)
+    samples = Samples(Data(training, training.order(0, 64)), config, 0, 64 * args.batches)
     loader = torch.utils.data.DataLoader(samples, batch_size=64, collate_fn=collate, num_workers=args.workers)
     batches = iter(loader)
     timed("first batch", next, batches)

@@ -27,12 +27,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # datasets asks for it when it is imported
 
 import datasets
+import numpy as np
 import torch
+from accelerate import Accelerator
 from photos import write_photos
-from safetensors.torch import save_file
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.encoded import EncodedCache, TextCache
+from difftrain_utils.data.encoded import TextCache, build_cache
+from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.streaming import open_stream
@@ -46,9 +48,13 @@ EARLY, LATE = 10, 1_000_000
 # ── The loading path alone ───────────────────────────────────────────────────────────────────────────────────
 
 
+def samples_of(rows, config: DataConfig, caches=None) -> Samples:
+    return Samples(Data(rows, rows.order(0, 1)), config, 0, 1 << 40, caches)
+
+
 def folder_samples(photos: Path, args) -> torch.utils.data.Dataset:
     config = DataConfig(str(photos), resolution=args.resolution, random_flip=True)
-    return Samples(map_rows(config), config, 0, 1 << 40)
+    return samples_of(map_rows(config), config)
 
 
 def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
@@ -62,7 +68,7 @@ def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
         for i in range(shards):
             data.shard(shards, i).to_parquet(folder / f"{i:05d}.parquet")
     config = DataConfig(str(folder), resolution=args.resolution, random_flip=True, streaming=True, shuffle_buffer=64)
-    return Samples(open_stream(config, 0), config, 0, 1 << 40)
+    return samples_of(open_stream(config, 0), config)
 
 
 def embed(row):
@@ -74,19 +80,21 @@ def cached_samples(photos: Path, args) -> torch.utils.data.Dataset:
     config = DataConfig(
         str(photos), resolution=args.resolution, random_flip=True, center_crop=True, caption_dropout=0.1
     )
-    data, side = map_rows(config), args.resolution // 8
-    caches = []
-    for name, shape in (("latents", (2, 2, 4, side, side)), ("text", (77, 768))):
-        folder = photos.with_name(name)
-        folder.mkdir(exist_ok=True)
-        cache = EncodedCache(folder, torch.zeros(len(data)).numpy())
-        for shard, entries in enumerate(cache.shards):
-            save_file({"values": torch.randn(len(entries), *shape)}, cache.path(shard))
-        caches.append(cache)
-    numbers = torch.arange(len(data) + 1).numpy()
-    samples = Samples(data, config, 0, 1 << 40)
-    samples.latents, samples.prompts = caches[0], TextCache(caches[1], numbers, numbers[:-1])
-    return samples
+    rows, side = map_rows(config), args.resolution // 8
+    make = {
+        "latents": lambda numbers: {
+            "moments": torch.randn(len(numbers), 2, 2, 4, side, side),
+            "sizes": torch.zeros(len(numbers), 2, 6, dtype=torch.long),
+            "is_readable": torch.ones(len(numbers), dtype=torch.bool),
+        },
+        "text": lambda numbers: {"prompt_embeds": torch.randn(len(numbers), 77, 768)},
+    }
+    numbers, caches = np.arange(len(rows) + 1), {}
+    for name, encode in make.items():
+        groups = np.zeros(len(rows), np.int16)
+        caches[name] = build_cache(Accelerator(cpu=True), photos.with_name(name), groups, numbers[:-1], encode, name, 0)
+    caches["text"] = TextCache(caches["text"], numbers, numbers[:-1])
+    return samples_of(rows, config, caches)
 
 
 SOURCES = {"folder": folder_samples, "streaming": streamed_samples, "cached": cached_samples}

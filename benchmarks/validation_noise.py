@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -22,7 +21,6 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.evaluation.validation import validation_loss
 from difftrain_utils.families.load import load_family
-from difftrain_utils.run.checkpoints import EMA_FILE
 from difftrain_utils.run.run_folder import list_checkpoints
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,21 +28,21 @@ parser.add_argument("run", type=Path)
 run = parser.parse_args().run
 
 config = parse_config(TextToImageConfig, ["--config", str(run / "config.resolved.yaml")])
-accelerator, family = Accelerator(), load_family(config)
-_, validation_data = split_rows(map_rows(config.data), config.data)
-family.denoiser.to(accelerator.device).eval()
-family.move_frozen_parts(accelerator.device, torch.float32)
+accelerator, family = Accelerator(mixed_precision="no"), load_family(config)
+_, validation_rows = split_rows(map_rows(config.data), config.data)
+denoiser = family.load_denoiser().to(accelerator.device).eval()
+family.move_frozen_parts(accelerator)
 
 checkpoints = list_checkpoints(run)
 steps, losses = [], {"fixed": [], "fresh": []}
 for step, folder in checkpoints[len(checkpoints) // 2 :]:
-    weights = load_file(folder / EMA_FILE)
-    for i, parameter in enumerate(family.denoiser.parameters()):
+    weights = load_file(folder / "ema.safetensors")
+    for i, parameter in enumerate(denoiser.parameters()):
         parameter.data.copy_(weights[str(i)])
     steps.append(step)
     for noise, seed in (("fixed", 0), ("fresh", step)):
         config.evaluation.seed = seed
-        found = validation_loss(accelerator, family, family.denoiser, validation_data, config, "loss")
+        found = validation_loss(accelerator, family, denoiser, validation_rows, config, "loss")
         losses[noise].append(found["loss"])
     print(f"step {step}: fixed {losses['fixed'][-1]:.5f}, fresh {losses['fresh'][-1]:.5f}", flush=True)
 

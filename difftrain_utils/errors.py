@@ -1,4 +1,4 @@
-"""What goes wrong is told in one line that names the culprit."""
+"""What goes wrong is reported in one line that names the culprit."""
 
 import errno
 import os
@@ -66,7 +66,7 @@ def one_line_errors() -> Iterator[None]:
     """Print an `InputError`, a `RunError`, an error of the disk or the end of a data loader's worker as one line on
     stderr, and exit with 2 (input) or 1.
 
-    What all processes see, the main process alone tells.
+    What all processes see, the main process alone reports.
     """
     try:
         yield

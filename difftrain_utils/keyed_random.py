@@ -47,7 +47,7 @@ def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: 
 
 
 def _generators(seed: int, purpose: str, keys: Iterable[int]) -> Iterator[torch.Generator]:
-    """`generator_for` each key in turn: one generator, seeded anew, for making one takes longer."""
+    """`generator_for` each key in turn: one generator, seeded anew, because making one takes longer."""
     generator = torch.Generator()
     for key in keys:
         yield generator.manual_seed(seed_for(seed, purpose, key))

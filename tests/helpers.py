@@ -18,7 +18,9 @@ from PIL import Image
 from difftrain_utils.config import command_line
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.data.rows import MappedRows, SourceRows
+from difftrain_utils.data.buckets import Buckets
+from difftrain_utils.data.load import Data
+from difftrain_utils.data.rows import MappedRows, Rows, SourceRows
 from difftrain_utils.errors import one_line_errors
 from difftrain_utils.run.metrics import TIMES
 
@@ -67,6 +69,11 @@ def as_rows(data: datasets.Dataset) -> MappedRows:
     return MappedRows([SourceRows(data, SourceConfig("memory"))])
 
 
+def data_of(rows: Rows, seed: int = 0, batch_size: int = 1, buckets: Buckets | None = None) -> Data:
+    """Rows as all that a run trains on."""
+    return Data(rows, rows.order(seed, batch_size, buckets), buckets=buckets)
+
+
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
@@ -81,14 +88,14 @@ def json_or_text(value) -> str:
     return json.dumps(value) if isinstance(value, bool | list | dict) or value is None else str(value)
 
 
-def train(argv: list[str]) -> Path:
-    """Run the script's main in this process; returns the output folder."""
+def train(argv: list[str], exit_code: int = 0) -> Path:
+    """Run the script's main in this process, which has to return this exit code; returns the output folder."""
     import train_text_to_image
 
     for state in (AcceleratorState, GradientState):
         state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
     config = parse_config(argv)
-    train_text_to_image.main(config)
+    assert train_text_to_image.main(config) == exit_code
     return Path(config.train.output_dir)
 
 
@@ -96,6 +103,12 @@ def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.Complet
     """Run the script as its own process, like `accelerate launch` does on one device."""
     command = [sys.executable, str(SCRIPT), *argv]
     return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, **kwargs)
+
+
+def difftrain(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run the command `difftrain` as its own process."""
+    command = [sys.executable, "-m", "difftrain_utils", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, **kwargs)
 
 
 def launch_environment() -> dict[str, str]:

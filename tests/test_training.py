@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from helpers import (
     BUCKETS,
     CACHES,
@@ -17,6 +17,8 @@ from helpers import (
     ROOT,
     SCRIPT,
     assert_refused,
+    data_of,
+    difftrain,
     launch,
     launch_environment,
     launch_two,
@@ -90,7 +92,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
     manifest = json.loads((output_dir / "run_manifest.json").read_text())
     family = load_family(parse_config(short_run))
-    assert manifest["base_model"]["sha256"] == family.digests()
+    assert manifest["base_model"]["sha256"] == family.digests(family.load_denoiser())
     assert manifest["data"]["train"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
     resolved = parse_config(["--config", str(output_dir / "config.resolved.yaml")])
@@ -102,21 +104,21 @@ def test_the_weights_are_what_a_plain_loop_gives(short_run):
     config = parse_config([*short_run, "--train.max_steps", "1"])
     output_dir = train([*short_run, "--train.max_steps", "1"])
     family = load_family(config)
-    family.denoiser.eval()
-    samples = Samples(map_rows(config.data), config.data, 0, 4)
+    denoiser, vae = family.load_denoiser().train(), family.part("vae")
+    noise_scheduler = DDPMScheduler.from_config(family.sampler.config)
+    samples = Samples(data_of(map_rows(config.data)), config.data, 0, 4)
     batch = collate([samples[k] for k in range(4)])
-    posterior = family.vae.encode(batch["pixel_values"]).latent_dist
+    posterior = vae.encode(batch["pixel_values"]).latent_dist
     latents = posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(4), (4, 8, 8))
-    latents = latents * family.vae.config.scaling_factor
+    latents = latents * vae.config.scaling_factor
     noise = keyed_randn(0, "noise", range(4), (4, 8, 8))
-    timesteps = sample_timesteps(config.timesteps, family.noise_scheduler, 0, range(4), 4)
-    noisy = family.noise_scheduler.add_noise(latents, noise, timesteps)
-    target = family.noise_scheduler.get_velocity(latents, noise, timesteps)
+    timesteps = sample_timesteps(config.timesteps, family.schedule, 0, range(4), 4)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    target = noise_scheduler.get_velocity(latents, noise, timesteps)
     # with the dropout of the script's own seed
-    family.denoiser.train()
     torch.manual_seed(seed_for(0, "model", 0))
-    model_pred = family.denoiser(noisy, timesteps, family.encode_prompts(batch["captions"])).sample
-    loss = (model_pred - target).square().mean().item()
+    output = denoiser(noisy, timesteps, family.encode_prompts(batch["captions"])["prompt_embeds"]).sample
+    loss = (output - target).square().mean().item()
     assert metrics_without_times(output_dir)[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -313,17 +315,17 @@ class TestResume:
         )
         assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
 
-    def test_other_data_are_refused_in_the_same_folder_and_told_in_another(self, short_run, image_folder, tmp_path):
+    def test_other_data_are_refused_in_the_same_folder_and_reported_in_another(self, short_run, image_folder, tmp_path):
         checkpoint = train(short_run) / "checkpoint-6"
         other = shutil.copytree(image_folder, tmp_path / "other")
         argv = [*short_run, "--data.dataset", str(other), "--train.max_steps", "7"]
         branch = [*argv, "--resume-from", str(checkpoint), "--output-dir", str(tmp_path / "branch")]
-        told = r"data.dataset: the training images or captions are not those that .*checkpoint-6 was trained from"
+        reported = r"data.dataset: the training images or captions are not those that .*checkpoint-6 was trained from"
         assert "not those" not in launch(branch).stderr  # the same data in another place
         shutil.copy(other / "000002.png", other / "000003.png")
-        assert_refused(launch([*argv, "--resume-from", "latest"]), told + r" \(sha256 differ\)")
+        assert_refused(launch([*argv, "--resume-from", "latest"]), reported + r" \(sha256 differ\)")
         result = launch([*branch, "--output-dir", str(tmp_path / "another")])
-        assert result.returncode == 0 and re.search(f"warning: branching off: {told}", result.stderr)
+        assert result.returncode == 0 and re.search(f"warning: branching off: {reported}", result.stderr)
 
 
 @pytest.fixture
@@ -344,14 +346,14 @@ def test_bad_rows_that_are_skipped_are_counted_and_resume_exactly(short_run, spo
     argv += ["--train.gradient_accumulation_steps", "2", "--train.keep_checkpoints", "0"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     config = parse_config(argv)
-    samples = Samples(map_rows(config.data), config.data, 0, 32)
-    skipped = [samples.index_of(k) in (1, 4, 6) for k in range(32)]
+    samples = Samples(data_of(map_rows(config.data)), config.data, 0, 32)
+    skipped = [samples.order[k] in (1, 4, 6) for k in range(32)]
     metrics = metrics_without_times(unbroken)
-    counts = [sum(skipped[:12]), sum(skipped[12:24])]  # three steps of four
-    assert [(entry["step"], entry["skipped_rows"]) for entry in metrics] == [(3, counts[0]), (6, counts[1])]
+    counts = [sum(skipped[:12]), sum(skipped[12:24]), sum(skipped[24:])]  # three steps of four; at last two
+    assert [(entry["step"], entry["skipped_rows"]) for entry in metrics] == list(zip((3, 6, 8), counts, strict=True))
     assert min(counts) > 0
     states = [json.loads((unbroken / f"checkpoint-{step}/training_state.json").read_text()) for step in (2, 4, 6, 8)]
-    between = [sum(skipped[first:last]) for first, last in ((0, 8), (12, 16), (24, 24), (24, 32))]
+    between = [sum(skipped[first:last]) for first, last in ((0, 8), (12, 16), (24, 24), (32, 32))]
     assert (
         [state["totals"]["skipped_rows"] for state in states] == between and between[0] != counts[0] and between[1] > 0
     )
@@ -379,7 +381,7 @@ def test_bad_rows_to_validate_on_are_skipped_too(short_run, spoilt_folder):
     assert json.loads((output_dir / "run_manifest.json").read_text())["data"]["validation"]["num_images"] == 10
 
 
-def test_a_worker_that_is_killed_is_told_in_one_line(short_run):
+def test_a_worker_that_is_killed_is_reported_in_one_line(short_run):
     script = """if True:
         import os, runpy, signal
         from difftrain_utils.data.samples import Samples
@@ -398,11 +400,11 @@ def test_a_worker_that_is_killed_is_told_in_one_line(short_run):
     assert_refused(result, message, code=1)
 
 
-def test_what_only_the_second_process_sees_is_told(short_run, image_folder, tmp_path):
+def test_what_only_the_second_process_sees_is_reported(short_run, image_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)
     config = parse_config([*short_run, "--data.dataset", str(folder)])
-    row = Samples(map_rows(config.data), config.data, 0, 4).index_of(2)  # the second process's first sample
+    row = data_of(map_rows(config.data)).order[2]  # the second process's first sample
     image = folder / f"{row:06d}.png"
     image.write_bytes(image.read_bytes()[:120])
     result = launch_two([*short_run, "--data.dataset", str(folder)])
@@ -487,7 +489,7 @@ class TestRefusals:
         assert_refused(result, r".*/000007.png: not an image that Pillow knows")
         assert not (tmp_path / "run").exists()
 
-    def test_a_truncated_image_is_told_from_a_worker(self, short_run, image_folder, tmp_path):
+    def test_a_truncated_image_is_reported_from_a_worker(self, short_run, image_folder, tmp_path):
         folder = tmp_path / "data"
         shutil.copytree(image_folder, folder)
         for path in folder.glob("*.png"):
@@ -507,7 +509,7 @@ def test_validate_config_leaves_a_run_as_it_is(short_run, capsys):
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     for more in (["--resume-from", "latest"], ["--train.overwrite"]):
         validate_config.main([*short_run, *more])
-        assert f"The config is fine; {output_dir} holds a run, whose snapshot stays as it is" in capsys.readouterr().out
+        assert f"The config is fine; {output_dir} holds a run, whose record stays as it is" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
 
 
@@ -516,9 +518,9 @@ def test_validate_config_refuses_what_the_script_refuses(short_run):
         validate_config.main([*short_run, "--train.tf32"])
 
 
-def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_path):
-    command = [sys.executable, "-m", "difftrain_utils.commands.validate_config", *short_run, "--train.deterministic"]
-    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+def test_validate_config_writes_the_record_and_nothing_else(short_run, tmp_path):
+    command = ["validate-config", *short_run, "--train.deterministic"]
+    result = difftrain(*command)
     assert result.returncode == 0, result.stderr
     names = ["config.resolved.yaml", "env.json", "run_manifest.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
@@ -528,6 +530,5 @@ def test_validate_config_writes_the_snapshot_and_nothing_else(short_run, tmp_pat
     trained = json.loads((tmp_path / "run/run_manifest.json").read_text())
     for key in ("base_model", "data", "git", "versions", "seed"):
         assert trained[key] == manifest[key]
-    command = [*command, "--train.max_stepz", "1"]
-    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    result = difftrain(*command, "--train.max_stepz", "1")
     assert_refused(result, "--train.max_stepz: no such field; did you mean --train.max_steps")

@@ -6,12 +6,12 @@ accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
 
 import argparse
 import shutil
-from importlib import resources
 from pathlib import Path
 
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import new_folder
 
+PACKAGE = Path(__file__).parent.parent
 FOLDERS = ("configs", "accelerate_configs")
 
 
@@ -21,8 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = parser.parse_args(argv).folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there, and not an empty folder")
-    with resources.as_file(resources.files("difftrain_utils.starter")) as starter, new_folder(folder.resolve()) as new:
-        scripts = sorted(starter.glob("train_*.py"))
+    starter = PACKAGE / "starter"
+    if not starter.is_dir():  # a checkout, which has them beside the package
+        starter = PACKAGE.parent
+    scripts = sorted(starter.glob("train_*.py"))
+    with new_folder(folder.resolve()) as new:
         for script in scripts:
             shutil.copy(script, new)
         for name in FOLDERS:

@@ -80,7 +80,7 @@ class Deviation(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """The difference over the larger of the two; infinite where it cannot be told."""
+        """The difference over the larger of the two; infinite where it cannot be known."""
         if not all(type(value) in (int, float) and math.isfinite(value) for value in (self.then, self.now)):
             return math.inf
         if self.then == self.now:  # 0 and -0.0
@@ -122,7 +122,7 @@ class Weights(NamedTuple):
         if self.same:
             return f"{self.name} {self.digest[:12]}"
         if not math.isfinite(self.relative):
-            return f"{self.name} differ, by how much cannot be told (tensors are missing, or not finite)"
+            return f"{self.name} differ, by how much cannot be known (tensors are missing, or not finite)"
         size = f"by {self.largest:.2g} in the number that differs most, by {self.relative:.1g} of their norm"
         return f"{self.name} differ {size} (allowed {ALLOWED_WEIGHTS:g})"
 

@@ -104,7 +104,7 @@ def overrides(run: Run, manifest: dict[str, Any], checkpoint: Path | None, steps
     fields = {"resume_from": checkpoint or "null", "overwrite": "false", "max_hours": "null", "report_to": "null"}
     if run.config["train.precision"] is None:  # then accelerate said it
         fields["precision"] = {name: field for field, name in MIXED_PRECISION.items()}[manifest["mixed_precision"]]
-    if steps is not None:  # max_steps has to stay, for the learning rate depends on it
+    if steps is not None:  # max_steps has to stay, because the learning rate depends on it
         fields |= {"save_every": steps, "keep_checkpoints": 0}
     return {f"train.{name}": str(value) for name, value in fields.items()}
 
@@ -135,7 +135,7 @@ def rerun(command: list[str], environment: dict[str, str], output_dir: Path, ste
     """Run `command` to its end, or until it has saved `steps`; `on_start()` when the manifest is there.
 
     Raises:
-        InputError, RunError: it was refused, or failed; it has told why.
+        InputError, RunError: it was refused, or failed; it has said why.
     """
     process = subprocess.Popen(command, env=environment)
     try:
@@ -157,7 +157,7 @@ def rerun(command: list[str], environment: dict[str, str], output_dir: Path, ste
         raise RunError(f"the re-run left no checkpoint-{steps} in {output_dir}")
 
 
-def tell(title: str, lines: list[str]) -> None:
+def report(title: str, lines: list[str]) -> None:
     say("\n  ".join([f"{title}:", *lines]) if lines else f"{title}: none")
 
 
@@ -187,12 +187,12 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{output_dir}: already there; give another --output-dir for the re-run")
 
     in_one = f"{len(history)} segments, reproduced in one piece" if len(history) > 1 else "one segment"
-    tell(f"The run {run.folder} had {in_one}", history)
+    report(f"The run {run.folder} had {in_one}", history)
     code_now = {"git": describe_git(script.resolve().parent), "versions": describe_versions()}
     now = circumstances({}, code_now, describe_environment())
     known = [{k: v for k, v in table.items() if k.startswith(KNOWN_BEFORE)} for table in (then, now)]
     before = changes(*known)
-    tell("Differences in code, hardware and versions", before)
+    report("Differences in code, hardware and versions", before)
     if now.get("git.dirty"):
         say("The working tree is not as committed now (git status); the content of untracked files is not recorded.")
     say(f"Running it again: {' '.join(command)}")
@@ -201,13 +201,13 @@ def main(argv: list[str] | None = None) -> int:
         config = flatten(read_mapping(output_dir / CONFIG_FILE)) | {name: run.config.get(name) for name in fields}
         return circumstances(config, *(read_mapping(output_dir / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE)))
 
-    def tell_the_rest() -> None:
+    def report_the_rest() -> None:
         rest = [line for line in changes(then, recorded()) if line not in before]
         say()  # below the progress bar
-        tell("Further changes (data, base model, config, device)", rest)
+        report("Further differences (data, base model, config, device)", rest)
 
     with empty_cache:
-        rerun(command, environment, output_dir, steps, tell_the_rest)
+        rerun(command, environment, output_dir, steps, report_the_rest)
     new_metrics = output_dir / "metrics.jsonl"
     metrics = [run.metrics, read_metrics(new_metrics) if new_metrics.exists() else []]
     folders, weights = [run.folder, output_dir], None

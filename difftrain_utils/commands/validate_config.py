@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = launch(config)
     checkpoint = find_checkpoint(config)
 
-    # ── Model and data. What is wrong with the input shows here, before anything is written ─────────────────
+    # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
     family = load_family(config)
     models = trained_models(family, config)
     optimizer = build_optimizer(config.optimizer, models)

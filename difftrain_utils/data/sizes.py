@@ -71,7 +71,7 @@ def _has_metadata_at_the_end(file: BinaryIO) -> bool:
 
 def _upright(image: Image.Image, name: str) -> tuple[int, int]:
     try:
-        # a PNG's getexif() decodes the image where it found no EXIF before, for it may come last: seldom the case
+        # a PNG's getexif() decodes the image where it found no EXIF before, because it may come last: seldom the case
         headers_do = image.format == "PNG" and "exif" not in image.info and not _has_metadata_at_the_end(image.fp)
         exif = Image.Image.getexif(image) if headers_do else image.getexif()
         sideways = exif.get(ORIENTATION, 1) in SIDEWAYS

@@ -100,7 +100,7 @@ class StreamedRows:
         return range(sys.maxsize)
 
     def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[Iterator[int], str]:
-        """The other rows of the window, for in a stream no row can be drawn."""
+        """The other rows of the window, because in a stream no row can be drawn."""
         size = self.config.shuffle_buffer
         window, position = divmod(k, size)
         others = (window * size + (position + step) % size for step in range(1, size))
@@ -133,7 +133,7 @@ class StreamedRows:
         return row
 
     def inspect(self, config: DataConfig) -> dict[str, Any]:
-        """The fingerprint: a SHA-256 over the files, for nobody has read all rows."""
+        """The fingerprint: a SHA-256 over the files, because nobody has read all rows."""
         return {"dataset": self.config.dataset, "streaming": True, "num_files": len(self.files), "sha256": self.sha256}
 
     def _hold(self, window: int) -> None:
@@ -188,9 +188,8 @@ class StreamedRows:
 def files_digest(files: list[str]) -> str:
     """SHA-256 over the names, sizes and contents of `files`, in order, without reading all of them.
 
-    What tells of the content is the file system's own digest, on the hub, and else the two ends of the file. The names
-    are without their folders, so that a moved data set keeps its digest.
-    """
+    The content is described by the file system's own digest, on the hub, and else by the two ends of the file. The
+    names are without their folders, so that a moved data set keeps its digest. """
 
     def describe(url: str) -> list[Any]:
         system, path = fsspec.url_to_fs(url)

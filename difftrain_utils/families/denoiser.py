@@ -57,7 +57,7 @@ def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, 
             raise InputError(f"hidden states: the denoiser has no module {name!r}; it has {there}, …")
 
         def keep(module, inputs, output, name=name):
-            states[name] = output[0] if isinstance(output, tuple) else output
+            states[name] = output if isinstance(output, torch.Tensor) else output[0]
 
         modules[name].register_forward_hook(keep)
     return states

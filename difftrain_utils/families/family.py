@@ -22,7 +22,7 @@ class Family(Protocol):
     direction of time and the sign of the output are the family's affair, in `predict` and nowhere else.
 
     Conditioning is a dict of tensors, batch first. What is padded is padded to a length that does not depend on the
-    other captions; if the model is told what counts, `NAME_mask`, (batch, tokens), tells it of `NAME`."""
+    other captions; if the model is given what counts, `NAME_mask`, (batch, tokens), says it of `NAME`."""
 
     image_part: str | None
     """The name of the part that encodes images; None in pixel space."""

@@ -45,7 +45,6 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled.
     """
     denoiser = family.load_denoiser()
-    family.check_denoiser(denoiser)
     configure_denoiser(config.train, denoiser)
     models = {"denoiser": denoiser.train()}
     if config.loss.learned_uncertainty:

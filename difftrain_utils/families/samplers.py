@@ -35,12 +35,11 @@ def build_schedule(
     is_flow_match = issubclass(sampler_class, FLOW_SCHEDULERS)
     own_type = "flow_prediction" if is_flow_match else own.get("prediction_type", "epsilon")
     prediction_type = config.model.prediction_type or own_type
-    is_own = fields.sampler is None
-    if not is_own:
+    fits = prediction_type != "flow_prediction" or own_type == prediction_type
+    is_own = fits and fields.sampler in (None, sampler_class.__name__)
+    if fields.sampler is not None:
         sampler_class = _sampler_class(fields.sampler)
-    elif prediction_type == "flow_prediction" and (
-        own_type != prediction_type or (is_flow_match and has_init_noise_sigma)
-    ):
+    elif not fits or (is_flow_match and prediction_type == own_type and has_init_noise_sigma):
         sampler_class, is_own = DPMSolverMultistepScheduler, False
     if prediction_type == "flow_prediction":
         schedule, sampler = _build_flow(sampler_class, own, overrides, is_own, config)

@@ -40,6 +40,10 @@ class StableDiffusion(DiffusersFamily):
         parts = [self.config_of(part) for part in (self.image_part, self.denoiser_part)]
         return 2 ** sum(len(config.block_out_channels) - 1 for config in parts)
 
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Times `scaling_factor`, as its pipeline undoes it; that knows of no `shift_factor`."""
+        return latents * self.config_of("vae").scaling_factor
+
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
         """See `Family`. Longer captions are cut; none is the empty one."""

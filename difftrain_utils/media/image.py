@@ -72,7 +72,7 @@ def crop_of(
     image: Image.Image, size: tuple[int, int], across: float = 0.5, down: float = 0.5, flip: bool = False
 ) -> Crop:
     """The crop of an image to `size` (height, width): as small as covers it, `across` and `down` in [0, 1) of the way,
-    by default its middle. `flip` tells of an image that is mirrored."""
+    by default its middle. `flip`: the image will be mirrored."""
     height, width = size
     scale = max(width / image.width, height / image.height)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))

@@ -98,7 +98,7 @@ def _normalized_products(snapshots, target_gamma, target_step) -> tuple[np.ndarr
 class PowerEMA:
     """An average of the parameters for each width in `sigma_rels`, as float32 tensors beside the parameters.
 
-    Widths have at most three decimals, for names of files have three. What the averages are before step 1 does not
+    Widths have at most three decimals, because names of files have three. What the averages are before step 1 does not
     matter: its decay is 0. As in every float32 average, differences to the parameters below about 3e-8 / (1-β) of
     their size are lost to rounding: 1e-4 after 20,000 steps for σ_rel 0.1.
     """

@@ -3,7 +3,7 @@
 `checkpoint-500/` holds accelerate's `save_state` (optimizer, learning rate, loss scale), each trained model and each
 average of weights as `NAME.safetensors`, `training_state.json`, and the record of the run that it is from. It is
 written aside, with the digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is
-no random state in it, for keyed samples need none, and nothing that is unpickled."""
+no random state in it, because keyed samples need none, and nothing that is unpickled."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ DAMAGED = ".damaged"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's
 
 # What may change when a run goes on in its folder: it says where, how long and how often, not what is trained. Whether
-# another folder holds the same data or the same base model, their digests tell.
+# another folder holds the same data or the same base model, their digests say.
 FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
     *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir"),
@@ -72,7 +72,8 @@ def save_checkpoint(
     """Write `output_dir/checkpoint-{state["global_step"]}`, then delete all but the `keep` newest (0: none).
 
     All processes call it. `state` is what else the loop needs to go on, as JSON, `record` are files of the run by name.
-    A failed write leaves the older checkpoints as they are. The run goes on with a warning, for the next save may do.
+    A failed write leaves the older checkpoints as they are. The run goes on with a warning, because the next save may
+    do.
 
     Raises:
         RunError: a write failed, and the checkpoint is `required`: there will be no next one.

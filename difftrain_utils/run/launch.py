@@ -69,7 +69,9 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
     Raises:
         InputError: the checkpoint is of a run with another base model, other data or another precision.
         RowError: an image or a caption cannot be read.
+        RunError: no pipeline of this family could have this denoiser.
     """
+    family.check_denoiser(models["denoiser"])
     fingerprints = [None]
     if accelerator.is_main_process:
         fingerprints = [inspect_splits(data.rows, data.validation_rows, config.data)]

@@ -115,7 +115,11 @@ class Record:
         output_dir = Path(self.config.train.output_dir)
         if not self.accelerator.is_main_process:
             return
-        self.manifest["segments"][-1] |= {"ended": _now(), "to_step": step, "reason": reason or "finished"}
+        self.manifest["segments"][-1] |= {
+            "ended": _now(),
+            "to_step": step,
+            "reason": "finished" if weights is not None else reason,
+        }
         if weights is not None:
             trace = loss_trace_digest(output_dir / METRICS_FILE)
             self.manifest["final"] = {"global_step": step, "weights": weights, "loss_trace": trace}

@@ -14,7 +14,7 @@ TIMES = ("samples_per_second", "data_wait", "step_time_median", "step_time_p95",
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl, in order; a last line that a crash cut off is left out.
 
-    Such a line has no line break, for a line is written together with its break.
+    Such a line has no line break, because a line is written together with its break.
 
     Raises:
         InputError: the file cannot be read, or any other line is not a JSON object with a step (names the line).

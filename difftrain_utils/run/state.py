@@ -55,8 +55,8 @@ class Totals:
         self.clear_step()
 
     def state(self) -> dict[str, Any]:
-        """The totals of all processes, which all of them ask for. Of the losses, one sum for each process, for rounding
-        depends on how a sum is put together."""
+        """The totals of all processes, which all of them ask for. Of the losses, one sum for each process, because
+        rounding depends on how a sum is put together."""
         accelerator = self.accelerator
         rows = torch.tensor(float(self.skipped_rows), device=accelerator.device)
         losses = {name: accelerator.gather(loss.view(1)).tolist() for name, loss in self.losses.items()}

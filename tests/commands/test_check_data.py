@@ -1,11 +1,9 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import encode, launch_environment, make_data
+from helpers import difftrain, encode, make_data
 from PIL import Image
 
 from difftrain_utils.commands.check_data import main
@@ -85,7 +83,7 @@ def image(change):
         ),
     ],
 )
-def test_each_fault_is_told_with_file_and_line(folder, capsys, spoil, problem):
+def test_each_fault_is_reported_with_file_and_line(folder, capsys, spoil, problem):
     spoil(folder)
     lines, code = check(folder, capsys)
     assert lines[:-1] == [problem.format(line=f"{folder / 'metadata.jsonl'} line 3")]
@@ -110,7 +108,7 @@ def test_a_caption_that_just_fits(folder, capsys):
     assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)
 
 
-def test_all_problems_are_told(folder, capsys):
+def test_all_problems_are_reported(folder, capsys):
     (folder / "000000.png").unlink()
     set_line(folder, 3, {"text": ""})
     set_line(folder, 5, "[]")
@@ -139,7 +137,7 @@ def test_the_validation_data_are_checked_too(folder, image_folder, capsys):
     assert lines[1] == "20 images and their captions: 1 error"
 
 
-def test_rows_of_parquet_files_are_told_by_their_number(tmp_path, capsys):
+def test_rows_of_parquet_files_are_reported_by_their_number(tmp_path, capsys):
     data = make_data([Image.new("RGB", (40, 40))] * 3, ["a", "b", ""])
     rows = data.with_format("arrow")[:]["image"].to_pylist()
     rows[1]["bytes"] = rows[1]["bytes"][:60]
@@ -162,16 +160,9 @@ def test_a_data_set_that_is_not_there(capsys):
 
 
 def test_as_a_command(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "difftrain_utils.commands.check_data",
-        "--data.dataset",
-        str(folder),
-        "--data.resolution",
-    ]
-    command += ["32", "--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]
+    options = ["--data.dataset", str(folder), "--data.resolution", "32"]
+    options += ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]
     (folder / "000002.png").unlink()
-    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True)
+    done = difftrain("check-data", *options)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(done.stdout.splitlines()) == 2 and "10/10" in done.stderr  # the progress

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import difftrain
 from PIL import Image
 
 from difftrain_utils.commands.compare import (
@@ -389,7 +390,7 @@ def test_samples_of_skipped_rows_are_noted_and_no_column(tmp_path):
     assert "skipped_rows" not in summary(runs[0])
 
 
-def test_values_are_told_in_one_line_with_their_runs(tmp_path):
+def test_values_are_reported_in_one_line_with_their_runs(tmp_path):
     runs = load_runs([write_run(tmp_path / name) for name in "abc"])
     assert by_value(runs, ["mse", "huber", "mse"]) == "mse (a, c); huber (b)"
     assert brief("0123456789abcdef" * 4) == "0123456789ab"
@@ -559,12 +560,11 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     assert [run.name for run in load_runs(folders[1:])] == ["0", "1"]
 
 
-def test_starts_without_torch_and_tells_errors_in_one_line(tmp_path):
+def test_starts_without_torch_and_reports_errors_in_one_line(tmp_path):
     code = "import sys, difftrain_utils.commands.compare as c; c.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     run, html = str(write_run(tmp_path / "a")), str(tmp_path / "report.html")
     assert subprocess.run([sys.executable, "-c", code, run, "--output", html]).returncode == 0
-    command = [sys.executable, "-m", "difftrain_utils.commands.compare"]
-    done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
+    done = difftrain("compare", str(tmp_path / "nowhere"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
@@ -580,7 +580,7 @@ def test_groups_are_called_after_their_runs(tmp_path):
     assert by_value(runs, list("aabbbcdd")) == "a (dream_p1-*); b (dream_p10-*, x-seed-10); c (x-seed-11); d (one, two)"
 
 
-def test_a_run_that_was_resumed_with_other_code_is_told(tmp_path):
+def test_a_run_that_was_resumed_with_other_code_is_reported(tmp_path):
     segments = [{"from_step": 0}, {"from_step": 20, "differs": {"git": {"commit": "e"}, "num_processes": 2}}]
     runs = [
         write_run(tmp_path / "a"),

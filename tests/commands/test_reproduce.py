@@ -1,4 +1,4 @@
-"""Runs that are run again: what is told about them, and the verdict on what came out."""
+"""Runs that are run again: what is reported about them, and the verdict on what came out."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from difftrain_utils.commands.repetition import (
 )
 from difftrain_utils.commands.reproduce import describe_segments, main, overrides, rerun_environment, steps_to_compare
 from difftrain_utils.errors import InputError
+from difftrain_utils.run.interruptions import EXIT_CODE
 
 SAME = Weights("final weights", "abc", True)
 
@@ -46,16 +47,9 @@ def images(image_folder, tmp_path_factory) -> Path:
 def resumed_run(checkpoint_folder, images, tmp_path_factory) -> Path:
     """Six steps in two segments: stopped after the first one, then resumed."""
     argv = short_options(checkpoint_folder, images, tmp_path_factory.mktemp("runs") / "run")
-    argv += [
-        "--data.validation_dataset",
-        str(images),
-        "--evaluation.num_validation_samples",
-        "8",
-        "--train.eval_every",
-        "3",
-    ]
-    with pytest.raises(SystemExit):
-        train([*argv, "--train.max_hours", "1e-9"])
+    validation = ["--data.validation_dataset", str(images), "--evaluation.num_validation_samples", "8"]
+    argv += [*validation, "--train.eval_every", "3"]
+    train([*argv, "--train.max_hours", "1e-9"], exit_code=EXIT_CODE)
     return train([*argv, "--resume-from", "latest"])
 
 
@@ -85,7 +79,7 @@ def test_a_resumed_run_comes_out_the_same_in_one_piece(resumed_run, again):
     assert len(read_mapping(folder / "run_manifest.json")["segments"]) == 1
 
 
-def test_the_first_steps_alone_and_what_is_told(resumed_run, tmp_path, capfd):
+def test_the_first_steps_alone_and_what_is_reported(resumed_run, tmp_path, capfd):
     # checkpoint-4 is there: metrics and weights are compared, and the re-run stops before its end
     assert main([str(resumed_run), "--steps", "4", "--output-dir", str(tmp_path / "new")]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line]
@@ -93,7 +87,7 @@ def test_the_first_steps_alone_and_what_is_told(resumed_run, tmp_path, capfd):
     assert lines[1].endswith(", from step 0 to 1 (train.max_hours 1e-09)")
     assert lines[2].endswith(", from step 1 to 6 (finished)")
     assert lines[3] == "Differences in code, hardware and versions: none"
-    assert "Further changes (data, base model, config, device): none" in lines
+    assert "Further differences (data, base model, config, device): none" in lines
     assert lines[-1].startswith("bit-identical: the first 4 steps, 4 lines of metrics, weights of checkpoint-4 ")
     assert read_mapping(tmp_path / "new/run_manifest.json").get("final") is None or (tmp_path / "new/pipeline").exists()
 
@@ -115,7 +109,7 @@ def test_one_pixel_makes_another_run_and_the_data_is_named(resumed_run, images, 
     then, now = (metrics_without_times(run) for run in (resumed_run, tmp_path / "new"))
     assert then[step - 1]["loss"] != now[step - 1]["loss"] and 1 <= step <= 3  # an epoch is two and a half steps
     assert likely == "likely because of:" and first.startswith("  data: data.train.sha256 ")
-    assert out.index("  data: data.train.sha256") < out.index("differs from step")  # told when the re-run starts
+    assert out.index("  data: data.train.sha256") < out.index("differs from step")  # reported when the re-run starts
 
 
 @pytest.mark.slow
@@ -140,8 +134,8 @@ def test_what_cannot_be_run_again_is_refused(copied_run, tmp_path):
     edit(manifest, lambda m: m["segments"][0].update(resumed_from=str(tmp_path / "checkpoint-3"), from_step=3))
     refused("branched off at step 3 from .*checkpoint-3, and can only be run again from there: no such folder")
     shutil.copytree(copied_run / "checkpoint-4", tmp_path / "checkpoint-3")
-    (tmp_path / "checkpoint-3/model.safetensors").write_bytes(b"")
-    refused("from there: model.safetensors has not the SHA-256")
+    (tmp_path / "checkpoint-3/denoiser.safetensors").write_bytes(b"")
+    refused("from there: denoiser.safetensors has not the SHA-256")
     edit(manifest, lambda m: m["segments"][0].pop("resumed_from"))
     edit(manifest, lambda m: m.update(command=["no/such_script.py"]))
     refused("was made by no/such_script.py, which is not here")
@@ -170,9 +164,9 @@ def test_which_steps_can_be_compared(copied_run, capsys):
     run.metrics[:] = [entry for entry in run.metrics if entry["step"] % 2 == 0]  # as with train.log_every 2
     assert steps_to_compare(run, manifest, 3) == (2, False)
     assert "has no checkpoint-3); rounded down to step 2, the last line of metrics" in capsys.readouterr().out
-    (copied_run / "checkpoint-4/model.safetensors").write_bytes(b"")
+    (copied_run / "checkpoint-4/denoiser.safetensors").write_bytes(b"")
     assert steps_to_compare(run, manifest, 4) == (4, False)
-    assert "no weights to compare (model.safetensors has not the SHA-256" in capsys.readouterr().out
+    assert "no weights to compare (denoiser.safetensors has not the SHA-256" in capsys.readouterr().out
     with pytest.raises(InputError, match="--steps 1: no line of metrics up to there, the first is that of step 2"):
         steps_to_compare(run, manifest, 1)
 

@@ -207,7 +207,7 @@ def test_every_field_is_read_somewhere():
     assert [name for name in names if name not in read] == []
 
 
-def test_a_typo_is_told_before_torch_is_imported(tmp_path):
+def test_a_typo_is_reported_before_torch_is_imported(tmp_path):
     code = "import sys; from difftrain_utils.config.command_line import parse_config\n"
     code += "from difftrain_utils.config.text_to_image import TextToImageConfig\n"
     code += f"parse_config(TextToImageConfig, {REQUIRED}); sys.exit('torch' in sys.modules)"

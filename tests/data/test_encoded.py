@@ -1,10 +1,14 @@
+import copy
 import dataclasses
+import json
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from helpers import (
     ROOT,
     as_rows,
     assert_one_line,
+    data_of,
     launch_environment,
     make_data,
     metrics_without_times,
@@ -25,24 +30,28 @@ from helpers import (
     without_dropout,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data import encoded as cache_module
-from difftrain_utils.data.encoded import EncodedCache, build_cache, load_caches
+from difftrain_utils.data.encoded import EncodedCache, Entry, build_cache, load_caches, pack
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.rows import map_rows
-from difftrain_utils.data.samples import Samples
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import file_digest
+from difftrain_utils.run.meter import StepTimer
 
 BOTH = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache_module, "ENTRIES_PER_SHARD", 4)
-    monkeypatch.setattr(cache_module, "ENTRIES_PER_BATCH", 3)
+    """Of latents of 32 x 32 pixels, upright and mirrored, a shard has two batches."""
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(cache_module, "ENTRIES_PER_BATCH", 2)
 
 
 @pytest.fixture
@@ -72,41 +81,65 @@ def varied_folder(tmp_path_factory):
     return folder
 
 
-class TestTensorCache:
+def damage_file(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        content[-1] ^= 4
+        path.write_bytes(content)
+    elif damage == "truncated":
+        path.write_bytes(content[:-7])
+    elif damage == "no digest":
+        path.with_suffix(".sha256").unlink()
+    elif damage == "gone":
+        path.unlink()
+    else:
+        shutil.copy(path.parent / "shard-00000.sha256", path.with_suffix(".sha256"))
+
+
+def stacked(batch: list[torch.Tensor]) -> Entry:
+    return {"values": torch.stack(batch)}
+
+
+class TestEncodedCache:
+    """Entries of 16, 24 and 32 bytes: of group 0 a shard has two batches of two, of the others one."""
+
     groups = np.array([0, 1, 0, 0, 1, 0, 0, 2])
 
-    def build(self, folder, encode=None, inputs=None) -> EncodedCache:
-        cache = EncodedCache(folder, self.groups)
-        inputs = inputs or [torch.full((2, 2 + int(group)), float(i)) for i, group in enumerate(self.groups)]
-        build_cache(Accelerator(cpu=True), cache, inputs, encode or torch.stack, "Testing", num_workers=0)
-        return cache
+    @pytest.fixture(autouse=True)
+    def smaller_shards(self, monkeypatch):
+        monkeypatch.setattr(cache_module, "SHARD_BYTES", 64)
+
+    def build(self, folder, encode=stacked) -> EncodedCache:
+        inputs = [torch.full((2, 2 + int(group)), float(i)) for i, group in enumerate(self.groups)]
+        return build_cache(Accelerator(cpu=True), folder, self.groups, inputs, encode, "Testing", num_workers=0)
 
     def test_it_gives_what_was_put_in(self, tmp_path):
         cache = self.build(tmp_path)
         for _ in range(2):
             for i in np.random.default_rng(0).permutation(8).tolist():
-                assert torch.equal(cache[i], torch.full((2, 2 + int(self.groups[i])), float(i)))
+                assert cache[i].keys() == {"values"}
+                assert torch.equal(cache[i]["values"], torch.full((2, 2 + int(self.groups[i])), float(i)))
             cache = pickle.loads(pickle.dumps(cache))  # with open shards
         # five of group 0 in two shards, and one each of the others; with digests that sha256sum would take
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            f"shard-0000{i}.{kind}" for i in range(4) for kind in ("safetensors", "sha256")
-        ]
-        for path in tmp_path.glob("*.safetensors"):
+        files = [tmp_path / "layout.json", *(tmp_path / f"shard-0000{i}.safetensors" for i in range(4))]
+        assert sorted(tmp_path.iterdir()) == sorted(p.with_suffix(s) for p in files for s in (p.suffix, ".sha256"))
+        for path in files:
             assert path.with_suffix(".sha256").read_text() == f"{file_digest(path)}  {path.name}\n"
 
-    def encoded(self, folder, **kwargs) -> list[float]:
-        """What had to be encoded, but for the one entry that is encoded to know the room that is needed."""
+    def encoded(self, folder) -> list[float]:
+        """What had to be encoded, in order."""
         entries = []
 
         def encode(batch):
-            entries.append([tensor[0, 0].item() for tensor in batch])
-            return torch.stack(batch)
+            entries.extend(tensor[0, 0].item() for tensor in batch)
+            return stacked(batch)
 
-        self.build(folder, encode, **kwargs)
-        return [entry for batch in entries[1:] for entry in batch]
+        self.build(folder, encode)
+        return entries
 
     def test_a_finished_cache_is_not_made_again(self, tmp_path):
-        assert sorted(self.encoded(tmp_path)) == list(range(8))
+        # the first of each group, to measure it, and then group after group
+        assert self.encoded(tmp_path) == [0, 1, 7, 0, 2, 3, 5, 6, 1, 4, 7]
         assert self.encoded(tmp_path) == []
 
     def test_a_build_that_failed_goes_on(self, tmp_path):
@@ -114,9 +147,9 @@ class TestTensorCache:
 
         def fail_late(batch):
             seen.extend(batch)
-            if len(seen) > 7:  # one for the room, four of the first shard, one of the second, and then two
+            if len(seen) > 8:  # three that are measured, four of the first shard, one of the second, and then two
                 raise KeyboardInterrupt
-            return torch.stack(batch)
+            return stacked(batch)
 
         with pytest.raises(KeyboardInterrupt):
             self.build(tmp_path, fail_late)
@@ -128,70 +161,203 @@ class TestTensorCache:
         self.build(tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         path = tmp_path / "shard-00001.safetensors"
-        content = bytearray(path.read_bytes())
-        if damage == "a bit":
-            content[-1] ^= 4
-            path.write_bytes(content)
-        elif damage == "truncated":
-            path.write_bytes(content[:-7])
-        elif damage == "no digest":
-            path.with_suffix(".sha256").unlink()
-        else:
-            shutil.copy(tmp_path / "shard-00000.sha256", path.with_suffix(".sha256"))
+        damage_file(path, damage)
         capsys.readouterr()
         assert self.encoded(tmp_path) == [6]
         warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert warnings == [f"warning: {path} is damaged: making it again"]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_too_little_room_is_told_before_anything_is_encoded(self, tmp_path, monkeypatch):
-        usage = shutil._ntuple_diskusage(100, 100, 8 * 16 - 1)  # of group 0 an entry has 16 bytes
+    @pytest.mark.parametrize("damage", ["a bit", "truncated", "no digest", "digest of another", "gone"])
+    def test_a_damaged_layout_is_measured_again_and_no_shard_made(self, tmp_path, damage):
+        self.build(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert json.loads(before["layout.json"]) == {
+            "0": {"entry_bytes": 16, "entries_per_shard": 4},
+            "1": {"entry_bytes": 24, "entries_per_shard": 2},
+            "2": {"entry_bytes": 32, "entries_per_shard": 2},
+        }
+        damage_file(tmp_path / "layout.json", damage)
+        assert self.encoded(tmp_path) == [0, 1, 7]
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    @pytest.mark.parametrize(("size", "entries"), [(1, 2), (63, 2), (64, 4), (95, 4), (96, 6), (10**6, 8)])
+    def test_a_shard_has_as_many_whole_batches_as_its_bytes_hold(self, tmp_path, monkeypatch, size, entries):
+        monkeypatch.setattr(cache_module, "SHARD_BYTES", size)
+        monkeypatch.setattr(self, "groups", np.zeros(8, int))
+        sizes = []
+        cache = self.build(tmp_path, lambda batch: sizes.append(len(batch)) or stacked(batch))
+        assert sizes == [1] + [2] * 4  # however large a shard is, so that no entry is rounded otherwise
+        assert [len(shard) for shard in cache.shards] == [entries] * (8 // entries) + [8 % entries] * (8 % entries > 0)
+        for path, shard in zip(map(cache.path, range(9)), cache.shards, strict=False):
+            assert load_file(path)["values"].nbytes == 16 * len(shard) <= max(size, 32)
+
+    def test_too_little_room_is_reported_before_anything_is_encoded(self, tmp_path, monkeypatch):
+        needed = 5 * 16 + 2 * 24 + 32  # by group, as measured
+        usage = shutil._ntuple_diskusage(1000, 1000, needed - 1)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
         encoded = []
         with pytest.raises(InputError, match=rf"^data.cache_dir: {tmp_path} needs 0.0 GB more, 0.0 GB are free$"):
-            self.build(tmp_path, lambda batch: encoded.append(len(batch)) or torch.stack(batch))
-        assert encoded == [1] and list(tmp_path.iterdir()) == []
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=8 * 16))
+            self.build(tmp_path, lambda batch: encoded.append(len(batch)) or stacked(batch))
+        assert encoded == [1, 1, 1]
+        assert {path.name for path in tmp_path.iterdir()} == {"layout.json", "layout.sha256"}
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
+        self.build(tmp_path)
+        (tmp_path / "shard-00001.safetensors").unlink()  # one entry of group 0
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=15))
+        with pytest.raises(InputError, match=r"^data.cache_dir: .* needs 0.0 GB more"):
+            self.build(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=16))
+        assert self.encoded(tmp_path) == [6]
+
+    @pytest.mark.parametrize(
+        "full_at", ["layout.sha256", "layout.json", "shard-00000.sha256", "shard-00000.safetensors"]
+    )
+    def test_a_disk_that_is_full_after_all(self, tmp_path, monkeypatch, full_at):
+        write_bytes = Path.write_bytes
+
+        def write(path, content):
+            if path.name.startswith(full_at):
+                raise OSError(28, "No space left")
+            write_bytes(path, content)
+
+        monkeypatch.setattr(Path, "write_bytes", write)
+        with pytest.raises(RunError, match=rf"^cannot write .*{full_at}: .*No space left"):
+            self.build(tmp_path)
+        in_order = ["layout.sha256", "layout.json", "shard-00000.sha256", "shard-00000.safetensors"]
+        assert {path.name for path in tmp_path.iterdir()} == set(in_order[: in_order.index(full_at)])
+        monkeypatch.undo()
         self.build(tmp_path)
 
-    def test_a_disk_that_is_full_after_all(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(RunError, match=r"^cannot write .*shard-00000.sha256: .*No space left"):
-            self.build(tmp_path)
-        assert list(tmp_path.iterdir()) == []
+
+class TestEntries:
+    """Of what a text encoder puts out for captions of some tokens out of 8."""
+
+    lengths = (3, 1, 0, 2, 5, 2, 1, 3, 1, 1)
+    groups = np.array([0, 0, 0, 1, 1, 0, 1, 0, 0, 0])
+
+    @pytest.fixture(autouse=True)
+    def small_shards(self, monkeypatch):
+        monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+        monkeypatch.setattr(cache_module, "ENTRIES_PER_BATCH", 2)
+
+    def entry(self, i: int) -> Entry:
+        """What the mask leaves out is not zero."""
+        generator, length, group = torch.Generator().manual_seed(i), self.lengths[i], int(self.groups[i])
+        mask = torch.arange(8) < length
+        mask[: max(0, length - 2)] = False  # what comes before the last that counts is kept
+        return {
+            "prompt_embeds": torch.randn(8, 3, generator=generator).to(torch.bfloat16),
+            "prompt_embeds_mask": mask,
+            "ids": torch.randint(9, (8, 2), generator=generator, dtype=torch.int32),
+            "ids_mask": mask.long(),
+            "latents": torch.randn(2, 3, 4 + group, 6 - group, generator=generator),
+            "flags": torch.arange(4) == i % 4,
+            "label": torch.tensor(100 + i),
+            "score": torch.tensor(i / 8, dtype=torch.float16),
+            "is_even": torch.tensor(i % 2 == 0),
+        }
+
+    def build(self, folder: Path) -> EncodedCache:
+        def encode(batch: list[int]) -> Entry:
+            entries = [self.entry(i) for i in batch]
+            return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+        inputs = range(len(self.lengths))
+        return build_cache(Accelerator(cpu=True), folder, self.groups, inputs, encode, "Testing", num_workers=0)
+
+    def test_they_come_back_with_zeros_instead_of_what_the_mask_leaves_out(self, tmp_path):
+        made = self.build(tmp_path)
+        caches = [made, pickle.loads(pickle.dumps(made)), self.build(tmp_path)]
+        for i in np.random.default_rng(0).permutation(10).tolist():
+            for found, expected in ((one[i], self.entry(i)) for one in caches):
+                for name in ("prompt_embeds", "prompt_embeds_mask", "ids", "ids_mask"):
+                    expected[name][self.lengths[i] :] = 0
+                    expected[name] = expected[name][:5]  # the longest of all, whichever are in its shard or group
+                assert found.keys() == expected.keys()
+                for name, values in expected.items():
+                    assert found[name].dtype == values.dtype and torch.equal(found[name], values), name
+
+    def test_what_the_mask_leaves_out_is_not_on_the_disk(self, tmp_path):
+        cache = self.build(tmp_path)
+        assert [shard.tolist() for shard in cache.shards] == [[0, 1], [2, 5], [7, 8], [9], [3, 4], [6]]
+        for shard, entries in enumerate(cache.shards):
+            stored, tokens = load_file(cache.path(shard)), sum(self.lengths[i] for i in entries)
+            sizes = {name: values.nbytes for name, values in stored.items() if not name.endswith(".ends")}
+            assert sizes == {
+                "prompt_embeds": tokens * 3 * 2,
+                "prompt_embeds_mask": tokens,
+                "ids": tokens * 2 * 4,
+                "ids_mask": tokens * 8,
+                "latents": len(entries) * 2 * 3 * (24 if self.groups[entries[0]] == 0 else 25) * 4,
+                "flags": len(entries) * 4,
+                "label": len(entries) * 8,
+                "score": len(entries) * 2,
+                "is_even": len(entries),
+            }
+            ends = np.cumsum([self.lengths[i] for i in entries]).tolist()
+            assert stored["prompt_embeds.ends"].tolist() == stored["ids_mask.ends"].tolist() == ends
+            file = cache.path(shard).read_bytes()  # a header, and the tensors that it lists
+            header = 8 + int.from_bytes(file[:8], "little")
+            assert len(file) == header + sum(values.nbytes for values in stored.values())
+
+    def test_pack_lays_entries_one_after_another(self):
+        entries = [
+            {"x": torch.tensor([i] * 4), "x_mask": torch.arange(4) < n, "n": torch.tensor(n)}
+            for i, n in enumerate((2, 0, 3))
+        ]
+        before = copy.deepcopy(entries)
+        packed = pack(entries)
+        assert {name: values.tolist() for name, values in packed.items()} == {
+            "x": [0, 0, 2, 2, 2],
+            "x.ends": [2, 2, 5],
+            "x_mask": [True] * 5,
+            "x_mask.ends": [2, 2, 5],
+            "n": [2, 0, 3],
+        }
+        assert str(entries) == str(before)
 
 
 def caches_of(argv: list[str]):
     config = parse_config(argv)
     family = load_family(config)
-    data = map_rows(config.data)
-    fingerprints = inspect_splits(data, None, config.data)
-    return load_caches(Accelerator(cpu=True), family, data, config, fingerprints, None), family, data, config
+    data = data_of(map_rows(config.data))
+    fingerprints = inspect_splits(data.rows, None, config.data)
+    return load_caches(Accelerator(cpu=True), family, data, fingerprints, config), family, data, config
 
 
 def test_entries_are_what_the_encoders_give(cached_run, varied_folder):
     argv = [*cached_run, "--data.dataset", str(varied_folder / "good")]
-    (latents, prompts), family, data, config = caches_of(argv)
-    assert not {"vae", "text_encoder"} & vars(family).keys()
+    caches, family, data, config = caches_of(argv)
+    latents, text = caches["latents"], caches["text"]
+    assert not {"vae", "text_encoder"} & family._parts.keys()
     plain = dataclasses.replace(config.data, cache_latents=False, cache_text=False, random_flip=False)
     samples = Samples(data, plain, 0, 100)
     for row in range(21):
-        k = next(k for k in range(21) if samples.index_of(k) == row)
+        k = next(k for k in range(21) if samples.order[k] == row)
         pixel_values = samples[k]["pixel_values"][None]
-        assert latents[row].shape == (2, 2, 4, 8, 8)
+        entry = latents[row]
+        assert entry.keys() == {"moments", "sizes", "is_readable"}
+        assert entry["moments"].shape == (2, 2, 4, 8, 8) and entry["is_readable"].item() is True
         for flip, pixels in enumerate((pixel_values, pixel_values.flip(-1))):
-            torch.testing.assert_close(latents[row][flip], family.encode_images(pixels)[0], rtol=1e-5, atol=1e-5)
-        captions = data[row].captions
-        assert len(prompts.of_row(row)) == len(captions)
-        for number, caption in zip(prompts.of_row(row), captions, strict=True):
-            expected = family.encode_prompts([caption])[0]
-            torch.testing.assert_close(prompts[number], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(prompts[0], family.encode_prompts([""])[0], rtol=1e-5, atol=1e-5)
-    numbers = {number for row in range(21) for number in prompts.of_row(row)}
-    assert numbers == set(range(len(prompts.cache.places)))  # each caption once, and no more
+            torch.testing.assert_close(entry["moments"][flip], family.encode_images(pixels)[0], rtol=1e-5, atol=1e-5)
+        captions = data.rows[row].captions
+        assert len(text.of_row(row)) == len(captions)
+        for number, caption in zip(text.of_row(row), captions, strict=True):
+            assert_same_conditioning(text[number], family.encode_prompts([caption]))
+    assert_same_conditioning(text[text.NULL], family.null_conditioning())
+    numbers = {number for row in range(21) for number in text.of_row(row)}
+    assert numbers == set(range(1, len(text.cache.shard_of)))  # each caption once, and no more
 
 
-def test_a_vae_that_overflows_is_told_and_not_taken_for_bad_rows(cached_run, monkeypatch):
+def assert_same_conditioning(entry: Entry, expected: Entry) -> None:
+    """Of one sample, and as a batch of one."""
+    assert entry.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(entry[name], values[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_vae_that_overflows_is_reported_and_not_taken_for_bad_rows(cached_run, monkeypatch):
     def overflow(_, pixel_values):
         return torch.full((len(pixel_values), 2, 4, 8, 8), torch.inf)
 
@@ -201,20 +367,24 @@ def test_a_vae_that_overflows_is_told_and_not_taken_for_bad_rows(cached_run, mon
 
 
 def test_damaged_captions_are_numbered_again(cached_run, capsys):
-    (_, prompts), *_ = caches_of(cached_run)
-    expected = [prompts.of_row(row) for row in range(10)]
-    path = prompts.cache.folder / "captions.json"
+    text = caches_of(cached_run)[0]["text"]
+    expected = [text.of_row(row) for row in range(10)]
+    path = text.cache.folder / "captions.json"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"[0, 1", b"[0, 2"))
-    (_, prompts), *_ = caches_of(cached_run)
-    assert [prompts.of_row(row) for row in range(10)] == expected and path.read_bytes() == content
+    assert path.read_bytes() != content
+    text = caches_of(cached_run)[0]["text"]
+    assert [text.of_row(row) for row in range(10)] == expected and path.read_bytes() == content
     assert f"warning: {path} is damaged: making it again" in capsys.readouterr().err
+
+
+def folders_of(caches: dict) -> dict[str, str]:
+    return {"latents": caches["latents"].folder.name, "text": caches["text"].cache.folder.name}
 
 
 class TestKey:
     def folders(self, argv, **fields) -> dict[str, str]:
-        (latents, prompts), *_ = caches_of([*argv, *options(fields)])
-        return {"latents": latents.folder.name, "text": prompts.cache.folder.name}
+        return folders_of(caches_of([*argv, *options(fields)])[0])
 
     @pytest.mark.parametrize(
         "fields",
@@ -297,7 +467,7 @@ class TestKey:
             family = load_family(parse_config([*cached_run, "--model.pretrained_model_name_or_path", str(folder)]))
             old = load_family(parse_config(cached_run))
             keys = {
-                what: [f.cache_key(*parts) for f in (old, family)]
+                what: [f.describe_parts(*parts) for f in (old, family)]
                 for what, parts in (("latents", ["vae"]), ("text", ["text_encoder", "tokenizer"]))
             }
             assert {what for what, (a, b) in keys.items() if a != b} == changed, i
@@ -305,15 +475,15 @@ class TestKey:
 
     def test_it_changes_with_the_type(self, cached_run):
         config = parse_config(cached_run)
-        data, names = map_rows(config.data), []
-        for dtype in (torch.float32, torch.bfloat16):
+        data, seen = data_of(map_rows(config.data)), []
+        fingerprints = inspect_splits(data.rows, None, config.data)
+        for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
             family = load_family(config)
-            family.move_frozen_parts("cpu", dtype)
-            fingerprints = inspect_splits(data, None, config.data)
-            latents, prompts = load_caches(Accelerator(cpu=True), family, data, config, fingerprints, None)
-            assert latents[0].dtype == prompts[0].dtype == dtype
-            names.append((latents.folder.name, prompts.cache.folder.name))
-        assert set(names[0]).isdisjoint(names[1])
+            family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+            caches = load_caches(Accelerator(cpu=True), family, data, fingerprints, config)
+            assert caches["latents"][0]["moments"].dtype == caches["text"][0]["prompt_embeds"].dtype == dtype
+            seen.append(folders_of(caches))
+        assert all(seen[0][what] != seen[1][what] for what in ("latents", "text"))
 
 
 COMBINATIONS = {
@@ -346,6 +516,46 @@ def test_training_from_caches_is_training(cached_run, varied_folder, tmp_path, n
     resumed = [*argv, "--output-dir", str(tmp_path / "resumed"), "--resume-from", str(cached / "checkpoint-4")]
     assert pipeline_bytes(train(resumed)) == pipeline_bytes(cached)
     assert metrics_without_times(tmp_path / "resumed") == metrics[1][4:]
+
+
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_latents_of_any_rank_and_prompts_of_any_length(fake_family, load_fake_caches, on_bad_row):
+    """Videos, say. Of the rows that cannot be read one has a damaged image, and one no caption."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (16 + i, 24, 3), np.uint8)) for i in range(7)]
+    captions = ["", "a", "a bb", "a bb ccc", "dddd", "a bb ccc dddd", "a"]
+    rows = as_rows(make_data(images, captions))
+    if on_bad_row == "skip":
+
+        def spoil(row: dict, index: int) -> dict:
+            content = row["image"]["bytes"][: 60 if index == 2 else None]
+            return {"image": row["image"] | {"bytes": content}, "text": None if index == 5 else row["text"]}
+
+        rows.parts[0].data = rows.parts[0].data.map(spoil, with_indices=True)
+    config = DataConfig("memory", resolution=16, center_crop=True, random_flip=True, on_bad_row=on_bad_row)
+    config.caption_dropout, data = 0.2, data_of(rows)
+    plain = Samples(data, config, 0, 100)
+    config = dataclasses.replace(config, cache_latents=True, cache_text=True)
+    caches = load_fake_caches(data, config)
+    for row in range(7):
+        entry, is_bad = caches["latents"][row], on_bad_row == "skip" and row in (2, 5)
+        assert entry["moments"].shape == (2, 2, 3, 2, 2, 2) and entry["is_readable"].item() is not is_bad
+        assert entry["sizes"][:, :2].tolist() == [[0, 0] if is_bad else [16 + row, 24]] * 2
+    samples, num_skipped = Samples(data, config, 0, 100, caches), 0
+    for k in range(0, 56, 8):
+        batch, expected = (collate([which[k + i] for i in range(8)]) for which in (samples, plain))
+        assert batch["moments"].shape == (8, 2, 3, 2, 2, 2)
+        assert torch.equal(batch["moments"], fake_family.encode_images(expected["pixel_values"]))
+        conditioning = fake_family.encode_prompts(expected["captions"])
+        length = 4 if on_bad_row == "stop" else 3  # of the longest caption that can be read
+        assert batch["conditioning"].keys() == conditioning.keys()
+        for name, values in batch["conditioning"].items():
+            assert torch.equal(values, conditioning[name][:, :length])
+        assert torch.equal(batch["sizes"], expected["sizes"])
+        for name in ("keys", "skipped", "dropped", "place"):
+            assert batch[name] == expected[name]
+        num_skipped += sum(batch["skipped"])
+    assert num_skipped == (16 if on_bad_row == "skip" else 0)  # two of seven in each of eight epochs
 
 
 def test_two_sources_of_which_one_has_many_captions(cached_run, varied_folder, image_folder, tmp_path):
@@ -382,17 +592,14 @@ class TestEncodersInMemory:
         assert pipeline_bytes(tmp_path / "first") == pipeline_bytes(tmp_path / "second")
 
     def test_after_an_evaluation_they_are_dropped_again(self, cached_run, loads, monkeypatch):
-        import train_text_to_image as script
+        alive, next_batch = [], StepTimer.next_batch
 
-        alive = []
+        def count(self, batches):
+            batch = next_batch(self, batches)
+            alive.append(sum(reference() is not None for _, reference in loads))
+            return batch
 
-        class StepTimer(script.StepTimer):
-            def batches(self, dataloader):
-                for batch in super().batches(dataloader):
-                    alive.append(sum(reference() is not None for _, reference in loads))
-                    yield batch
-
-        monkeypatch.setattr(script, "StepTimer", StepTimer)
+        monkeypatch.setattr(StepTimer, "next_batch", count)
         fields = {"train.eval_every": 2, "evaluation.prompts": ["a red circle"], "evaluation.num_inference_steps": 1}
         fields |= {"data.validation_split": 0.3, "evaluation.num_validation_samples": 8, "train.batch_size": 2}
         train([*cached_run, *options(fields)])
@@ -407,11 +614,12 @@ class TestEncodersInMemory:
 
 def test_workers_hold_no_python_object_per_row(cached_run, varied_folder):
     """Captions and numbers are with the caches as arrays: pickled, a sample's source is small."""
-    (latents, prompts), *_ = caches_of([*cached_run, "--data.dataset", str(varied_folder / "good")])
-    for part in (latents, prompts.cache):
+    caches, *_ = caches_of([*cached_run, "--data.dataset", str(varied_folder / "good")])
+    text = caches["text"]
+    for part in (caches["latents"], text.cache):
         assert not any(isinstance(value, dict | list) and len(value) > 20 for value in vars(part).values())
-    assert isinstance(prompts.starts, np.ndarray) and isinstance(prompts.numbers, np.ndarray)
-    assert not hasattr(prompts, "captions")
+    assert isinstance(text.starts, np.ndarray) and isinstance(text.numbers, np.ndarray)
+    assert not hasattr(text, "captions")
 
 
 def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path):
@@ -422,7 +630,7 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
     script = """if True:
         import runpy, sys
         import difftrain_utils.data.encoded as cache
-        cache.ENTRIES_PER_SHARD, cache.ENTRIES_PER_BATCH = 4, 3
+        cache.SHARD_BYTES, cache.ENTRIES_PER_BATCH = 20_000, 2
         sys.argv = ["train_text_to_image.py", *sys.argv[1:]]
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
@@ -464,16 +672,17 @@ def test_a_build_that_is_killed_goes_on(cached_run, tmp_path):
         import os, runpy, signal, sys
         import difftrain_utils.data.encoded as cache
         from difftrain_utils.families.stable_diffusion import StableDiffusion
-        cache.ENTRIES_PER_SHARD, cache.ENTRIES_PER_BATCH = 4, 3
+        cache.SHARD_BYTES, cache.ENTRIES_PER_BATCH = 20_000, 2
         encode, calls = StableDiffusion.encode_images, []
 
         def encode_images(self, pixel_values):
             calls.append(len(pixel_values))
-            if sum(calls) > 2 * 1 + 2 * 4 + 2 * 3:  # for the room, the first shard, and a batch of the second; mirrored
+            if sum(calls) > 2 * 1 + 2 * 4 + 2 * 2:  # measured, the first shard, and a batch of the second; mirrored
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(self, pixel_values)
 
         StableDiffusion.encode_images = encode_images
+        sys.argv = ["train_text_to_image.py", *sys.argv[1:]]
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     command = [sys.executable, "-c", script, *cached_run]

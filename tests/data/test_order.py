@@ -122,7 +122,7 @@ class TestBuckets:
         assert order.epoch_length == 400
         assert all(sum(row >= 390 for row in rows) == 4 for rows in epochs_of(order, 3))
 
-    def test_images_that_weights_leave_no_batch_are_told(self, capsys):
+    def test_images_that_weights_leave_no_batch_are_reported(self, capsys):
         buckets = np.repeat([0, 1], [96, 4])
         Order(0, [50, 50], [1, 1], buckets, batch_size=4)
         assert capsys.readouterr().err == ""

@@ -1,81 +1,24 @@
+import inspect
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from helpers import as_rows, encode, make_data
+import torch
+from helpers import as_rows, data_of, encode, make_data
 from PIL import Image
 
-from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.fingerprint import inspect_data
-from difftrain_utils.data.rows import map_rows, read_row, split_rows
+from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data.rows import Rows, map_rows, read_row, split_rows
+from difftrain_utils.data.samples import Samples
+from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media.image import open_image
 
 
-class TestOpenImage:
-    def pixels(self, image: Image.Image, format: str = "PNG", **options) -> np.ndarray:
-        opened = open_image(encode(image, format, **options), "test")
-        assert opened.mode == "RGB"
-        return np.asarray(opened)
-
-    def test_transparency_shows_white(self):
-        image = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-        image.putpixel((0, 0), (0, 0, 0, 0))
-        image.putpixel((1, 0), (0, 0, 0, 128))
-        pixels = self.pixels(image)
-        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [255, 0, 0]
-        assert abs(int(pixels[0, 1, 0]) - 127) <= 1
-
-    def test_a_palette_is_looked_up_with_its_transparent_colour(self):
-        image = Image.new("P", (4, 4), 0)
-        image.putpalette([0, 0, 255, 0, 255, 0])
-        image.putpixel((0, 0), 1)
-        assert self.pixels(image)[0, 0].tolist() == [0, 255, 0]
-        pixels = self.pixels(image, transparency=1)
-        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[3, 3].tolist() == [0, 0, 255]
-
-    def test_greyscale_has_three_equal_channels(self):
-        assert self.pixels(Image.new("L", (4, 4), 77))[2, 2].tolist() == [77, 77, 77]
-        grey = Image.new("LA", (4, 4), (77, 0))
-        assert self.pixels(grey)[2, 2].tolist() == [255, 255, 255]
-
-    def test_sixteen_bits_are_scaled(self):
-        ramp = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
-        pixels = self.pixels(Image.fromarray(ramp))
-        assert np.abs(pixels[..., 0].ravel().astype(float) - np.linspace(0, 255, 16)).max() <= 1
-
-    def test_an_image_is_turned_upright(self):
-        image = Image.new("RGB", (8, 4), "blue")
-        image.paste("red", (0, 0, 4, 4))
-        exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-        pixels = self.pixels(image, exif=exif)
-        assert pixels.shape == (8, 4, 3)
-        assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[7, 0].tolist() == [0, 0, 255]
-
-    def test_cmyk(self):
-        assert np.abs(self.pixels(Image.new("CMYK", (8, 8)), "JPEG").astype(int) - 255).max() <= 2
-
-    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-    @pytest.mark.parametrize("edge", [11, 15])  # Pillow warns of the first and refuses the second
-    def test_what_is_above_pillows_limit_is_refused(self, monkeypatch, edge):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        assert self.pixels(Image.new("L", (10, 10))).shape == (10, 10, 3)
-        with pytest.raises(RowError, match=rf"cat.png: an image of {edge**2} pixels; the limit is 100 "):
-            open_image(encode(Image.new("L", (edge, edge))), "cat.png")
-
-    def test_what_is_no_image_is_refused_by_name(self):
-        with pytest.raises(InputError, match=r"cat.png: not an image"):
-            open_image(b"no image", "cat.png")
-        rng = np.random.default_rng(0)
-        content = encode(Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-        with pytest.raises(InputError, match=r"cat.png: cannot decode"):
-            open_image(content[: len(content) // 2], "cat.png")
-
-
-class TestLoadData:
+class TestMapRows:
     def test_an_image_folder(self, image_folder):
         data = map_rows(DataConfig(dataset=str(image_folder)))
         rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
@@ -93,7 +36,7 @@ class TestLoadData:
         make_data(images, [str(i) for i in range(7)]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(dataset=str(tmp_path))
         data = map_rows(config)
-        rows = [read_row(data, i, config) for i in range(len(data))]
+        rows = [read_row(data, i) for i in range(len(data))]
         assert [captions for _, captions in rows] == [[str(i)] for i in range(7)]
         assert all(np.array_equal(row, image) for (row, _), image in zip(rows, images, strict=True))
 
@@ -114,7 +57,7 @@ class TestLoadData:
             ('{"file_name": "a.png", "caption": "x"}', r"data.caption_column: no 'text' in .* line 1; it has caption"),
         ],
     )
-    def test_bad_metadata_is_told_with_its_line(self, image_folder, tmp_path, lines, message):
+    def test_bad_metadata_is_reported_with_its_line(self, image_folder, tmp_path, lines, message):
         (tmp_path / "a.png").write_bytes((image_folder / "000000.png").read_bytes())
         (tmp_path / "metadata.jsonl").write_text(lines + "\n")
         with pytest.raises(InputError, match=message):
@@ -169,7 +112,7 @@ class TestFingerprint:
     def fingerprint(self, images, captions) -> str:
         config = DataConfig(dataset="memory")
         data = as_rows(make_data(images, captions))
-        return inspect_data(data, config)["sha256"]
+        return data.inspect(config)["sha256"]
 
     def test_it_changes_with_one_pixel_one_caption_and_the_order(self):
         images = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)]
@@ -187,7 +130,7 @@ class TestFingerprint:
         for path in image_folder.iterdir():
             (moved / path.name).write_bytes(path.read_bytes())
         digests = [
-            inspect_data(map_rows(config), config)["sha256"]
+            map_rows(config).inspect(config)["sha256"]
             for config in (DataConfig(dataset=str(folder)) for folder in (image_folder, moved))
         ]
         assert digests[0] == digests[1]
@@ -197,22 +140,22 @@ class TestFingerprint:
         images = [{"bytes": b"no image", "path": "cat.png"}]
         data = datasets.Dataset.from_dict({"image": images, "text": ["a cat"]})
         with pytest.raises(InputError, match=r"cat.png: not an image"):
-            inspect_data(as_rows(data), config)
+            as_rows(data).inspect(config)
         data = datasets.Dataset.from_dict(
             {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3]}
         )
         with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
-            inspect_data(as_rows(data), config)
+            as_rows(data).inspect(config)
 
     def test_bad_rows_that_are_skipped_have_a_fingerprint_too(self, image_folder, tmp_path):
         shutil.copytree(image_folder, tmp_path / "data")
         config = DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip")
 
         def fingerprint() -> str:
-            return inspect_data(map_rows(config), config)["sha256"]
+            return map_rows(config).inspect(config)["sha256"]
 
         stop = DataConfig(dataset=str(tmp_path / "data"))
-        digests = [inspect_data(map_rows(stop), stop)["sha256"]]
+        digests = [map_rows(stop).inspect(stop)["sha256"]]
         assert fingerprint() == digests[0]  # of good data, whatever the policy
         path = tmp_path / "data" / "000003.png"
         for content in (path.read_bytes()[:20], b"text", b""):
@@ -232,3 +175,114 @@ class TestFingerprint:
         path.write_bytes(b"\xff\n")
         with pytest.raises(InputError, match=r"metadata.jsonl line 1: not UTF-8"):
             map_rows(DataConfig(dataset=str(tmp_path / "data"), on_bad_row="skip"))
+
+
+@pytest.mark.parametrize("kind", ["mapped", "streamed"])
+class TestProtocol:
+    """What `Rows` promises, whichever rows they are. Seven rows in two files; shuffled in windows of three, if they are
+    a stream, so that seven windows are three epochs."""
+
+    def open(self, kind: str, folder: Path, seed: int = 0, **fields) -> tuple[Rows, DataConfig]:
+        config = DataConfig(str(folder), resolution=8, streaming=kind == "streamed", shuffle_buffer=3, **fields)
+        return (map_rows(config) if kind == "mapped" else open_stream(config, seed)), config
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        return self.write(tmp_path / "data")
+
+    def write(self, folder: Path, spoilt: Sequence[int] = (), first_level: int = 0) -> Path:
+        folder.mkdir()
+        for file, numbers in enumerate((range(4), range(4, 7))):
+            images = {i: encode(Image.new("RGB", (8, 8), (first_level + 10 * i,) * 3)) for i in numbers}
+            rows = [{"bytes": b"text" if i in spoilt else images[i], "path": f"{i}.png"} for i in numbers]
+            features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+            columns = {"image": rows, "text": [str(i) for i in numbers]}
+            datasets.Dataset.from_dict(columns, features).to_parquet(folder / f"{file}.parquet")
+        return folder
+
+    def test_its_methods_are_called_alike(self, kind, folder):
+        rows, _ = self.open(kind, folder)
+        methods = {name: method for name, method in vars(Rows).items() if callable(method) and name[0] != "_"}
+        assert methods.keys() == {"loss_weight", "order", "substitutes", "inspect", "place", "load_place"}
+        for name, method in methods.items():
+            asked, has = (inspect.signature(each).parameters for each in (method, getattr(type(rows), name)))
+            assert [(p.name, p.default) for p in asked.values()] == [(p.name, p.default) for p in has.values()]
+
+    def test_the_order_has_each_row_once_an_epoch(self, kind, folder):
+        def captions_of_run(seed: int, num: int = 21) -> list[str]:
+            rows, _ = self.open(kind, folder, seed)
+            order = rows.order(seed, batch_size=2, buckets=None)
+            return [rows[order[k]].captions for k in range(num)]
+
+        captions = captions_of_run(0)
+        assert {caption: captions.count(caption) for caption in captions} == {str(i): 3 for i in range(7)}
+        assert captions == captions_of_run(0) and captions != captions_of_run(1)
+        assert captions[:7] != captions[7:14]
+
+    def test_a_sample_is_read_with_its_name_image_and_caption(self, kind, folder):
+        rows, config = self.open(kind, folder)
+        samples = Samples(data_of(rows), config, 0, 100)
+        for k in range(21):
+            number = int(samples[k]["caption"])
+            assert torch.equal(samples[k]["pixel_values"], torch.full((3, 8, 8), number / 12.75 - 1))
+            assert samples.names_of([k]) == [f"{number}.png"]
+
+    def test_a_place_is_where_other_rows_go_on(self, kind, folder):
+        rows, _ = self.open(kind, folder)
+        order = rows.order(0, 1)
+        expected = [rows[order[k]].captions for k in range(30)]
+        for k in (0, 1, 5, 8, 14, 20):
+            place = json.loads(json.dumps(rows.place(k)))
+            resumed, _ = self.open(kind, folder)
+            resumed.load_place(place)
+            assert resumed.place(k) == place
+            assert [resumed[order[i]].captions for i in range(k, 30)] == expected[k:]
+            resumed.load_place(None)
+            assert [resumed[order[i]].captions for i in (k, 0)] == [expected[k], expected[0]]
+
+    def test_substitutes_are_other_rows_for_the_sample_and_the_same_each_time(self, kind, tmp_path):
+        folder = self.write(tmp_path / "data", spoilt=(2, 5))
+        rows, config = self.open(kind, folder, on_bad_row="skip")
+        order, samples, num_skipped = rows.order(0, 1), Samples(data_of(rows), config, 0, 100), 0
+        for k in range(21):
+            others, words = rows.substitutes(order[k], k, 0, None)
+            captions = [rows[other].captions for other in others]
+            assert captions == [rows[other].captions for other in rows.substitutes(order[k], k, 0)[0]]
+            assert len(captions) == (10 if kind == "mapped" else 2)  # drawn, or the others of the window
+            due, readable = rows[order[k]].captions, [caption for caption in captions if caption not in ("2", "5")]
+            is_bad = due in ("2", "5")
+            if is_bad and not readable:
+                with pytest.raises(RowError, match=rf"^{due}.png: not an image .*; nor can {words}$"):
+                    samples[k]
+                continue
+            assert samples[k]["caption"] == (readable[0] if is_bad else due) and samples[k]["skipped"] == is_bad
+            num_skipped += is_bad
+        assert num_skipped >= 4
+
+    def test_where_none_can_be_read_the_error_says_which(self, kind, tmp_path):
+        rows, config = self.open(kind, self.write(tmp_path / "data", spoilt=range(7)), on_bad_row="skip")
+        samples = Samples(data_of(rows), config, 0, 100)
+        _, words = rows.substitutes(samples.order[4], 4, 0)
+        with pytest.raises(RowError, match=rf"^\d.png: not an image that Pillow knows; nor can {words}$"):
+            samples[4]
+
+    def test_a_fingerprint_is_of_the_content(self, kind, folder, tmp_path):
+        def fingerprint(folder: Path) -> dict:
+            rows, config = self.open(kind, folder)
+            found = rows.inspect(config)
+            assert found == json.loads(json.dumps(found)) and found["dataset"] == str(folder)
+            assert found == self.open(kind, folder)[0].inspect(config)
+            return found
+
+        moved = shutil.copytree(folder, tmp_path / "moved")
+        other = self.write(tmp_path / "other", first_level=1)
+        digests = [fingerprint(each)["sha256"] for each in (folder, moved, other)]
+        assert digests[0] == digests[1] != digests[2] and all(len(digest) == 64 for digest in digests)
+
+    def test_a_loss_weight_is_that_of_the_source_and_takes_no_reading(self, kind, folder, monkeypatch):
+        rows, _ = self.open(kind, folder)
+        assert rows.loss_weight(rows.order(0, 1)[4]) == 1
+        config = DataConfig(sources=[SourceConfig(str(folder), loss_weight=2.5)])
+        rows = map_rows(config) if kind == "mapped" else open_stream(config, 0)
+        monkeypatch.setattr(type(rows), "__getitem__", None)
+        assert [rows.loss_weight(rows.order(0, 1)[k]) for k in range(7)] == [2.5] * 7

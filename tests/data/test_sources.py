@@ -13,8 +13,7 @@ from helpers import encode, make_data, metrics_without_times, options, train
 from PIL import Image, PngImagePlugin
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data import fingerprint
-from difftrain_utils.data.fingerprint import cache_key, inspect_data
+from difftrain_utils.data import rows as rows_module
 from difftrain_utils.data.rows import map_rows, read_row, split_rows
 from difftrain_utils.data.sizes import image_sizes
 from difftrain_utils.errors import InputError, RowError
@@ -54,7 +53,7 @@ class TestRows:
         rows = map_rows(two)
         assert (len(rows), rows.lengths, rows.weights) == (7, [4, 3], [1, 3])
         assert [row.captions for row in rows] == ["p0", "p1", "p2", "p3", ["t0", "x"], ["t1", "x"], ["t2", "x"]]
-        levels = [np.asarray(read_row(rows, i, two)[0])[0, 0, 0] for i in range(7)]
+        levels = [np.asarray(read_row(rows, i)[0])[0, 0, 0] for i in range(7)]
         assert levels == [0, 1, 2, 3, 100, 101, 102]
         for index in (7, -1):
             with pytest.raises(IndexError):
@@ -73,15 +72,15 @@ class TestRows:
         assert sum(map(len, sides)) == 500 and 20 < len(of_b[1]) < 60
         assert {row.captions for row in sides[0]}.isdisjoint(row.captions for row in sides[1])
 
-    def test_a_row_without_a_path_is_named_by_its_source(self, two, tmp_path):
+    def test_a_row_without_a_path_is_called_after_its_source(self, two, tmp_path):
         rows = [{"image": {"bytes": b"text", "path": None}, "text": "a"}] * 2
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
         datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "parquet/train.parquet")
         with pytest.raises(RowError, match=rf"^{tmp_path}/parquet row 1: not an image"):
-            read_row(map_rows(two), 1, two)
+            read_row(map_rows(two), 1)
         one = DataConfig(str(tmp_path / "parquet"))
         with pytest.raises(RowError, match=r"^row 1: not an image"):
-            read_row(map_rows(one), 1, one)
+            read_row(map_rows(one), 1)
 
     def test_errors_name_the_source(self, two):
         two.sources[1].image_column = "jpg"
@@ -100,9 +99,9 @@ class TestCaptionColumns:
         data.add_column("more", [["c", "d"], None, None]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(str(tmp_path), caption_column=["text", "more"])
         rows = map_rows(config)
-        assert [read_row(rows, i, config)[1] for i in range(2)] == [["a", "c", "d"], ["b"]]
+        assert [read_row(rows, i)[1] for i in range(2)] == [["a", "c", "d"], ["b"]]
         with pytest.raises(RowError, match=r"2.png: the caption must be a string or a list of strings, got \[\]"):
-            read_row(rows, 2, config)
+            read_row(rows, 2)
 
     def test_of_an_image_folder(self, tmp_path):
         lines = [{"file_name": "0.png", "short": "s"}, {"file_name": "1.png", "long": "l"}]
@@ -122,8 +121,8 @@ class TestFormats:
             write_tar(tmp_path / f"train-{t:04d}.tar", samples)
         config = DataConfig(str(tmp_path), image_column="jpg", caption_column="txt")
         rows = map_rows(config)
-        assert [read_row(rows, i, config)[1] for i in range(6)] == [[f"{t} {i}"] for t in range(2) for i in range(3)]
-        assert read_row(rows, 5, config)[0].size == (20, 16)
+        assert [read_row(rows, i)[1] for i in range(6)] == [[f"{t} {i}"] for t in range(2) for i in range(3)]
+        assert read_row(rows, 5)[0].size == (20, 16)
         with pytest.raises(InputError, match=r"data.image_column: no column 'image' in .*; it has jpg, txt, __key__"):
             map_rows(DataConfig(str(tmp_path)))
 
@@ -137,16 +136,16 @@ class TestFormats:
 
 class TestFingerprintCache:
     def count_reads(self, monkeypatch) -> list:
-        names, read = [], fingerprint.read_bytes
-        monkeypatch.setattr(fingerprint, "read_bytes", lambda value, name: names.append(name) or read(value, name))
+        names, read = [], rows_module.read_bytes
+        monkeypatch.setattr(rows_module, "read_bytes", lambda value, name: names.append(name) or read(value, name))
         return names
 
     def test_a_second_start_reads_nothing(self, two, monkeypatch):
         names = self.count_reads(monkeypatch)
-        first = inspect_data(map_rows(two), two)
+        first = map_rows(two).inspect(two)
         assert len(names) == 7 and first["num_images"] == 7
-        assert inspect_data(map_rows(two), two) == first and len(names) == 7
-        assert inspect_data(map_rows(two), dataclasses.replace(two, cache_dir=f"{two.cache_dir}2")) == first
+        assert map_rows(two).inspect(two) == first and len(names) == 7
+        assert map_rows(two).inspect(dataclasses.replace(two, cache_dir=f"{two.cache_dir}2")) == first
         assert len(names) == 14  # another folder: all is read
 
     @pytest.mark.parametrize("same_size", [True, False])
@@ -157,33 +156,33 @@ class TestFingerprintCache:
             (folder / path.name).write_bytes(path.read_bytes())
         config = DataConfig(str(folder), cache_dir=str(tmp_path / "cache"))
         rows = map_rows(config)
-        first, before = inspect_data(rows, config), os.stat(folder / "000003.png")
+        first, before = rows.inspect(config), os.stat(folder / "000003.png")
         content = bytearray((folder / "000003.png").read_bytes())
         content[-1 if same_size else len(content) :] = b"x"
         (folder / "000003.png").write_bytes(content)
         os.utime(folder / "000003.png", ns=(before.st_atime_ns, before.st_mtime_ns))
         assert map_rows(config).parts[0].data._fingerprint == rows.parts[0].data._fingerprint  # so it is not enough
-        assert inspect_data(map_rows(config), config) != first
+        assert map_rows(config).inspect(config) != first
 
     def test_the_key_tells_rows_and_columns_apart(self, two):
         rows = map_rows(two)
-        keys = [cache_key(rows, two), cache_key(rows, dataclasses.replace(two, on_bad_row="skip"))]
-        keys += [cache_key(side, two) for side in split_rows(rows, dataclasses.replace(two, validation_split=0.5))]
+        keys = [rows.identity(two), rows.identity(dataclasses.replace(two, on_bad_row="skip"))]
+        keys += [side.identity(two) for side in split_rows(rows, dataclasses.replace(two, validation_split=0.5))]
         two.sources[0].caption_column = ["text"]
-        keys.append(cache_key(map_rows(two), two))
-        assert len(set(keys)) == 5 and cache_key(rows, two) not in keys[1:4]
+        keys.append(map_rows(two).identity(two))
+        assert len(set(keys)) == 5 and rows.identity(two) not in keys[1:4]
 
     def test_an_error_is_not_cached(self, tmp_path):
         make_data([grey(0)], [None]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(str(tmp_path), cache_dir=str(tmp_path / "cache"))
         for _ in range(2):
             with pytest.raises(RowError, match=r"0.png: the caption must be"):
-                inspect_data(map_rows(config), config)
+                map_rows(config).inspect(config)
 
     def test_a_cache_that_cannot_be_written_is_warned_of(self, two, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         config = dataclasses.replace(two, cache_dir=str(tmp_path / "file"))
-        assert inspect_data(map_rows(config), config) == inspect_data(map_rows(two), two)
+        assert map_rows(config).inspect(config) == map_rows(two).inspect(two)
         assert "warning: data.cache_dir: cannot write" in capsys.readouterr().err
 
 

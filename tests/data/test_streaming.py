@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers import encode, make_data, metrics_without_times, options, pipeline_bytes, train
+from helpers import data_of, encode, make_data, metrics_without_times, options, pipeline_bytes, train
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
@@ -168,20 +168,20 @@ class TestResume:
         expected = captions(whole, range(60))
         again = stream(folders[kind], shuffle_buffer=buffer)
         for k in range(0, 45, 4):
-            state = json.loads(json.dumps(again.state(k)))
+            place = json.loads(json.dumps(again.place(k)))
             resumed = stream(folders[kind], shuffle_buffer=buffer)
-            resumed.load_state(state)
-            assert resumed.start_state() == state
+            resumed.load_place(place)
+            assert resumed.place(k) == place
             assert captions(resumed, range(k, k + 15)) == expected[k : k + 15]
             assert captions(resumed, [0, k]) == [expected[0], expected[k]]  # what lies before is still there
 
     def test_it_reads_no_more_the_later_it_is(self, folders, reads):
-        state = stream(folders["parquet"]).state(6)
-        late = stream(folders["parquet"]).state(6004)
-        assert late["epoch"] == 461 and state["epoch"] == 0
-        for place, k in ((state, 6), (late, 6004)):
+        early = stream(folders["parquet"]).place(6)
+        late = stream(folders["parquet"]).place(6004)
+        assert late["epoch"] == 461 and early["epoch"] == 0
+        for place, k in ((early, 6), (late, 6004)):
             rows = stream(folders["parquet"])
-            rows.load_state(place)
+            rows.load_place(place)
             reads.clear()
             rows[k]
             assert sum(count for *_, count in reads) == 5  # one window
@@ -195,11 +195,11 @@ class TestResume:
         assert all(first == 0 for _, first, _ in reads) and 26 <= sum(count for *_, count in reads) <= 30
 
     def test_the_place_in_another_stream_is_not_taken(self, folders, capsys):
-        state = stream(folders["parquet"]).state(21)
+        place = stream(folders["parquet"]).place(21)
         for seed, fields in ((1, {}), (0, {"shuffle_buffer": 6})):
             rows = stream(folders["parquet"], seed, **fields)
             capsys.readouterr()
-            rows.load_state(state)
+            rows.load_place(place)
             assert "of another stream; this one is read from its beginning" in capsys.readouterr().err
             assert captions(rows, range(21, 30)) == captions(stream(folders["parquet"], seed, **fields), range(21, 30))
 
@@ -212,7 +212,7 @@ def loaded(samples: Samples, keys: range, **arguments) -> list[dict]:
 class TestSamples:
     def samples(self, folder: Path, **fields) -> Samples:
         config = make_config(folder, random_flip=True, **fields)
-        return Samples(open_stream(config, 0), config, 0, 1000)
+        return Samples(data_of(open_stream(config, 0)), config, 0, 1000)
 
     @pytest.mark.parametrize("kind", WRITERS)
     def test_they_are_the_same_with_any_number_of_workers(self, folders, kind):
@@ -224,7 +224,7 @@ class TestSamples:
             for other in others:
                 assert other["keys"] == one["keys"] and other["captions"] == one["captions"]
                 assert torch.equal(other["pixel_values"], one["pixel_values"])
-                assert other["stream_state"] == one["stream_state"]
+                assert other["place"] == one["place"]
         captions_of_13 = [caption for batch in batches[2] for caption in batch["captions"]][22:35]  # samples 26 to 38
         assert len(batches[0]) == 9 and len(set(captions_of_13)) > 8
 
@@ -238,14 +238,14 @@ class TestSamples:
         for batch, *parts in zip(whole, *halves, strict=True):
             assert batch["keys"] == [k for part in parts for k in part["keys"]]
             assert torch.equal(batch["pixel_values"], torch.cat([part["pixel_values"] for part in parts]))
-            # the first process writes the state: it must not lie behind the next batch's first sample
-            assert parts[0]["stream_state"]["window"] <= (batch["keys"][-1] + 1) // 5
+            # the first process writes the place: it must not lie behind the next batch's first sample
+            assert parts[0]["place"]["window"] <= (batch["keys"][-1] + 1) // 5
 
-    def test_the_state_of_a_batch_is_enough_for_the_next(self, folders):
+    def test_the_place_of_a_batch_is_enough_for_the_next(self, folders):
         batches = loaded(self.samples(folders["parquet"]), range(40), batch_size=4)
         for before, batch in itertools.pairwise(batches):
             samples = self.samples(folders["parquet"])
-            samples.data.load_state(before["stream_state"])
+            samples.rows.load_place(before["place"])
             (again,) = loaded(samples, batch["keys"], batch_size=4)
             assert again["captions"] == batch["captions"] and torch.equal(again["pixel_values"], batch["pixel_values"])
             assert samples.names_of([batch["keys"][0]]) == self.samples(folders["parquet"]).names_of([batch["keys"][0]])
@@ -259,14 +259,15 @@ class TestBadRows:
         return write_parquet(folder, lambda i: b"text" if i in (2, 6, 7) else encode(image_of(i)))
 
     def test_stop_names_the_row(self, spoilt):
-        samples = Samples(stream(spoilt), make_config(spoilt), 0, 100)
-        k = next(k for k in range(13) if samples.data[k].captions == "6")
+        samples = Samples(data_of(stream(spoilt)), make_config(spoilt), 0, 100)
+        k = next(k for k in range(13) if samples.rows[k].captions == "6")
         with pytest.raises(RowError, match=r"^6.png: not an image that Pillow knows"):
             samples[k]
 
     def test_skip_takes_the_next_readable_row_of_the_window(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip")
-        samples, rows = Samples(open_stream(config, 0), config, 0, 1000), stream(spoilt, on_bad_row="skip")
+        samples = Samples(data_of(open_stream(config, 0)), config, 0, 1000)
+        rows = stream(spoilt, on_bad_row="skip")
         num_skipped = 0
         for first in range(0, 130, 5):
             window = captions(rows, range(first, first + 5))
@@ -279,8 +280,8 @@ class TestBadRows:
 
     def test_a_window_without_a_readable_row_stops(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip", shuffle_buffer=1)
-        samples = Samples(open_stream(config, 0), config, 0, 100)
-        k = next(k for k in range(13) if samples.data[k].captions == "6")
+        samples = Samples(data_of(open_stream(config, 0)), config, 0, 100)
+        k = next(k for k in range(13) if samples.rows[k].captions == "6")
         with pytest.raises(
             RowError, match=r"^6.png: not an image .*; nor can any of the 1 rows that are shuffled with"
         ):
@@ -294,7 +295,8 @@ class TestBadRows:
         last = max((1, 2), key=lambda file: order.index(str(numbers()[file][0])))
         path = folder / f"{last}.{kind}"
         path.write_bytes(path.read_bytes()[: 2600 if kind == "tar" else -100])
-        samples = Samples(stream(folder, on_bad_row="skip"), make_config(folder, on_bad_row="skip"), 0, 100)
+        rows = stream(folder, on_bad_row="skip")
+        samples = Samples(data_of(rows), rows.config, 0, 100)
         with pytest.raises(RowError, match=rf"{last}.{kind}: cannot read what comes after \d rows: "):
             [samples[k] for k in range(13)]
 
@@ -400,8 +402,8 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one(short_run, folders
         argv += options({"train.gradient_accumulation_steps": 2})
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     for step in (2, 4):  # in the middle of a window; after an epoch
-        state = json.loads((unbroken / f"checkpoint-{step}/training_state.json").read_text())["stream"]
-        assert state["window"] == (4 * step - 1) // 5 and state["epoch"] == (step == 4 and state["window"] * 5 >= 13)
+        place = json.loads((unbroken / f"checkpoint-{step}/training_state.json").read_text())["place"]
+        assert place["window"] == (4 * step - 1) // 5 and place["epoch"] == (step == 4 and place["window"] * 5 >= 13)
         branch = tmp_path / f"branch-{step}"
         train([*argv, "--output-dir", str(branch), "--resume-from", str(unbroken / f"checkpoint-{step}")])
         assert pipeline_bytes(branch) == pipeline_bytes(unbroken)
@@ -411,7 +413,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one(short_run, folders
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_gradient_that_is_not_finite_is_told_with_the_rows_of_its_step(short_run, folders, tmp_path, workers):
+def test_a_gradient_that_is_not_finite_is_reported_with_the_rows_of_its_step(short_run, folders, tmp_path, workers):
     argv = [*short_run, "--data.dataset", str(folders["parquet"]), "--data.streaming", "--data.shuffle_buffer", "5"]
     argv += options({"data.num_workers": workers, "optimizer.init_args.lr": 1e30, "lr_scheduler.num_warmup_steps": 0})
     with pytest.raises(RunError, match="is nan at step ") as error:
@@ -419,5 +421,5 @@ def test_a_gradient_that_is_not_finite_is_told_with_the_rows_of_its_step(short_r
     step = int(str(error.value).split("at step ")[1].split(",")[0])
     names = [stream(folders["parquet"])[k].name for k in range(4 * step - 4, 4 * step)]
     assert f"({', '.join(names)})" in str(error.value)
-    state = json.loads((tmp_path / f"run/checkpoint-{step - 1}/training_state.json").read_text())["stream"]
-    assert state["window"] == max(4 * step - 5, 0) // 5
+    place = json.loads((tmp_path / f"run/checkpoint-{step - 1}/training_state.json").read_text())["place"]
+    assert place["window"] == max(4 * step - 5, 0) // 5

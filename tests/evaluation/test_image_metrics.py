@@ -1,5 +1,6 @@
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from transformers import (
 from difftrain_utils.builtins.tiny_stable_diffusion.make import make_tokenizer
 from difftrain_utils.commands.compare import load_runs, summary_table
 from difftrain_utils.data.rows import map_rows, read_row, split_rows
-from difftrain_utils.data.samples import to_square
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.grids import generate
 from difftrain_utils.evaluation.image_metrics import (
@@ -34,6 +34,7 @@ from difftrain_utils.evaluation.image_metrics import (
     load_metric_networks,
 )
 from difftrain_utils.families.load import load_family
+from difftrain_utils.media.image import to_square
 from difftrain_utils.run.launch import check_launch
 
 VISION = {
@@ -143,20 +144,19 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
     """All three from the pictures of the pipeline itself; the held-out images against themselves have none."""
     config = parse_config(measured_run)
     family = load_family(config)
-    family.denoiser.eval()
-    pipeline = family.pipeline(family.denoiser)
-    _, data = split_rows(map_rows(config.data), config.data)
+    denoiser = family.load_denoiser().eval()
+    _, held_out = split_rows(map_rows(config.data), config.data)
     state = torch.get_rng_state()
-    networks = load_metric_networks(config, data, torch.device("cpu"))
-    got = image_metrics(Accelerator(), networks, pipeline, data, config)
+    networks = load_metric_networks(config, held_out, torch.device("cpu"))
+    got = image_metrics(Accelerator(), networks, family, denoiser, held_out, config)
     assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
 
-    rows = [read_row(data, k, config.data) for k in range(3)]
-    squares = torch.stack([to_square(image, config.data) for image, _ in rows])
+    rows = [read_row(held_out, k) for k in range(3)]
+    squares = torch.stack([to_square(image, config.data)[0] for image, _ in rows])
     real = pt_to_pil(squares)
     assert np.array_equal(np.asarray(real[0]), ((squares[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
-    config.evaluation.prompts = captions = [captions[0] for _, captions in rows]
-    generated = generate(pipeline, config.evaluation, 32)
+    captions = [captions[0] for _, captions in rows]
+    generated = generate(family, denoiser, config.evaluation, 32, captions, range(3))
     vit = ViTModel.from_pretrained(networks_folder / "vit").eval()
     processor = CLIPImageProcessor.from_pretrained(networks_folder / "vit")
     features = [vit(**processor(images, return_tensors="pt")).pooler_output.double() for images in (real, generated)]
@@ -177,12 +177,12 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
 
     assert got["clip_score"] == pytest.approx(clip_score(generated), rel=1e-4) and got["clip_score"] > 1
 
-    def perfect(prompts, generator, **_):  # a pipeline that draws the held-out images
-        found = [real[captions.index(prompt)] for prompt in prompts]
-        return type("Output", (), {"images": found})
+    def perfect(denoiser, prompts, **_):  # draws the held-out images
+        return [real[captions.index(prompt)] for prompt in prompts]
 
     with torch.autocast("cpu", torch.bfloat16):  # as in a bf16 run: the networks stay in float32
-        perfect_metrics = image_metrics(Accelerator(), networks, perfect, data, config)
+        drawn = SimpleNamespace(generate=perfect)
+        perfect_metrics = image_metrics(Accelerator(), networks, drawn, denoiser, held_out, config)
     assert abs(perfect_metrics["fid"]) < 1e-5 < got["fid"]
     assert perfect_metrics["clip_score"] == pytest.approx(clip_score(real), rel=1e-4) != got["clip_score"]
 
@@ -192,11 +192,15 @@ def test_a_run_logs_them_resumes_exactly_and_is_otherwise_the_same(measured_run,
     logged = {entry["step"]: entry for entry in metrics_without_times(run) if "fid" in entry}
     assert list(logged) == [3, 6] and logged[3]["fid"] != logged[6]["fid"] and logged[6]["clip_score"] >= 0
     config = parse_config(measured_run)
-    _, data = split_rows(map_rows(config.data), config.data)
+    _, held_out = split_rows(map_rows(config.data), config.data)
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")  # the EMA weights after the last step
     pipeline.set_progress_bar_config(disable=True)
-    networks = load_metric_networks(config, data, torch.device("cpu"))
-    for name, value in image_metrics(Accelerator(), networks, pipeline, data, config).items():
+
+    def draw(denoiser, prompts, generators, **options):  # with plain diffusers
+        return pipeline(prompts, generator=generators, **options).images
+
+    networks, family = load_metric_networks(config, held_out, torch.device("cpu")), SimpleNamespace(generate=draw)
+    for name, value in image_metrics(Accelerator(), networks, family, None, held_out, config).items():
         assert logged[6][name] == pytest.approx(value, rel=1e-4)
     resumed = train([*measured_run, "--output-dir", str(tmp_path / "b"), "--resume-from", str(run / "checkpoint-4")])
     assert metrics_without_times(resumed) == metrics_without_times(run)[4:]

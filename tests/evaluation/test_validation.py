@@ -15,19 +15,19 @@ from difftrain_utils.evaluation.grids import generate, labelled_grid
 from difftrain_utils.evaluation.validation import validation_loss, validation_timesteps
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import weights_digest
-from difftrain_utils.objective.schedule import alphas_and_sigmas, append_dims, get_target
+from difftrain_utils.objective.schedule import Schedule, append_dims
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 
 
 def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
     family = load_family(TextToImageConfig(ModelConfig(str(checkpoint_folder)), DataConfig("data")))
-    family.denoiser.eval()
+    denoiser = family.load_denoiser().eval()
     prompts = ["a red circle", "a blue square", "a green triangle"]
 
     def pictures(**fields) -> list[np.ndarray]:
         torch.manual_seed(len(fields))
-        config = EvaluationConfig(prompts=prompts, num_inference_steps=3, **fields)
-        return [np.asarray(image) for image in generate(family.pipeline(family.denoiser), config, 32)]
+        config = EvaluationConfig(num_inference_steps=3, **fields)
+        return [np.asarray(image) for image in generate(family, denoiser, config, 32, prompts, range(3))]
 
     together, apart = pictures(), pictures(batch_size=2)
     assert len(together) == 3 and together[0].shape == (32, 32, 3)
@@ -64,49 +64,50 @@ def test_the_grid_shows_each_picture_above_its_label():
 
 
 class TestValidationLoss:
-    def loss(self, checkpoint_folder, data, prediction=None, name="validation_loss", **fields) -> dict:
+    def loss(self, checkpoint_folder, rows, prediction=None, name="validation_loss", **fields) -> dict:
         evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
         config = TextToImageConfig(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
         config.evaluation = evaluation
         family = load_family(config)
-        family.denoiser.eval()
+        denoiser = family.load_denoiser().eval()
         if prediction is not None:
             family.predict = lambda denoiser, noisy, timesteps, conditioning: prediction(family, noisy, timesteps)
-        return validation_loss(Accelerator(), family, family.denoiser, data, config, name)
+        return validation_loss(Accelerator(), family, denoiser, rows, config, name)
 
     def test_it_is_a_function_of_the_weights_and_the_evaluation_seed(self, checkpoint_folder, image_folder):
-        data = map_rows(DataConfig(str(image_folder)))
+        rows = map_rows(DataConfig(str(image_folder)))
         torch.manual_seed(1)
         state = torch.get_rng_state()
-        first = self.loss(checkpoint_folder, data)
+        first = self.loss(checkpoint_folder, rows)
         assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
-        assert first == self.loss(checkpoint_folder, data)
+        assert first == self.loss(checkpoint_folder, rows)
         assert first["validation_loss"] > 0 and len(first["validation_loss_bins"]) == 8
         assert first["validation_loss"] == pytest.approx(np.mean(first["validation_loss_bins"]))
-        other = self.loss(checkpoint_folder, data, evaluation={"seed": 1})
+        other = self.loss(checkpoint_folder, rows, evaluation={"seed": 1})
         assert other["validation_loss"] != first["validation_loss"]
 
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
     def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type):
         """A model that always says x̂_0 = 0: v̂ - v = x_0 / sin φ, at the same noise levels for every type."""
-        data = map_rows(DataConfig(str(image_folder)))
+        rows = map_rows(DataConfig(str(image_folder)))
 
         def blank(family, noisy, timesteps):
             zeros = torch.zeros_like(noisy)
-            _, sigmas = alphas_and_sigmas(family.noise_scheduler, timesteps)
+            _, sigmas = family.schedule.alphas_and_sigmas(timesteps)
             implied_noise = noisy / append_dims(sigmas, noisy)
-            return get_target(family.noise_scheduler, zeros, implied_noise, timesteps)
+            return family.schedule.target(zeros, implied_noise, timesteps)
 
-        bins = self.loss(checkpoint_folder, data, blank, prediction_type=prediction_type)["validation_loss_bins"]
-        expected = self.loss(checkpoint_folder, data, blank)["validation_loss_bins"]
+        bins = self.loss(checkpoint_folder, rows, blank, prediction_type=prediction_type)["validation_loss_bins"]
+        expected = self.loss(checkpoint_folder, rows, blank)["validation_loss_bins"]
         # an integer timestep only comes near the noise level that is asked for
         assert bins[1:] == pytest.approx(expected[1:], rel=0.02)
         angles = (torch.arange(8) + 0.5) / 8 * torch.pi / 2
         assert bins[4:] == pytest.approx((0.95 / angles.sin() ** 2).tolist()[4:], rel=0.35)
 
     def test_noise_levels_are_spread_over_the_bins(self):
-        for noise_scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler()):
-            timesteps = validation_timesteps(EvaluationConfig(), noise_scheduler, range(800))
-            alphas, sigmas = alphas_and_sigmas(noise_scheduler, timesteps)
+        for scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler()):
+            schedule = Schedule.of(scheduler)
+            timesteps = validation_timesteps(EvaluationConfig(), schedule, range(800))
+            alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
             bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
             assert (bins == torch.arange(800) % 8).float().mean() > 0.97

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from diffusers import (
@@ -6,6 +8,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     PNDMScheduler,
 )
 
@@ -14,49 +18,50 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import SchedulerConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.samplers import build_schedulers
+from difftrain_utils.families.samplers import build_schedule
 
+FLOW = [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler]
 SD15 = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
 
 
-def build(prediction_type=None, checkpoint=SD15, resolution=512, **fields):
+def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_sigma=True, **fields):
+    """As for Stable Diffusion, whose pipeline asks for `init_noise_sigma`, unless it is said otherwise."""
     config = TextToImageConfig(
         ModelConfig("m", prediction_type=prediction_type), DataConfig("d", resolution=resolution), SchedulerConfig()
     )
     config.scheduler = SchedulerConfig(**fields)
-    return build_schedulers(type(checkpoint), checkpoint.config, config)
+    return build_schedule(type(checkpoint), checkpoint.config, config, has_init_noise_sigma)
 
 
 def test_the_checkpoints_schedule_is_kept():
-    noise_scheduler, sampler = build()
-    assert isinstance(noise_scheduler, DDPMScheduler) and isinstance(sampler, PNDMScheduler)
-    assert torch.equal(noise_scheduler.alphas_cumprod, SD15.alphas_cumprod)
-    assert noise_scheduler.config.prediction_type == sampler.config.prediction_type == "epsilon"
+    schedule, sampler = build()
+    assert schedule.path == "ddpm" and isinstance(sampler, PNDMScheduler)
+    assert torch.equal(schedule.alphas_cumprod, SD15.alphas_cumprod)
+    assert schedule.prediction_type == sampler.config.prediction_type == "epsilon"
+    assert schedule.num_train_timesteps == 1000
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_snr_reaches_the_training_schedule_and_the_sampler(name):
-    noise_scheduler, sampler = build("v_prediction", rescale_betas_zero_snr=True, sampler=name)
-    assert noise_scheduler.alphas_cumprod[-1] == 0
+    schedule, sampler = build("v_prediction", rescale_betas_zero_snr=True, sampler=name)
+    assert schedule.alphas_cumprod[-1] == 0
     # Lin et al. 2024, arXiv:2305.08891, algorithm 1: sqrt(ᾱ) shifted to end in 0 and scaled to begin as before
     root = SD15.alphas_cumprod.double().sqrt()
     expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    torch.testing.assert_close(noise_scheduler.alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(sampler.alphas_cumprod, noise_scheduler.alphas_cumprod, rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule.alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sampler.alphas_cumprod, schedule.alphas_cumprod, rtol=0, atol=1e-6)
 
 
 def test_the_config_overrides_the_schedule():
-    noise_scheduler, sampler = build(
-        beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, sampler="DDIMScheduler"
-    )
-    assert len(noise_scheduler.alphas_cumprod) == 100 and isinstance(sampler, DDIMScheduler)
+    schedule, sampler = build(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, sampler="DDIMScheduler")
+    assert len(schedule.alphas_cumprod) == schedule.num_train_timesteps == 100 and isinstance(sampler, DDIMScheduler)
     expected = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2").alphas_cumprod
-    assert torch.equal(noise_scheduler.alphas_cumprod, expected)
+    assert torch.equal(schedule.alphas_cumprod, expected)
 
 
 def test_flow_has_a_sampler_that_integrates_it():
-    noise_scheduler, sampler = build("flow_prediction", flow_shift=2.0, flow_base_resolution=256)
-    assert isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler) and noise_scheduler.config.shift == 4
+    schedule, sampler = build("flow_prediction", flow_shift=2.0, flow_base_resolution=256)
+    assert schedule.path == "linear" and schedule.prediction_type == "flow_prediction" and schedule.shift == 4
     assert isinstance(sampler, DPMSolverMultistepScheduler)
     # with the true velocity of a single image, x_1 = ε goes to the image
     image, noise = torch.full((1, 4, 8, 8), 0.7), torch.randn(1, 4, 8, 8)
@@ -72,11 +77,37 @@ def test_flow_has_a_sampler_that_integrates_it():
 def test_a_saved_flow_pipelines_scheduler_is_understood_again():
     _, sampler = build("flow_prediction", flow_shift=3.0)
     for checkpoint in (sampler, FlowMatchEulerDiscreteScheduler(shift=3.0)):  # the latter does not name its type
-        noise_scheduler, again = build(checkpoint=checkpoint)
-        assert isinstance(noise_scheduler, FlowMatchEulerDiscreteScheduler) and noise_scheduler.config.shift == 3
+        schedule, again = build(checkpoint=checkpoint)
+        assert (schedule.path, schedule.prediction_type) == ("linear", "flow_prediction") and schedule.shift == 3
         assert again.config.flow_shift == 3 and again.config.prediction_type == "flow_prediction"
-    noise_scheduler, _ = build(checkpoint=sampler, flow_shift=1.0)
-    assert noise_scheduler.config.shift == 1
+    schedule, _ = build(checkpoint=sampler, flow_shift=1.0)
+    assert schedule.shift == 1
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [*(cls(shift=3.0) for cls in FLOW), FlowMatchEulerDiscreteScheduler(3000, 3.0, use_dynamic_shifting=True)],
+)
+def test_a_flow_matching_sampler_is_kept_as_it_is_unless_the_pipeline_cannot_use_it(checkpoint):
+    steps = checkpoint.config.num_train_timesteps
+    for prediction_type in (None, "flow_prediction"):
+        for has_init_noise_sigma in (False, True):
+            schedule, sampler = build(prediction_type, checkpoint, has_init_noise_sigma=has_init_noise_sigma)
+            assert (schedule.path, schedule.prediction_type) == ("linear", "flow_prediction")
+            assert (schedule.num_train_timesteps, schedule.shift) == (steps, 3.0)
+            if has_init_noise_sigma:
+                assert type(sampler) is DPMSolverMultistepScheduler and sampler.config.flow_shift == 3.0
+                assert sampler.config.use_flow_sigmas and sampler.config.prediction_type == "flow_prediction"
+                assert sampler.config.num_train_timesteps == steps
+            else:
+                assert sampler.to_json_string() == checkpoint.to_json_string()
+
+
+def test_the_config_overrides_the_shift_of_a_sampler_that_is_kept():
+    checkpoint = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.3)
+    schedule, sampler = build(None, checkpoint, 512, False, flow_shift=2.0, flow_base_resolution=1024)
+    own, kept = (json.loads(scheduler.to_json_string()) for scheduler in (checkpoint, sampler))
+    assert schedule.shift == 1 and kept == own | {"shift": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +120,21 @@ def test_a_saved_flow_pipelines_scheduler_is_understood_again():
         (None, {"sampler": "AutoencoderKL"}, "scheduler.sampler: diffusers has no scheduler 'AutoencoderKL'"),
         ("flow_prediction", {"beta_schedule": "linear"}, "flow_prediction has no betas"),
         ("flow_prediction", {"sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler"),
+        (
+            "flow_prediction",
+            {"sampler": FLOW[0].__name__},
+            f"scheduler.sampler: {FLOW[0].__name__} cannot .*init_noise",
+        ),
+        (
+            "flow_prediction",
+            {"sampler": FLOW[1].__name__},
+            f"scheduler.sampler: {FLOW[1].__name__} cannot .*init_noise",
+        ),
+        (
+            "flow_prediction",
+            {"sampler": FLOW[2].__name__},
+            f"scheduler.sampler: {FLOW[2].__name__} cannot .*init_noise",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(prediction_type, fields, message):
@@ -99,3 +145,21 @@ def test_what_does_not_fit_is_refused(prediction_type, fields, message):
 def test_euler_fits_as_it_is():
     _, sampler = build("v_prediction", sampler="EulerDiscreteScheduler")
     assert isinstance(sampler, EulerDiscreteScheduler) and sampler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.3),
+        DPMSolverMultistepScheduler(
+            solver_order=3, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        DDIMScheduler(clip_sample=False, set_alpha_to_one=False),
+    ],
+    ids=lambda checkpoint: type(checkpoint).__name__,
+)
+def test_the_checkpoints_own_sampler_named_once_more_is_still_its_own(checkpoint):
+    _, sampler = build(checkpoint=checkpoint, has_init_noise_sigma=False, sampler=type(checkpoint).__name__)
+    assert type(sampler) is type(checkpoint)
+    own, kept = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (checkpoint, sampler))
+    assert kept == own

@@ -3,16 +3,17 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
 from difftrain_utils.builtins.shapes import count_right, draw_shape
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, RunError
+from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.load import BUILTINS, load_family
-from difftrain_utils.files import weights_digest
+from difftrain_utils.files import new_folder, weights_digest
 from difftrain_utils.media.image import to_pixel_values
 
 BUILTIN = "builtin:tiny-stable-diffusion"
@@ -27,56 +28,90 @@ def builtin():
     return load(BUILTIN)
 
 
+@pytest.fixture(scope="module")
+def denoiser(builtin):
+    return builtin.load_denoiser()
+
+
 @pytest.fixture
 def pixel_values():
     return torch.stack([to_pixel_values(draw_shape(10**6 + i, 32)[0]) for i in range(36)])
 
 
-def test_the_builtins_vae_is_small_and_keeps_what_an_image_shows(builtin, pixel_values):
+def test_the_builtins_vae_is_small_and_keeps_what_an_image_shows(builtin, denoiser, pixel_values):
     assert (BUILTINS[BUILTIN] / "vae/diffusion_pytorch_model.safetensors").stat().st_size <= 500_000
     moments = builtin.encode_images(pixel_values)
     noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(0))
     latents = builtin.sample_latents(moments, noise)
     assert 0.8 < latents.std() < 1.2
-    pipeline = builtin.pipeline(builtin.denoiser)
-    decoded = builtin.vae.decode(latents / builtin.vae.config.scaling_factor).sample
+    pipeline, vae = builtin.pipeline(denoiser), builtin.part("vae")
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample
     images = pipeline.image_processor.postprocess(decoded, output_type="pil")
     assert count_right(images, [draw_shape(10**6 + i, 32)[1] for i in range(36)]) >= 35
 
 
 def test_the_builtins_words_are_single_tokens_that_differ(builtin):
-    assert len(builtin.tokenizer("a magenta triangle").input_ids) == 5
-    states = builtin.encode_prompts(["a red circle", "a blue circle", "a red square", ""])
+    assert len(builtin.part("tokenizer")("a magenta triangle").input_ids) == 5
+    states = builtin.encode_prompts(["a red circle", "a blue circle", "a red square", ""])["prompt_embeds"]
     assert states.shape == (4, 16, 64)
     distances = torch.cdist(states.flatten(1), states.flatten(1))[~torch.eye(4, dtype=bool)]
     assert distances.min() > 5
 
 
-def test_frozen_parts_are_frozen(builtin):
-    for module in (builtin.vae, builtin.text_encoder):
+def test_frozen_parts_are_frozen(builtin, denoiser):
+    for module in (builtin.part("vae"), builtin.part("text_encoder")):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
-    assert all(p.requires_grad for p in builtin.denoiser.parameters())
+    assert all(p.requires_grad for p in denoiser.parameters())
 
 
 def test_latents_are_the_vaes_scaled_posterior_sample(builtin, pixel_values):
-    posterior = builtin.vae.encode(pixel_values).latent_dist
+    vae = builtin.part("vae")
+    posterior = vae.encode(pixel_values).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
-    expected = posterior.sample(torch.Generator().manual_seed(3)) * builtin.vae.config.scaling_factor
+    expected = posterior.sample(torch.Generator().manual_seed(3)) * vae.config.scaling_factor
     torch.testing.assert_close(builtin.sample_latents(builtin.encode_images(pixel_values), noise), expected)
 
 
-def test_prompts_are_encoded_as_the_pipeline_does(builtin):
+def test_latents_are_shifted_only_where_the_pipeline_shifts_them_back(checkpoint_folder, tmp_path, pixel_values):
+    """That of Stable Diffusion undoes the scaling alone, whatever the VAE's config says; other families' shift, too."""
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    config = json.loads((folder / "vae/config.json").read_text())
+    assert config.get("shift_factor") is None
+    (folder / "vae/config.json").write_text(json.dumps(config | {"shift_factor": 0.25}))
+    family = load(folder)
+    moments = family.encode_images(pixel_values)
+    noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(moments, load(checkpoint_folder).encode_images(pixel_values))  # those are the VAE's own
+    drawn, scale = moments[:, 0] + moments[:, 1] * noise, config["scaling_factor"]
+    torch.testing.assert_close(family.sample_latents(moments, noise), drawn * scale)
+    torch.testing.assert_close(DiffusersFamily.normalise(family, drawn), (drawn - 0.25) * scale)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(builtin, denoiser):
     prompts = ["a red circle", "", "a much longer caption, which is cut where the model's tokens end, wherever that is"]
-    expected, _ = builtin.pipeline(builtin.denoiser).encode_prompt(prompts, "cpu", 1, False)
-    torch.testing.assert_close(builtin.encode_prompts(prompts), expected)
+    expected, _ = builtin.pipeline(denoiser).encode_prompt(prompts, "cpu", 1, False)
+    torch.testing.assert_close(builtin.encode_prompts(prompts), {"prompt_embeds": expected})
+
+
+def test_no_caption_is_the_empty_one(builtin):
+    null = builtin.null_conditioning()
+    assert null["prompt_embeds"].shape == (1, 16, 64)
+    for captions in ([None], [""]):
+        conditioning = builtin.encode_prompts(captions)
+        assert conditioning.keys() == {"prompt_embeds"} == null.keys()
+        assert torch.equal(conditioning["prompt_embeds"], null["prompt_embeds"])
+    states = builtin.encode_prompts(["a red circle", None])["prompt_embeds"]
+    torch.testing.assert_close(states[1:], null["prompt_embeds"])
+    assert (states[0] - states[1]).norm() > 5
 
 
 def test_a_checkpoint_keeps_its_weights(checkpoint_folder):
     family = load(checkpoint_folder, seed=1)
     pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
     for name in ("vae", "text_encoder"):
-        assert weights_digest(getattr(family, name)) == weights_digest(getattr(pipeline, name))
-    assert weights_digest(family.denoiser) == weights_digest(pipeline.unet) == family.digests()["unet"]
+        assert weights_digest(family.part(name)) == weights_digest(getattr(pipeline, name))
+    denoiser = family.load_denoiser()
+    assert weights_digest(denoiser) == weights_digest(pipeline.unet) == family.digests(denoiser)["unet"]
 
 
 def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkpoint_folder):
@@ -84,71 +119,101 @@ def test_encoders_whose_work_is_cached_are_not_loaded_until_they_are_used(checkp
         ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_latents=True, cache_text=True)
     )
     family = load_family(config)
-    assert not {"vae", "text_encoder"} & vars(family).keys()
-    loaded = load(checkpoint_folder)
-    assert family.digests() == {
-        name: weights_digest(module)
-        for name, module in (
-            ("unet", loaded.denoiser),
-            ("vae", loaded.vae),
-            ("text_encoder", loaded.text_encoder),
-        )
+    loaded, denoiser = load(checkpoint_folder), family.load_denoiser()
+    assert {"vae", "text_encoder"} <= loaded._parts.keys()
+    assert family.digests(denoiser) == {
+        "unet": weights_digest(loaded.load_denoiser()),
+        "vae": weights_digest(loaded.part("vae")),
+        "text_encoder": weights_digest(loaded.part("text_encoder")),
     }
-    assert weights_digest(family.vae) == weights_digest(loaded.vae)
+    assert not {"vae", "text_encoder"} & family._parts.keys()
+    assert weights_digest(family.part("vae")) == weights_digest(loaded.part("vae"))
     family.free_cached()
-    assert "vae" not in vars(family)
+    assert "vae" not in family._parts
     partly = load_family(TextToImageConfig(ModelConfig(str(checkpoint_folder)), DataConfig("d", cache_text=True)))
     partly.free_cached()
-    assert "vae" in vars(partly)
+    assert "vae" in partly._parts
 
 
 def test_the_digest_of_a_part_is_of_the_files_that_are_loaded(checkpoint_folder, tmp_path):
     folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
-    before = load(folder).digests()
+
+    def digests() -> dict[str, str]:
+        family = load(folder)
+        return family.digests(family.load_denoiser())
+
+    before = digests()
     shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))  # a variant that is not asked for
-    assert load(folder).digests() == before
+    assert digests() == before
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    after = load(folder).digests()
+    after = digests()
     assert {name for name in before if before[name] != after[name]} == {"vae"}
 
 
 def test_training_from_scratch_starts_from_the_seed_alone(checkpoint_folder):
     def digest(seed: int) -> str:
-        return weights_digest(load(checkpoint_folder, seed, train_from_scratch=True).denoiser)
+        return weights_digest(load(checkpoint_folder, seed, train_from_scratch=True).load_denoiser())
 
     torch.manual_seed(5)
     first = digest(0)
     state = torch.get_rng_state()
     assert first == digest(0) != digest(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert first != weights_digest(load(checkpoint_folder).denoiser)
+    assert first != weights_digest(load(checkpoint_folder).load_denoiser())
 
 
 def test_the_prediction_type_is_the_checkpoints_unless_the_config_says_otherwise(tmp_path):
     family = load(BUILTIN)
-    assert isinstance(family.noise_scheduler, DDPMScheduler)
-    assert family.noise_scheduler.config.prediction_type == "v_prediction"
+    assert (family.schedule.path, family.schedule.prediction_type) == ("ddpm", "v_prediction")
     family = load(BUILTIN, prediction_type="sample")
-    assert family.noise_scheduler.config.prediction_type == "sample"
-    family.save_pipeline(tmp_path / "pipeline", family.denoiser)
+    assert family.schedule.prediction_type == "sample"
+    family.save_pipeline(tmp_path / "pipeline", family.load_denoiser())
     scheduler = DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler
     assert scheduler.config.prediction_type == "sample"
-    torch.testing.assert_close(scheduler.alphas_cumprod, family.noise_scheduler.alphas_cumprod)
+    torch.testing.assert_close(scheduler.alphas_cumprod, family.schedule.alphas_cumprod)
 
 
 def test_a_saved_pipeline_predicts_what_the_family_predicts(checkpoint_folder):
     family = load(checkpoint_folder)
-    family.denoiser.eval()
+    denoiser = family.load_denoiser().eval()
     pipeline = DiffusionPipeline.from_pretrained(checkpoint_folder)
     generator = torch.Generator().manual_seed(0)
     noisy_latents, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 900])
-    states = family.encode_prompts(["a red circle", "x"])
+    conditioning = family.encode_prompts(["a red circle", "x"])
     with torch.no_grad():
+        states = conditioning["prompt_embeds"]
         expected = pipeline.unet(noisy_latents, timesteps, encoder_hidden_states=states).sample
-        torch.testing.assert_close(family.predict(family.denoiser, noisy_latents, timesteps, states), expected)
+        torch.testing.assert_close(family.predict(denoiser, noisy_latents, timesteps, conditioning), expected)
+
+
+def small(model_class, **fields):
+    fields = {"in_channels": 4, "out_channels": 4, "block_out_channels": (16,), "norm_num_groups": 8} | fields
+    return model_class(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **fields)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "fields", "message"),
+    [
+        (UNet2DConditionModel, {"in_channels": 3, "out_channels": 3}, "in_channels 4, this one has 3"),
+        (UNet2DConditionModel, {"cross_attention_dim": 64, "out_channels": 3}, "out_channels 4, this one has 3"),
+        (UNet2DConditionModel, {"cross_attention_dim": 32}, "cross_attention_dim 64, this one has 32"),
+        (UNet2DModel, {}, "a StableDiffusionPipeline has a UNet2DConditionModel, not a UNet2DModel"),
+    ],
+)
+def test_what_would_be_no_pipeline_is_not_saved(checkpoint_folder, tmp_path, model_class, fields, message):
+    family, denoiser = load(checkpoint_folder), small(model_class, **fields)
+    with pytest.raises(RunError, match=message) as caught, new_folder(tmp_path / "pipeline") as folder:
+        family.save_pipeline(folder, denoiser)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=message):
+        family.save_pipeline(tmp_path / "pipeline", denoiser)
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "pipeline") as folder:
+        family.save_pipeline(folder, small(UNet2DConditionModel, cross_attention_dim=64))
+    assert (tmp_path / "pipeline/model_index.json").is_file()
 
 
 def test_the_resolution_must_fit(builtin):
@@ -178,7 +243,7 @@ def test_a_folder_that_lacks_a_part_is_refused(checkpoint_folder, tmp_path, miss
     shutil.copytree(checkpoint_folder, folder)
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
     with pytest.raises(InputError, match=missing) as caught:
-        load(folder)
+        load(folder).load_denoiser()
     assert "\n" not in str(caught.value)
 
 

@@ -15,13 +15,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from difftrain_utils.config.training import EmaConfig
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import RunError
 from difftrain_utils.files import find_damage
-from difftrain_utils.optimization.ema import EMA
-from difftrain_utils.optimization.power_ema import PowerEMA
-from difftrain_utils.run.checkpoints import save_checkpoint
+from difftrain_utils.objective.loss import LearnedUncertainty
+from difftrain_utils.optimization.averages import build_averages
+from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
+from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import list_checkpoints
+from difftrain_utils.run.state import TrainState
 
 folder, error, every = Path(sys.argv[1]), int(sys.argv[2]), int((*sys.argv, 1)[3])
 faults = ctypes.CDLL(None)
@@ -33,17 +38,22 @@ model = UNet2DModel(
     sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     norm_num_groups=4, layers_per_block=1,
 )  # fmt: skip
-model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+config = TextToImageConfig(
+    ModelConfig("m"), DataConfig("d"), TrainConfig(output_dir=str(folder)), ema=EmaConfig(power_sigma_rels=[0.1])
+)
+models = {"denoiser": model, "uncertainty": LearnedUncertainty()}
+optimizer = build_optimizer(config.optimizer, models)
+lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
+state = TrainState(accelerator, models, optimizer, lr_scheduler, Record(config, accelerator, {}, {}), config.train)
+state.averages = build_averages(config.ema, model.parameters())
 model(torch.zeros(1, 3, 8, 8), 0).sample.sum().backward()
-optimizer.step()
-parts = {"config.resolved.yaml": "{}\n", "run_manifest.json": "{}\n"}, EMA(model.parameters(), EmaConfig())
-power_ema = PowerEMA(model.parameters(), [0.1])
+state.optimizer.step()
 
 
 def save(step: int, required: bool = False) -> str:
+    state.step = step
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        state = {"global_step": step}
-        save_checkpoint(accelerator, folder, state, *parts, power_ema, keep=2, required=required)
+        state.save(required)
     return printed.getvalue()
 
 
@@ -67,8 +77,8 @@ assert save(2) == "" and find_damage(folder / "checkpoint-2") is None
 faults.fault_at(1, error)
 try:
     save(3, required=True)
-except RunError as told:
-    assert "cannot save" in str(told) and "the newest checkpoint is checkpoint-2" in str(told)
+except RunError as reported:
+    assert "cannot save" in str(reported) and "the newest checkpoint is checkpoint-2" in str(reported)
 else:
-    raise AssertionError("a save that is required failed, and nothing was said")
+    raise AssertionError("a save that is required failed, and nothing was reported")
 print(f"{failed} saves failed, of {len(range(1, operations + 1, every))}; {operations} operations in a save")

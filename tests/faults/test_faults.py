@@ -189,10 +189,10 @@ def test_a_byte_that_flips_in_a_checkpoint_is_noticed(short_run, tmp_path):
             flipped = bytearray(content)
             flipped[place] ^= 1 << chance.randrange(8)
             path.write_bytes(flipped)
-            with pytest.raises(InputError, match=r"checkpoint-6 is damaged: ") as told:
+            with pytest.raises(InputError, match=r"checkpoint-6 is damaged: ") as reported:
                 find_checkpoint(explicit)
             if path.name != "SHA256SUMS":
-                assert str(told.value).endswith(f"{path.name} has not the SHA-256 that SHA256SUMS says")
+                assert str(reported.value).endswith(f"{path.name} has not the SHA-256 that SHA256SUMS says")
             assert find_checkpoint(latest) == before
         path.unlink()
         assert find_checkpoint(latest) == before
@@ -208,8 +208,8 @@ def test_a_byte_that_flips_in_a_checkpoint_is_noticed(short_run, tmp_path):
     assert (pipeline_bytes(output_dir), metrics_without_times(output_dir)) == first
     assert find_checkpoint(latest) == newest and (output_dir / "checkpoint-6.damaged").is_dir()
     for step in (4, 6):
-        (output_dir / f"checkpoint-{step}/model.safetensors").write_bytes(b"")
+        (output_dir / f"checkpoint-{step}/denoiser.safetensors").write_bytes(b"")
     assert_refused(
         launch([*common, "--resume-from", "latest"]),
-        r"train.resume_from: no intact checkpoint: .*checkpoint-6 is damaged: .*checkpoint-4 is damaged: model.safet",
+        r"train.resume_from: no intact checkpoint: .*checkpoint-6 is damaged: .*checkpoint-4 is damaged: denoiser.sa",
     )

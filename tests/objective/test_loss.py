@@ -12,23 +12,17 @@ from difftrain_utils.objective.loss import (
     elementwise_loss,
     huber_threshold,
     loss_weights,
+    sample_losses,
 )
-from difftrain_utils.objective.schedule import (
-    PREDICTION_TYPES,
-    add_noise,
-    alphas_and_sigmas,
-    append_dims,
-    compute_snr,
-    get_target,
-)
+from difftrain_utils.objective.schedule import PREDICTION_TYPES, Schedule, append_dims
 
 WEIGHTINGS = ["snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "sigma_sqrt", "cosmap"]
 
 
-def scheduler(prediction_type: str, **fields):
+def schedule_of(prediction_type: str, **fields) -> Schedule:
     if prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler()
-    return DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear", **fields)
+        return Schedule.of(FlowMatchEulerDiscreteScheduler())
+    return Schedule.of(DDPMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear", **fields))
 
 
 def all_timesteps(prediction_type: str) -> torch.Tensor:
@@ -39,29 +33,47 @@ def all_timesteps(prediction_type: str) -> torch.Tensor:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_weighted_loss_is_the_stated_weight_on_the_clean_latents_error(prediction_type, weighting):
     """A model that says x̂_0 in its own parametrisation, at a given x_t: the weighted losses agree."""
-    config, noise_scheduler = LossConfig(weighting=weighting), scheduler(prediction_type)
+    config, schedule = LossConfig(weighting=weighting), schedule_of(prediction_type)
     generator = torch.Generator().manual_seed(0)
     latents, noise, guess = torch.randn(3, 50, 4, 8, 8, generator=generator, dtype=torch.float64)
     timesteps = all_timesteps(prediction_type)[torch.linspace(0, 998, 50).long()]
-    noisy = add_noise(noise_scheduler, latents, noise, timesteps)
-    a, s = (append_dims(x.double(), latents) for x in alphas_and_sigmas(noise_scheduler, timesteps))
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    a, s = (append_dims(x.double(), latents) for x in schedule.alphas_and_sigmas(timesteps))
     implied_noise = (noisy - a * guess) / s
-    model_pred = get_target(noise_scheduler, guess, implied_noise, timesteps)
-    target = get_target(noise_scheduler, latents, noise, timesteps)
-    loss = (model_pred - target).square().flatten(1).mean(1) * loss_weights(config, noise_scheduler, timesteps)
+    output = schedule.target(guess, implied_noise, timesteps)
+    target = schedule.target(latents, noise, timesteps)
+    loss = (output - target).square().flatten(1).mean(1) * loss_weights(config, schedule, timesteps)
     clean_error = (guess - latents).square().flatten(1).mean(1)
-    expected = clean_weight(config, compute_snr(noise_scheduler, timesteps)) * clean_error
+    expected = clean_weight(config, schedule.snr(timesteps)) * clean_error
     torch.testing.assert_close(loss, expected, rtol=2e-4, atol=0)
+    assert torch.equal(sample_losses(config, schedule, output, target, timesteps), loss)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "fields", [{}, {"weighting": "min_snr"}, {"type": "huber", "huber_schedule": "snr", "weighting": "debiased"}]
+)
+def test_a_time_for_each_frame_gives_the_mean_of_the_frames_losses(prediction_type, fields):
+    config, schedule = LossConfig(**fields), schedule_of(prediction_type)
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(2, 2, 4, 5, 3, 3, generator=generator, dtype=torch.float64)
+    timesteps = all_timesteps(prediction_type)[torch.randint(999, (2, 1, 5, 1, 1), generator=generator)]
+    losses = sample_losses(config, schedule, output, target, timesteps)
+    frames = [
+        sample_losses(config, schedule, output[:, :, i], target[:, :, i], timesteps[:, 0, i, 0, 0]) for i in range(5)
+    ]
+    assert losses.shape == (2,)
+    torch.testing.assert_close(losses, torch.stack(frames).mean(0), rtol=1e-6, atol=0)
 
 
 def test_the_weights_are_the_papers():
     timesteps = torch.arange(1000)
     for prediction_type in ("epsilon", "v_prediction", "sample"):
-        noise_scheduler = scheduler(prediction_type)
-        snr = compute_snr(noise_scheduler, timesteps)
+        schedule = schedule_of(prediction_type)
+        snr = schedule.snr(timesteps)
 
-        def weights(weighting, noise_scheduler=noise_scheduler, **fields):
-            return loss_weights(LossConfig(weighting=weighting, **fields), noise_scheduler, timesteps)
+        def weights(weighting, schedule=schedule, **fields):
+            return loss_weights(LossConfig(weighting=weighting, **fields), schedule, timesteps)
 
         scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
         torch.testing.assert_close(weights("min_snr"), torch.minimum(snr, torch.tensor(5.0)) / scale)
@@ -72,7 +84,7 @@ def test_the_weights_are_the_papers():
             torch.testing.assert_close(weights("snr"), torch.ones(1000))
             torch.testing.assert_close(weights("p2", p2_gamma=0.5, p2_k=2.0), (2 + snr) ** -0.5)
             torch.testing.assert_close(weights("debiased"), snr**-0.5)
-    flow, timesteps = scheduler("flow_prediction"), torch.arange(1, 1000).float()
+    flow, timesteps = schedule_of("flow_prediction"), torch.arange(1, 1000).float()
     for weighting in ("sigma_sqrt", "cosmap"):
         expected = compute_loss_weighting_for_sd3(weighting, timesteps / 1000)
         weights = loss_weights(LossConfig(weighting=weighting), flow, timesteps)
@@ -89,11 +101,9 @@ def test_edm_gives_unit_weight_to_edms_own_parametrisation():
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
 def test_weights_are_finite_at_both_ends(prediction_type, weighting):
-    noise_scheduler = scheduler(
-        prediction_type, **({} if prediction_type[0] == "f" else {"rescale_betas_zero_snr": True})
-    )
+    schedule = schedule_of(prediction_type, **({} if prediction_type[0] == "f" else {"rescale_betas_zero_snr": True}))
     ends = torch.tensor([0.0, 1000.0]) if prediction_type == "flow_prediction" else torch.tensor([0, 999])
-    weights = loss_weights(LossConfig(weighting=weighting), noise_scheduler, ends)
+    weights = loss_weights(LossConfig(weighting=weighting), schedule, ends)
     assert weights.isfinite().all() and (weights >= 0).all()
 
 
@@ -101,8 +111,8 @@ class TestElementwise:
     def loss(self, difference, timesteps=None, **fields):
         target = torch.randn(len(difference), 1, 1, dtype=torch.float64)
         timesteps = torch.full((len(difference),), 500) if timesteps is None else timesteps
-        model_pred = target + difference.double().reshape(-1, 1, 1)
-        return elementwise_loss(LossConfig(**fields), scheduler("epsilon"), model_pred, target, timesteps).flatten()
+        output = target + difference.double().reshape(-1, 1, 1)
+        return elementwise_loss(LossConfig(**fields), schedule_of("epsilon"), output, target, timesteps).flatten()
 
     def test_mse_and_l1(self):
         difference = torch.linspace(-3, 3, 31, dtype=torch.float64)
@@ -124,15 +134,15 @@ class TestElementwise:
         torch.testing.assert_close(self.loss(difference, type="huber", huber_c=0.3), expected, rtol=1e-6, atol=1e-9)
 
     def test_thresholds(self):
-        noise_scheduler, timesteps = scheduler("epsilon"), torch.tensor([0, 500, 999])
-        constant = huber_threshold(LossConfig(type="huber"), noise_scheduler, timesteps)
+        schedule, timesteps = schedule_of("epsilon"), torch.tensor([0, 500, 999])
+        constant = huber_threshold(LossConfig(type="huber"), schedule, timesteps)
         torch.testing.assert_close(constant, torch.full((3,), 0.1))
         config = LossConfig(type="huber", huber_schedule="exponential", huber_c=0.01)
         expected = torch.tensor([math.exp(math.log(0.01) * t / 1000) for t in (0, 500, 999)])
-        torch.testing.assert_close(huber_threshold(config, noise_scheduler, timesteps), expected)
+        torch.testing.assert_close(huber_threshold(config, schedule, timesteps), expected)
         config = LossConfig(type="huber", huber_schedule="snr", huber_c=0.01)
-        sigmas = ((1 - noise_scheduler.alphas_cumprod) / noise_scheduler.alphas_cumprod).sqrt()[timesteps]
-        torch.testing.assert_close(huber_threshold(config, noise_scheduler, timesteps), 0.99 / (1 + sigmas) ** 2 + 0.01)
+        sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()[timesteps]
+        torch.testing.assert_close(huber_threshold(config, schedule, timesteps), 0.99 / (1 + sigmas) ** 2 + 0.01)
 
 
 class TestLearnedUncertainty:

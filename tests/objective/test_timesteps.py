@@ -4,9 +4,10 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from difftrain_utils.config.objective import TimestepsConfig
+from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.objective.timesteps import quantile, sample_timesteps
 
-DDPM, FLOW = DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()
+DDPM, FLOW = (Schedule.of(s) for s in (DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()))
 UNIFORM = ((torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000).tolist()
 
 
@@ -14,15 +15,15 @@ def quantiles(**fields) -> torch.Tensor:
     return torch.tensor([quantile(TimestepsConfig(**fields), DDPM, u) for u in UNIFORM], dtype=torch.float64)
 
 
-def draw(noise_scheduler, n=4000, batch_size=40, seed=0, **fields) -> torch.Tensor:
-    return sample_timesteps(TimestepsConfig(**fields), noise_scheduler, seed, range(n), batch_size)
+def draw(schedule, n=4000, batch_size=40, seed=0, shift=1.0, purpose="timestep", **fields) -> torch.Tensor:
+    return sample_timesteps(TimestepsConfig(**fields), schedule, seed, range(n), batch_size, shift, purpose=purpose)
 
 
-@pytest.mark.parametrize("noise_scheduler", [DDPM, FLOW])
-def test_uniform_covers_the_schedule(noise_scheduler):
-    timesteps = draw(noise_scheduler)
-    assert timesteps.is_floating_point() == (noise_scheduler is FLOW)
-    assert timesteps.min() >= 0 and timesteps.max() <= (1000 if noise_scheduler is FLOW else 999)
+@pytest.mark.parametrize("schedule", [DDPM, FLOW])
+def test_uniform_covers_the_schedule(schedule):
+    timesteps = draw(schedule)
+    assert timesteps.is_floating_point() == (schedule is FLOW)
+    assert timesteps.min() >= 0 and timesteps.max() <= (1000 if schedule is FLOW else 999)
     counts = torch.histc(timesteps.float(), 10, 0, 1000)
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square with 9 degrees of freedom, p = 0.001
 
@@ -83,12 +84,10 @@ def test_a_table_gives_its_parts_their_weights():
     torch.testing.assert_close(shares, torch.tensor([0.25, 0, 0.5, 0.25]), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("noise_scheduler", [DDPM, FLOW])
-def test_log_normal_has_its_mean_and_deviation_in_log_sigma(noise_scheduler):
-    from difftrain_utils.objective.schedule import compute_snr
-
-    timesteps = draw(noise_scheduler, density="log_normal", p_mean=-0.4, p_std=0.8)
-    log_sigmas = -0.5 * compute_snr(noise_scheduler, timesteps).log()
+@pytest.mark.parametrize("schedule", [DDPM, FLOW])
+def test_log_normal_has_its_mean_and_deviation_in_log_sigma(schedule):
+    timesteps = draw(schedule, density="log_normal", p_mean=-0.4, p_std=0.8)
+    log_sigmas = -0.5 * schedule.snr(timesteps).log()
     assert abs(log_sigmas.mean() + 0.4) < 0.05 and abs(log_sigmas.std() - 0.8) < 0.05
 
 
@@ -97,7 +96,27 @@ def test_a_range_keeps_the_timesteps_in_it():
     assert timesteps.min() >= 200 and timesteps.max() < 500 and timesteps.float().std() > 80
 
 
-def test_the_shift_moves_flow_towards_noise():
-    shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    plain, moved = draw(FLOW) / 1000, draw(shifted) / 1000
-    torch.testing.assert_close(moved, 3 * plain / (1 + 2 * plain), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("shift", [3.0, 0.5])
+def test_the_shift_moves_flow_towards_noise(shift):
+    schedule = Schedule.of(FlowMatchEulerDiscreteScheduler(shift=shift))
+    plain, moved = draw(FLOW) / 1000, draw(schedule, shift=schedule.shift) / 1000
+    torch.testing.assert_close(moved, shift * plain / (1 + (shift - 1) * plain), rtol=1e-5, atol=1e-6)
+
+
+def test_the_shift_moves_nothing_else():
+    """Neither integer timesteps nor densities that say themselves how much noise there is."""
+    assert torch.equal(draw(DDPM, shift=3.0), draw(DDPM))
+    for fields in ({"density": "log_normal"}, {"density": "table", "table": [1.0, 2.0]}):
+        assert torch.equal(draw(FLOW, shift=3.0, **fields), draw(FLOW, **fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"stratified": True}])
+def test_another_purpose_draws_other_numbers_and_leaves_the_first_ones_as_they_were(fields):
+    config = TimestepsConfig(**fields)
+    first = sample_timesteps(config, FLOW, 0, range(4000), 40)
+    second, third = (draw(FLOW, purpose=purpose, **fields) for purpose in ("second_timestep", "third_timestep"))
+    assert torch.equal(sample_timesteps(config, FLOW, 0, range(4000), 40), first)
+    assert torch.equal(draw(FLOW, purpose="timestep", **fields), first)
+    correlations = torch.corrcoef(torch.stack([first, second, third])) - torch.eye(3)
+    assert correlations.abs().max() < 0.05
+    assert not any((a == b).any() for a, b in ((first, second), (first, third), (second, third)))

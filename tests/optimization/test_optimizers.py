@@ -6,15 +6,24 @@ from difftrain_utils.errors import InputError
 from difftrain_utils.optimization.optimizers import build_optimizer
 
 
-def parameters():
-    return torch.nn.Linear(2, 2).parameters()
+def models():
+    return {"denoiser": torch.nn.Linear(2, 2)}
 
 
 def test_any_optimizer_is_built_with_its_arguments():
-    optimizer = build_optimizer(OptimizerConfig("torch.optim.SGD", {"lr": 0.1, "momentum": 0.5}), parameters())
+    optimizer = build_optimizer(OptimizerConfig("torch.optim.SGD", {"lr": 0.1, "momentum": 0.5}), models())
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.5
-    optimizer = build_optimizer(OptimizerConfig(), parameters())
+    optimizer = build_optimizer(OptimizerConfig(), models())
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["lr"] == 1e-4
+
+
+def test_each_model_has_a_group_of_its_name():
+    both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
+    optimizer = build_optimizer(OptimizerConfig("torch.optim.SGD", {"lr": 0.1}), both)
+    assert [group["name"] for group in optimizer.param_groups] == ["denoiser", "uncertainty"]
+    for group, model in zip(optimizer.param_groups, both.values(), strict=True):
+        assert group["lr"] == 0.1
+        assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -31,4 +40,4 @@ def test_any_optimizer_is_built_with_its_arguments():
 )
 def test_what_cannot_be_built_is_refused(class_path, init_args, message):
     with pytest.raises(InputError, match=message):
-        build_optimizer(OptimizerConfig(class_path, init_args), parameters())
+        build_optimizer(OptimizerConfig(class_path, init_args), models())

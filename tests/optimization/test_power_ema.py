@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
-from helpers import ROOT, launch_environment
+from helpers import difftrain
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +24,7 @@ from difftrain_utils.optimization.power_ema import (
     relative_residual,
     sigma_rel_of,
 )
+from difftrain_utils.run.run_folder import EMA_SNAPSHOTS
 
 
 def profile(t: np.ndarray, gamma: float, end: float) -> np.ndarray:
@@ -221,8 +220,8 @@ def test_a_state_of_another_model_or_other_widths_is_refused():
 def test_snapshot_files(tmp_path):
     ema = some_ema()
     ema.averages[0][0] = ema.averages[0][0].t().contiguous().t()  # like the weights of a channels-last model
-    ema.save_snapshot(tmp_path, 500, ["a.weight", "a.bias"])
-    folder = tmp_path / "ema_snapshots"
+    folder = tmp_path / EMA_SNAPSHOTS
+    ema.save_snapshot(folder, 500, ["a.weight", "a.bias"])
     assert sorted(p.name for p in folder.iterdir()) == [
         "step-000500-0.050.safetensors",
         "step-000500-0.100.safetensors",
@@ -235,13 +234,14 @@ def test_snapshot_files(tmp_path):
         assert set(tensors) == {"a.weight", "a.bias"} and tensors["a.bias"].dtype == torch.float32
         assert torch.equal(tensors["a.weight"], averages[0]) and torch.equal(tensors["a.bias"], averages[1])
     with pytest.raises(ValueError, match="zip"):
-        ema.save_snapshot(tmp_path, 500, ["a.weight"])
+        ema.save_snapshot(folder, 500, ["a.weight"])
 
 
 def test_a_snapshot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     ema = some_ema()
-    ema.save_snapshot(tmp_path, 3, ["a", "b"])
-    files = {path: path.read_bytes() for path in (tmp_path / "ema_snapshots").iterdir()}
+    folder = tmp_path / EMA_SNAPSHOTS
+    ema.save_snapshot(folder, 3, ["a", "b"])
+    files = {path: path.read_bytes() for path in folder.iterdir()}
 
     def half_written(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -249,9 +249,9 @@ def test_a_snapshot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("difftrain_utils.optimization.power_ema.save_file", half_written)
     with pytest.raises(RunError, match="No space left on device"):
-        ema.save_snapshot(tmp_path, 3, ["a", "b"])
+        ema.save_snapshot(folder, 3, ["a", "b"])
     assert {path: path.read_bytes() for path in files} == files
-    assert set((tmp_path / "ema_snapshots").iterdir()) == set(files)
+    assert set(folder.iterdir()) == set(files)
     assert len(posthoc_ema.find_snapshots(tmp_path)) == 2
 
 
@@ -278,7 +278,7 @@ def finished_run(checkpoint_folder, tmp_path_factory) -> Path:
         stored.step(unet.parameters(), step)
         tracked.step(unet.parameters(), step)
         if step % 4 == 0:
-            stored.save_snapshot(run, step, names)
+            stored.save_snapshot(run / EMA_SNAPSHOTS, step, names)
     save_file(dict(zip(names, tracked.averages[0], strict=True)), run / "tracked.safetensors")
     return run
 
@@ -295,9 +295,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def test_the_command_as_a_process_changes_the_denoiser_alone(finished_run, tmp_path):
     before, out = files_of(finished_run), tmp_path / "deep/out"
-    command = [sys.executable, "-m", "difftrain_utils.commands.posthoc_ema", str(finished_run), "--sigma-rel", "0.075"]
-    command += ["--output-dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    done = difftrain("posthoc-ema", str(finished_run), "--sigma-rel", "0.075", "--output-dir", str(out))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "sigma_rel 0.075 at step 40 from 20 snapshots: weights' sum 1.00" in done.stdout
     assert done.stdout.endswith(f"Done: {out} holds the pipeline\n")
@@ -336,7 +334,7 @@ def test_a_stored_average_comes_out_as_it_is(finished_run, tmp_path, capsys):
         torch.testing.assert_close(parameter, stored[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_bad_fit_is_told_and_does_not_scale_the_network(own_run, tmp_path, capsys):
+def test_a_bad_fit_is_reported_and_does_not_scale_the_network(own_run, tmp_path, capsys):
     for path in (own_run / "ema_snapshots").glob("*"):
         if "000040" not in path.name:
             path.unlink()
@@ -349,7 +347,7 @@ def test_a_bad_fit_is_told_and_does_not_scale_the_network(own_run, tmp_path, cap
     assert output.err.startswith("warning: the residual is above 0.05") and output.err.count("\n") == 1
 
 
-def test_what_cannot_be_done_is_told_in_one_line(finished_run, tmp_path):
+def test_what_cannot_be_done_is_reported_in_one_line(finished_run, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "notes.txt").write_text("mine")
@@ -375,7 +373,7 @@ def test_what_cannot_be_done_is_told_in_one_line(finished_run, tmp_path):
         assert not (tmp_path / "out").exists() and [path.name for path in full.iterdir()] == ["notes.txt"]
 
 
-def test_snapshots_that_are_few_broken_or_of_another_model_are_told(own_run, tmp_path):
+def test_snapshots_that_are_few_broken_or_of_another_model_are_reported(own_run, tmp_path):
     folder, last = own_run / "ema_snapshots", own_run / "ema_snapshots/step-000040-0.100.safetensors"
     good, metadata = load_file(last), {"sigma_rel": "0.1", "step": "40"}
     renamed = {name.replace("conv_in.bias", "conv_in.b"): tensor for name, tensor in good.items()}
@@ -419,14 +417,14 @@ def test_a_transformer_is_a_denoiser_too(checkpoint_folder, tmp_path):
     ema = PowerEMA(transformer.parameters(), [0.05, 0.1])
     for step in (1, 2):
         ema.step([p + step for p in transformer.parameters()], step)
-    ema.save_snapshot(tmp_path / "run", 2, [name for name, _ in transformer.named_parameters()])
+    ema.save_snapshot(tmp_path / "run" / EMA_SNAPSHOTS, 2, [name for name, _ in transformer.named_parameters()])
     posthoc_ema.main([str(tmp_path / "run"), "--sigma-rel", "0.05", "--output-dir", str(tmp_path / "out")])
     result = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer
     for parameter, average in zip(result.parameters(), ema.averages[0], strict=True):
         torch.testing.assert_close(parameter, average)
 
 
-def test_a_pipeline_without_a_denoiser_is_told(own_run, tmp_path, monkeypatch):
+def test_a_pipeline_without_a_denoiser_is_reported(own_run, tmp_path, monkeypatch):
     argv = [str(own_run), "--sigma-rel", "0.1", "--output-dir", str(tmp_path / "out")]
     with (
         monkeypatch.context() as patch,

@@ -63,21 +63,21 @@ def test_a_folder_holds_one_history(tmp_path):
     assert find_checkpoint(config(tmp_path / "a", None, overwrite=True)) is None
 
 
-def test_other_settings_are_refused_in_the_same_folder_and_told_in_another(tmp_path, capsys):
+def test_other_settings_are_refused_in_the_same_folder_and_reported_in_another(tmp_path, capsys):
     make_checkpoints(tmp_path / "a", "checkpoint-5")
     changed = config(tmp_path / "a", "latest", seed=3, batch_size=8, max_steps=50, log_every=1)
     changed.optimizer.init_args = {"lr": 1e-3}
     changed.evaluation.prompts = ["a cat"]
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as reported:
         find_checkpoint(changed)
-    assert str(told.value) == (
+    assert str(reported.value) == (
         f"train.resume_from: {tmp_path}/a/checkpoint-5 is of another run: train.seed was 0 and is 3, train.batch_size "
         "was 16 and is 8, optimizer.init_args was {'lr': 0.0001} and is {'lr': 0.001}; to branch off with other "
         "settings give another --output-dir"
     )
     branch = config(tmp_path / "b", str(tmp_path / "a/checkpoint-5"), seed=3)
     assert find_checkpoint(branch) == tmp_path / "a/checkpoint-5"
-    assert "warning: branching off from" in (told := capsys.readouterr().err) and "train.seed was 0 and is 3" in told
+    assert "warning: branching off from" in (reported := capsys.readouterr().err) and "train.seed was 0 and is 3" in reported
     branch.optimizer.class_path = "torch.optim.SGD"
     with pytest.raises(InputError, match=r"optimizer.class_path was 'torch.optim.AdamW' and is 'torch.optim.SGD'$"):
         find_checkpoint(branch)

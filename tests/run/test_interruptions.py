@@ -29,32 +29,42 @@ from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import list_checkpoints, read_manifest
 
 
+def poll(interruptions: Interruptions) -> tuple[str | None, bool]:
+    interruptions.poll()
+    return interruptions.stop, interruptions.save
+
+
 def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    interruptions = Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic())
-    try:
-        assert interruptions.poll() == (None, False)
+    with Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic()) as interruptions:
+        assert poll(interruptions) == (None, False)
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruptions.poll() == ("SIGINT", False)
+        assert interruptions.stop is None
+        assert poll(interruptions) == ("SIGINT", False)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes both on
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    finally:
-        interruptions.end()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
 def test_time_limits():
     config = TrainConfig(max_hours=2.0, save_minutes=10.0)
     interruptions = Interruptions(config, Accelerator(cpu=True), started=time.monotonic() - 1.9 * 3600)
-    interruptions.end()
-    assert interruptions.poll() == (None, False)
+    assert poll(interruptions) == (None, False)
     interruptions.last_save -= 601
-    assert interruptions.poll() == (None, True)
+    assert poll(interruptions) == (None, True)
     interruptions.saved()
     interruptions.started -= 361
-    assert interruptions.poll() == ("train.max_hours 2", False)
+    assert poll(interruptions) == ("train.max_hours 2", False)
+
+
+def test_an_error_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunError), Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic()):
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise RunError("in a step")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_path):
@@ -106,9 +116,7 @@ def test_the_manifest_ends_with_digests(short_run, checkpoint_folder):
 def test_save_minutes_save_and_max_hours_stop(short_run, tmp_path):
     often = train([*short_run, "--train.save_minutes", "1e-9", "--train.keep_checkpoints", "0"])
     assert [step for step, _ in list_checkpoints(often)] == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(SystemExit) as stopped:
-        train([*short_run, "--output-dir", str(tmp_path / "short"), "--train.max_hours", "1e-9"])
-    assert stopped.value.code == EXIT_CODE
+    train([*short_run, "--output-dir", str(tmp_path / "short"), "--train.max_hours", "1e-9"], exit_code=EXIT_CODE)
     assert read_manifest(tmp_path / "short")["segments"][0]["reason"] == "train.max_hours 1e-09"
     resumed = train([*short_run, "--output-dir", str(tmp_path / "short"), "--resume-from", "latest"])
     assert pipeline_bytes(resumed) == pipeline_bytes(often)

@@ -25,7 +25,7 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import seed_device
 from difftrain_utils.errors import InputError, one_line_errors
 from difftrain_utils.families.denoiser import configure_denoiser
-from difftrain_utils.families.load import load_family
+from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.run.checkpoints import FREE_FIELDS
 from difftrain_utils.run.machine import check_compile, set_tf32
 
@@ -75,7 +75,7 @@ def test_it_trains_the_same_and_resumes_exactly(short_run, tmp_path, fields):
     losses = [[entry["loss"] for entry in metrics_without_times(run)] for run in (plain, fast)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if "train.precision" in fields else 1e-4)
     assert losses[0] != losses[1]  # the option did something: at least it rounds otherwise
-    for file in ("model.safetensors", "ema.safetensors"):
+    for file in ("denoiser.safetensors", "ema.safetensors"):
         tensors = [load_file(run / "checkpoint-6" / file) for run in (plain, fast)]
         assert tensors[0].keys() == tensors[1].keys()
         assert all(tensor.is_contiguous() for tensor in tensors[1].values())
@@ -103,15 +103,15 @@ def test_two_processes_compile_and_resume(short_run, tmp_path, mode):
 
 def test_channels_last_lays_out_denoiser_and_vae(checkpoint_folder):
     train = TrainConfig(channels_last=True)
-    family = load_family(
-        TextToImageConfig(ModelConfig(str(checkpoint_folder), vae_slicing=True), DataConfig("d"), train)
-    )
-    assert family.vae.use_slicing
-    assert all(isinstance(p, AttnProcessor2_0) for p in family.denoiser.attn_processors.values())  # torch's fused one
-    configure_denoiser(train, family.denoiser)
-    for weight in (family.denoiser.conv_in.weight, family.vae.encoder.conv_in.weight):
+    model = ModelConfig(str(checkpoint_folder), vae_slicing=True)
+    family = load_family(config := TextToImageConfig(model, DataConfig("d"), train))
+    vae, plain, denoiser = family.part("vae"), family.load_denoiser(), trained_models(family, config)["denoiser"]
+    assert vae.use_slicing
+    assert all(isinstance(p, AttnProcessor2_0) for p in denoiser.attn_processors.values())  # torch's fused one
+    assert plain.conv_in.weight.is_contiguous()
+    for weight in (denoiser.conv_in.weight, vae.encoder.conv_in.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    hidden = family.denoiser.conv_in(torch.zeros(2, 4, 8, 8))  # what a convolution puts out follows its weights
+    hidden = denoiser.conv_in(torch.zeros(2, 4, 8, 8))  # what a convolution puts out follows its weights
     assert hidden.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -142,7 +142,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
     check_compile(TrainConfig(), torch.device("cpu"))
 
 
-def test_too_many_shapes_are_told(capsys):
+def test_too_many_shapes_are_reported(capsys):
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 1, True
     module = FeedForward(4)
     module.compile(dynamic=False, backend="eager")

@@ -14,10 +14,9 @@ from difftrain_utils.devices import device_name
 from difftrain_utils.files import weights_digest
 from difftrain_utils.run.machine import set_deterministic
 from difftrain_utils.run.manifest import (
+    Record,
     describe_environment,
     describe_git,
-    take_snapshot,
-    write_snapshot,
 )
 
 
@@ -38,7 +37,7 @@ def test_a_digest_changes_with_one_bit_a_name_and_a_type():
     assert len({first, *(weights_digest(other) for other in others)}) == 6
 
 
-def test_git_tells_the_commit_and_what_differs_from_it(tmp_path):
+def test_git_says_the_commit_and_what_differs_from_it(tmp_path):
     assert describe_git(tmp_path) is None
 
     def git(*arguments: str) -> str:
@@ -56,16 +55,17 @@ def test_git_tells_the_commit_and_what_differs_from_it(tmp_path):
     assert described["commit"] == commit and described["dirty"] and "-a = 1\n+a = 2" in described["diff"]
 
 
-def test_the_snapshot_names_what_made_the_run(tmp_path):
+def test_the_record_says_what_made_the_run(tmp_path):
     model = torch.nn.Linear(2, 2)
     config = TextToImageConfig(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
-    snapshot = take_snapshot(config, Accelerator(), {"unet": weights_digest(model)}, {"num_images": 3, "sha256": "abc"})
-    write_snapshot(tmp_path / "new" / "run", snapshot)
+    fingerprints = {"train": {"num_images": 3, "sha256": "abc"}}
+    record = Record(config, Accelerator(), {"unet": weights_digest(model)}, fingerprints)
+    record.write(tmp_path / "new" / "run")
     manifest = json.loads((tmp_path / "new/run/run_manifest.json").read_text())
     assert manifest["base_model"] == {
         "name": "some/model", "revision": "v1", "sha256": {"unet": weights_digest(model)}
     }  # fmt: skip
-    assert manifest["data"] == {"num_images": 3, "sha256": "abc"}
+    assert manifest["data"] == fingerprints == record.fingerprints
     assert manifest["seed"] == 7 and manifest["num_processes"] == 1 and manifest["mixed_precision"] == "no"
     assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     environment = json.loads((tmp_path / "new/run/env.json").read_text())

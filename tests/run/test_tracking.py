@@ -1,8 +1,6 @@
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate import Accelerator
 from helpers import metrics_without_times
 
@@ -12,7 +10,6 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.state import Totals
 from difftrain_utils.run.tracking import Metrics, check_trackers
 
 
@@ -37,36 +34,6 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
     start(tmp_path, 3).log(4, {"loss": 0.125})
     assert [entry["step"] for entry in metrics_without_times(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path / "metrics.jsonl")[:3] == [json.loads(line) for line in lines[:3]]
-
-
-def test_totals_go_on_from_a_checkpoint_in_each_process():
-    """Of many values for two processes: continuing from the mean of both would round otherwise."""
-
-    def processes(*states):
-        totals = []
-
-        def gather(value):
-            return torch.cat([other.loss.view(1) for other in totals]) if value.dim() else value
-
-        common = {"device": torch.device("cpu"), "num_processes": 2, "gather": gather, "reduce": lambda rows, _: rows}
-        for i, state in enumerate(states):
-            totals.append(Totals(SimpleNamespace(**common, process_index=i, is_main_process=i == 0), state))
-        return totals
-
-    losses = torch.rand(100, 2, 5, generator=torch.Generator().manual_seed(0))
-    for sample in losses:
-        unbroken, resumed = processes(None, None), processes(None, None)
-        for step in range(5):
-            for totals in (unbroken, resumed):
-                for total, loss in zip(totals, sample[:, step], strict=True):
-                    total.add(loss, [])
-                    total.end_step(True)
-            if step == 2:
-                resumed = processes(*(json.loads(json.dumps(total.state())) for total in resumed))
-        expected = sample.double().mean().item()
-        assert resumed[0].take()["loss"] == unbroken[0].take()["loss"] == pytest.approx(expected, rel=1e-6)
-    one = Totals(Accelerator(), {"losses": [1.0, 3.0], "steps": 4, "skipped_rows": 0})  # two processes before
-    assert one.take() == {"loss": 0.5, "skipped_rows": 0}
 
 
 def test_a_damaged_file_is_not_cut_back(tmp_path):
