@@ -6,7 +6,7 @@
 
 Builds a checkpoint of Stable Diffusion 1.5's shapes with random weights, and a folder of 512 px JPEGs: nothing is
 downloaded. Then the loop in the manner of diffusers' example (benchmark_vs_reference_loop.py) and `main` of the script
-take turns, a process each, for a GPU has memory for one: reference, baseline (all options off), the options one after
+take turns, a process each, as a GPU has memory for one: reference, baseline (all options off), the options one after
 the other, each on top of those above it, and reference and baseline again. A row is the median of some blocks of steps,
 after a block that warms up; what a loop does once (loading, digests, saving) does not count. An option that this
 version does not have is skipped with a note; running out of memory or time is a note, too. The JSON is written after

@@ -10,7 +10,8 @@ that a step calls, for the table; the blocks between them give the overhead. All
 the script imports it. Options that are not listed here go to the script.
 
 With --against, this script and that of another checkout take turns, with the same options, in a process of their own
-each: the overhead of both, and how much more it is here. Many turns of few blocks, for machines change their pace.
+each: the overhead of both, and how much more it is here. Many turns of few blocks, because machines
+change their pace.
 """
 
 import argparse
@@ -249,7 +250,7 @@ def compare(args, options) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--block", type=int, default=5, help="steps at a time: few, for machines change their pace")
+    parser.add_argument("--block", type=int, default=5, help="steps at a time: few, as machines change their pace")
     parser.add_argument("--repeats", type=int, default=30, help="of a block with timers and one without")
     parser.add_argument("--against", type=Path, help="a checkout of another commit to compare with")
     parser.add_argument("--turns", type=int, default=8, help="of both, with --against: at least 2")

@@ -3,9 +3,10 @@
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/benchmark_vs_reference_loop.py [--threads 2] [--workers 0]
 
 Both train the quickstart's model on the same folder of images, with its batch size, precision, learning rate and EMA,
-in a process each. They take turns, a block of steps each: while one trains, the other waits. Short blocks, for machines
-change their pace; with workers longer ones (--block 50 --repeats 5), for these fetch on while their loop waits. What a
-loop does once (starting, saving, evaluating) does not count. Options that are not listed here go to the script.
+in a process each. They take turns, a block of steps each: while one trains, the other waits. Short blocks, because
+machines change their pace; with workers longer ones (--block 50 --repeats 5), because these fetch on while their loop
+waits. What a loop does once (starting, saving, evaluating) does not count. Options that are not listed here go to the
+script.
 """
 
 import argparse
@@ -134,7 +135,7 @@ def script_loop(config, end_block):
 
 
 def train(loop, config, block, connection):
-    """In a process of its own: train a block, tell its seconds and last loss, and wait to be told to go on."""
+    """In a process of its own: train a block, report its seconds and last loss, and wait for the word to go on."""
     multiprocessing.set_start_method("fork", force=True)  # the data loader's default, which a spawned process loses
     torch.set_num_threads(config.train.cpu_threads)
     start = time.perf_counter()

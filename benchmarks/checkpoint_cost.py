@@ -21,7 +21,7 @@ from difftrain_utils.files import find_damage
 from difftrain_utils.run.checkpoints import save_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--folder", type=Path, help="where to write, for the disk matters (default: a temporary folder)")
+parser.add_argument("--folder", type=Path, help="where to write, as the disk matters (default: a temporary folder)")
 parser.add_argument("--width", type=int, default=192, help="a multiple of 16")
 parser.add_argument("--repeats", type=int, default=5)
 args = parser.parse_args()

@@ -145,7 +145,7 @@ def options_for(args, photos: Path, output_dir: Path) -> list[str]:
 
 
 def seconds_to_step(step: int, options: list[str], output_dir: Path) -> float:
-    """Run the script until it ends by itself; the seconds until metrics.jsonl tells of `step`."""
+    """Run the script until it ends by itself; the seconds until `step` is in metrics.jsonl."""
     metrics, marker = output_dir / "metrics.jsonl", f'"step": {step},'
     command = [sys.executable, str(SCRIPT), *options, "--train.max_steps", str(step)]
     with tempfile.TemporaryFile("w+") as output:

@@ -11,4 +11,4 @@ for seed in 0 1 2; do
             --config configs/experiments/baseline.yaml --config "$path" --train.seed "$seed" --output-dir "$run"
     done
 done
-python -m difftrain_utils.compare_runs runs/experiments/* --output runs/experiments.html
+difftrain compare runs/experiments/* --output runs/experiments.html

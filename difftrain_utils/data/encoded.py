@@ -127,7 +127,7 @@ def _trim(entry: Entry) -> Entry:
     for mask_name in [name for name in entry if name.endswith("_mask")]:
         kept = entry[mask_name].nonzero()
         length = int(kept[-1]) + 1 if len(kept) else 0
-        for name in (mask_name, mask_name.removesuffix("_mask")):
+        for name in {mask_name, mask_name.removesuffix("_mask")} & entry.keys():
             trimmed[name] = entry[name][:length]
     return trimmed
 
@@ -158,8 +158,7 @@ def build_cache(
     missing_anywhere = gather_object(missing)
     if accelerator.is_main_process and missing_anywhere:
         for path in map(cache.path, missing_anywhere):
-            if path.exists():
-                warn(f"{path} is damaged: making it again")
+            _warn_if_damaged(path)
         sizes = [(groups[cache.shards[shard][0]], len(cache.shards[shard])) for shard in missing_anywhere]
         _check_room(folder, sum(count * cache.layout[str(group)]["entry_bytes"] for group, count in sizes))
     batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
@@ -176,8 +175,7 @@ def build_cache(
             _write(cache.path(shard), save(pack(entries)))
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
-        if not cache.path(shard).exists():
-            raise InputError(f"data.cache_dir: {cache.path(shard)} is missing; all processes must see the same folder")
+        _check_is_there(cache.path(shard))
     cache.measure()
     return cache
 
@@ -188,6 +186,7 @@ def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, 
     encoder."""
     path = folder / LAYOUT_FILE
     if accelerator.is_main_process and not is_intact(path):
+        _warn_if_damaged(path)
         layout = {}
         for group in np.unique(groups):
             entry = encode([inputs[int(np.flatnonzero(groups == group)[0])]])
@@ -195,7 +194,7 @@ def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, 
             count = max(1, SHARD_BYTES // size // ENTRIES_PER_BATCH) * ENTRIES_PER_BATCH
             layout[str(group)] = {"entry_bytes": size, "entries_per_shard": count}
         _write(path, json.dumps(layout).encode())
-    return json.loads(path.read_bytes())
+    return _read_json(path)
 
 
 def _batches(entries: list[int]) -> list[list[int]]:
@@ -210,7 +209,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 class _Images:
     """Item i is the image of row i as a training sample has it, with the middle cut out, the sizes of that crop as it
-    is and mirrored, (2, 6), and whether the image could be read (if not, it is black)."""
+    is and mirrored, (2, 6), and whether the image could be read (if not, it is grey)."""
 
     def __init__(self, data: Data, config: DataConfig):
         self.data, self.config = data, config
@@ -304,10 +303,9 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
     captions_file = folder / "captions.json"
     with accelerator.main_process_first():
         if accelerator.is_main_process and not is_intact(captions_file):
-            if captions_file.exists():
-                warn(f"{captions_file} is damaged: making it again")
+            _warn_if_damaged(captions_file)
             _write(captions_file, json.dumps(_number_captions(data.rows, config.data)).encode())
-        content = json.loads(captions_file.read_bytes())
+        content = _read_json(captions_file)
     captions, groups = content["captions"], np.zeros(len(content["captions"]), np.int16)
     cache = build_cache(accelerator, folder, groups, captions, family.encode_prompts, "Caching prompts", num_workers=0)
     return TextCache(cache, np.array(content["starts"]), np.array(content["numbers"], np.int32))
@@ -368,3 +366,20 @@ def is_intact(path: Path) -> bool:
         return path.with_suffix(".sha256").read_text() == f"{file_digest(path)}  {path.name}\n"
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _warn_if_damaged(path: Path) -> None:
+    """Of a file that is not intact: it is damaged, unless it was never made."""
+    if path.exists():
+        warn(f"{path} is damaged: making it again")
+
+
+def _read_json(path: Path) -> Any:
+    """What the main process has just written, or found."""
+    _check_is_there(path)
+    return json.loads(path.read_bytes())
+
+
+def _check_is_there(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"data.cache_dir: {path} is missing; all processes must see the same folder")

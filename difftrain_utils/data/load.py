@@ -7,11 +7,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, load_buckets
-from difftrain_utils.data.rows import (
-    MappedRows,
-    map_rows,
-    split_rows,
-)
+from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
 from difftrain_utils.data.streaming import open_stream
 
 
@@ -19,7 +15,7 @@ from difftrain_utils.data.streaming import open_stream
 class Data:
     """`rows` to train on and those that are held out, the buckets where there are any, and the row of each sample."""
 
-    rows: MappedRows
+    rows: Rows
     order: Sequence[int]
     validation_rows: MappedRows | None = None
     buckets: Buckets | None = None

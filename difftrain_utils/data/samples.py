@@ -17,7 +17,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import MappedRows, read_row
+from difftrain_utils.data.rows import Rows, read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import crop_of, resize_and_crop
@@ -30,8 +30,7 @@ class Samples(torch.utils.data.Dataset):
     - "key": k
     - "pixel_values": (3, H, W) float32 in [-1, 1]; or "moments": of the cache `latents`, (2, channels, h, w)
     - "caption": str, or None where it is dropped (`data.caption_dropout`); or "conditioning": of the cache `text`, a
-      dict
-      of tensors
+      dict of tensors
     - "dropped": whether the caption is dropped
     - "sizes": six integers, of the image as it was, of the crop and of what is trained on: see `Crop`
     - "weight": the factor of the sample's loss
@@ -148,7 +147,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_or_substitute(
     read: Callable[[int], Any],
-    rows: MappedRows,
+    rows: Rows,
     index: int,
     config: DataConfig,
     seed: int,
@@ -177,7 +176,7 @@ def read_or_substitute(
 
 
 def read_row_or_substitute(
-    rows: MappedRows, index: int, config: DataConfig, seed: int, k: int
+    rows: Rows, index: int, config: DataConfig, seed: int, k: int
 ) -> tuple[Image.Image, list[str]]:
     """The image and the captions of a row or its substitute: see `read_or_substitute`."""
     return read_or_substitute(lambda row: read_row(rows, row), rows, index, config, seed, k)[0]

@@ -189,7 +189,8 @@ def files_digest(files: list[str]) -> str:
     """SHA-256 over the names, sizes and contents of `files`, in order, without reading all of them.
 
     The content is described by the file system's own digest, on the hub, and else by the two ends of the file. The
-    names are without their folders, so that a moved data set keeps its digest. """
+    names are without their folders, so that a moved data set keeps its digest.
+    """
 
     def describe(url: str) -> list[Any]:
         system, path = fsspec.url_to_fs(url)

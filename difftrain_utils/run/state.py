@@ -121,8 +121,7 @@ class TrainState:
 
         Raises:
             RunError: it is not finite, and that ends the run (`train.on_nonfinite`, `train.max_skipped_steps`, or no
-            loss
-                scale helps); the state before the step is saved.
+                loss scale helps); the state before the step is saved.
         """
         self._is_finite, scaler = grad_norm.isfinite().item(), self.accelerator.scaler
         if self._is_finite:

@@ -8,18 +8,8 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.files import (
-    DIGESTS_FILE,
-    find_damage,
-    replace_folder,
-    sha256sums,
-)
-from difftrain_utils.run.checkpoints import (
-    STATE_FILE,
-    delete_run,
-    find_checkpoint,
-    set_damaged_aside,
-)
+from difftrain_utils.files import DIGESTS_FILE, find_damage, replace_folder, sha256sums
+from difftrain_utils.run.checkpoints import STATE_FILE, delete_run, find_checkpoint, set_damaged_aside
 from difftrain_utils.run.run_folder import CONFIG_FILE, list_checkpoints
 
 
@@ -77,7 +67,8 @@ def test_other_settings_are_refused_in_the_same_folder_and_reported_in_another(t
     )
     branch = config(tmp_path / "b", str(tmp_path / "a/checkpoint-5"), seed=3)
     assert find_checkpoint(branch) == tmp_path / "a/checkpoint-5"
-    assert "warning: branching off from" in (reported := capsys.readouterr().err) and "train.seed was 0 and is 3" in reported
+    reported = capsys.readouterr().err
+    assert "warning: branching off from" in reported and "train.seed was 0 and is 3" in reported
     branch.optimizer.class_path = "torch.optim.SGD"
     with pytest.raises(InputError, match=r"optimizer.class_path was 'torch.optim.AdamW' and is 'torch.optim.SGD'$"):
         find_checkpoint(branch)

@@ -13,11 +13,7 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import device_name
 from difftrain_utils.files import weights_digest
 from difftrain_utils.run.machine import set_deterministic
-from difftrain_utils.run.manifest import (
-    Record,
-    describe_environment,
-    describe_git,
-)
+from difftrain_utils.run.manifest import Record, describe_environment, describe_git
 
 
 def test_a_digest_changes_with_one_bit_a_name_and_a_type():
