@@ -70,7 +70,8 @@ def main(config: TextToImageConfig) -> int:
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
     denoiser, uncertainty = state.models["denoiser"], state.models.get("uncertainty")
-    state.averages = build_averages(config.ema, denoiser.parameters())
+    parameters = list(denoiser.parameters())
+    state.averages = build_averages(config.ema, parameters)
     state.load(checkpoint)
     begin_run(accelerator, record, state.step, checkpoint, config.train)
 
@@ -114,7 +115,7 @@ def main(config: TextToImageConfig) -> int:
                 meter.count_flops(predict, noisy_latents, timesteps)
 
             # ── The update ───────────────────────────────────────────────────────────────────────────────────
-            grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), config.train.max_grad_norm or math.inf)
+            grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
             if state.accepts(grad_norm, samples):
                 state.optimizer.step()
             state.optimizer.zero_grad()
@@ -122,7 +123,7 @@ def main(config: TextToImageConfig) -> int:
             state.lr_scheduler.step()
             state.end_step()
             for average in state.averages.values():
-                average.step(denoiser.parameters(), state.step)
+                average.step(parameters, state.step)
 
             # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────
             interruptions.poll()  # before anything is printed

@@ -10,8 +10,8 @@ that a step calls, for the table; the blocks between them give the overhead. All
 the script imports it. Options that are not listed here go to the script.
 
 With --against, this script and that of another checkout take turns, with the same options, in a process of their own
-each: the overhead of both, and how much more it is here. Many turns of few blocks, because machines
-change their pace.
+each: the overhead of both, and how much more it is here. Many turns of few blocks, because machines change
+their pace.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What gpu_lane.sh runs: each part as processes of its own, with a time limit; a part that fails does not stop the others.
+"""What gpu_lane.sh runs: each part as processes of its own, with a time limit; a part that fails does not stop the
+others.
 
 PYTHONPATH=. python benchmarks/gpu_lane.py --output gpu_lane [--minutes 9] [--dry-run]
 """

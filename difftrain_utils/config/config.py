@@ -44,6 +44,13 @@ class Config:
     def check_sections(self, requires: dict[str, Require]) -> None:
         """Check what has to fit between sections; `requires` are their functions by the name of the section."""
 
+    def check_split(self, num_processes: int) -> None:
+        """Raise InputError unless a batch can be split over accumulation steps and processes."""
+
+    def needed_packages(self) -> dict[str, str]:
+        """The optional packages that the config asks for, by the fields that do."""
+        return {}
+
     def to_yaml(self) -> str:
         """The config with all its defaults, as `--config` reads it."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)

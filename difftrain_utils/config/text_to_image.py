@@ -44,3 +44,9 @@ class TextToImageConfig(Config):
         self.train.check_split(num_processes)
         if self.noise.immiscible:
             self.train.check_groups(num_processes)
+
+    def needed_packages(self) -> dict[str, str]:
+        """The optional packages that the config asks for, by the fields that do."""
+        fields = {"noise.immiscible": ("scipy", self.noise.immiscible)}
+        fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features)}
+        return {name: package for name, (package, is_used) in fields.items() if is_used}

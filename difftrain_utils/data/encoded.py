@@ -69,11 +69,8 @@ class EncodedCache:
 
     def __getitem__(self, entry: int) -> Entry:
         tensors, index, values = self._tensors(int(self.shard_of[entry])), int(self.index_in[entry]), {}
-        for name, (tensor, ends) in tensors.items():
-            if ends is None:
-                values[name] = tensor[index]
-                continue
-            value = tensor[int(ends[index - 1]) if index else 0 : int(ends[index])]
+        for name, (tensor, edges) in tensors.items():
+            value = tensor[index] if edges is None else tensor[int(edges[index]) : int(edges[index + 1])]
             if name in self.lengths:
                 padding = value.new_zeros(self.lengths[name] - len(value), *value.shape[1:])
                 value = torch.cat([value, padding])
@@ -103,10 +100,17 @@ class EncodedCache:
             with safe_open(self.path(shard), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             ends = {name: tensors.pop(f"{name}.ends", None) for name in list(tensors) if not name.endswith(".ends")}
-            self._open[shard] = {
-                name: (tensors[name], None if of_name is None else of_name.numpy()) for name, of_name in ends.items()
-            }
+            self._open[shard] = {name: _as_rows(tensors[name], of_name) for name, of_name in ends.items()}
         return self._open[shard]
+
+
+def _as_rows(tensor: torch.Tensor, ends: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Entries of one length as the rows of a tensor, which is faster to read; others as they lie, and their edges."""
+    if ends is None:
+        return tensor, None
+    if ends[0] and torch.equal(ends.diff(), ends[0].expand(len(ends) - 1)):
+        return tensor.view(len(ends), int(ends[0]), *tensor.shape[1:]), None
+    return tensor, np.concatenate([[0], ends.numpy()])
 
 
 def pack(entries: list[Entry]) -> Entry:

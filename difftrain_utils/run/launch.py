@@ -109,10 +109,9 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would run without autocast, and fail at the first half-precision tensor
         raise InputError("train.precision: fp16 needs a GPU; a CPU has bf16 and fp32")
-    if config.noise.immiscible and importlib.util.find_spec("scipy") is None:
-        raise InputError("noise.immiscible: scipy is not installed (pip install scipy)")
-    if config.evaluation.fid_features and importlib.util.find_spec("torchmetrics") is None:
-        raise InputError("evaluation.fid_features: torchmetrics is not installed (pip install torchmetrics)")
+    for field, package in config.needed_packages().items():
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{field}: {package} is not installed (pip install {package})")
 
 
 def pause_at_exit(accelerator: Accelerator) -> None:
