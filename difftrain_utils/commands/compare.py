@@ -21,8 +21,11 @@ from typing import Any
 import yaml
 
 from difftrain_utils.commands import compare_html as html
+from difftrain_utils.config.config import rename_fields
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
+from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, METRICS_FILE, PIPELINE
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
@@ -64,12 +67,13 @@ def short_names(folders: list[Path]) -> list[str]:
 def load_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    for file in ("config.resolved.yaml", "run_manifest.json", "env.json"):
+    for file in (CONFIG_FILE, MANIFEST_FILE, ENVIRONMENT_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
-    config = flatten(read_mapping(folder / "config.resolved.yaml"))
-    manifest, env = read_mapping(folder / "run_manifest.json"), read_mapping(folder / "env.json")
-    return Run(folder, name, config, facts_of(manifest, env), load_metrics(folder / "metrics.jsonl"))
+    config = read_mapping(folder / CONFIG_FILE)
+    rename_fields(config)  # of a run with an earlier version
+    manifest, env = read_mapping(folder / MANIFEST_FILE), read_mapping(folder / ENVIRONMENT_FILE)
+    return Run(folder, name, flatten(config), facts_of(manifest, env), load_metrics(folder / METRICS_FILE))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def validation_bins(run: Run) -> tuple[int | None, list[float]]:
 def steps_done(run: Run) -> int:
     """Optimizer steps: the last logged one, or max_steps if the run is complete and its last steps had no line."""
     last, planned = run.metrics[-1]["step"], run.config.get("train.max_steps") or 0
-    complete = (run.folder / "pipeline").is_dir() and 0 < planned - last < run.config.get("train.log_every", 1)
+    complete = (run.folder / PIPELINE).is_dir() and 0 < planned - last < run.config.get("train.log_every", 1)
     return planned if complete else last
 
 
@@ -455,5 +459,5 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         with blame(f"--output {args.output}", OSError):
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(html_report(runs), encoding="utf-8")
+            write_file(args.output, html_report(runs))
         print(f"\n{args.output} shows it with curves and pictures")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, PIPELINE
 
 MAX_RESIDUAL = 0.05
 
@@ -19,7 +20,6 @@ def find_snapshots(run: Path) -> list[tuple[Path, float, int]]:
     from safetensors import SafetensorError, safe_open
 
     from difftrain_utils.optimization.power_ema import gamma_of
-    from difftrain_utils.run.run_folder import EMA_SNAPSHOTS
 
     found = []
     for path in (run / EMA_SNAPSHOTS).glob("step-*.safetensors"):
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="where the average ends; default: the last snapshot")
     parser.add_argument("--output-dir", type=Path, required=True, help="where the new pipeline goes")
     args = parser.parse_args(argv)
-    source = args.run / "pipeline"
+    source = args.run / PIPELINE
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise InputError(f"--output-dir {args.output_dir} is not an empty folder")
     if not (source / "model_index.json").is_file():

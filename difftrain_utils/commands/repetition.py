@@ -12,6 +12,7 @@ from difftrain_utils.commands.compare import Run, brief, differing, facts_of, fl
 from difftrain_utils.files import tensors_digest
 from difftrain_utils.run.manifest import loss_trace_digest
 from difftrain_utils.run.metrics import TIMES
+from difftrain_utils.run.run_folder import METRICS_FILE
 
 ALLOWED = 1e-5  # relative difference of a metric that float rounding explains, as between splits of a batch
 ALLOWED_WEIGHTS = 1e-4  # norm of the weights' difference over their norm (40 steps on 1 and 2 threads: 6e-8)
@@ -54,7 +55,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def likely_reasons(run: Run, manifest: dict[str, Any], found: list[str]) -> list[str]:
     """What may be why the run came out otherwise, the most likely first: `found` are the `changes`."""
     reasons, segments = [], manifest["segments"]
-    if "final" in manifest and loss_trace_digest(run.folder / "metrics.jsonl") != manifest["final"]["loss_trace"]:
+    if "final" in manifest and loss_trace_digest(run.folder / METRICS_FILE) != manifest["final"]["loss_trace"]:
         reasons.append(f"{run.folder / 'metrics.jsonl'} was changed after the run: the manifest has another digest")
     reasons += found
     for number, segment in enumerate(segments, 1):

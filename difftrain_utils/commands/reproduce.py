@@ -31,7 +31,15 @@ from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import find_damage
 from difftrain_utils.run.manifest import describe_environment, describe_git, describe_versions
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, list_checkpoints
+from difftrain_utils.run.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    PIPELINE,
+    checkpoint_name,
+    list_checkpoints,
+)
 
 say = partial(print, flush=True)  # in order with what the re-run prints
 
@@ -141,7 +149,7 @@ def rerun(command: list[str], environment: dict[str, str], output_dir: Path, ste
     try:
         if wait_for(output_dir / MANIFEST_FILE, process):
             on_start()
-        saved = steps is not None and wait_for(output_dir / f"checkpoint-{steps}", process)
+        saved = steps is not None and wait_for(output_dir / checkpoint_name(steps), process)
         if saved:
             process.terminate()  # all that is compared is on the disk
         code = process.wait()
@@ -208,14 +216,14 @@ def main(argv: list[str] | None = None) -> int:
 
     with empty_cache:
         rerun(command, environment, output_dir, steps, report_the_rest)
-    new_metrics = output_dir / "metrics.jsonl"
+    new_metrics = output_dir / METRICS_FILE
     metrics = [run.metrics, read_metrics(new_metrics) if new_metrics.exists() else []]
     folders, weights = [run.folder, output_dir], None
     if steps is None:
-        what, name, part = f"{manifest['final']['global_step']} steps", "final weights", "pipeline"
+        what, name, part = f"{manifest['final']['global_step']} steps", "final weights", PIPELINE
         digests = [read_mapping(folder / MANIFEST_FILE)["final"]["weights"] for folder in folders]
     else:
-        what, name, part = f"the first {steps} steps", f"weights of checkpoint-{steps}", f"checkpoint-{steps}"
+        what, name, part = f"the first {steps} steps", f"weights of {checkpoint_name(steps)}", checkpoint_name(steps)
         metrics = [[entry for entry in lines if entry["step"] <= steps] for lines in metrics]
         digests = [{part: checkpoint_digest(folder / part)} for folder in folders if has_weights]
     if has_weights:

@@ -69,7 +69,8 @@ def rename_fields(content: dict[str, Any]) -> dict[str, str]:
     renamed = {}
     for old, new in RENAMED.items():
         (old_section, old_name), (new_section, new_name) = old.split("."), new.split(".")
-        if old_name in content.get(old_section, {}):
-            content.setdefault(new_section, {})[new_name] = content[old_section].pop(old_name)
+        section = content.get(old_section)
+        if isinstance(section, dict) and old_name in section:
+            content.setdefault(new_section, {})[new_name] = section.pop(old_name)
             renamed[old] = new
     return renamed

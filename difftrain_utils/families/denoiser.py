@@ -4,10 +4,10 @@ are (see docs/performance.md), and a look at what it computes on the way."""
 from collections.abc import Iterable
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import InputError, one_line
+from difftrain_utils.errors import InputError, blame, one_line
 
 RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
 
@@ -18,11 +18,16 @@ def configure_denoiser(config: TrainConfig, denoiser: torch.nn.Module) -> None:
     as ever.
 
     Raises:
-        InputError: torch.compile does not work here, or the denoiser has no repeated blocks to compile.
+        InputError: the denoiser cannot be laid out so, or has no repeated blocks to compile.
     """
+    name = type(denoiser).__name__
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        with blame(f"train.gradient_checkpointing: not for a {name}", ValueError):
+            denoiser.enable_gradient_checkpointing()
     if config.plain_attention:
+        processors = getattr(denoiser, "attn_processors", {}).values()
+        if not processors or not all(isinstance(processor, AttnProcessor2_0) for processor in processors):
+            raise InputError(f"train.plain_attention: not for a {name}, whose attention is not diffusers' plain one")
         denoiser.set_attn_processor(AttnProcessor())
     if config.channels_last:
         # of convolutions' weights; what they put out follows

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -268,9 +269,10 @@ def part_class(model_index: dict[str, Any], name: str) -> type:
     """The class of a part, which model_index.json names. Raises ValueError if it is not of diffusers or
     transformers."""
     library, class_name = model_index.get(name) or (None, None)
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"{name}: a class of {library!r}; known are those of diffusers and transformers")
-    return getattr(importlib.import_module(library), class_name)
+    found = library in ("diffusers", "transformers") and getattr(importlib.import_module(library), class_name, None)
+    if not found:
+        raise ValueError(f"model_index.json: no such class of diffusers or transformers: {class_name} of {library}")
+    return found
 
 
 def load_part(source: str, model_index: dict[str, Any], name: str, method: str = "from_pretrained", **kwargs) -> Any:
@@ -279,7 +281,7 @@ def load_part(source: str, model_index: dict[str, Any], name: str, method: str =
         return getattr(part_class(model_index, name), method)(source, subfolder=name, **kwargs)
 
 
-def blame_part(source: str, name: str):
+def blame_part(source: str, name: str) -> AbstractContextManager[None]:
     """Turn what goes wrong with a part of a checkpoint into an InputError that names it."""
     culprit = f"model.pretrained_model_name_or_path: {source}: {name}"
     return blame(culprit, OSError, ValueError, SafetensorError)

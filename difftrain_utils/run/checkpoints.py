@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
+from difftrain_utils.errors import InputError, RunError, one_line, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, find_damage, replace_folder, sha256sums, sync_all
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.run.manifest import Record
@@ -90,13 +90,16 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
     except WRITE_ERRORS as error:
         failure = one_line(error)
+    average_tensors = {  # safetensors wants them contiguous, which channels_last is not
+        name: {key: tensor.contiguous() for key, tensor in average.state_tensors().items()}
+        for name, average in averages.items()
+    }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and failure is None:
         try:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()
-            for name, average in averages.items():  # safetensors wants them contiguous, which channels_last is not
-                tensors = {key: tensor.contiguous() for key, tensor in average.state_tensors().items()}
+            for name, tensors in average_tensors.items():
                 save_file(tensors, partial / f"{name}.safetensors")
             for name, content in (record | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
                 (partial / name).write_text(content, encoding="utf-8")
@@ -128,13 +131,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, averages: Averages) 
     was saved with them.
 
     Raises:
-        InputError: the folder is no checkpoint of this run's models, optimizer and averages.
+        OSError, RuntimeError, ValueError, KeyError: it is no checkpoint of these models, optimizer and averages.
     """
-    with blame(f"train.resume_from: cannot load {folder}", OSError, RuntimeError, ValueError, KeyError):
-        state = read_state(folder)
-        accelerator.load_state(str(folder))
-        for name, average in averages.items():
-            average.load_state_tensors(load_file(folder / f"{name}.safetensors"))
+    state = read_state(folder)
+    accelerator.load_state(str(folder))
+    for name, average in averages.items():
+        average.load_state_tensors(load_file(folder / f"{name}.safetensors"))
     return state
 
 

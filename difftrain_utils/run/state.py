@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
-from difftrain_utils.errors import RunError
+from difftrain_utils.errors import RunError, blame
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
@@ -128,6 +128,7 @@ class TrainState:
             return True
         if scaler is not None:
             if scaler.get_scale() < MIN_LOSS_SCALE:
+                self.save(required=True)
                 raise RunError(f"at step {self.step + 1} no loss scale makes fp16's gradient finite; use bf16")
         elif self.config.on_nonfinite == "stop" or self.skipped_steps >= self.config.max_skipped_steps:
             self.save(required=True)
@@ -175,15 +176,19 @@ class TrainState:
         """
         if checkpoint is None:
             return
-        state = load_checkpoint(self.accelerator, checkpoint, self.averages)
-        self.step, self.skipped_steps, self.place = state["global_step"], state["skipped_steps"], state["place"]
-        self.totals.load_state(state["totals"])
+        errors = OSError, RuntimeError, ValueError, KeyError
+        with blame(f"train.resume_from: cannot load {checkpoint}", *errors):
+            state = load_checkpoint(self.accelerator, checkpoint, self.averages)
+            self.step, self.skipped_steps, self.place = state["global_step"], state["skipped_steps"], state["place"]
+            self.totals.load_state(state["totals"])
         self.accelerator.print(f"Resuming from {checkpoint} at step {self.step} of {self.config.max_steps}")
 
     def save_ema_snapshot(self) -> None:
         """Keep the power-function averages of this step, if there are any."""
-        if "power_ema" in self.averages and self.accelerator.is_main_process:
-            names = [name for name, _ in self._plain("denoiser").named_parameters()]
+        if "power_ema" not in self.averages:
+            return
+        names = [name for name, _ in self._plain("denoiser").named_parameters()]
+        if self.accelerator.is_main_process:
             self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
 
     def _plain(self, name: str) -> torch.nn.Module:
@@ -192,9 +197,10 @@ class TrainState:
     def _save_models(self, models: list, weights: list, folder: str) -> None:
         """Instead of accelerate, which numbers them."""
         weights.clear()
-        for name in self.models if self.accelerator.is_main_process else ():
+        for name in self.models:
             tensors = {key: tensor.contiguous() for key, tensor in self._plain(name).state_dict().items()}
-            save_file(tensors, Path(folder) / f"{name}.safetensors")
+            if self.accelerator.is_main_process:
+                save_file(tensors, Path(folder) / f"{name}.safetensors")
 
     def _load_models(self, models: list, folder: str) -> None:
         models.clear()
