@@ -23,7 +23,7 @@ import sys
 import time
 from functools import partial
 
-from difftrain_utils.data.encoded import load_caches
+from difftrain_utils.data.caches import load_caches
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.samples import Samples, load_batches
 from difftrain_utils.devices import seed_device

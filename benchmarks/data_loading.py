@@ -33,7 +33,8 @@ from accelerate import Accelerator
 from photos import write_photos
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.encoded import TextCache, build_cache
+from difftrain_utils.data.caches import TextCache
+from difftrain_utils.data.encoded import build_cache
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.data.encoded import load_caches
+from difftrain_utils.data.caches import load_caches
 from difftrain_utils.data.load import Data
 
 

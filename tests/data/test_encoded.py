@@ -35,7 +35,13 @@ from transformers import CLIPTextModel
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data import encoded as cache_module
-from difftrain_utils.data.encoded import EncodedCache, Entry, build_cache, load_caches, pack
+from difftrain_utils.data.caches import load_caches
+from difftrain_utils.data.encoded import (
+    EncodedCache,
+    Entry,
+    build_cache,
+    pack,
+)
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
