@@ -153,7 +153,8 @@ def measure_speed(lane: Lane, is_dry: bool) -> dict:
     minutes = (lane.left() - 20) / 60
     report, profile = lane.output / "benchmark_gpu.json", lane.output / "profile.txt"
     command = [sys.executable, "benchmarks/benchmark_gpu.py", "--output", str(report), "--profile", str(profile)]
-    command += ["--minutes", f"{minutes:.2f}", *(["--tiny", "--blocks", "1"] if is_dry else [])]
+    command += ["--minutes", f"{minutes:.2f}", "--repeats", "1", "--blocks", "1" if is_dry else "2"]
+    command += ["--tiny"] if is_dry else []
     code, seconds, printed = lane.run(command, 60 * minutes + 15)
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     found = {"result": "ran to its end" if code == 0 else str(code), "seconds": seconds, "table": table}
