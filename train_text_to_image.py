@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the slow imports, so that a typo is reporte
     with one_line_errors():
         config = parse_config(TextToImageConfig)
 
-import math
 import sys
 import time
 from functools import partial
@@ -35,7 +34,7 @@ from difftrain_utils.objective.loss import sample_losses
 from difftrain_utils.objective.noise import perturb_input, sample_noise
 from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.optimization.averages import build_averages
-from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
+from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
 from difftrain_utils.run.checkpoints import begin_run, find_checkpoint, is_finished
 from difftrain_utils.run.export import export_pipeline
 from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
@@ -115,7 +114,7 @@ def main(config: TextToImageConfig) -> int:
                 meter.count_flops(predict, noisy_latents, timesteps)
 
             # ── The update ───────────────────────────────────────────────────────────────────────────────────
-            grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm or math.inf)
+            grad_norm = clip_gradients(accelerator, state.optimizer, {"denoiser": config.train.max_grad_norm})
             if state.accepts(grad_norm, samples):
                 state.optimizer.step()
             state.optimizer.zero_grad()

@@ -43,7 +43,7 @@ def run_to_the_end(script: Path, output_dir: Path, *argv: str, package: Path = R
 
 
 ALIGNMENT = [
-    ("import math\n", "import math\n\nimport torch\n\nfrom difftrain_utils.families.denoiser import hidden_states\n"),
+    ("import sys\n", "import sys\n\nimport torch\n\nfrom difftrain_utils.families.denoiser import hidden_states\n"),
     (
         "    optimizer = build_optimizer(",
         '    features = hidden_states(models["denoiser"], ["mid_block"])\n'
@@ -66,11 +66,7 @@ ALIGNMENT = [
         '                    losses["alignment"] = share * (projected - wanted).square().flatten(1).mean(1)\n'
         "                    losses = {name: values",
     ),
-    (
-        "            if state.accepts(",
-        '            accelerator.clip_grad_norm_(state.models["projector"].parameters(), 0.1)\n'
-        "            if state.accepts(",
-    ),
+    ('{"denoiser": config.train.max_grad_norm}', '{"denoiser": config.train.max_grad_norm, "projector": 0.1}'),
 ]
 
 

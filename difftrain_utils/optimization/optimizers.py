@@ -1,11 +1,14 @@
-"""The optimizer and the learning rate. The optimizer is given by its import path, so that it may be any library's."""
+"""The optimizer, clipping and the learning rate. The optimizer is given by its import path, so that it may be any
+library's."""
 
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
@@ -36,6 +39,20 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
     ):
         groups = [{"name": name, "params": list(model.parameters())} for name, model in models.items()]
         return cls(groups, **config.init_args)
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norms: Mapping[str, float | None]
+) -> torch.Tensor:
+    """Clip the gradient of each model that `max_norms` names, by itself, to this norm; None: measure it only. The loss
+    scale of fp16 is taken out of all gradients before.
+
+    Returns the largest of the norms before clipping, a number on the device: infinite or NaN if one of them is.
+    """
+    accelerator.unscale_gradients(optimizer)  # once: a scaler refuses to do it twice in a step
+    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    limits = {name: math.inf if limit is None else limit for name, limit in max_norms.items()}
+    return torch.stack([torch.nn.utils.clip_grad_norm_(groups[name], limits[name]) for name in limits]).max()
 
 
 def build_lr_scheduler(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
@@ -29,6 +29,7 @@ class Totals:
     def clear(self) -> None:
         """Begin anew."""
         self.losses: dict[str, torch.Tensor] = {}  # sums over the steps
+        self.counts: dict[str, int] = {}  # of the steps that had them
         self.steps, self.skipped_rows = 0, 0  # the latter of the process; loaded ones are the main process's
         self.clear_step()
 
@@ -39,17 +40,16 @@ class Totals:
 
     def add(self, losses: dict[str, torch.Tensor], skipped: list[bool]) -> None:
         """A part of a step: its samples' losses, (batch,) each, and for which of them other rows stand in."""
-        means = {"loss": sum(losses.values()).detach().mean()}
-        if len(losses) > 1:
-            means |= {f"loss_{name}": values.detach().mean() for name, values in losses.items()}
-        for name, mean in means.items():
-            self.step_losses[name] = self.step_losses.get(name, 0) + mean / self.num_parts
+        for name, values in losses.items():
+            self.step_losses[name] = self.step_losses.get(name, 0) + values.detach().mean() / self.num_parts
         self.step_skipped_rows += sum(skipped)
 
     def end_step(self, is_finite: bool) -> None:
         """A step whose gradient is not finite does not count for the losses."""
         if is_finite:
-            self.losses = {name: self.losses.get(name, 0) + loss for name, loss in self.step_losses.items()}
+            for name, loss in self.step_losses.items():
+                self.losses[name] = self.losses.get(name, 0) + loss
+                self.counts[name] = self.counts.get(name, 0) + 1
             self.steps += 1
         self.skipped_rows += self.step_skipped_rows
         self.clear_step()
@@ -61,7 +61,7 @@ class Totals:
         rows = torch.tensor(float(self.skipped_rows), device=accelerator.device)
         losses = {name: accelerator.gather(loss.view(1)).tolist() for name, loss in self.losses.items()}
         rows = round(accelerator.reduce(rows, "sum").item())
-        return {"losses": losses, "steps": self.steps, "skipped_rows": rows}
+        return {"losses": losses, "counts": self.counts, "steps": self.steps, "skipped_rows": rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, on any number of processes."""
@@ -70,15 +70,20 @@ class Totals:
             same = len(sums) == accelerator.num_processes
             loss = sums[accelerator.process_index] if same else fmean(sums)
             self.losses[name] = torch.full((), loss, device=accelerator.device)
-        self.steps = state["steps"]
+        self.counts, self.steps = dict(state["counts"]), state["steps"]
         self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0
 
     def take(self) -> dict[str, Any]:
-        """The mean losses of the steps, if any counted, and the sum of `skipped_rows`; and begin anew."""
+        """The mean "loss" of the steps, if any counted, and where it is the sum of several, each one's mean over the
+        steps that had it, as "loss_NAME"; the sum of `skipped_rows`; and begin anew."""
         state = self.state()
         self.clear()
-        losses = {name: fmean(sums) / state["steps"] for name, sums in state["losses"].items()}
-        return losses | {"skipped_rows": state["skipped_rows"]}
+        sums, means = {name: fmean(of_processes) for name, of_processes in state["losses"].items()}, {}
+        if sums:
+            means["loss"] = sum(sums.values()) / state["steps"]
+        if len(sums) > 1:
+            means |= {f"loss_{name}": loss / state["counts"][name] for name, loss in sums.items()}
+        return means | {"skipped_rows": state["skipped_rows"]}
 
 
 class TrainState:
@@ -197,12 +202,10 @@ class TrainState:
     def _save_models(self, models: list, weights: list, folder: str) -> None:
         """Instead of accelerate, which numbers them."""
         weights.clear()
-        for name in self.models:
-            tensors = {key: tensor.contiguous() for key, tensor in self._plain(name).state_dict().items()}
-            if self.accelerator.is_main_process:
-                save_file(tensors, Path(folder) / f"{name}.safetensors")
+        for name in self.models if self.accelerator.is_main_process else ():
+            save_model(self._plain(name), Path(folder) / f"{name}.safetensors")  # tied weights once
 
     def _load_models(self, models: list, folder: str) -> None:
         models.clear()
         for name in self.models:
-            self._plain(name).load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
+            load_model(self._plain(name), Path(folder) / f"{name}.safetensors")

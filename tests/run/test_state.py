@@ -15,7 +15,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig, OptimizerConfig, TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.optimization.averages import build_averages
-from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.optimization.optimizers import build_optimizer, clip_gradients
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.state import Totals, TrainState
 
@@ -27,7 +27,7 @@ def test_totals_go_on_from_a_checkpoint_in_each_process():
         totals = []
 
         def gather(value):
-            return torch.cat([other.losses["loss"].view(1) for other in totals])
+            return torch.cat([other.losses["denoising"].view(1) for other in totals])
 
         common = {"device": torch.device("cpu"), "num_processes": 2, "gather": gather, "reduce": lambda rows, _: rows}
         for i, state in enumerate(states):
@@ -49,7 +49,8 @@ def test_totals_go_on_from_a_checkpoint_in_each_process():
         expected = sample.double().mean().item()
         assert resumed[0].take()["loss"] == unbroken[0].take()["loss"] == pytest.approx(expected, rel=1e-6)
     one = Totals(Accelerator(), num_parts=1)
-    one.load_state({"losses": {"loss": [1.0, 3.0]}, "steps": 4, "skipped_rows": 0})  # two processes before
+    saved = {"losses": {"denoising": [1.0, 3.0]}, "counts": {"denoising": 4}, "steps": 4, "skipped_rows": 0}
+    one.load_state(saved)  # of two processes
     assert one.take() == {"loss": 0.5, "skipped_rows": 0}
 
 
@@ -67,15 +68,53 @@ def test_several_losses_are_each_reported():
     assert totals.take() == {"skipped_rows": 0}
 
 
-def make_state(output_dir, **train) -> TrainState:
-    """Two models, as a fork may have them; their optimizer has made a step."""
+def test_a_loss_that_comes_only_in_some_steps_is_the_mean_of_those():
+    totals, saved = Totals(Accelerator(), num_parts=1), None
+    for step, also in enumerate(({}, {"alignment": torch.tensor([8.0])}, {})):
+        totals.add({"denoising": torch.tensor([1.0])} | also, [])
+        totals.end_step(is_finite=True)
+        if step == 1:
+            saved = json.loads(json.dumps(totals.state()))
+            totals.clear()
+            totals.load_state(saved)
+    assert totals.take() == {"loss": 11 / 3, "loss_denoising": 1.0, "loss_alignment": 8.0, "skipped_rows": 0}
+
+
+class Tied(torch.nn.Module):
+    """As language models have them: one matrix embeds tokens and scores them."""
+
+    in_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, values):
+        return self.head(self.embedding(values))
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
+    states = [make_state(tmp_path, projector=Tied()) for _ in range(2)]
+    make_step(states[0])
+    states[0].save(required=True)
+    states[1].load(tmp_path / "checkpoint-1")
+    torch.testing.assert_close(contents(states[1]), contents(states[0]), rtol=0, atol=0)
+    tied = states[1].models["projector"]
+    assert tied.head.weight is tied.embedding.weight
+    assert len(load_file(tmp_path / "checkpoint-1/projector.safetensors")) == 1
+
+
+def make_state(output_dir, projector=None, scaler=None, **train) -> TrainState:
+    """Two models, as a fork may have them."""
     torch.manual_seed(0)
-    models = {"denoiser": torch.nn.Linear(2, 3), "projector": torch.nn.Linear(3, 1)}
+    models = {"denoiser": torch.nn.Linear(2, 3), "projector": projector or torch.nn.Linear(3, 1)}
     config = TextToImageConfig(
         ModelConfig("m"), DataConfig("d"), TrainConfig(output_dir=str(output_dir), max_steps=9, **train),
         OptimizerConfig(init_args={"lr": 0.1}), ema=EmaConfig(power_sigma_rels=[0.1]),
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
     optimizer = build_optimizer(config.optimizer, models)
     lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     state = TrainState(accelerator, models, optimizer, lr_scheduler, Record(config, accelerator, {}, {}), config.train)
@@ -153,6 +192,32 @@ def test_a_gradient_that_is_not_finite_leaves_a_step_out_and_is_counted(tmp_path
     assert (state.step, state.skipped_steps) == (1, 1) and state.totals.take() == {"skipped_rows": 0}
     make_step(state)
     assert (state.step, state.skipped_steps) == (2, 1) and state.totals.take()["loss"] == 1.5
+
+
+def test_fp16_leaves_out_a_step_whose_scaled_gradient_is_infinite(tmp_path, monkeypatch):
+    """Of which only the projector's is: the scale halves, no weight moves, and the next step is made."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    state = make_state(tmp_path, scaler=scaler, on_nonfinite="stop")  # which is not for fp16
+    accelerator = state.accelerator
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    before = {name: model.weight.detach().clone() for name, model in state.models.items()}
+    for step, factor in enumerate((torch.inf, 1.0)):
+        loss = sum(model(torch.ones(4, model.in_features)).square().mean() for model in state.models.values())
+        accelerator.backward(loss)
+        state.models["projector"].weight.grad.mul_(factor)
+        state.add({"denoising": torch.tensor([1.0])}, {"skipped": [False], "place": None})
+        norm = clip_gradients(accelerator, state.optimizer, {"denoiser": 0.1, "projector": None})
+        clipped = [parameter.grad for parameter in state.models["denoiser"].parameters()]
+        assert torch.nn.utils.get_total_norm(clipped).item() == pytest.approx(0.1, rel=1e-4)
+        assert norm.isfinite().item() == bool(step)
+        if state.accepts(norm, samples=None):
+            state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.end_step()
+        moved = [not torch.equal(model.weight, before[name]) for name, model in state.models.items()]
+        assert moved == [bool(step)] * 2
+    assert (state.skipped_steps, scaler.get_scale()) == (1, 2.0**9)
 
 
 def test_the_last_step_has_a_line_of_metrics(short_run):
