@@ -30,7 +30,7 @@ from helpers import (
     without_dropout,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from difftrain_utils.commands import posthoc_ema, validate_config
 from difftrain_utils.data.rows import map_rows
@@ -305,10 +305,16 @@ class TestResume:
         longer = [*short_run, *other, "--train.max_steps", "8", "--lr_scheduler.name", "cosine"]
         assert_refused(
             launch([*longer, "--resume-from", "latest"]),
-            r"model.pretrained_model_name_or_path: the weights are not those that .*checkpoint-6 was trained from",
+            r"train.resume_from: .*checkpoint-6 has another denoiser: conv_in.bias is \(16,\), and here \(48,\)$",
         )
-        branch = ["--output-dir", str(output_dir) + "-branch", "--resume-from", str(output_dir / "checkpoint-6")]
-        assert_refused(launch([*longer, *branch]), r"train.resume_from: cannot load .*checkpoint-6: .*size mismatch")
+        folder = without_dropout(short_run, tmp_path)
+        (weights,) = (folder / "unet").glob("*.safetensors")
+        save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+        moved = [*longer, "--model.pretrained_model_name_or_path", str(folder)]
+        assert_refused(
+            launch([*moved, "--resume-from", "latest"]),
+            r"model.pretrained_model_name_or_path: the weights are not those .*checkpoint-6 was trained .*\(unet differ\)",
+        )
         assert_refused(
             launch([*short_run, "--train.max_steps", "5", "--resume-from", "latest"]),
             r"train.resume_from: .*checkpoint-6 is past train.max_steps, which is 5",
@@ -516,6 +522,48 @@ def test_validate_config_leaves_a_run_as_it_is(short_run, capsys):
 def test_validate_config_refuses_what_the_script_refuses(short_run):
     with pytest.raises(InputError, match=r"^train.tf32: needs an NVIDIA GPU, the device is cpu"):
         validate_config.main([*short_run, "--train.tf32"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ([], ["--ema.power_sigma_rels", "[0.1]"], "is of other models or averages: it has no 'power_ema'$"),
+        ([], ["--loss.learned_uncertainty"], "is of other models or averages: it has no 'uncertainty'$"),
+        (["--loss.learned_uncertainty"], [], "is of other models or averages: this run has no 'uncertainty'$"),
+        (["--ema.enabled", "false"], [], "is of other models or averages: it has no 'ema'$"),
+        (
+            ["--ema.power_sigma_rels", "[0.1]"],
+            ["--ema.power_sigma_rels", "[0.2]"],
+            r" has another power_ema: 0.100/0 is \(16, 4, 3, 3\), and here not there$",
+        ),
+        (
+            [],
+            ["--model.pretrained_model_name_or_path", "wider"],
+            r" has another denoiser: conv_in.bias is \(16,\), and here \(32,\)$",
+        ),
+    ],
+    ids=["an average", "a model", "one model fewer", "ema", "another width", "another network"],
+)
+def test_a_branch_of_other_models_or_averages_is_refused_before_it_starts(short_run, tmp_path, before, after, message):
+    """By validate-config as by the script: what the former calls fine, the latter can load."""
+    output_dir = train([*short_run, *before, "--train.max_steps", "2"])
+    if "wider" in after:
+        folder = without_dropout(short_run, tmp_path)
+        config = json.loads((folder / "unet/config.json").read_text())
+        (folder / "unet/config.json").write_text(json.dumps(config | {"block_out_channels": [32, 96]}))
+        after = ["--model.pretrained_model_name_or_path", str(folder), "--model.train_from_scratch"]
+    branch = ["--output-dir", str(tmp_path / "branch"), "--resume-from", str(output_dir / "checkpoint-2")]
+    for run in (validate_config.main, train):
+        with pytest.raises(InputError, match=rf"^train.resume_from: {output_dir}/checkpoint-2.*{message}"):
+            run([*short_run, *after, *branch])
+    assert not (tmp_path / "branch").exists()
+
+
+def test_a_branch_may_leave_out_an_average(short_run, tmp_path):
+    output_dir = train([*short_run, "--ema.power_sigma_rels", "[0.1]", "--train.max_steps", "2"])
+    branch = ["--output-dir", str(tmp_path / "branch"), "--resume-from", str(output_dir / "checkpoint-2")]
+    validate_config.main([*short_run, *branch])
+    assert (train([*short_run, *branch]) / "checkpoint-6/ema.safetensors").is_file()
 
 
 def test_validate_config_writes_the_record_and_nothing_else(short_run, tmp_path):

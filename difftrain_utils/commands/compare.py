@@ -32,7 +32,7 @@ NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as fi
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
 VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
-DENOISER = "base_model.sha256.unet"
+DENOISER = "base_model.sha256.denoiser"
 ORDER = {FINAL: 0, BEST: 1, "shapes_right": 2, "final train loss": 4, "samples/s": 5}  # of columns; other metrics are 3
 
 
@@ -111,9 +111,12 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
     resumed = {name for segment in manifest.get("segments", []) for name in segment.get("differs", {})}
     if resumed:
         machine["resumed with other"] = ", ".join(sorted(resumed))
+    flat = flatten(sections) | machine
+    if (denoiser := f"base_model.sha256.{flat.pop('base_model.denoiser', 'unet')}") in flat:  # of any family
+        flat[DENOISER] = flat.pop(denoiser)
     # where data and model were found is in the config; here it counts what they were
     places = (".dataset", "base_model.name", "base_model.revision")
-    return {name: value for name, value in flatten(sections).items() if not name.endswith(places)} | machine
+    return {name: value for name, value in flat.items() if not name.endswith(places)}
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,8 +8,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from difftrain_utils.errors import InputError
-from difftrain_utils.files import new_folder
+from difftrain_utils.errors import InputError, writing
 
 PACKAGE = Path(__file__).parent.parent
 FOLDERS = ("configs", "accelerate_configs")
@@ -25,9 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     if not starter.is_dir():  # a checkout, which has them beside the package
         starter = PACKAGE.parent
     scripts = sorted(starter.glob("train_*.py"))
-    with new_folder(folder.resolve()) as new:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # an empty one may be where the user is
         for script in scripts:
-            shutil.copy(script, new)
+            shutil.copy(script, folder)
         for name in FOLDERS:
-            shutil.copytree(starter / name, new / name)
+            shutil.copytree(starter / name, folder / name)
     print(f"{folder} holds {', '.join(script.name for script in scripts)}, {' and '.join(FOLDERS)}")

@@ -110,10 +110,11 @@ def main(argv: list[str] | None = None) -> None:
         library.disable_progress_bar()
     with blame(f"{source}", OSError, ValueError, AttributeError, KeyError):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if denoiser is None:
-        raise InputError(f"{source}: it has neither unet nor transformer")
-    own = dict(denoiser.named_parameters())
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    of_parts = [dict(part.named_parameters()) for part in parts]
+    own = max(of_parts, key=lambda own: len(own.keys() & parameters.keys()), default={})  # the denoiser
+    if not own.keys() & parameters.keys():
+        raise InputError(f"{source}: none of its parts has the parameters of {snapshots[0][0]}")
     check_same_parameters(parameters, own, f"{snapshots[0][0]}", f"{source}")
     with torch.no_grad():
         for name, parameter in own.items():

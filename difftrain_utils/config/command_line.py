@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.training import OptimizerConfig
-from difftrain_utils.errors import InputError, warn
+from difftrain_utils.errors import InputError, blame, warn
 
 ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
 
@@ -113,7 +113,9 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
         value = argv[position + 1] if has_next else value
         if name == "config":
             content = _read_file(config_class, value)
-            if renamed := rename_fields(content):
+            with blame(value, ValueError):
+                renamed = rename_fields(content)
+            if renamed:
                 for old, new in renamed.items():
                     warn(f"{value}: {old} is called {new} now")
                 argv[position + has_next] = ("" if has_next else "--config=") + json.dumps(content)

@@ -65,12 +65,18 @@ def _require(section, name: str) -> Require:
 
 
 def rename_fields(content: dict[str, Any]) -> dict[str, str]:
-    """Give the fields of a config's content, in place, their names of today. Returns {old: new} of those it had."""
+    """Give the fields of a config's content, in place, their names of today. Returns {old: new} of those it had.
+
+    Raises:
+        ValueError: it has a field under both names.
+    """
     renamed = {}
     for old, new in RENAMED.items():
         (old_section, old_name), (new_section, new_name) = old.split("."), new.split(".")
         section = content.get(old_section)
         if isinstance(section, dict) and old_name in section:
-            content.setdefault(new_section, {})[new_name] = section.pop(old_name)
+            if new_name in content.setdefault(new_section, {}):
+                raise ValueError(f"{old} is called {new} now, and the config has both")
+            content[new_section][new_name] = section.pop(old_name)
             renamed[old] = new
     return renamed

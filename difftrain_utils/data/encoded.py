@@ -7,6 +7,7 @@ shard holds does not depend on the number of processes."""
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,11 @@ def pack(entries: list[Entry]) -> Entry:
     return tensors
 
 
+def _entries(encoded: Entry, count: int) -> list[Entry]:
+    encoded = {name: values.cpu() for name, values in encoded.items()}
+    return [{name: values[i] for name, values in encoded.items()} for i in range(count)]
+
+
 def _trim(entry: Entry) -> Entry:
     trimmed = dict(entry)
     for mask_name in [name for name in entry if name.endswith("_mask")]:
@@ -158,8 +164,7 @@ def build_cache(
         for shard, of_shard in zip(missing, batches_of, strict=True):
             entries = []
             for batch in itertools.islice(loaded, len(of_shard)):
-                encoded = {name: values.cpu() for name, values in encode(batch).items()}
-                entries += [{name: values[i] for name, values in encoded.items()} for i in range(len(batch))]
+                entries += _entries(encode(batch), len(batch))
                 bar.update(len(batch))
             write_with_digest(cache.path(shard), save(pack(entries)))
     accelerator.wait_for_everyone()
@@ -170,16 +175,20 @@ def build_cache(
 
 
 def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, encode) -> dict[str, dict[str, int]]:
-    """Of each group, the bytes of an entry, measured at the first one, and how many entries a shard of `SHARD_BYTES`
-    has: whole batches, so that its size changes no batch. It is kept beside the shards, for measuring takes the
-    encoder."""
+    """Of each group, the bytes of an entry as it is stored, measured at some from all over the group, and how many
+    entries a shard of `SHARD_BYTES` has: whole batches, so that its size changes no batch. It is kept beside the
+    shards, because measuring takes the encoder."""
     path = folder / LAYOUT_FILE
     if accelerator.is_main_process and not is_intact(path):
         warn_if_damaged(path)
         layout = {}
         for group in np.unique(groups):
-            entry = encode([inputs[int(np.flatnonzero(groups == group)[0])]])
-            size = sum(values.nbytes for values in entry.values())
+            of_group = np.flatnonzero(groups == group)
+            some = of_group[np.linspace(0, len(of_group) - 1, min(len(of_group), ENTRIES_PER_BATCH)).astype(int)]
+            trimmed = [_trim(entry) for entry in _entries(encode([inputs[int(entry)] for entry in some]), len(some))]
+            size = math.ceil(sum(values.nbytes for entry in trimmed for values in entry.values()) / len(some))
+            if size == 0:
+                raise InputError(f"data.cache_dir: {folder}: the encoder puts out nothing that could be kept")
             count = max(1, SHARD_BYTES // size // ENTRIES_PER_BATCH) * ENTRIES_PER_BATCH
             layout[str(group)] = {"entry_bytes": size, "entries_per_shard": count}
         write_with_digest(path, json.dumps(layout).encode())

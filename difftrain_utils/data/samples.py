@@ -33,12 +33,13 @@ class Samples(torch.utils.data.Dataset):
       dict of tensors
     - "dropped": whether the caption is dropped
     - "sizes": six integers, of the image as it was, of the crop and of what is trained on: see `Crop`
+    - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
     - "place": where a stream (`data.streaming`) goes on from this sample; None for other data
 
-    All samples of a batch have one size. `caches` are those of `load_caches`; of what they stand for, `also` names what
-    is to be there besides: "pixel_values", "caption".
+    All samples of a batch have one size. `caches` are those of `load_caches`, and others whose entries are the rows; of
+    what `latents` and `text` stand for, `also` names what is to be there besides: "pixel_values", "caption".
     """
 
     def __init__(
@@ -52,7 +53,10 @@ class Samples(torch.utils.data.Dataset):
     ):
         self.rows, self.order, self.buckets = data.rows, data.order, data.buckets
         self.config, self.seed, self.num_samples = config, seed, num_samples
-        self.latents, self.text = (caches or {}).get("latents"), (caches or {}).get("text")
+        self.caches = dict(caches or {})
+        self.latents, self.text = self.caches.pop("latents", None), self.caches.pop("text", None)
+        if unknown := set(also) - {"pixel_values", "caption"}:
+            raise ValueError(f"also: there is pixel_values and caption, got {', '.join(map(repr, sorted(unknown)))}")
         self.has_pixels = self.latents is None or "pixel_values" in also
         self.has_caption = self.text is None or "caption" in also
 
@@ -99,7 +103,7 @@ class Samples(torch.utils.data.Dataset):
                 raise RowError(f"{self.rows[row].name}: {reason}")
             number = self.text.NULL if sample["dropped"] else numbers[self._choose(len(numbers), k)]
             sample["conditioning"] = self.text[number]
-        return sample
+        return sample | {name: cache[row] for name, cache in self.caches.items()}
 
     def _is_flipped(self, k: int) -> bool:
         return self.config.random_flip and self._draw("flip", k) < 0.5
@@ -131,18 +135,20 @@ def load_batches(accelerator: Accelerator, samples: Samples, state, config: Conf
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors are stacked, also those of "conditioning"; "keys", "captions", "dropped" and "skipped" are
-    lists; "weights" is a tensor; "place" is that of the last sample.
+    """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped" and "skipped" are lists;
+    "weights" is a tensor; "place" is that of the last sample.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
     names = {"key": "keys", "caption": "captions", "weight": "weights"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
-    stacked = {name: torch.stack(values) for name, values in batch.items() if isinstance(values[0], torch.Tensor)}
-    if "conditioning" in batch:
-        entries = batch["conditioning"]
-        stacked["conditioning"] = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-    return batch | stacked | {"weights": torch.tensor(batch["weights"]), "place": samples[-1]["place"]}
+    place = samples[-1]["place"]
+    for name, values in batch.items():
+        if isinstance(values[0], torch.Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], dict) and name != "place":
+            batch[name] = {part: torch.stack([value[part] for value in values]) for part in values[0]}
+    return batch | {"weights": torch.tensor(batch["weights"]), "place": place}
 
 
 def read_or_substitute(

@@ -49,7 +49,7 @@ def configure_denoiser(config: TrainConfig, denoiser: torch.nn.Module) -> None:
 
 def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """A dict that has, after each forward pass, what the modules of these names in the denoiser put out, with their
-    gradients. Ask for it before the denoiser is compiled or wrapped.
+    gradients. Ask for it before the denoiser is wrapped, that is before `TrainState` is made; it may be compiled.
 
     Raises:
         InputError: there is no such module.
@@ -62,7 +62,9 @@ def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, 
             raise InputError(f"hidden states: the denoiser has no module {name!r}; it has {there}, …")
 
         def keep(module, inputs, output, name=name):
-            states[name] = output if isinstance(output, torch.Tensor) else output[0]
+            output = output if isinstance(output, torch.Tensor) else output[0]
+            if not output.is_meta:  # where FLOPs are counted
+                states[name] = output
 
         modules[name].register_forward_hook(keep)
     return states

@@ -23,6 +23,17 @@ from difftrain_utils.files import file_digest, part_digest, weights_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
+INNER_FIELDS = frozenset(
+    (
+        *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
+        *("block_out_channels", "layers_per_block", "down_block_types", "mid_block_type", "up_block_types"),
+        *("attention_head_dim", "num_attention_heads", "transformer_layers_per_block", "num_layers"),
+        *("num_single_layers", "only_cross_attention", "dual_cross_attention", "use_linear_projection"),
+        *("resnet_time_scale_shift", "resnet_skip_time_act", "resnet_out_scale_factor", "downsample_padding"),
+        *("mid_block_scale_factor", "mid_block_only_cross_attention", "cross_attention_norm", "attention_type"),
+    )
+)
+
 
 @dataclass
 class DiffusersFamily:
@@ -38,8 +49,9 @@ class DiffusersFamily:
     text_parts: ClassVar[tuple[str, ...]] = ()
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Arguments of `pipeline_class` besides the parts."""
-    interface: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "cross_attention_dim")
-    """The fields of a denoiser's config that say what goes in and out."""
+    free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
+    """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and
+    all others what goes in and out."""
     has_init_noise_sigma: ClassVar[bool] = False
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
 
@@ -183,13 +195,13 @@ class DiffusersFamily:
         name, needed = self.pipeline_class.__name__, part_class(self.model_index, self.denoiser_part)
         if not isinstance(denoiser, needed):
             raise RunError(f"a {name} has a {needed.__name__}, not a {type(denoiser).__name__}")
-        own = self.config_of(self.denoiser_part)
-        for field_name in self.interface:
-            wanted, got = own.get(field_name), denoiser.config.get(field_name)
-            if wanted != got:
+        own, its = self.config_of(self.denoiser_part), denoiser.config
+        for field_name in sorted(own.keys() | its.keys()):
+            wanted, got = as_json(own.get(field_name)), as_json(its.get(field_name))
+            if wanted != got and field_name not in self.free_fields and not field_name.startswith("_"):
                 raise RunError(
                     f"a {name} of {self.source} has a denoiser with {field_name} {wanted}, this one has {got}: "
-                    "what takes other latents needs a family of its own"
+                    "what is called in another way needs a family of its own"
                 )
 
     def check_size(self, height: int, width: int, name: str) -> None:
@@ -263,6 +275,11 @@ class DiffusersFamily:
         self.check_denoiser(denoiser)
         fresh = dataclasses.replace(self, device="cpu", weight_dtype=torch.float32, channels_last=False, _parts={})
         fresh.pipeline(denoiser).save_pretrained(folder)
+
+
+def as_json(value: Any) -> Any:
+    """A value of a config as it is read back: tuples are lists."""
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def part_class(model_index: dict[str, Any], name: str) -> type:

@@ -24,6 +24,8 @@ class Family(Protocol):
     Conditioning is a dict of tensors, batch first. What is padded is padded to a length that does not depend on the
     other captions; if the model is given what counts, `NAME_mask`, (batch, tokens), says it of `NAME`."""
 
+    denoiser_part: str
+    """The name of the part that is trained: "unet", "transformer"."""
     image_part: str | None
     """The name of the part that encodes images; None in pixel space."""
     text_parts: tuple[str, ...]

@@ -53,7 +53,8 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The checkpoint's tokenizer alone, which cuts captions at its `model_max_length` tokens; None if it has none.
+    """The checkpoint's tokenizer that takes the longest captions, without the models: it cuts them at its
+    `model_max_length` tokens. None if the checkpoint has none.
 
     Raises:
         InputError: there is no such checkpoint or tokenizer, or its family is not known.
@@ -61,8 +62,9 @@ def load_tokenizer(config: Config) -> Any:
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
         source, model_index = _find(name, revision)
-        tokenizers = [p for p in FAMILIES[model_index["_class_name"]].text_parts if p.startswith("tokenizer")]
-        return load_part(source, model_index, tokenizers[0], revision=revision) if tokenizers else None
+        names = [name for name in FAMILIES[model_index["_class_name"]].text_parts if name.startswith("tokenizer")]
+        tokenizers = [load_part(source, model_index, name, revision=revision) for name in names]
+        return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None)
 
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class Schedule:
         if prediction_type not in PREDICTION_TYPES:
             name, allowed = type(scheduler).__name__, ", ".join(PREDICTION_TYPES)
             raise ValueError(f"{name}: prediction_type must be one of {allowed}, got {prediction_type!r}")
-        if prediction_type == "flow_prediction":
+        if prediction_type == "flow_prediction" or config.get("use_flow_sigmas"):
             shift = config.get("flow_shift", 1.0)
             return cls("linear", prediction_type, config.num_train_timesteps, shift=shift)
         if not hasattr(scheduler, "alphas_cumprod"):

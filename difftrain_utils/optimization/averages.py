@@ -8,6 +8,7 @@ from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.power_ema import PowerEMA
 
+AVERAGES = {"ema", "power_ema"}
 Averages = dict[str, EMA | PowerEMA]
 
 

@@ -8,21 +8,23 @@ no random state in it, because keyed samples need none, and nothing that is unpi
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
-from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import InputError, RunError, one_line, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, find_damage, replace_folder, sha256sums, sync_all
-from difftrain_utils.optimization.averages import Averages
+from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
@@ -219,6 +221,32 @@ def _check_settings(folder: Path, config: Config) -> None:
 def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`data.sources` but for where they lie, which may change as `data.dataset` may."""
     return [{name: value for name, value in source.items() if name != "dataset"} for source in sources]
+
+
+def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: EmaConfig) -> None:
+    """Refuse a checkpoint of other models, or without the averages that the run keeps.
+
+    Raises:
+        InputError: names the first model or average that is not there, is too many or has other weights.
+    """
+    with torch.device("meta"):
+        likes = [torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in models["denoiser"].parameters()]
+    averages = build_averages(dataclasses.replace(config, on_cpu=False), likes)
+    expected = {name: model.state_dict() for name, model in models.items()}
+    expected |= {name: average.state_tensors() for name, average in averages.items()}
+    there = {path.stem for path in folder.glob("*.safetensors")}
+    for name in sorted(expected.keys() | (there - AVERAGES)):
+        if name not in there or name not in expected:
+            state = "it has no" if name in expected else "this run has no"
+            raise InputError(f"train.resume_from: {folder} is of other models or averages: {state} {name!r}")
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes |= {tied: shapes[kept] for tied, kept in (file.metadata() or {}).items() if kept in shapes}
+        wanted = {key: tuple(tensor.shape) for key, tensor in expected[name].items()}
+        if shapes != wanted:
+            key = min(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+            was, now = shapes.get(key, "not there"), wanted.get(key, "not there")
+            raise InputError(f"train.resume_from: {folder} has another {name}: {key} is {was}, and here {now}")
 
 
 def check_origin(folder: Path, record: Record, config: Config) -> None:

@@ -5,22 +5,33 @@ import atexit
 import importlib.util
 import os
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
-from difftrain_utils.errors import InputError, blame
-from difftrain_utils.run.checkpoints import check_origin
+from difftrain_utils.errors import InputError, RowError, RunError, blame
+from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import TRACKERS
 from difftrain_utils.run.tracking import check_trackers
 
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(hours=12)  # of a process for another: the main process reads all data before the first step
 # who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 ENGINES = {
@@ -52,6 +63,7 @@ def launch(config: Config) -> Accelerator:
             step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
             log_with=trackers or None,
             project_dir=Path(train.output_dir) / TRACKERS,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
     check_launch(config, accelerator)
     pause_at_exit(accelerator)
@@ -64,22 +76,42 @@ def launch(config: Config) -> Accelerator:
 
 def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Path | None, config: Config) -> Record:
     """The record of the run that is about to start: read all data once, for their fingerprint, and take the digests of
-    the models' weights. Refuses to go on from a checkpoint of another origin. Nothing is written.
+    the models' weights. Refuses to go on from a checkpoint of other models or of another origin. Nothing is written.
 
     Raises:
-        InputError: the checkpoint is of a run with another base model, other data or another precision.
-        RowError: an image or a caption cannot be read.
+        InputError: the checkpoint has other models or averages, or is of a run with another base model, other data or
+            another precision; an image or a caption cannot be read.
         RunError: no pipeline of this family could have this denoiser.
     """
     family.check_denoiser(models["denoiser"])
-    fingerprints = [None]
-    if accelerator.is_main_process:
-        fingerprints = [inspect_splits(data.rows, data.validation_rows, config.data)]
-    (fingerprints,) = broadcast_object_list(fingerprints)
-    record = Record(config, accelerator, family.digests(models["denoiser"]), fingerprints)
+    if checkpoint is not None:
+        check_weights(checkpoint, models, config.ema)
+
+    def read_all() -> tuple[dict, dict]:
+        return family.digests(models["denoiser"]), inspect_splits(data.rows, data.validation_rows, config.data)
+
+    digests, fingerprints = on_main_process(accelerator, read_all)
+    record = Record(config, accelerator, family.denoiser_part, digests, fingerprints)
     if checkpoint is not None:
         check_origin(checkpoint, record, config)
     return record
+
+
+def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
+    """What `compute` returns on the main process, for all of them: its InputError or RunError is raised by all, so that
+    none waits for one that has gone."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = compute()
+        except (InputError, RunError) as error:
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if isinstance(error, RowError) and not accelerator.is_main_process:
+        error = InputError(str(error))  # which the main process alone reports
+    if error is not None:
+        raise error
+    return result
 
 
 def check_launch(config: Config, accelerator: Accelerator) -> None:

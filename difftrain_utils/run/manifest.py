@@ -48,10 +48,12 @@ class Record:
         self,
         config: Config,
         accelerator: Accelerator,
-        base_model: dict[str, str],
+        denoiser_part: str,
+        digests: dict[str, str],
         fingerprints: dict[str, dict[str, Any]],
     ):
-        """`base_model` are the digests of its parts; `fingerprints` are those of the data (`inspect_splits`)."""
+        """`digests` are those of the base model's parts, of which one is the denoiser; `fingerprints` are those of the
+        data (`inspect_splits`)."""
         self.accelerator, self.config, self.fingerprints = accelerator, config, fingerprints
         self.manifest = {
             "started": _now(),
@@ -68,7 +70,8 @@ class Record:
             "base_model": {
                 "name": config.model.pretrained_model_name_or_path,
                 "revision": config.model.revision,
-                "sha256": base_model,
+                "denoiser": denoiser_part,
+                "sha256": digests,
             },
             "data": fingerprints,
         }

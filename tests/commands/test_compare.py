@@ -347,7 +347,7 @@ def test_the_verdict_says_that_the_comparison_is_unfair(tmp_path, capsys):
 
 
 def test_random_denoisers_of_different_seeds_are_fair(tmp_path):
-    warning = ["unfair: different base model (base_model.sha256.unet)"]
+    warning = ["unfair: different base model (base_model.sha256.denoiser)"]
     named = {"model.pretrained_model_name_or_path": "some/model"}
     assert unfair(pair(tmp_path / "builtin", config={"train.seed": 1})) == []
     # trained weights do not depend on the seed, random ones are the same for the same seed

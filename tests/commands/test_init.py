@@ -1,8 +1,10 @@
 """What is installed has the scripts and configs in it: `difftrain init` lays them out, and they run."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, launch_environment
@@ -16,8 +18,13 @@ from difftrain_utils.errors import InputError
 def installed(tmp_path_factory):
     """A folder with the installed package, away from the checkout."""
     folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"  # a copy: building leaves files in it, and tests run in parallel
+    for name in ("difftrain_utils", "configs", "accelerate_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", *ROOT.glob("train_*.py")):
+        shutil.copy(path, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source)]
     result = subprocess.run(build, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (wheel,) = folder.glob("difftrain-*.whl")
@@ -67,6 +74,13 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"already there, and not an empty folder$"):
         main([str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_that_one_is_in_is_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["."])
+    for folder in (Path(), tmp_path):  # the same one still
+        assert {path.name for path in folder.iterdir()} == {"train_text_to_image.py", "configs", "accelerate_configs"}
 
 
 def test_the_command_lists_its_commands_and_refuses_others(capsys):

@@ -9,6 +9,7 @@ import yaml
 from helpers import ROOT, parse_config
 
 from difftrain_utils.config.command_line import field_names
+from difftrain_utils.config.config import RENAMED
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
@@ -22,6 +23,30 @@ def refusal(*argv: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_fields_have_their_names_of_before_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "data: {dataset: d, validation_dir: held/out}\nscheduler: {name: DDIMScheduler}\n"
+        "noise: {immiscible: true, immiscible_batch_size: 4}\nmodel: {pretrained_model_name_or_path: m}\n"
+    )
+    config = parse_config(["--config", str(path), "--train.batch_size", "8"])
+    assert config.data.validation_dataset == "held/out" and config.scheduler.sampler == "DDIMScheduler"
+    assert config.train.group_size == 4
+    warnings = capsys.readouterr().err
+    for old, new in RENAMED.items():
+        assert f"warning: {path}: {old} is called {new} now\n" in warnings
+    config = parse_config([*REQUIRED, "--scheduler.name", "DDPMScheduler", "--data.validation_dir=x"])
+    assert (config.scheduler.sampler, config.data.validation_dataset) == ("DDPMScheduler", "x")
+    assert "warning: --scheduler.name is called --scheduler.sampler now" in capsys.readouterr().err
+
+
+def test_a_field_under_both_its_names_is_refused(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text("data: {validation_dir: a, validation_dataset: b}\n")
+    message = f"{path}: data.validation_dir is called data.validation_dataset now, and the config has both"
+    assert refusal("--config", str(path)) == message
 
 
 def test_defaults_and_overrides(tmp_path):

@@ -144,8 +144,8 @@ class TestEncodedCache:
         return entries
 
     def test_a_finished_cache_is_not_made_again(self, tmp_path):
-        # the first of each group, to measure it, and then group after group
-        assert self.encoded(tmp_path) == [0, 1, 7, 0, 2, 3, 5, 6, 1, 4, 7]
+        # some of each group, to measure it, and then group after group
+        assert self.encoded(tmp_path) == [0, 6, 1, 4, 7, 0, 2, 3, 5, 6, 1, 4, 7]
         assert self.encoded(tmp_path) == []
 
     def test_a_build_that_failed_goes_on(self, tmp_path):
@@ -153,7 +153,7 @@ class TestEncodedCache:
 
         def fail_late(batch):
             seen.extend(batch)
-            if len(seen) > 8:  # three that are measured, four of the first shard, one of the second, and then two
+            if len(seen) > 10:  # five that are measured, four of the first shard, one of the second, and then two
                 raise KeyboardInterrupt
             return stacked(batch)
 
@@ -184,7 +184,7 @@ class TestEncodedCache:
             "2": {"entry_bytes": 32, "entries_per_shard": 2},
         }
         damage_file(tmp_path / "layout.json", damage)
-        assert self.encoded(tmp_path) == [0, 1, 7]
+        assert self.encoded(tmp_path) == [0, 6, 1, 4, 7]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     @pytest.mark.parametrize(("size", "entries"), [(1, 2), (63, 2), (64, 4), (95, 4), (96, 6), (10**6, 8)])
@@ -193,7 +193,7 @@ class TestEncodedCache:
         monkeypatch.setattr(self, "groups", np.zeros(8, int))
         sizes = []
         cache = self.build(tmp_path, lambda batch: sizes.append(len(batch)) or stacked(batch))
-        assert sizes == [1] + [2] * 4  # however large a shard is, so that no entry is rounded otherwise
+        assert sizes == [2] * 5  # one to measure; of any shard, so that no entry is rounded otherwise
         assert [len(shard) for shard in cache.shards] == [entries] * (8 // entries) + [8 % entries] * (8 % entries > 0)
         for path, shard in zip(map(cache.path, range(9)), cache.shards, strict=False):
             assert load_file(path)["values"].nbytes == 16 * len(shard) <= max(size, 32)
@@ -205,7 +205,7 @@ class TestEncodedCache:
         encoded = []
         with pytest.raises(InputError, match=rf"^data.cache_dir: {tmp_path} needs 0.0 GB more, 0.0 GB are free$"):
             self.build(tmp_path, lambda batch: encoded.append(len(batch)) or stacked(batch))
-        assert encoded == [1, 1, 1]
+        assert encoded == [2, 2, 1]
         assert {path.name for path in tmp_path.iterdir()} == {"layout.json", "layout.sha256"}
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed))
         self.build(tmp_path)
@@ -306,6 +306,16 @@ class TestEntries:
             file = cache.path(shard).read_bytes()  # a header, and the tensors that it lists
             header = 8 + int.from_bytes(file[:8], "little")
             assert len(file) == header + sum(values.nbytes for values in stored.values())
+
+    def test_an_entry_is_measured_as_it_is_stored(self, tmp_path):
+        """Of group 0 the first and the last, of 3 and 1 tokens."""
+        tokens, rest = 2 * (6 + 1 + 8 + 8), 2 * 3 * 24 * 4 + 4 + 8 + 2 + 1
+        assert self.build(tmp_path).layout["0"]["entry_bytes"] == tokens + rest
+
+    def test_what_puts_out_nothing_cannot_be_cached(self, tmp_path):
+        groups = np.zeros(3, int)
+        with pytest.raises(InputError, match=r"^data.cache_dir: .*: the encoder puts out nothing that could be kept$"):
+            build_cache(Accelerator(cpu=True), tmp_path, groups, range(3), lambda batch: {}, "Testing", num_workers=0)
 
     def test_pack_lays_entries_one_after_another(self):
         entries = [

@@ -182,6 +182,20 @@ class TestCaches:
         for name, values in batch["conditioning"].items():
             assert torch.equal(values, torch.stack([part["conditioning"][name] for part in parts]))
 
+    def test_a_cache_of_another_name_is_in_the_batch_by_it(self):
+        """Features of images that a fork has computed before, say: its entries are the rows."""
+        features = [{"features": torch.full((2,), float(row)), "count": torch.tensor(row)} for row in range(100)]
+        data = make_grids(with_buckets=False)
+        samples = Samples(data, self.config, 0, 100, {"dino": features})
+        batch = collate([samples[k] for k in range(8)])
+        rows = [samples.order[k] for k in range(8)]
+        assert batch["dino"]["count"].tolist() == rows
+        assert torch.equal(batch["dino"]["features"], torch.tensor(rows).float()[:, None].expand(8, 2))
+
+    def test_what_there_is_not_cannot_be_asked_for(self):
+        with pytest.raises(ValueError, match=r"^also: there is pixel_values and caption, got 'pixels'$"):
+            Samples(make_grids(with_buckets=False), self.config, 0, 100, also=("pixels",))
+
 
 def test_a_batch_says_whose_caption_is_dropped(numbered):
     for share, expected in ((0.0, {False}), (0.5, {False, True}), (1.0, {True})):

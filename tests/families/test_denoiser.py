@@ -5,6 +5,7 @@ from diffusers import UNet2DConditionModel
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.denoiser import configure_denoiser, hidden_states
+from difftrain_utils.run.flops import training_flops
 
 # a convolution; a block that puts out a tuple; what gradient checkpointing runs a second time, and what lies around it
 NAMES = (
@@ -90,6 +91,35 @@ def test_hidden_states_and_their_gradients_are_the_same_with_gradient_checkpoint
         assert expected.keys() == got.keys()
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert plain[1]["conv_out.weight"].any() and plain[2]["conv_in.weight"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["regional", "whole"])
+def test_hidden_states_of_a_compiled_denoiser(unet, compiled):
+    names = NAMES if compiled == "regional" else ["mid_block"]
+    unet.eval()  # compiled, dropout draws otherwise
+    states, results = hidden_states(unet, names), []
+    for config in (TrainConfig(), TrainConfig(compile=compiled)):
+        configure_denoiser(config, unet)
+        unet(*some_input())
+        results.append(dict(states))
+    assert results[0].keys() == results[1].keys() == set(names)
+    for name in names:
+        assert results[0][name] is not results[1][name]
+        torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-4, atol=1e-5)
+    again = hidden_states(unet, names)  # asked for when it is compiled
+    unet(*some_input())
+    for name in names:
+        torch.testing.assert_close(again[name], results[0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_counting_flops_leaves_hidden_states_as_they_are(unet):
+    states = hidden_states(unet, ["mid_block"])
+    latents, timesteps, prompts = some_input()
+    unet(latents, timesteps, prompts)
+    before = states["mid_block"]
+    assert training_flops(unet, lambda denoiser, *inputs: denoiser(*inputs).sample, latents, timesteps, prompts) > 0
+    assert states["mid_block"] is before
 
 
 def test_an_unknown_hidden_state_is_refused(unet):

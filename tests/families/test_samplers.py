@@ -33,6 +33,20 @@ def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_
     return build_schedule(type(checkpoint), checkpoint.config, config, has_init_noise_sigma)
 
 
+@pytest.mark.parametrize("prediction_type", [None, "v_prediction"])
+def test_a_shift_without_flow_is_refused(prediction_type):
+    name = prediction_type or "epsilon"
+    with pytest.raises(InputError, match=rf"^scheduler.flow_shift: goes with flow_prediction, not with {name}, got 3"):
+        build(prediction_type, flow_shift=3.0)
+
+
+def test_flow_sigmas_of_another_prediction_are_refused():
+    """They would be trained with the betas that the sampler's config has all the same."""
+    flow = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+    with pytest.raises(InputError, match=r"^model.prediction_type: .* flow sigmas, and no betas for sample$"):
+        build(checkpoint=flow)
+
+
 def test_the_checkpoints_schedule_is_kept():
     schedule, sampler = build()
     assert schedule.path == "ddpm" and isinstance(sampler, PNDMScheduler)

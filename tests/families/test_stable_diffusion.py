@@ -194,12 +194,18 @@ def small(model_class, **fields):
     return model_class(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **fields)
 
 
+CLASSES = {"cross_attention_dim": 64, "class_embed_type": "timestep"}
+GUIDANCE = {"cross_attention_dim": 64, "time_cond_proj_dim": 32}  # as latent consistency models have it
+
+
 @pytest.mark.parametrize(
     ("model_class", "fields", "message"),
     [
-        (UNet2DConditionModel, {"in_channels": 3, "out_channels": 3}, "in_channels 4, this one has 3"),
+        (UNet2DConditionModel, {"cross_attention_dim": 64, "in_channels": 3}, "in_channels 4, this one has 3"),
         (UNet2DConditionModel, {"cross_attention_dim": 64, "out_channels": 3}, "out_channels 4, this one has 3"),
         (UNet2DConditionModel, {"cross_attention_dim": 32}, "cross_attention_dim 64, this one has 32"),
+        (UNet2DConditionModel, CLASSES, "class_embed_type None, this one has timestep"),
+        (UNet2DConditionModel, GUIDANCE, "time_cond_proj_dim None, this one has 32"),
         (UNet2DModel, {}, "a StableDiffusionPipeline has a UNet2DConditionModel, not a UNet2DModel"),
     ],
 )

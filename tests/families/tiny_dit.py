@@ -37,7 +37,6 @@ class TinyDiT(DiffusersFamily):
     """Conditioning: "class_labels", (batch,). Of its output the second half, a variance, is not trained."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = DiTPipeline
-    interface: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "num_embeds_ada_norm")
 
     @property
     def size_multiple(self) -> int:

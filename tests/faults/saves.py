@@ -44,7 +44,8 @@ config = TextToImageConfig(
 models = {"denoiser": model, "uncertainty": LearnedUncertainty()}
 optimizer = build_optimizer(config.optimizer, models)
 lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
-state = TrainState(accelerator, models, optimizer, lr_scheduler, Record(config, accelerator, {}, {}), config.train)
+record = Record(config, accelerator, "unet", {}, {})
+state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
 state.averages = build_averages(config.ema, model.parameters())
 model(torch.zeros(1, 3, 8, 8), 0).sample.sum().backward()
 state.optimizer.step()

@@ -194,6 +194,19 @@ def test_a_sampler_of_flow_predictions_is_known():
     assert (schedule.num_train_timesteps, schedule.shift, schedule.alphas_cumprod) == (500, 2.0, None)
 
 
+def test_flow_sigmas_are_the_linear_path_whatever_is_predicted():
+    """As the sampler has them: its x_0 is the one that `convert` gives."""
+    sampler = DPMSolverMultistepScheduler(prediction_type="epsilon", use_flow_sigmas=True)
+    schedule = Schedule.of(sampler)
+    assert (schedule.path, schedule.prediction_type) == ("linear", "epsilon")
+    sampler.set_timesteps(4)
+    sampler._init_step_index(sampler.timesteps[2])
+    noisy, output = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    timesteps = sampler.sigmas[2].double().expand(2) * 1000
+    expected = sampler.convert_model_output(output, sample=noisy)
+    torch.testing.assert_close(schedule.convert(output, noisy, timesteps, "sample"), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_prediction_type_is_refused():
     noise_scheduler = scheduler("epsilon")
     noise_scheduler.register_to_config(prediction_type="score")

@@ -428,9 +428,10 @@ def test_a_pipeline_without_a_denoiser_is_reported(own_run, tmp_path, monkeypatc
     argv = [str(own_run), "--sigma-rel", "0.1", "--output-dir", str(tmp_path / "out")]
     with (
         monkeypatch.context() as patch,
-        pytest.raises(InputError, match="pipeline: it has neither unet nor transformer"),
+        pytest.raises(InputError, match=r"pipeline: none of its parts has the parameters of .*step-"),
     ):
-        patch.setattr(DiffusionPipeline, "from_pretrained", lambda source: SimpleNamespace(vae=None))
+        parts = SimpleNamespace(components={"scheduler": None})
+        patch.setattr(DiffusionPipeline, "from_pretrained", lambda source: parts)
         posthoc_ema.main(argv)
     (own_run / "pipeline/model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     with pytest.raises(InputError, match=r"run/pipeline: .*NoSuchPipeline"):

@@ -1,5 +1,7 @@
 """What accelerate does without a word is refused."""
 
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -46,6 +48,30 @@ def test_one_process_of_torchrun_a_node_is_fine(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     check_launch(TextToImageConfig(ModelConfig("m"), DataConfig("d")), Accelerator(cpu=True))
+
+
+def test_what_stops_the_main_process_stops_all_without_a_launcher(short_run, tmp_path, image_folder):
+    """As under srun, which kills nobody: an image that cannot be read, which only the main process reads."""
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / sorted(path.name for path in folder.glob("*.png"))[5]).write_bytes(b"no image")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *short_run, "--data.dataset", str(folder)],
+            env=launch_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], printed
+    errors = [line for text in printed for line in text.splitlines() if "rror" in line]
+    assert len(errors) == 1 and "not an image that Pillow knows" in errors[0], printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_that_are_each_alone_are_refused(short_run, tmp_path):

@@ -55,11 +55,11 @@ def test_the_record_says_what_made_the_run(tmp_path):
     model = torch.nn.Linear(2, 2)
     config = TextToImageConfig(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
     fingerprints = {"train": {"num_images": 3, "sha256": "abc"}}
-    record = Record(config, Accelerator(), {"unet": weights_digest(model)}, fingerprints)
+    record = Record(config, Accelerator(), "unet", {"unet": weights_digest(model)}, fingerprints)
     record.write(tmp_path / "new" / "run")
     manifest = json.loads((tmp_path / "new/run/run_manifest.json").read_text())
     assert manifest["base_model"] == {
-        "name": "some/model", "revision": "v1", "sha256": {"unet": weights_digest(model)}
+        "name": "some/model", "revision": "v1", "denoiser": "unet", "sha256": {"unet": weights_digest(model)}
     }  # fmt: skip
     assert manifest["data"] == fingerprints == record.fingerprints
     assert manifest["seed"] == 7 and manifest["num_processes"] == 1 and manifest["mixed_precision"] == "no"

@@ -117,7 +117,8 @@ def make_state(output_dir, projector=None, scaler=None, **train) -> TrainState:
     accelerator.scaler = scaler
     optimizer = build_optimizer(config.optimizer, models)
     lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    state = TrainState(accelerator, models, optimizer, lr_scheduler, Record(config, accelerator, {}, {}), config.train)
+    record = Record(config, accelerator, "unet", {}, {})
+    state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
     state.averages = build_averages(config.ema, state.models["denoiser"].parameters())
     return state
 
