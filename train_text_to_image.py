@@ -65,6 +65,7 @@ def main(config: TextToImageConfig) -> int:
     record = prepare(accelerator, family, models, data, checkpoint, config)
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
+    schedule, device = family.schedule, accelerator.device
     family.move_frozen_parts(accelerator)
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
@@ -77,11 +78,10 @@ def main(config: TextToImageConfig) -> int:
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
     samples = Samples(data, config.data, seed, config.train.max_steps * batch_size, caches)
     batches = load_batches(accelerator, samples, state, config)
-    schedule, device = family.schedule, accelerator.device
 
     with (
-        Interruptions(config.train, accelerator, started) as interruptions,
-        Profiler(config.train, accelerator) as profiler,
+        Interruptions(accelerator, started, config.train) as interruptions,
+        Profiler(accelerator, config.train) as profiler,
         Meter(accelerator, state, config) as meter,
     ):
         while not state.is_finished and not interruptions.stop:

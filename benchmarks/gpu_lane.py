@@ -21,6 +21,7 @@ from difftrain_utils.run.metrics import TIMES, read_metrics
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_text_to_image.py"
+SPEED_SHARE = 0.45  # of the time
 
 
 def describe_hardware() -> dict[str, str]:
@@ -87,7 +88,8 @@ def check_tests(lane: Lane) -> dict:
     code, seconds, printed = lane.run([sys.executable, "-m", "pytest", "-m", "cuda", "-n", "0", "-q", "tests"], 150)
     lines = [line for line in printed.splitlines() if " passed" in line or " failed" in line or " skipped" in line]
     said = lines[-1].strip("= ") if lines else str(code)
-    return {"result": said, "failed": [x for x in printed.splitlines() if x.startswith("FAILED")], "seconds": seconds}
+    failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
+    return {"result": said, "passed": code == 0, "failed": failed, "seconds": seconds}
 
 
 def check_quickstart(lane: Lane, steps: int) -> dict:
@@ -102,7 +104,7 @@ def check_quickstart(lane: Lane, steps: int) -> dict:
     options += ["--train.eval_every", str(steps), "--train.save_every", "0"]
     folder, wrong, seconds = lane.train("quickstart", *options, limit=150)
     if folder is None:
-        return {"result": wrong, "seconds": seconds}
+        return {"result": wrong, "passed": False, "seconds": seconds}
     last = read_metrics(folder / "metrics.jsonl")[-1]
     names = ("loss", "validation_loss_ema", "shapes_right", "samples_per_second", "step_time_median", "peak_memory_gb")
     shutil.copytree(folder / "samples", lane.output / "quickstart", dirs_exist_ok=True)
@@ -121,19 +123,19 @@ def check_exactness(lane: Lane, steps: int) -> dict:
         "fp16": ["--train.precision", "fp16"],
         "compile regional, bf16": ["--train.precision", "bf16", "--train.compile", "regional"],
     }
-    found = {}
+    found = {"passed": True}
     for name, options in settings.items():
         slug = name.replace(", ", "-").replace(" ", "-")
         whole, wrong, _ = lane.train(slug, *common, *options, limit=90)
         if whole is None:
-            found[name] = wrong
+            found |= {name: wrong, "passed": False}
             continue
         branch = lane.output / "runs" / f"{slug}-resumed"
         shutil.rmtree(branch, ignore_errors=True)
         resume = [*common, *options, "--resume-from", str(whole / f"checkpoint-{half}"), "--output-dir", str(branch)]
         code, _, _ = lane.run([sys.executable, str(SCRIPT), *resume], 90)
         if code != 0:
-            found[name] = f"resumed: {code}"
+            found |= {name: f"resumed: {code}", "passed": False}
             continue
         weights = [
             {path.name: path.read_bytes() for path in (run / "pipeline/unet").glob("*.safetensors")}
@@ -142,30 +144,36 @@ def check_exactness(lane: Lane, steps: int) -> dict:
         found[name] = {"resumed the same": weights[0] == weights[1]}
         if name == "fp32":
             again, wrong, _ = lane.train("fp32-again", *common, *options, limit=90)
-            found[name]["twice the same"] = wrong or trace_of(again) == trace_of(whole)
+            found[name]["twice the same"] = again is not None and trace_of(again) == trace_of(whole)
         if name == "fp16":
             found[name]["skipped steps"] = read_metrics(whole / "metrics.jsonl")[-1].get("skipped_steps", 0)
     return found
 
 
-def measure_speed(lane: Lane, is_dry: bool) -> dict:
-    """The table of benchmark_gpu.py, in the time that is left, and the profile of its best row."""
-    minutes = (lane.left() - 20) / 60
+def measure_speed(lane: Lane, minutes: float, is_dry: bool) -> dict:
+    """The table of benchmark_gpu.py, in this time, and the profile of its best row."""
     report, profile = lane.output / "benchmark_gpu.json", lane.output / "profile.txt"
     command = [sys.executable, "benchmarks/benchmark_gpu.py", "--output", str(report), "--profile", str(profile)]
     command += ["--minutes", f"{minutes:.2f}", "--repeats", "1", "--blocks", "1" if is_dry else "2"]
     command += ["--tiny"] if is_dry else []
     code, seconds, printed = lane.run(command, 60 * minutes + 15)
     table = [line for line in printed.splitlines() if line.startswith("| ")]
-    found = {"result": "ran to its end" if code == 0 else str(code), "seconds": seconds, "table": table}
+    found = {"result": "ran to its end" if code == 0 else str(code), "passed": code == 0, "seconds": seconds}
+    found["table"] = table
     if profile.exists():
         found["profile"] = profile.read_text().splitlines()[:20]
     return found
 
 
+def passed(part: dict) -> bool:
+    """Whether a part ran to its end, and each setting of exactness came out the same."""
+    of_settings = [value for setting in part.values() if isinstance(setting, dict) for value in setting.values()]
+    return part.get("passed", True) and not any(value is False for value in of_settings)
+
+
 def as_markdown(content: dict) -> str:
     lines = ["# One GPU", "", *(f"- {name}: {value}" for name, value in content["hardware"].items()), ""]
-    for name in ("tests", "quickstart", "exactness"):
+    for name in ("tests", "exactness", "quickstart"):
         lines += [f"## {name.capitalize()}", ""]
         lines += [f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}"
                   for key, value in content.get(name, {"result": "not run"}).items()]  # fmt: skip
@@ -187,20 +195,22 @@ def main() -> None:
     lane, content = Lane(args.output, args.minutes), {"hardware": describe_hardware()}
     parts = {
         "tests": lambda: check_tests(lane),
-        "quickstart": lambda: check_quickstart(lane, 20 if args.dry_run else 1300),
+        "speed": lambda: measure_speed(lane, SPEED_SHARE * args.minutes, args.dry_run),
         "exactness": lambda: check_exactness(lane, 10 if args.dry_run else 60),
-        "speed": lambda: measure_speed(lane, args.dry_run),
+        "quickstart": lambda: check_quickstart(lane, 20 if args.dry_run else 1300),
     }
     for name, part in parts.items():
         print(f"{name} …", flush=True)
         try:
             content[name] = part()
         except Exception as error:  # the other parts are worth their time all the same
-            content[name] = {"result": f"{type(error).__name__}: {error}", "table": []}
+            content[name] = {"result": f"{type(error).__name__}: {error}", "passed": False, "table": []}
         (args.output / "gpu_lane.json").write_text(json.dumps(content, indent=2) + "\n")
         (args.output / "gpu_lane.md").write_text(as_markdown(content))
     shutil.rmtree(args.output / "runs", ignore_errors=True)
     print((args.output / "gpu_lane.md").read_text())
+    if failed := [name for name in parts if not passed(content[name])]:
+        sys.exit(f"error: {', '.join(failed)} did not pass; {args.output / 'log.txt'} has what was printed")
 
 
 if __name__ == "__main__":

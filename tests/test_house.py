@@ -50,6 +50,15 @@ def test_what_scripts_share_is_the_same_text():
         assert len({parts_of(script)[title] for script in SCRIPTS}) == 1, title
 
 
+def test_the_docs_name_tests_that_there_are():
+    paths = list((ROOT / "tests").rglob("*.py"))
+    files, source = {path.name for path in paths}, "\n".join(path.read_text() for path in paths)
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]:
+        for name in re.findall(r"`((?:tests/)?(?:\w+/)*(?:test_|Test)\w+(?:\.py)?)`", page.read_text()):
+            is_file = (ROOT / name).is_file() if "/" in name else name in files
+            assert is_file or re.search(rf"(?:def|class) {name}\b", source), f"{page.name}: {name}"
+
+
 def test_validate_config_does_what_the_script_does():
     """Word for word, so that what it calls fine also starts."""
     checked = parts_of(UTILS / "commands/validate_config.py")[CHECKED]

@@ -313,7 +313,7 @@ class TestResume:
         moved = [*longer, "--model.pretrained_model_name_or_path", str(folder)]
         assert_refused(
             launch([*moved, "--resume-from", "latest"]),
-            r"model.pretrained_model_name_or_path: the weights are not those .*checkpoint-6 was trained .*\(unet differ\)",
+            r"model.pretrained_model_name_or_path: the weights are not those that .*checkpoint-6 .*\(unet differ\)",
         )
         assert_refused(
             launch([*short_run, "--train.max_steps", "5", "--resume-from", "latest"]),

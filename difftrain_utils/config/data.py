@@ -68,7 +68,7 @@ class DataConfig:
     image_interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
     """Pillow's filter for resizing."""
     caption_dropout: float = 0.0
-    """Probability of an empty caption, for classifier-free guidance (0.1 is usual)."""
+    """Probability that a sample has no caption, which classifier-free guidance needs (0.1 is usual)."""
     validation_split: float = 0.0
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dataset: str | None = None

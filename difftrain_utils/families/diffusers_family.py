@@ -47,8 +47,6 @@ class DiffusersFamily:
     denoiser_part: ClassVar[str] = "transformer"
     image_part: ClassVar[str | None] = "vae"
     text_parts: ClassVar[tuple[str, ...]] = ()
-    pipeline_options: ClassVar[dict[str, Any]] = {}
-    """Arguments of `pipeline_class` besides the parts."""
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
     """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and
     all others what goes in and out."""
@@ -107,14 +105,18 @@ class DiffusersFamily:
         """The names of all parts but the denoiser and the sampler."""
         return (*((self.image_part,) if self.image_part else ()), *self.text_parts)
 
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """Arguments of `pipeline_class` besides the parts."""
+        return {}
+
     def part(self, name: str) -> Any:
         """A frozen part, loaded when first asked for: on the device, in `weight_dtype`, not to be trained."""
         if name not in self._parts:
-            self._parts[name] = self.load_part(name)
+            self._parts[name] = self._load(name)
         return self._parts[name]
 
-    def load_part(self, name: str) -> Any:
-        """Load a frozen part."""
+    def _load(self, name: str) -> Any:
         at = {"revision": self.revision}
         if name.startswith("tokenizer"):
             return load_part(self.source, self.model_index, name, **at)
@@ -172,7 +174,7 @@ class DiffusersFamily:
     def describe_parts(self, *parts: str) -> dict[str, str]:
         described = {}
         for part in parts:
-            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt"))
+            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt", ".model"))
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
             described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
         return described
@@ -223,12 +225,19 @@ class DiffusersFamily:
         return self.normalise(mean + std * noise)
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the denoiser takes them, of the VAE's: shifted by `shift_factor`, times `scaling_factor`. Here and
-        nowhere else."""
+        """Latents as the denoiser takes them, of the VAE's, (batch, channels, …): each channel by its `latents_mean`
+        and `latents_std`, then shifted by `shift_factor`, times `scaling_factor`; what the VAE's config does not have
+        is left out. Here and nowhere else."""
         config = self.config_of(self.image_part)
+        if config.get("latents_mean") is not None:
+            mean, std = (
+                torch.tensor(config[name], device=latents.device).view(-1, *[1] * (latents.ndim - 2))
+                for name in ("latents_mean", "latents_std")
+            )
+            latents = (latents - mean) / std
         if config.get("shift_factor"):
             latents = latents - config.shift_factor
-        return latents * config.scaling_factor
+        return latents * config.get("scaling_factor", 1.0)
 
     def null_conditioning(self) -> Conditioning:
         return self.encode_prompts([None])

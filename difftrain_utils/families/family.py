@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from difftrain_utils.config.config import Config
 from difftrain_utils.objective.schedule import Schedule
 
 Conditioning = dict[str, torch.Tensor]  # batch first
@@ -36,6 +37,11 @@ class Family(Protocol):
     """What an image's sides must be multiples of."""
     weight_dtype: torch.dtype
     """Of the frozen parts."""
+
+    @classmethod
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Family":
+        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser; that will have
+        random weights if it is to be trained `from_scratch`. Raises InputError if a part cannot be loaded."""
 
     def load_denoiser(self) -> torch.nn.Module:
         """The denoiser in float32 on the CPU, from the checkpoint's weights or from random ones."""
@@ -83,7 +89,7 @@ class Family(Protocol):
         conditioning: Conditioning,
     ) -> torch.Tensor:
         """The denoiser's output, float32, of the latents' shape, as the schedule's prediction type: ε, v, x_0 or
-        u = ε - x_0."""
+        u = ε - x_0. The denoiser may be wrapped, and then has no `config`; what it was made of, the family knows."""
 
     def shift(self, *size: int) -> float:
         """How much the timesteps of latents of this size (height, width, say) are shifted towards noise."""

@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.families.denoiser import configure_denoiser
-from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
+from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.objective.loss import LearnedUncertainty
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
-FAMILIES: dict[str, type[DiffusersFamily]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
 BUILTINS = {"builtin:tiny-stable-diffusion": Path(__file__).parent.parent / "builtins/tiny_stable_diffusion"}
 
 

@@ -19,11 +19,6 @@ class StableDiffusion(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     denoiser_part: ClassVar[str] = "unet"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    pipeline_options: ClassVar[dict[str, Any]] = {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod
@@ -35,13 +30,17 @@ class StableDiffusion(DiffusersFamily):
         return family
 
     @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    @property
     def size_multiple(self) -> int:
         """What VAE and UNet can halve as often as they do."""
         parts = [self.config_of(part) for part in (self.image_part, self.denoiser_part)]
         return 2 ** sum(len(config.block_out_channels) - 1 for config in parts)
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Times `scaling_factor`, as its pipeline undoes it; that knows of no `shift_factor`."""
+        """Times `scaling_factor`, as its pipeline undoes it; that knows of no `shift_factor` and no mean."""
         return latents * self.config_of("vae").scaling_factor
 
     @torch.no_grad()

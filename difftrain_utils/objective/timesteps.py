@@ -31,8 +31,9 @@ def sample_timesteps(
     """The timesteps of the samples `keys`, shape (len(keys),).
 
     int64 in [0, T), T = num_train_timesteps; float32 in (0, T) where time is continuous. There σ = t / T is shifted
-    towards noise, to shift·σ / (1 + (shift - 1)·σ) (Esser et al. 2024, arXiv:2403.03206). `batch_size` is the global
-    one, which `stratified` divides (0, 1) by. A second time of a sample is drawn for another `purpose`.
+    towards noise, to shift·σ / (1 + (shift - 1)·σ) (Esser et al. 2024, arXiv:2403.03206); not with the densities
+    `log_normal` and `table`, which say where σ itself is. `batch_size` is the global one, which `stratified` divides
+    (0, 1) by. A second time of a sample is drawn for another `purpose`.
     """
     num_timesteps, timesteps = schedule.num_train_timesteps, []
     for k in keys:

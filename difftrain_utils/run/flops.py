@@ -29,7 +29,7 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_tflops(config: TrainConfig, accelerator: Accelerator) -> float | None:
+def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
     """The TFLOP/s that this device could do in the run's precision: `train.peak_tflops`, or of the table; None where
     neither says it."""
     if config.peak_tflops is not None or accelerator.device.type != "cuda":

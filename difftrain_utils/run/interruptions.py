@@ -19,7 +19,7 @@ class Interruptions:
     now or None, and `save`, whether a checkpoint is due by the clock.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, started: float):
+    def __init__(self, accelerator: Accelerator, started: float, config: TrainConfig):
         """`started`: the `time.monotonic()` from which `train.max_hours` counts."""
         self.config, self.started, self.last_save = config, started, time.monotonic()
         self.received: list[int] = []

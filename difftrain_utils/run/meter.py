@@ -26,7 +26,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, state: TrainState, config: Config):
         self.accelerator, self.state, self.config = accelerator, state, config
         self.metrics = Metrics(accelerator, config, state.step)
-        self.timer = StepTimer(config.train, accelerator)
+        self.timer = StepTimer(accelerator, config.train)
 
     def __enter__(self) -> "Meter":
         state, train = self.state, self.config.train
@@ -80,9 +80,9 @@ class StepTimer:
     the wall clock's. What a process measures is its own; the main process's is logged.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, config: TrainConfig):
         self.accelerator, self.batch_size, self.device = accelerator, config.batch_size, accelerator.device
-        self.peak_tflops, self.flops_of_shape = peak_tflops(config, accelerator), {}
+        self.peak_tflops, self.flops_of_shape = peak_tflops(accelerator, config), {}
         self.started = None
         self._begin()
 

@@ -18,7 +18,7 @@ class Profiler:
     https://ui.perfetto.dev; written when it is complete or the block ends. It changes no numbers; with `train.profile`
     false it does nothing."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, config: TrainConfig):
         self.path, self.profile = Path(config.output_dir) / PROFILE / "trace.json.gz", None
         if config.profile and accelerator.is_main_process:
             steps = TRACED_STEPS if config.profile is True else config.profile

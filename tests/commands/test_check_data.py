@@ -7,6 +7,7 @@ from helpers import difftrain, encode, make_data
 from PIL import Image
 
 from difftrain_utils.commands.check_data import main
+from difftrain_utils.families.stable_diffusion import StableDiffusion
 
 
 def check(folder: Path | str, capsys, *argv: str) -> tuple[list[str], int]:
@@ -157,6 +158,13 @@ def test_rows_of_parquet_files_are_reported_by_their_number(tmp_path, capsys):
 def test_a_data_set_that_is_not_there(capsys):
     lines, code = check("builtin:circles", capsys)
     assert lines[0] == "error: data.dataset: no such builtin: 'builtin:circles'; there is builtin:shapes" and code == 2
+
+
+def test_a_model_without_a_tokenizer_cuts_no_caption(folder, capsys, monkeypatch):
+    set_line(folder, 1, {"file_name": "000000.png", "text": "many " * 100})
+    assert any("which is cut off after" in line for line in check(folder, capsys)[0])
+    monkeypatch.setattr(StableDiffusion, "text_parts", ())
+    assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)
 
 
 def test_as_a_command(folder):

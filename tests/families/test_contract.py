@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import DiTPipeline
+from diffusers.configuration_utils import FrozenDict
 from helpers import CACHES, metrics_without_times, options, parse_config, pipeline_bytes, train
 from tiny_dit import TinyDiT, save_checkpoint
 
@@ -55,6 +56,25 @@ def test_it_trains_evaluates_and_resumes_exactly(dit_run, tmp_path, fields):
     train([*argv, *resumed])
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
     assert metrics_without_times(tmp_path / "resumed") == metrics[2:]
+
+
+def test_latents_are_normalised_as_their_pipelines_undo_it(dit_run):
+    """By channel as SDXL's undoes it, and with a shift as SD3's does."""
+    family = load_family(parse_config(dit_run))
+    latents = torch.randn(2, 4, 3, 3)
+    plain = family.config_of("vae")
+    mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 3.0]
+    for fields in ({"latents_mean": mean, "latents_std": std}, {"shift_factor": 0.25}):
+        family._configs["vae"] = FrozenDict(plain | fields)
+        scaled = family.normalise(latents) / plain["scaling_factor"]
+        if "shift_factor" in fields:
+            undone = scaled + 0.25
+        else:
+            undone = scaled * torch.tensor(std).view(1, 4, 1, 1) + torch.tensor(mean).view(1, 4, 1, 1)
+        torch.testing.assert_close(undone, latents)
+    family._configs["vae"] = FrozenDict({"latents_mean": mean, "latents_std": std})  # as Wan's, for videos
+    videos = torch.stack([latents, -latents], 2)
+    assert torch.equal(family.normalise(videos)[:, :, 0], family.normalise(latents))
 
 
 def test_from_caches_it_trains_the_same(dit_run, tmp_path):

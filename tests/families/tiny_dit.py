@@ -39,6 +39,10 @@ class TinyDiT(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = DiTPipeline
 
     @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"id2label": self.model_index["id2label"]}
+
+    @property
     def size_multiple(self) -> int:
         halvings = len(self.config_of("vae").block_out_channels) - 1
         return 2**halvings * self.config_of("transformer").patch_size
@@ -72,10 +76,9 @@ class TinyDiT(DiffusersFamily):
         return self.schedule.shift * (size[0] * size[1] / 64) ** 0.5
 
     def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
-        options: dict[str, Any] = {"id2label": self.model_index["id2label"]}
-        pipeline = DiTPipeline(transformer=denoiser, vae=self.part("vae"), scheduler=self.sampler, **options)
-        pipeline.register_to_config(**options)
-        pipeline.set_progress_bar_config(disable=True)
+        """It notes the names of its classes, which the pipeline itself forgets to."""
+        pipeline = super().pipeline(denoiser)
+        pipeline.register_to_config(**self.pipeline_options)
         return pipeline
 
     def generate(

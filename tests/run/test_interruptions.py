@@ -36,7 +36,7 @@ def poll(interruptions: Interruptions) -> tuple[str | None, bool]:
 
 def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic()) as interruptions:
+    with Interruptions(Accelerator(cpu=True), time.monotonic(), TrainConfig()) as interruptions:
         assert poll(interruptions) == (None, False)
         os.kill(os.getpid(), signal.SIGINT)
         assert interruptions.stop is None
@@ -50,7 +50,7 @@ def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
 
 def test_time_limits():
     config = TrainConfig(max_hours=2.0, save_minutes=10.0)
-    interruptions = Interruptions(config, Accelerator(cpu=True), started=time.monotonic() - 1.9 * 3600)
+    interruptions = Interruptions(Accelerator(cpu=True), time.monotonic() - 1.9 * 3600, config)
     assert poll(interruptions) == (None, False)
     interruptions.last_save -= 601
     assert poll(interruptions) == (None, True)
@@ -61,7 +61,7 @@ def test_time_limits():
 
 def test_an_error_gives_the_signals_back():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunError), Interruptions(TrainConfig(), Accelerator(cpu=True), time.monotonic()):
+    with pytest.raises(RunError), Interruptions(Accelerator(cpu=True), time.monotonic(), TrainConfig()):
         assert signal.getsignal(signal.SIGTERM) != before
         raise RunError("in a step")
     assert signal.getsignal(signal.SIGTERM) == before

@@ -20,7 +20,7 @@ from difftrain_utils.run.metrics import TIMES
 
 
 def test_what_a_step_takes_and_how_long_it_waits():
-    timer = StepTimer(TrainConfig(batch_size=8), Accelerator(cpu=True))
+    timer = StepTimer(Accelerator(cpu=True), TrainConfig(batch_size=8))
 
     def loader():
         for _ in range(8):
@@ -77,11 +77,11 @@ def test_utilisation_is_reported_where_the_peak_is_known(short_run, monkeypatch)
     assert "mfu" not in metrics_without_times(output_dir)[0]
 
     accelerator = Accelerator(cpu=True)
-    assert peak_tflops(TrainConfig(), accelerator) is None
+    assert peak_tflops(accelerator, TrainConfig()) is None
     accelerator.state.device = torch.device("cuda")
     for name, peaks in {"NVIDIA H100 PCIe": [51.2, 378.0], "NVIDIA H100 80GB HBM3 MIG 1g.10gb": [None] * 2}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert [peak_tflops(TrainConfig(tf32=tf32), accelerator) for tf32 in (False, True)] == peaks
+        assert [peak_tflops(accelerator, TrainConfig(tf32=tf32)) for tf32 in (False, True)] == peaks
 
 
 def test_a_trace_that_changes_nothing(short_run, tmp_path, capfd):
