@@ -12,6 +12,7 @@ from pathlib import Path
 
 from difftrain_utils.builtins.shapes import draw_shape
 from difftrain_utils.errors import InputError
+from difftrain_utils.files import write_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,5 +32,5 @@ def main(argv: list[str] | None = None) -> None:
         image, caption = draw_shape(index, args.image_size, args.seed)
         image.save(args.output_dir / f"{index:06d}.png")
         lines.append(json.dumps({"file_name": f"{index:06d}.png", "text": caption}))
-    (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    write_file(args.output_dir / "metadata.jsonl", "\n".join(lines) + "\n")
     print(f"{args.num_images} images and metadata.jsonl in {os.fspath(args.output_dir)}")

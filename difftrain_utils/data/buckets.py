@@ -9,6 +9,7 @@ from diffusers.training_utils import generate_aspect_ratio_buckets
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.sizes import image_sizes
+from difftrain_utils.processes import main_process_first
 
 
 class Buckets:
@@ -66,7 +67,7 @@ def load_buckets(accelerator: Accelerator, family, rows: MappedRows, config: Con
         sizes = generate_aspect_ratio_buckets(config.data.resolution, divisibility=family.size_multiple)
     for height, width in sizes:
         family.check_size(height, width, "data.buckets")
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         buckets = Buckets(image_sizes(rows, config.data), sizes, config.train.batch_size)
     accelerator.print(buckets.describe())
     return buckets

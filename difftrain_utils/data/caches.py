@@ -36,6 +36,7 @@ from difftrain_utils.errors import RowError, RunError, writing
 from difftrain_utils.files import write_file
 from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.media.text import captions_of
+from difftrain_utils.processes import main_process_first
 
 FORMAT = 2  # part of a cache's name: to be raised when what is stored changes
 
@@ -134,7 +135,7 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
     key = {"data": sha256} | describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
     folder = _folder(accelerator, config.data, "text", key)
     captions_file = folder / "captions.json"
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if accelerator.is_main_process and not is_intact(captions_file):
             warn_if_damaged(captions_file)
             write_with_digest(captions_file, json.dumps(_number_captions(data.rows, config.data)).encode())

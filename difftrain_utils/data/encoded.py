@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import file_digest, write_file
+from difftrain_utils.processes import main_process_first
 
 SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
 LAYOUT_FILE = "layout.json"
@@ -144,7 +145,7 @@ def build_cache(
         RunError: a shard cannot be written.
         RowError: of `inputs`.
     """
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         cache = EncodedCache(folder, groups, _layout(accelerator, folder, groups, inputs, encode))
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     with ThreadPoolExecutor(4) as pool:

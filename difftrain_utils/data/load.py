@@ -9,6 +9,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, load_buckets
 from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
 from difftrain_utils.data.streaming import open_stream
+from difftrain_utils.processes import main_process_first
 
 
 @dataclass
@@ -30,7 +31,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     """
     resolution, seed = config.data.resolution, config.train.seed
     family.check_size(resolution, resolution, "data.resolution")
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         rows = open_stream(config.data, seed) if config.data.streaming else map_rows(config.data)
         rows, validation_rows = split_rows(rows, config.data)
     buckets = load_buckets(accelerator, family, rows, config) if config.data.buckets else None

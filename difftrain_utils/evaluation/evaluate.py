@@ -14,6 +14,7 @@ from difftrain_utils.evaluation.grids import generate, save_grid
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import validation_loss
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
+from difftrain_utils.processes import main_process_first
 from difftrain_utils.run.run_folder import SAMPLES
 from difftrain_utils.run.tracking import log_images
 
@@ -27,7 +28,7 @@ class Evaluation:
 
     def __init__(self, accelerator: Accelerator, family, validation_rows: MappedRows | None, config: Config):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
-        with accelerator.main_process_first():
+        with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:

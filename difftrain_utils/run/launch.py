@@ -5,31 +5,23 @@ import atexit
 import importlib.util
 import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
-from difftrain_utils.errors import InputError, RowError, RunError, blame
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import TRACKERS
 from difftrain_utils.run.tracking import check_trackers
-
-T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=12)  # of a process for another: the main process reads all data before the first step
 # who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
@@ -95,23 +87,6 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
     if checkpoint is not None:
         check_origin(checkpoint, record, config)
     return record
-
-
-def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
-    """What `compute` returns on the main process, for all of them: its InputError or RunError is raised by all, so that
-    none waits for one that has gone."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = compute()
-        except (InputError, RunError) as error:
-            outcome[1] = error
-    result, error = broadcast_object_list(outcome)
-    if isinstance(error, RowError) and not accelerator.is_main_process:
-        error = InputError(str(error))  # which the main process alone reports
-    if error is not None:
-        raise error
-    return result
 
 
 def check_launch(config: Config, accelerator: Accelerator) -> None:

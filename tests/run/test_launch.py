@@ -50,10 +50,19 @@ def test_one_process_of_torchrun_a_node_is_fine(monkeypatch):
     check_launch(TextToImageConfig(ModelConfig("m"), DataConfig("d")), Accelerator(cpu=True))
 
 
-def test_what_stops_the_main_process_stops_all_without_a_launcher(short_run, tmp_path, image_folder):
-    """As under srun, which kills nobody: an image that cannot be read, which only the main process reads."""
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("000005.png", "no image", "not an image that Pillow knows"),  # which only the main process reads
+        ("metadata.jsonl", "no json", "metadata.jsonl line 1: not JSON"),
+    ],
+)
+def test_what_stops_the_main_process_stops_all_without_a_launcher(
+    short_run, tmp_path, image_folder, name, content, message
+):
+    """As under srun, which kills nobody."""
     folder = shutil.copytree(image_folder, tmp_path / "images")
-    (folder / sorted(path.name for path in folder.glob("*.png"))[5]).write_bytes(b"no image")
+    (folder / name).write_text(content)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -70,7 +79,7 @@ def test_what_stops_the_main_process_stops_all_without_a_launcher(short_run, tmp
     printed = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], printed
     errors = [line for text in printed for line in text.splitlines() if "rror" in line]
-    assert len(errors) == 1 and "not an image that Pillow knows" in errors[0], printed
+    assert len(errors) == 1 and message in errors[0], printed
     assert not (tmp_path / "run").exists()
 
 
