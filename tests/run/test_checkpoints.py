@@ -85,7 +85,7 @@ def test_other_data_another_model_and_another_precision_are_refused(short_run, i
     longer = [*short_run, "--data.dataset", str(tmp_path / "moved"), "--resume-from", "latest"]
     for more, message in (
         (["--train.precision", "bf16"], "train.precision: .*checkpoint-2 was trained with no, not bf16"),
-        (["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"], "checkpoint-2 has another denoiser: "),
+        (["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"], "checkpoint-2 has another denoiser"),
     ):
         with pytest.raises(InputError, match=message):
             train([*longer, *more])
