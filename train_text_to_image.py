@@ -37,11 +37,12 @@ from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
 from difftrain_utils.run.checkpoints import begin_run, find_checkpoint, is_finished
 from difftrain_utils.run.export import export_pipeline
-from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
+from difftrain_utils.run.interruptions import Interruptions
 from difftrain_utils.run.launch import launch, prepare
 from difftrain_utils.run.meter import Meter
 from difftrain_utils.run.profiler import Profiler
 from difftrain_utils.run.state import TrainState
+from difftrain_utils.terminal import STOPPED
 
 
 def main(config: TextToImageConfig) -> int:
@@ -143,7 +144,7 @@ def main(config: TextToImageConfig) -> int:
         weights = export_pipeline(accelerator, family, denoiser, ema, config.train.output_dir)
     record.end(state.step, interruptions.stop, weights)
     accelerator.end_training()
-    return 0 if state.is_finished else EXIT_CODE
+    return 0 if state.is_finished else STOPPED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from difftrain_utils.terminal import outlast_readers, printable, stop_in_one_line
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
@@ -58,16 +60,19 @@ def one_line(error: Exception) -> str:
 def warn(message: str) -> None:
     """Print a line on stderr, once for all processes, on a line of its own whatever progress bar is shown."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print an `InputError`, a `RunError`, an error of the disk or the end of a data loader's worker as one line on
-    stderr, and exit with 2 (input) or 1.
+    stderr, and exit with 2 (input) or 1. From here on a signal ends the process in one line, too, and who reads what is
+    printed may go away.
 
     What all processes see, the main process alone reports.
     """
+    outlast_readers()
+    stop_in_one_line()
     try:
         yield
     except (InputError, RunError) as error:
@@ -95,6 +100,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _exit(message: str, everywhere: bool, code: int) -> None:
+    message = printable(message)
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     elif everywhere:

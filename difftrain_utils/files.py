@@ -11,10 +11,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from difftrain_utils.errors import writing
+from difftrain_utils.errors import warn, writing
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """SHA-256 of a text as UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256sums(folder: Path) -> str:
     """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
@@ -114,8 +120,12 @@ def sha256sums(folder: Path) -> str:
     return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
 
 
-def find_damage(folder: Path) -> str | None:
-    """How the files of a folder differ from its SHA256SUMS; None if they do not."""
+def find_damage(folder: Path, listed: tuple[str, ...] = ()) -> str | None:
+    """How the files of a folder differ from its SHA256SUMS; None if they do not.
+
+    Others, such as what a file system leaves of a deleted file, are warned of, unless they match one of the patterns
+    `listed`: those have to be in it.
+    """
     try:
         recorded, found = (folder / DIGESTS_FILE).read_bytes(), sha256sums(folder).encode()
     except OSError as error:
@@ -129,7 +139,11 @@ def find_damage(folder: Path) -> str | None:
             return f"{name.decode(errors='replace')} is missing"
         if digests[1][name] != digest:
             return f"{name.decode(errors='replace')} has not the SHA-256 that {DIGESTS_FILE} says"
-    return f"{DIGESTS_FILE} does not list what is there"
+    others = sorted(name.decode(errors="replace") for name in digests[1].keys() - digests[0].keys())
+    if not others or any(fnmatch(name, pattern) for name in others for pattern in listed):
+        return f"{DIGESTS_FILE} does not list what is there"
+    warn(f"{folder}: {', '.join(others)} {'is' if len(others) == 1 else 'are'} no part of it, and ignored")
+    return None
 
 
 def weights_digest(module: "torch.nn.Module") -> str:

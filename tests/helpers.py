@@ -22,6 +22,7 @@ from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, Rows, SourceRows
 from difftrain_utils.errors import one_line_errors
+from difftrain_utils.run import lock
 from difftrain_utils.run.metrics import TIMES
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,11 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
     for state in (AcceleratorState, GradientState):
         state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
     config = parse_config(argv)
-    assert train_text_to_image.main(config) == exit_code
+    try:
+        assert train_text_to_image.main(config) == exit_code
+    finally:  # as at the end of a process
+        while lock._held:
+            os.close(lock._held.popitem()[1])
     return Path(config.train.output_dir)
 
 

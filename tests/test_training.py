@@ -53,7 +53,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
     )  # fmt: skip
     assert sorted(path.name for path in output_dir.iterdir()) == [
         "checkpoint-4", "checkpoint-6", "config.resolved.yaml", "env.json", "logs", "metrics.jsonl", "pipeline",
-        "run_manifest.json", "samples",
+        "run.lock", "run_manifest.json", "samples",
     ]  # fmt: skip
 
     metrics = metrics_without_times(output_dir)
@@ -300,7 +300,7 @@ class TestResume:
 
     def test_a_checkpoint_of_another_model_is_refused(self, short_run, tmp_path):
         output_dir = train(short_run)
-        before = {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+        before = {path.name: path.read_bytes() for path in output_dir.glob("*.[jy]*")}
         other = ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]
         longer = [*short_run, *other, "--train.max_steps", "8", "--lr_scheduler.name", "cosine"]
         assert_refused(
@@ -319,7 +319,7 @@ class TestResume:
             launch([*short_run, "--train.max_steps", "5", "--resume-from", "latest"]),
             r"train.resume_from: .*checkpoint-6 is past train.max_steps, which is 5",
         )
-        assert before == {path.name: path.read_bytes() for path in output_dir.iterdir() if path.is_file()}
+        assert before == {path.name: path.read_bytes() for path in output_dir.glob("*.[jy]*")}
 
     def test_other_data_are_refused_in_the_same_folder_and_reported_in_another(self, short_run, image_folder, tmp_path):
         checkpoint = train(short_run) / "checkpoint-6"

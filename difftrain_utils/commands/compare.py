@@ -26,6 +26,7 @@ from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, METRICS_FILE, PIPELINE
+from difftrain_utils.terminal import printable
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
@@ -458,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
     runs = load_runs(args.runs)
-    print(text_report(runs))
+    print(printable(text_report(runs)))
     if args.output:
         with blame(f"--output {args.output}", OSError):
             args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def find_snapshots(run: Path) -> list[tuple[Path, float, int]]:
     for path in (run / EMA_SNAPSHOTS).glob("step-*.safetensors"):
         with blame(f"{path}", OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
+            metadata |= json.loads(metadata.get("ema_snapshot", "{}"))  # two entries before
             if not {"sigma_rel", "step"} <= metadata.keys():
                 raise ValueError("no EMA snapshot: its metadata lacks sigma_rel or step")
             found.append((path, gamma_of(float(metadata["sigma_rel"])), int(metadata["step"])))

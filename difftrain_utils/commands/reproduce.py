@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from difftrain_utils.commands.repetition import (
 )
 from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.errors import InputError, RunError, blame
-from difftrain_utils.files import find_damage
-from difftrain_utils.run.manifest import describe_environment, describe_git, describe_versions
+from difftrain_utils.run.code import describe_git, describe_script
+from difftrain_utils.run.manifest import describe_environment, describe_versions
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
@@ -37,11 +36,19 @@ from difftrain_utils.run.run_folder import (
     MANIFEST_FILE,
     METRICS_FILE,
     PIPELINE,
+    checkpoint_damage,
     checkpoint_name,
     list_checkpoints,
 )
+from difftrain_utils.terminal import printable
 
-say = partial(print, flush=True)  # in order with what the re-run prints
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def say(text: str = "") -> None:
+    """In order with what the re-run prints."""
+    print(printable(text), flush=True)
+
 
 KNOWN_BEFORE = ("git", "processor", "cpu_capability", "versions.", "cuda", "cudnn", "package.")  # the re-run starts
 NUMERIC_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
@@ -58,7 +65,7 @@ def origin(folder: Path, manifest: dict[str, Any]) -> Path | None:
     if "resumed_from" not in first:
         return None
     checkpoint = Path(first["resumed_from"])
-    if damage := find_damage(checkpoint) if checkpoint.is_dir() else "no such folder":
+    if damage := checkpoint_damage(checkpoint) if checkpoint.is_dir() else "no such folder":
         raise InputError(
             f"{folder}: the run branched off at step {first['from_step']} from {checkpoint}, and can only be run again "
             f"from there: {damage}"
@@ -84,7 +91,9 @@ def steps_to_compare(run: Run, manifest: dict[str, Any], steps: int | None) -> t
         return None, True
     if not first < steps <= reached:
         raise InputError(f"--steps {steps}: must be from {first + 1} to {reached}, the steps that {run.folder} has")
-    damage = find_damage(checkpoints[steps]) if steps in checkpoints else f"{run.folder} has no checkpoint-{steps}"
+    damage = (
+        checkpoint_damage(checkpoints[steps]) if steps in checkpoints else f"{run.folder} has no checkpoint-{steps}"
+    )
     if damage is None:
         return steps, True
     last = max((step for step in logged if step <= steps), default=None)
@@ -115,6 +124,16 @@ def overrides(run: Run, manifest: dict[str, Any], checkpoint: Path | None, steps
     if steps is not None:  # max_steps has to stay, because the learning rate depends on it
         fields |= {"save_every": steps, "keep_checkpoints": 0}
     return {f"train.{name}": str(value) for name, value in fields.items()}
+
+
+def why_not_to_trust(script: Path, manifest: dict[str, Any]) -> str | None:
+    """A run's folder may be anybody's, and names the script that is run: None if that is a script of this checkout or
+    folder, as it was then; else what it is."""
+    if script.resolve().parent not in (CHECKOUT, Path.cwd().resolve()):
+        return f"was made by {script.resolve()}, which is neither in this folder nor beside the package"
+    if describe_script(script) != manifest.get("script_sha256"):
+        return f"{script.name} is not what it was when the run was made"
+    return None
 
 
 def rerun_command(script: Path, config_file: Path, fields: dict[str, str], num_processes: int) -> list[str]:
@@ -174,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")
+    parser.add_argument(
+        "--trust", action="store_true", help="run the script also if it is not the one of here and then"
+    )
     args = parser.parse_args(argv)
 
     run = load_run(args.run, args.run.name)
@@ -191,12 +213,15 @@ def main(argv: list[str] | None = None) -> int:
         history = describe_segments(manifest["segments"])
     if not script.is_file():
         raise InputError(f"{run.folder}: was made by {script}, which is not here; start in the folder that it is in")
+    if (distrust := why_not_to_trust(script, manifest)) and not args.trust:
+        raise InputError(f"{run.folder}: {distrust}; --trust runs it: {' '.join(command)}")
     if output_dir.exists():
         raise InputError(f"{output_dir}: already there; give another --output-dir for the re-run")
 
     in_one = f"{len(history)} segments, reproduced in one piece" if len(history) > 1 else "one segment"
     report(f"The run {run.folder} had {in_one}", history)
-    code_now = {"git": describe_git(script.resolve().parent), "versions": describe_versions()}
+    git = describe_git(script.resolve(), run.config.get("train.record_diff", "full"))
+    code_now = {"git": git, "versions": describe_versions()}
     now = circumstances({}, code_now, describe_environment())
     known = [{k: v for k, v in table.items() if k.startswith(KNOWN_BEFORE)} for table in (then, now)]
     before = changes(*known)

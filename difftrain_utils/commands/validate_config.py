@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
     from difftrain_utils.run.checkpoints import find_checkpoint
     from difftrain_utils.run.launch import launch, prepare
-    from difftrain_utils.run.run_folder import list_checkpoints
+    from difftrain_utils.run.run_folder import holds_run
 
     accelerator = launch(config)
     checkpoint = find_checkpoint(config)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     # ── The same, up to here, as in the script ───────────────────────────────────────────────────────────────
     output_dir = Path(config.train.output_dir)
     del lr_scheduler, evaluation  # they can be made
-    if list_checkpoints(output_dir):
+    if holds_run(output_dir):
         print(f"The config is fine; {output_dir} holds a run, whose record stays as it is")
     else:
         record.write(output_dir)

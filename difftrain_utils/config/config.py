@@ -4,7 +4,8 @@ Nothing in this folder imports torch, so that a typo is reported at once.
 """
 
 import dataclasses
-from typing import Any, Protocol
+import math
+from typing import Any, Protocol, get_args
 
 import yaml
 
@@ -38,6 +39,7 @@ class Config:
         for field in dataclasses.fields(self):
             section = getattr(self, field.name)
             requires[field.name] = _require(section, field.name)
+            _check_values(section, field.name)
             section.check(requires[field.name])
         self.check_sections(requires)
 
@@ -54,6 +56,23 @@ class Config:
     def to_yaml(self) -> str:
         """The config with all its defaults, as `--config` reads it."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def _check_values(section, name: str) -> None:
+    """Refuse null where there has to be a value, which a YAML file may have all the same, and numbers that are none."""
+    for field in dataclasses.fields(section):
+        value, parts = getattr(section, field.name), [field.type, *get_args(field.type)]
+        if value is None and type(None) not in parts:
+            raise InputError(f"{name}.{field.name}: must not be null")
+        if not _is_finite(value):
+            raise InputError(f"{name}.{field.name}: must be finite (integers below 2^63), got {value!r:.80}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in it are, and fit into what torch counts with."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return abs(value) < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
 def _require(section, name: str) -> Require:

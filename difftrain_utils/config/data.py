@@ -27,6 +27,9 @@ class SourceConfig:
 
     def check(self, field: str) -> None:
         """`field` is how errors call this source: data.sources[0], say."""
+        for name in ("split", "image_column", "caption_column", "loss_weight"):
+            if getattr(self, name) is None:
+                raise InputError(f"{field}.{name}: must not be null")
         for name in ("dataset", "caption_column"):
             if getattr(self, name) in ("", []):
                 raise InputError(f"{field}.{name}: must not be empty, got {getattr(self, name)!r}")

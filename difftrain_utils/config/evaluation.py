@@ -33,6 +33,11 @@ class EvaluationConfig:
     num_metric_images: int = 1000
     """Images generated for these metrics, from the captions of as many held-out images."""
 
+    @property
+    def makes_images(self) -> bool:
+        """Whether anything is generated."""
+        return bool(self.prompts or self.fid_features or self.clip_score_model)
+
     def check(self, require: Require) -> None:
         require(self.num_inference_steps >= 1, "num_inference_steps", "must be at least 1")
         require(self.guidance_scale >= 1, "guidance_scale", "must be at least 1")

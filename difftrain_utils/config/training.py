@@ -1,5 +1,6 @@
 """The run, its optimizer and learning rate, and the averages of the weights."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,11 +72,18 @@ class TrainConfig:
     """Minutes after which a checkpoint is written besides; null: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
+    record_diff: Literal["full", "redacted", "digest"] = "redacted"
+    """What `run_manifest.json` records of changes that are not committed: all, or without what looks like a secret, or
+    their SHA-256."""
     report_to: str | list[str] | None = None
     """Accelerate trackers besides metrics.jsonl: `tensorboard`, `wandb`, … or a list of them."""
 
+    def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
+
     def check(self, require: Require) -> None:
         require(self.output_dir != "", "output_dir", "must not be empty")
+        require("://" not in self.output_dir, "output_dir", "must be a folder of this machine")
         require(self.seed >= 0, "seed", "must be 0 or more")
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
@@ -89,13 +97,16 @@ class TrainConfig:
             require(value is None or value >= 1, name, "must be at least 1, or null")
         require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
         require(self.profile >= 0, "profile", "must be true, false or a number of steps")
+        fits = self.max_steps * self.batch_size < 2**63
+        require(fits, "max_steps", f"times train.batch_size, {self.batch_size}, must be below 2^63")
         self.check_split(num_processes=1)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes."""
         parts = self.gradient_accumulation_steps * num_processes
         if self.batch_size % parts:
-            allowed = [n for n in range(1, self.batch_size + 1) if self.batch_size % (n * num_processes) == 0]
+            numbers = range(1, min(self.batch_size, 1000) + 1)
+            allowed = [n for n in numbers if self.batch_size % (n * num_processes) == 0]
             below = self.batch_size // parts * parts
             sizes = f"{below} or {below + parts}" if below else f"{parts}"
             raise InputError(

@@ -5,6 +5,7 @@ A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer ste
 state of a data loader, and processes and gradient accumulation only split [s·G, (s+1)·G).
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.media.text import captions_of
+from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
 
 class Samples(torch.utils.data.Dataset):
@@ -123,12 +125,14 @@ class Samples(torch.utils.data.Dataset):
 def load_batches(accelerator: Accelerator, samples: Samples, state, config: Config) -> Iterator[dict[str, Any]]:
     """This process's parts of the batches, on its device, from the step on that `state` has come to."""
     samples.rows.load_place(state.place)
+    atexit.register(end_workers)
     dataloader = torch.utils.data.DataLoader(
         samples,
         sampler=range(state.step * config.train.batch_size, len(samples)),
         batch_size=config.train.batch_size // config.train.gradient_accumulation_steps,
         collate_fn=collate,
         num_workers=config.data.num_workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(accelerator.prepare(dataloader))

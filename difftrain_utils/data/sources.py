@@ -90,8 +90,12 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
     ):
         if find_column(data, column) is None:
             raise InputError(f"{field}.{asked_by}: no column {column!r} in {name}; it has {', '.join(columns)}")
-    if not isinstance(data.features.get(source.image_column), datasets.Image):
-        raise InputError(f"{field}.image_column: column {source.image_column!r} of {name} does not hold images")
+    feature = data.features.get(source.image_column)
+    is_bytes = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
+        hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
+        column = f"column {source.image_column!r} of {name}"
+        raise InputError(f"{field}.image_column: {column} does not hold images, but {feature!r:.80}{hint}")
 
 
 def used_columns(data, source: SourceConfig):

@@ -123,7 +123,7 @@ class DiffusersFamily:
         at["variant"] = self.variant
         if self.model_index[name][0] == "transformers":  # which loads in the checkpoint's precision else
             at["dtype"] = torch.float32
-        part = load_part(self.source, self.model_index, name, **at).eval().requires_grad_(False)
+        part = load_weights(self.source, self.model_index, name, **at).eval().requires_grad_(False)
         if name == self.image_part:
             part.use_slicing = self.vae_slicing
             if self.channels_last:
@@ -135,7 +135,7 @@ class DiffusersFamily:
         """See `Family`. Random weights are a function of the seed."""
         name, at = self.denoiser_part, {"revision": self.revision}
         if self.init_seed is None:
-            return load_part(self.source, self.model_index, name, variant=self.variant, **at)
+            return load_weights(self.source, self.model_index, name, variant=self.variant, **at)
         config = load_part(self.source, self.model_index, name, "load_config", **at)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.init_seed, "weights", 0))
@@ -305,6 +305,26 @@ def load_part(source: str, model_index: dict[str, Any], name: str, method: str =
     """Load a part of a checkpoint by its class's `method`. Raises InputError if that fails."""
     with blame_part(source, name):
         return getattr(part_class(model_index, name), method)(source, subfolder=name, **kwargs)
+
+
+def load_weights(source: str, model_index: dict[str, Any], name: str, **kwargs) -> torch.nn.Module:
+    """Load a part that has weights, all of them: a library would draw those that are not in the file at random.
+
+    Raises:
+        InputError: the part cannot be loaded, weights are missing, too many or of another shape, or one is not finite.
+    """
+    part, found = load_part(source, model_index, name, output_loading_info=True, **kwargs)
+    unexpected = [key for key in found["unexpected_keys"] if not key.endswith("position_ids")]  # of older CLIP files
+    problems = {"missing": found["missing_keys"], "not of this model": unexpected, "of another shape": []}
+    problems["of another shape"] = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    loaded = {key: value for key, value in part.state_dict().items() if not value.is_meta}  # as what is missing is
+    problems["not finite"] = [key for key, value in loaded.items() if not value.isfinite().all()]
+    for what, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            names = ", ".join(sorted(keys)[:3])
+            raise InputError(f"model.pretrained_model_name_or_path: {source}: {name}: weights {what}: {names}{more}")
+    return part
 
 
 def blame_part(source: str, name: str) -> AbstractContextManager[None]:

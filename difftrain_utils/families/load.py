@@ -13,6 +13,7 @@ from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
+from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.loss import LearnedUncertainty
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
@@ -39,7 +40,8 @@ def load_family(config: Config) -> Family:
 
 
 def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]:
-    """All that is trained, by name: the denoiser and, with `loss.learned_uncertainty`, EDM2's uncertainty.
+    """All that is trained, by name: the denoiser and, with `loss.learned_uncertainty`, EDM2's uncertainty. The weights
+    of a module that is made after it are a function of the seed, too.
 
     Raises:
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled.
@@ -49,6 +51,7 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
     models = {"denoiser": denoiser.train()}
     if config.loss.learned_uncertainty:
         models["uncertainty"] = LearnedUncertainty()
+    torch.manual_seed(seed_for(config.train.seed, "weights", 1))
     return models
 
 

@@ -49,6 +49,12 @@ def build_schedule(
     else:
         schedule, sampler = _build_ddpm(sampler_class, own, overrides)
     _try(sampler, prediction_type, has_init_noise_sigma)
+    if config.evaluation.makes_images:
+        steps = config.evaluation.num_inference_steps
+        with blame(f"evaluation.num_inference_steps: {type(sampler).__name__} refuses {steps}", ValueError):
+            if schedule.path == "ddpm" and steps > schedule.num_train_timesteps:  # which not every sampler says
+                raise ValueError(f"there are {schedule.num_train_timesteps} timesteps")
+            copy.deepcopy(sampler).set_timesteps(steps, **_with_mu(sampler))
     return schedule, sampler
 
 
@@ -92,6 +98,11 @@ def _build_ddpm(
     return schedule, sampler
 
 
+def _with_mu(sampler: SchedulerMixin) -> dict[str, float]:
+    """A shift that depends on the size is the pipeline's affair, which says it as mu."""
+    return {"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}
+
+
 def _sampler_class(name: str) -> type[SchedulerMixin]:
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
@@ -105,8 +116,7 @@ def _try(sampler: SchedulerMixin, prediction_type: str, has_init_noise_sigma: bo
     culprit = f"scheduler.sampler: {type(sampler).__name__} cannot sample {prediction_type}"
     is_flow = isinstance(sampler, FLOW_SCHEDULERS)
     with blame(culprit, ValueError, NotImplementedError, TypeError, AttributeError):
-        # a shift that depends on the size is the pipeline's affair, which says it as mu
-        sampler.set_timesteps(2, **({"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}))
+        sampler.set_timesteps(2, **_with_mu(sampler))
         if has_init_noise_sigma:
             latents = latents * sampler.init_noise_sigma
         for timestep in sampler.timesteps:

@@ -14,6 +14,8 @@ from diffusers.optimization import get_scheduler
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError, blame
 
+ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
+
 
 def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> torch.optim.Optimizer:
     """`class_path(groups, **init_args)`, with a group of parameters for each of the models, by its name.
@@ -22,7 +24,7 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
         InputError: there is no such class, it is no optimizer, or it refuses its arguments.
     """
     module_name, _, class_name = config.class_path.rpartition(".")
-    with blame(f"optimizer.class_path: cannot import {config.class_path!r}", ImportError, AttributeError, ValueError):
+    with blame(f"optimizer.class_path: cannot import {config.class_path!r}", Exception):  # a module may raise anything
         cls = getattr(importlib.import_module(module_name), class_name)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise InputError(f"optimizer.class_path: {config.class_path!r} is not a torch.optim.Optimizer")
@@ -34,11 +36,21 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
                 raise InputError(
                     f"optimizer.init_args.{name}: {config.class_path} has no such argument; did you mean {closest[0]}?"
                 )
-    with blame(
-        f"optimizer.init_args: {config.class_path} refuses {config.init_args}", TypeError, ValueError, RuntimeError
-    ):
+    with blame(f"optimizer.init_args: {config.class_path} refuses {config.init_args}", *ERRORS):
+        _try(cls, config)
         groups = [{"name": name, "params": list(model.parameters())} for name, model in models.items()]
         return cls(groups, **config.init_args)
+
+
+def _try(cls: type[torch.optim.Optimizer], config: OptimizerConfig) -> None:
+    """Make a step of a small matrix: only then some optimizers say that an argument is wrong, or that they need more
+    than gradients. It must have a learning rate to be scheduled."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # what some are made for
+    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = cls([{"name": "denoiser", "params": [parameter]}], **config.init_args)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    optimizer.step()
 
 
 def clip_gradients(

@@ -11,6 +11,7 @@ profile, one of any other width is the combination of the stored ones whose prof
 `difftrain posthoc-ema` makes it.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -160,7 +161,8 @@ class PowerEMA:
             path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
             tensors = {name: average.contiguous() for name, average in zip(names, averages, strict=True)}
             with new_file(path) as partial:
-                save_file(tensors, partial, {"sigma_rel": str(sigma_rel), "step": str(global_step)})
+                of = json.dumps({"sigma_rel": sigma_rel, "step": global_step})
+                save_file(tensors, partial, {"ema_snapshot": of})  # of several entries the order would be any
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ no random state in it, because keyed samples need none, and nothing that is unpi
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,24 +24,26 @@ from safetensors.torch import load_file, save_file
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import InputError, RunError, one_line, warn
-from difftrain_utils.files import DIGESTS_FILE, PARTIAL, find_damage, replace_folder, sha256sums, sync_all
+from difftrain_utils.files import DIGESTS_FILE, PARTIAL, replace_folder, sha256sums, sync_all
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
+from difftrain_utils.processes import on_main_process
+from difftrain_utils.run.lock import lock_folder
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
-    EMA_SNAPSHOTS,
     METRICS_FILE,
     PIPELINE,
-    PROFILE,
-    SAMPLES,
-    TRACKERS,
+    STATE_FILE,
+    WRITTEN,
+    artefacts,
+    checkpoint_damage,
     checkpoint_name,
+    holds_run,
     is_checkpoint_of,
     list_checkpoints,
     read_manifest,
 )
 
-STATE_FILE = "training_state.json"
 DAMAGED = ".damaged"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's
 
@@ -56,7 +59,10 @@ FREE_FIELDS = {
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
     ),
-    *(f"train.{name}" for name in ("compile", "channels_last", "plain_attention", "profile", "peak_tflops")),
+    *(
+        f"train.{name}"
+        for name in ("compile", "channels_last", "plain_attention", "profile", "peak_tflops", "record_diff")
+    ),
     *("model.vae_slicing", "ema.on_cpu"),
     *("train.gradient_checkpointing", "train.on_nonfinite", "train.max_skipped_steps", "ema.snapshot_every"),
 }
@@ -157,8 +163,12 @@ def find_checkpoint(config: Config) -> Path | None:
     """
     resume_from, output_dir = config.train.resume_from, Path(config.train.output_dir)
     checkpoints = list_checkpoints(output_dir)
-    if config.train.overwrite or (resume_from in (None, "latest") and not checkpoints):
+    if config.train.overwrite:
         return None
+    if not checkpoints:
+        _refuse_to_replace(output_dir, resume_from)
+        if resume_from in (None, "latest"):
+            return None
     if resume_from is None:
         raise InputError(
             f"train.output_dir: {output_dir} already holds a run ({checkpoints[-1][1].name}); go on with "
@@ -171,7 +181,7 @@ def find_checkpoint(config: Config) -> Path | None:
         if not (folder / STATE_FILE).is_file():
             there = ", ".join(path.name for _, path in checkpoints) or "no checkpoint"
             raise InputError(f"train.resume_from: no checkpoint at {folder}; {output_dir} has {there}")
-        if damage := find_damage(folder):
+        if damage := checkpoint_damage(folder):
             raise InputError(f"train.resume_from: {folder} is damaged: {damage}")
         if checkpoints and checkpoints[-1][1].resolve() != folder.resolve():
             raise InputError(
@@ -182,10 +192,26 @@ def find_checkpoint(config: Config) -> Path | None:
     return folder
 
 
+def _refuse_to_replace(output_dir: Path, resume_from: str | None) -> None:
+    """Refuse a folder that holds a run without a checkpoint; but a resume may begin one anew that was stopped before
+    its first."""
+    found = artefacts(output_dir)
+    try:
+        was_stopped = PIPELINE not in found and "final" not in read_manifest(output_dir)
+    except (OSError, ValueError):
+        was_stopped = False
+    if holds_run(output_dir) and not (was_stopped and resume_from):
+        hint = "begin again with --resume-from latest, " if was_stopped else ""
+        raise InputError(
+            f"train.output_dir: {output_dir} already holds a run without checkpoints ({', '.join(found)}); {hint}"
+            "replace it with --train.overwrite, or give another --output-dir"
+        )
+
+
 def _newest_intact(output_dir: Path) -> Path:
     damages = []
     for _, folder in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(folder)
+        damage = checkpoint_damage(folder)
         if damage is None:
             for text in damages:
                 warn(f"{text}; going on from {folder.name}")
@@ -284,37 +310,69 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
     output_dir = Path(config.train.output_dir)
     if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         return False
-    steps = read_state(checkpoint)["global_step"], read_manifest(output_dir).get("final", {}).get("global_step")
-    return steps == (config.train.max_steps, config.train.max_steps)
+    try:
+        final = read_manifest(output_dir).get("final", {})
+    except (OSError, ValueError):  # the end of the run is made again
+        return False
+    return read_state(checkpoint)["global_step"] == final.get("global_step") == config.train.max_steps
 
 
 def begin_run(
     accelerator: Accelerator, record: Record, step: int, checkpoint: Path | None, config: TrainConfig
 ) -> None:
-    """Make the run's folder ready: nothing of a run that it replaces, nor anything that comes after `step`; and the
-    record of this start, at `step` of `checkpoint`."""
+    """Make the run's folder ready: no other run in it, nothing of a run that it replaces, nor anything that comes after
+    `step`; and the record of this start, at `step` of `checkpoint`.
+
+    Raises:
+        InputError: another run is in the folder, or has been since this one has looked.
+        RunError: the record cannot be written.
+    """
     output_dir = Path(config.output_dir)
-    if accelerator.is_main_process:
+
+    def make_ready() -> None:
+        lock_folder(output_dir)
         if config.overwrite:
             delete_run(output_dir)
         set_damaged_aside(output_dir, step)
-    record.write(output_dir, step, checkpoint)
+        record.begin(output_dir, step, checkpoint)
+
+    on_main_process(accelerator, make_ready)
 
 
 def set_damaged_aside(output_dir: Path, last_step: int) -> None:
-    """Rename the checkpoints after `last_step`, which are damaged, so that the run can write them again."""
+    """Rename the checkpoints after `last_step`, which are damaged, so that the run can write them again.
+
+    Raises:
+        InputError: one is not, so that another run has written it meanwhile.
+    """
     for step, path in list_checkpoints(output_dir):
         if step > last_step:
+            if checkpoint_damage(path) is None:
+                raise InputError(f"train.output_dir: another run has written {path} meanwhile; start again")
             aside = path.with_name(path.name + DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 
 
 def delete_run(output_dir: Path) -> None:
-    """Delete what a run leaves in its folder, checkpoints first, and nothing else."""
-    for path in [
-        *output_dir.glob("checkpoint-*"),
-        *(output_dir / name for name in (PIPELINE, SAMPLES, TRACKERS, PROFILE, EMA_SNAPSHOTS)),
-    ]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what a run leaves in its folder, checkpoints first, and nothing else; what else is there is named."""
+    suffixes = "|".join(map(re.escape, ("", PARTIAL, DAMAGED)))
+    for path in output_dir.glob("checkpoint-*"):
+        if re.fullmatch(rf"checkpoint-[0-9]+({suffixes})", path.name):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    left = []
+    for name, patterns in WRITTEN.items():
+        folder = output_dir / name
+        for path in [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]:
+            path.unlink()
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is within a folder before it
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        left += [path for path in folder.rglob("*") if not path.is_dir()]
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     (output_dir / METRICS_FILE).unlink(missing_ok=True)
+    if left:
+        names = ", ".join(str(path.relative_to(output_dir)) for path in left[:3])
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warn(f"train.overwrite: {names}{more} in {output_dir} are of no run, and stay")

@@ -7,13 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.training import TrainConfig
-
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from difftrain_utils.terminal import SIGNALS
 
 
 class Interruptions:
-    """As long as the block runs, SIGTERM, SIGINT and SIGUSR1 wait for the end of a step; a second SIGINT stops at once.
+    """As long as the block runs, SIGTERM, SIGINT, SIGUSR1 and SIGHUP wait for the end of a step; a second SIGINT stops
+    at once.
 
     `poll` is asked after each step by all processes, and gives all of them the same answers: `stop`, the reason to stop
     now or None, and `save`, whether a checkpoint is due by the clock.
@@ -30,7 +29,8 @@ class Interruptions:
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "Interruptions":
-        self.handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has SIGHUP
+        self.handlers = {number: signal.signal(number, self._remember) for number in caught}
         return self
 
     def __exit__(self, *error) -> None:

@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,9 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.devices import device_name
+from difftrain_utils.errors import one_line, warn
 from difftrain_utils.files import write_file
+from difftrain_utils.run.code import describe_git, describe_script, redact_command
 from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
@@ -55,11 +56,13 @@ class Record:
         """`digests` are those of the base model's parts, of which one is the denoiser; `fingerprints` are those of the
         data (`inspect_splits`)."""
         self.accelerator, self.config, self.fingerprints = accelerator, config, fingerprints
+        script = Path(sys.argv[0]).resolve()
         self.manifest = {
             "started": _now(),
-            "command": sys.argv,
+            "command": redact_command(sys.argv),
+            "script_sha256": describe_script(script),
             "host": platform.node(),
-            "git": describe_git(Path(sys.argv[0]).resolve().parent),
+            "git": describe_git(script, config.train.record_diff),
             "versions": describe_versions(),
             "seed": config.train.seed,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -74,6 +77,7 @@ class Record:
                 "sha256": digests,
             },
             "data": fingerprints,
+            "segments": [],
         }
         self.environment = describe_environment()
 
@@ -86,29 +90,32 @@ class Record:
             MANIFEST_FILE: _json(self.manifest),
         }
 
-    def write(self, output_dir: Path, step: int = 0, checkpoint: Path | None = None) -> None:
+    def write(self, output_dir: Path) -> None:
+        """Write the files."""
+        if self.accelerator.is_main_process:
+            for name, content in self.files.items():
+                write_file(output_dir / name, content)
+
+    def begin(self, output_dir: Path, step: int = 0, checkpoint: Path | None = None) -> None:
         """Write the files of a run that starts at `step`, from `checkpoint` if it goes on from one.
 
         `segments` of the manifest lists each start: when, on which host, from which step, and as `differs` what of the
         manifest was not as at the first start. A run that goes on in its folder keeps the rest of its first manifest.
         """
-        if not self.accelerator.is_main_process:
-            return
         segment = {name: self.manifest[name] for name in ("started", "host", "command")} | {"from_step": step}
-        first = self.manifest | {"segments": []}
+        first = self.manifest
         if checkpoint is not None:
             segment["resumed_from"] = str(checkpoint)
             if is_checkpoint_of(checkpoint, output_dir):
-                first = read_manifest(output_dir)
+                first = _first_manifest(output_dir, checkpoint)
                 first.pop("final", None)
                 segment["differs"] = {
                     name: value
                     for name, value in self.manifest.items()
-                    if name not in segment and value != first.get(name)
+                    if name not in segment and name != "segments" and value != first.get(name)
                 }
         self.manifest = first | {"segments": [*first["segments"], segment]}
-        for name, content in self.files.items():
-            write_file(output_dir / name, content)
+        self.write(output_dir)
 
     def end(self, step: int, reason: str | None, weights: dict[str, str] | None) -> None:
         """Note in the manifest where this start of the run ended, and why, and say so.
@@ -133,26 +140,20 @@ class Record:
             print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")
 
 
+def _first_manifest(output_dir: Path, checkpoint: Path) -> dict[str, Any]:
+    """That of the run's folder or, if it is gone or damaged, the checkpoint's copy, whose digest is verified."""
+    try:
+        return read_manifest(output_dir)
+    except (OSError, ValueError) as error:
+        warn(f"{output_dir / MANIFEST_FILE}: {one_line(error)}; going on with the copy in {checkpoint.name}")
+        return read_manifest(checkpoint)
+
+
 def loss_trace_digest(path: Path) -> str:
     """SHA-256 over a metrics.jsonl without the times of its steps."""
     entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
     metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
     return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
-
-
-def describe_git(folder: Path) -> dict[str, Any] | None:
-    """The commit of the checkout around `folder`, and how the working tree differs; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, errors="replace", check=True
-        ).stdout
-
-    try:
-        status = git("status", "--porcelain")
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(status), "diff": git("diff", "HEAD")}
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe_versions() -> dict[str, str]:

@@ -1,13 +1,40 @@
 """What a run leaves in its folder, by name. Imports no torch, so that a tool starts at once."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from difftrain_utils.files import find_damage
+
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 SAMPLES, TRACKERS, PROFILE, EMA_SNAPSHOTS, PIPELINE = "samples", "logs", "profile", "ema_snapshots", "pipeline"
+
+
+WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
+    SAMPLES: ("step-*.png",),
+    TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
+    PROFILE: ("trace.json.gz",),
+    EMA_SNAPSHOTS: ("step-*.safetensors",),
+    PIPELINE: ("model_index.json", *(f"*/{name}" for name in ("*.json", "*.safetensors", "*.txt", "*.model"))),
+}
+
+
+STATE_FILE = "training_state.json"  # of a checkpoint
+CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.pt", STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE)
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """How a checkpoint differs from what was written; None if it is intact."""
+    return find_damage(folder, listed=CHECKPOINT_FILES)
+
+
+def artefacts(output_dir: Path) -> list[str]:
+    """The names of what a run has left in a folder, but for checkpoints."""
+    files = (CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, METRICS_FILE)
+    return [name for name in (*files, *WRITTEN) if os.path.lexists(output_dir / name)]
 
 
 def checkpoint_name(step: int) -> str:
@@ -17,15 +44,34 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints of a run as (step, folder), oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    found = [(re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
     """Whether a run that resumes from it goes on in its folder, and does not branch off from another run."""
-    return checkpoint.resolve().parent == output_dir.resolve()
+    return checkpoint.parent.resolve() == output_dir.resolve()  # the checkpoint itself may be a link
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of run_manifest.json, of a run's folder or a checkpoint's."""
-    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    """The content of run_manifest.json, of a run's folder or a checkpoint's.
+
+    Raises:
+        OSError, ValueError: it is not there, or damaged.
+    """
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("segments"), list):
+        raise ValueError("not the manifest of a run")
+    return manifest
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether a run has left something in a folder, or anybody files of those names. The record that
+    `difftrain validate-config` writes does not count."""
+    found = artefacts(output_dir)
+    if list_checkpoints(output_dir) or METRICS_FILE in found or WRITTEN.keys() & set(found):
+        return True
+    try:
+        return bool(found) and read_manifest(output_dir)["segments"] != []
+    except (OSError, ValueError):
+        return True

@@ -340,6 +340,13 @@ def test_more_steps_of_smaller_batches_are_as_many_samples(tmp_path):
     assert unfair(runs) == []
 
 
+def test_what_a_terminal_would_obey_is_shown_instead(tmp_path, capsys):
+    pair(tmp_path, manifest={"git.commit": "\x1b[31mred\x1b]0;title\x07"})
+    main([str(tmp_path / "a"), str(tmp_path / "b")])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and r"\x1b[31mred\x1b]0;title\x07" in printed
+
+
 def test_the_verdict_says_that_the_comparison_is_unfair(tmp_path, capsys):
     pair(tmp_path, config={"evaluation.seed": 1})
     main([str(tmp_path / "a"), str(tmp_path / "b")])

@@ -24,7 +24,8 @@ from difftrain_utils.commands.repetition import (
 )
 from difftrain_utils.commands.reproduce import describe_segments, main, overrides, rerun_environment, steps_to_compare
 from difftrain_utils.errors import InputError
-from difftrain_utils.run.interruptions import EXIT_CODE
+from difftrain_utils.files import file_digest
+from difftrain_utils.terminal import STOPPED
 
 SAME = Weights("final weights", "abc", True)
 
@@ -49,7 +50,7 @@ def resumed_run(checkpoint_folder, images, tmp_path_factory) -> Path:
     argv = short_options(checkpoint_folder, images, tmp_path_factory.mktemp("runs") / "run")
     validation = ["--data.validation_dataset", str(images), "--evaluation.num_validation_samples", "8"]
     argv += [*validation, "--train.eval_every", "3"]
-    train([*argv, "--train.max_hours", "1e-9"], exit_code=EXIT_CODE)
+    train([*argv, "--train.max_hours", "1e-9"], exit_code=STOPPED)
     return train([*argv, "--resume-from", "latest"])
 
 
@@ -137,6 +138,12 @@ def test_what_cannot_be_run_again_is_refused(copied_run, tmp_path):
     (tmp_path / "checkpoint-3/denoiser.safetensors").write_bytes(b"")
     refused("from there: denoiser.safetensors has not the SHA-256")
     edit(manifest, lambda m: m["segments"][0].pop("resumed_from"))
+    edit(manifest, lambda m: m.update(script_sha256="0" * 64))
+    refused(r"train_text_to_image.py is not what it was when the run was made; --trust runs it: .*python.* --config ")
+    foreign = tmp_path / "evil.py"
+    foreign.write_text("open('evil', 'w')")
+    edit(manifest, lambda m: m.update(command=[str(foreign)], script_sha256=file_digest(foreign)))
+    refused(rf"was made by {foreign}, which is neither in this folder nor beside the package; --trust runs it: ")
     edit(manifest, lambda m: m.update(command=["no/such_script.py"]))
     refused("was made by no/such_script.py, which is not here")
     edit(manifest, lambda m: m.pop("final"))

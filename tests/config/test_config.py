@@ -25,6 +25,45 @@ def refusal(*argv: str) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    "field",
+    ["train.max_steps", "train.on_nonfinite", "data.on_bad_row", "data.image_column", "loss.type", "loss.snr_gamma",
+     "timesteps.min", "ema.power_sigma_rels", "evaluation.seed", "optimizer.init_args", "lr_scheduler.name"],
+)  # fmt: skip
+def test_null_is_refused_where_there_has_to_be_a_value(tmp_path, field):
+    """Also in a file, where it would be taken for another choice, or for none."""
+    section, name = field.split(".")
+    (tmp_path / "null.yaml").write_text(yaml.safe_dump({section: {name: None}}))
+    assert refusal("--config", str(tmp_path / "null.yaml")) == f"{field}: must not be null"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--noise.offset", ".nan"),
+        ("--scheduler.flow_shift", ".inf"),
+        ("--loss.edm_sigma_data", ".inf"),
+        ("--timesteps.table", "[1, .inf]"),
+        ("--optimizer.init_args.lr", ".inf"),
+        ("--evaluation.guidance_scale", ".inf"),
+        ("--train.max_steps", "10000000000000000000"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(argv):
+    name = argv[0].removeprefix("--").removesuffix(".lr")
+    assert refusal(*argv).startswith(f"{name}: must be finite (integers below 2^63), got ")
+
+
+def test_more_samples_than_can_be_counted_are_refused():
+    message = "train.max_steps: times train.batch_size, 4294967296, must be below 2^63, got 4294967296"
+    assert refusal("--train.max_steps", str(2**32), "--train.batch_size", str(2**32)) == message
+
+
+def test_no_argument_at_all_is_refused():
+    with pytest.raises(InputError, match=r"^--config: needs a YAML file, such as configs/quickstart.yaml; --help "):
+        parse_config([])
+
+
 def test_fields_have_their_names_of_before_with_a_warning(tmp_path, capsys):
     path = tmp_path / "old.yaml"
     path.write_text(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers import encode, make_data, metrics_without_times, options, train
 from PIL import Image, PngImagePlugin
@@ -16,8 +18,10 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import rows as rows_module
 from difftrain_utils.data.rows import map_rows, read_row, split_rows
 from difftrain_utils.data.sizes import image_sizes
+from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
+from difftrain_utils.media.text import captions_of
 
 
 def grey(level: int, size=(20, 16)) -> Image.Image:
@@ -247,3 +251,28 @@ def test_a_run_goes_on_when_its_sources_moved_but_not_with_other_weights(short_r
         train([*argv("b", 2), "--train.max_steps", "4"])
     train([*argv("moved", 1), "--train.max_steps", "4"])
     assert [entry["step"] for entry in metrics_without_times(run)] == [1, 2, 3, 4]
+
+
+def test_images_are_known_without_the_features_of_datasets(tmp_path):
+    """As pandas and pyarrow write them: bytes, or bytes and a path."""
+    images = [encode(grey(i)) for i in range(3)]
+    columns = {"bytes": images, "pairs": [{"bytes": image, "path": None} for image in images]}
+    for name, values in columns.items():
+        (tmp_path / name).mkdir()
+        table = pyarrow.table({"image": values, "text": ["a", "b", "c"]})
+        pyarrow.parquet.write_table(table, tmp_path / name / "train.parquet")
+        rows = map_rows(DataConfig(str(tmp_path / name)))
+        for i in range(3):
+            image, captions = read_row(rows, i)
+            assert image.tobytes() == grey(i).tobytes() and captions == ["abc"[i]]
+    message = r"^data.image_column: column 'text' of .* does not hold images, but Value\('string'\)$"
+    with pytest.raises(InputError, match=message):
+        map_rows(DataConfig(str(tmp_path / "bytes"), image_column="text"))
+    stream = DataConfig(str(tmp_path / "bytes"), streaming=True)
+    with pytest.raises(InputError, match=r"^data.image_column: .*, but Value\('binary'\) \(of a stream, cast it with"):
+        open_stream(stream, 0)
+
+
+def test_a_caption_that_is_no_unicode_is_a_bad_row(tmp_path):
+    with pytest.raises(RowError, match=r"^x.png: the caption is no Unicode text, got 'a\\ud800b'$"):
+        captions_of("a\ud800b", "x.png")

@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import SchedulerConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -24,12 +25,12 @@ FLOW = [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMat
 SD15 = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
 
 
-def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_sigma=True, **fields):
+def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_sigma=True, evaluation=None, **fields):
     """As for Stable Diffusion, whose pipeline asks for `init_noise_sigma`, unless it is said otherwise."""
     config = TextToImageConfig(
         ModelConfig("m", prediction_type=prediction_type), DataConfig("d", resolution=resolution), SchedulerConfig()
     )
-    config.scheduler = SchedulerConfig(**fields)
+    config.scheduler, config.evaluation = SchedulerConfig(**fields), evaluation or EvaluationConfig()
     return build_schedule(type(checkpoint), checkpoint.config, config, has_init_noise_sigma)
 
 
@@ -45,6 +46,16 @@ def test_flow_sigmas_of_another_prediction_are_refused():
     flow = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
     with pytest.raises(InputError, match=r"^model.prediction_type: .* flow sigmas, and no betas for sample$"):
         build(checkpoint=flow)
+
+
+def test_more_inference_steps_than_there_are_timesteps_are_refused():
+    """Before training, not at the first evaluation; where nothing is generated they do not matter."""
+    assert build(num_train_timesteps=10)
+    evaluation = EvaluationConfig(prompts=["a"])
+    message = r"^evaluation.num_inference_steps: PNDMScheduler refuses 25: there are 10 timesteps$"
+    with pytest.raises(InputError, match=message):
+        build(num_train_timesteps=10, evaluation=evaluation)
+    assert build(num_train_timesteps=25, evaluation=evaluation)
 
 
 def test_the_checkpoints_schedule_is_kept():

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from difftrain_utils.builtins.shapes import count_right, draw_shape
 from difftrain_utils.config.data import DataConfig
@@ -251,6 +252,28 @@ def test_a_folder_that_lacks_a_part_is_refused(checkpoint_folder, tmp_path, miss
     with pytest.raises(InputError, match=missing) as caught:
         load(folder).load_denoiser()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("damage", ["missing", "not of this model", "not finite"])
+def test_weights_that_are_not_those_of_the_part_are_refused(checkpoint_folder, tmp_path, part, damage):
+    """A library would draw what is missing at random, in each process otherwise."""
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    if damage == "missing":
+        del weights[name]
+    elif damage == "not finite":
+        weights[name].view(-1)[0] = torch.nan
+    else:
+        name = "another.weight"
+        weights[name] = torch.ones(2)
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        InputError, match=rf"^model.pretrained_model_name_or_path: .*: {part}: weights {damage}: {name}$"
+    ):
+        load(folder).load_denoiser()
 
 
 def test_another_family_is_refused_by_name(checkpoint_folder, tmp_path):

@@ -36,6 +36,18 @@ def test_each_model_has_a_group_of_its_name():
         ("torch.optim.AdamW", {"weight_decey": 0}, "optimizer.init_args.weight_decey: .* did you mean weight_decay?"),
         ("torch.optim.AdamW", {"lr": -1.0}, "optimizer.init_args: torch.optim.AdamW refuses .* Invalid learning rate"),
         ("torch.optim.AdamW", {"lr": "fast"}, "optimizer.init_args: torch.optim.AdamW refuses"),
+        # what only a step says, or a learning rate that is to be scheduled
+        ("torch.optim.LBFGS", {}, "optimizer.init_args: torch.optim.LBFGS refuses .*closure"),
+        ("torch.optim.SparseAdam", {}, "optimizer.init_args: torch.optim.SparseAdam refuses .* dense gradients"),
+        ("torch.optim.AdamW", {"betas": [0.9]}, "optimizer.init_args: torch.optim.AdamW refuses "),
+        ("torch.optim.AdamW", {"betas": [0.9, 0.9, 0.9]}, "optimizer.init_args: torch.optim.AdamW refuses "),
+        ("torch.optim.Optimizer", {"defaults": {}}, "optimizer.init_args: torch.optim.Optimizer refuses "),
+        (
+            "transformers.optimization.Adafactor",
+            {},
+            "optimizer.init_args: transformers.*Adafactor refuses ",
+        ),
+        ("..x.AdamW", {}, "optimizer.class_path: cannot import '..x.AdamW'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(class_path, init_args, message):

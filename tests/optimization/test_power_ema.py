@@ -229,7 +229,8 @@ def test_snapshot_files(tmp_path):
     for sigma_rel, averages in zip(("0.05", "0.1"), ema.averages, strict=True):
         path = folder / f"step-000500-{float(sigma_rel):.3f}.safetensors"
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"sigma_rel": sigma_rel, "step": "500"}
+            said = json.loads(file.metadata()["ema_snapshot"])
+            assert said == {"sigma_rel": float(sigma_rel), "step": 500}
         tensors = load_file(path)
         assert set(tensors) == {"a.weight", "a.bias"} and tensors["a.bias"].dtype == torch.float32
         assert torch.equal(tensors["a.weight"], averages[0]) and torch.equal(tensors["a.bias"], averages[1])
@@ -440,3 +441,10 @@ def test_a_pipeline_without_a_denoiser_is_reported(own_run, tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"run/pipeline: no such pipeline"):
         posthoc_ema.main(argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_snapshot_has_the_same_bytes(tmp_path):
+    """Also what is said of it in its header, whose entries come in any order."""
+    for folder in range(8):
+        PowerEMA([torch.ones(2)], [0.1]).save_snapshot(tmp_path / str(folder), 5, ["weight"])
+    assert len({path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}) == 1

@@ -1,16 +1,25 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import parse_config, train
+from helpers import metrics_without_times, parse_config, pipeline_bytes, train
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.files import DIGESTS_FILE, find_damage, replace_folder, sha256sums
-from difftrain_utils.run.checkpoints import STATE_FILE, delete_run, find_checkpoint, set_damaged_aside
-from difftrain_utils.run.run_folder import CONFIG_FILE, list_checkpoints
+from difftrain_utils.files import DIGESTS_FILE, replace_folder, sha256sums
+from difftrain_utils.run.checkpoints import delete_run, find_checkpoint, set_damaged_aside
+from difftrain_utils.run.run_folder import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_damage,
+    list_checkpoints,
+    read_manifest,
+)
 
 
 def config(output_dir: Path, resume_from: str | None, **train) -> TextToImageConfig:
@@ -85,7 +94,10 @@ def test_other_data_another_model_and_another_precision_are_refused(short_run, i
     longer = [*short_run, "--data.dataset", str(tmp_path / "moved"), "--resume-from", "latest"]
     for more, message in (
         (["--train.precision", "bf16"], "train.precision: .*checkpoint-2 was trained with no, not bf16"),
-        (["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"], "checkpoint-2 has another denoiser"),
+        (
+            ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"],
+            "checkpoint-2 has another denoiser: ",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             train([*longer, *more])
@@ -102,23 +114,132 @@ def test_a_checkpoint_says_by_itself_what_it_is_from(short_run):
     output_dir = train([*short_run, "--train.max_steps", "2"])
     saved = parse_config(["--config", str(output_dir / "checkpoint-2" / CONFIG_FILE)])
     assert saved.train.max_steps == 2 and saved.train.output_dir == str(output_dir)
-    assert find_damage(output_dir / "checkpoint-2") is None
+    assert checkpoint_damage(output_dir / "checkpoint-2") is None
     digests = output_dir / "checkpoint-2" / DIGESTS_FILE
     listed = digests.read_bytes()
     for spoilt in (listed.replace(b"  ", b" !", 1), b"", b"\xff\n"):
         digests.write_bytes(spoilt)
-        assert "SHA256SUMS" in find_damage(output_dir / "checkpoint-2")
+        assert "SHA256SUMS" in checkpoint_damage(output_dir / "checkpoint-2")
     digests.write_bytes(listed)
     (output_dir / "checkpoint-2" / STATE_FILE).unlink()
-    assert find_damage(output_dir / "checkpoint-2") == f"{STATE_FILE} is missing"
+    assert checkpoint_damage(output_dir / "checkpoint-2") == f"{STATE_FILE} is missing"
     (output_dir / "checkpoint-2" / DIGESTS_FILE).unlink()
-    assert find_damage(output_dir / "checkpoint-2") == "SHA256SUMS: No such file or directory"
+    assert checkpoint_damage(output_dir / "checkpoint-2") == "SHA256SUMS: No such file or directory"
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path):
     make_checkpoints(tmp_path, "checkpoint-5", "checkpoint-10", "checkpoint-10.damaged")
+    with pytest.raises(InputError, match=r"another run has written .*checkpoint-10 meanwhile; start again$"):
+        set_damaged_aside(tmp_path, 5)
+    (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
     set_damaged_aside(tmp_path, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10.damaged", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("name", ["pipeline", "metrics.jsonl", "config.resolved.yaml", "samples", "run_manifest.json"])
+@pytest.mark.parametrize("resume_from", [None, "latest"])
+def test_what_a_run_has_left_is_not_overwritten(tmp_path, name, resume_from):
+    """Nor what anybody else calls so."""
+    (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("{}")
+    message = rf"^train.output_dir: .* already holds a run without checkpoints \({name}\); replace it with"
+    with pytest.raises(InputError, match=message):
+        find_checkpoint(config(tmp_path, resume_from))
+    assert find_checkpoint(config(tmp_path, None, overwrite=True)) is None
+    (tmp_path / name).rename(tmp_path / "notes")
+    assert find_checkpoint(config(tmp_path, resume_from)) is None
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_overwritten(short_run):
+    output_dir = train([*short_run, "--train.max_steps", "2"])
+    shutil.rmtree(output_dir / "checkpoint-2")
+    for more in ([], ["--resume-from", "latest"]):
+        with pytest.raises(
+            InputError, match=r"already holds a run without checkpoints \(.*\); replace it with --train.o"
+        ):
+            train([*short_run, *more])
+    assert train([*short_run, "--train.max_steps", "1", "--train.overwrite"]) == output_dir
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(short_run):
+    """As after a kill: with its record and metrics."""
+    output_dir = train([*short_run, "--train.max_steps", "2"])
+    for name in ("checkpoint-2", "pipeline"):
+        shutil.rmtree(output_dir / name)
+    manifest = read_manifest(output_dir)
+    del manifest["final"]
+    (output_dir / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match=r"holds a run without checkpoints \(.*\); begin again with --resume-from latest"
+    ):
+        train(short_run)
+    assert len(metrics_without_times(train([*short_run, "--resume-from", "latest"]))) == 6
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"segments": 3}', None])
+def test_a_damaged_manifest_is_replaced_by_the_checkpoints_copy(short_run, tmp_path, capsys, damage):
+    whole = train([*short_run, "--output-dir", str(tmp_path / "whole")])
+    output_dir = train([*short_run, "--train.max_steps", "2", "--train.save_every", "2"])
+    shutil.rmtree(output_dir / "pipeline")
+    path = output_dir / MANIFEST_FILE
+    path.unlink() if damage is None else path.write_text(damage)
+    capsys.readouterr()
+    train([*short_run, "--resume-from", "latest"])
+    assert f"warning: {path}: " in (printed := capsys.readouterr().err) and "the copy in checkpoint-2" in printed
+    assert pipeline_bytes(output_dir) == pipeline_bytes(whole)
+    manifest = read_manifest(output_dir)
+    assert [segment["from_step"] for segment in manifest["segments"]] == [0, 2]
+    assert manifest["final"] == read_manifest(whole)["final"]
+
+
+def test_a_stray_file_in_a_checkpoint_is_named_and_ignored(short_run, capsys):
+    output_dir = train([*short_run, "--train.max_steps", "4"])
+    (output_dir / "checkpoint-4/.nfs0001").write_text("of a deleted file")
+    capsys.readouterr()
+    train([*short_run, "--resume-from", "latest"])
+    assert f"warning: {output_dir}/checkpoint-4: .nfs0001 is no part of it, and ignored" in capsys.readouterr().err
+    assert not list(output_dir.glob("*.damaged"))
+    (output_dir / "checkpoint-6/other.safetensors").write_text("what belongs into a checkpoint has to be listed")
+    assert checkpoint_damage(output_dir / "checkpoint-6") == "SHA256SUMS does not list what is there"
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(short_run, capsys):
+    argv = [*short_run, "--train.max_steps", "2", "--train.report_to", "tensorboard", "--train.eval_every", "2"]
+    argv += ["--evaluation.prompts", '["a"]', "--evaluation.num_inference_steps", "2", "--train.profile", "1"]
+    output_dir = train([*argv, "--train.max_steps", "4", "--ema.power_sigma_rels", "[0.1]"])
+    foreign = ["samples/best.png", "logs/notes.txt", "profile/mine.json", "pipeline/unet/README.md", "ema_snapshots/x"]
+    foreign += ["checkpoint-best/model.bin", "checkpoint-٩/x", "notes.txt"]
+    for name in foreign:
+        (output_dir / name).parent.mkdir(exist_ok=True)
+        (output_dir / name).write_text("of somebody")
+    capsys.readouterr()
+    delete_run(output_dir)
+    left = sorted(str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file())
+    record = [CONFIG_FILE, "env.json", MANIFEST_FILE, "run.lock"]  # which the next run writes again
+    assert left == sorted([*foreign, *record])
+    printed = capsys.readouterr().err
+    assert "warning: train.overwrite: " in printed and f" and 2 more in {output_dir} are of no run, and stay" in printed
+
+
+def test_a_link_to_a_checkpoint_is_a_checkpoint(short_run, tmp_path):
+    """As on a scratch disk that is larger than the run's."""
+    output_dir = train([*short_run, "--train.max_steps", "2"])
+    (output_dir / "checkpoint-2").rename(tmp_path / "elsewhere")
+    (output_dir / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    train([*short_run, "--resume-from", "latest"])
+    assert [segment["from_step"] for segment in read_manifest(output_dir)["segments"]] == [0, 2]
+
+
+def test_digits_of_other_scripts_are_no_step(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-١٩")
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [9]
+
+
+def test_a_folder_is_one_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TrainConfig(output_dir="~/runs/x").output_dir == f"{tmp_path}/runs/x"
+    required = ["--model.pretrained_model_name_or_path", "m", "--data.dataset", "d"]
+    with pytest.raises(InputError, match=r"^train.output_dir: must be a folder of this machine, got 's3://bucket/x'$"):
+        parse_config([*required, "--output-dir", "s3://bucket/x"])
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -128,10 +249,3 @@ def test_a_folder_is_replaced_whole(tmp_path):
     replace_folder(tmp_path / "pipeline.partial", tmp_path / "pipeline")
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
     assert [path.name for path in (tmp_path / "pipeline").iterdir()] == ["new"]
-
-
-def test_deleting_a_run_leaves_what_is_not_its_own(tmp_path):
-    make_checkpoints(tmp_path, "checkpoint-1", "pipeline", "samples", "my-notes")
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    delete_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["my-notes"]

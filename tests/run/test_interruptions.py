@@ -1,15 +1,20 @@
 """Stopping early: by a signal, by the clock, by a gradient that is not finite. Nothing is lost, and the run goes on."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from accelerate import Accelerator
 from helpers import (
+    SCRIPT,
     last_step,
     launch,
+    launch_environment,
     launch_two,
     metrics_without_times,
     pipeline_bytes,
@@ -23,10 +28,11 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import RunError
 from difftrain_utils.files import weights_digest
 from difftrain_utils.objective import noise
-from difftrain_utils.run.interruptions import EXIT_CODE, Interruptions
+from difftrain_utils.run.interruptions import Interruptions
 from difftrain_utils.run.manifest import loss_trace_digest
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import list_checkpoints, read_manifest
+from difftrain_utils.terminal import SIGNALS, STOPPED, stop_in_one_line
 
 
 def poll(interruptions: Interruptions) -> tuple[str | None, bool]:
@@ -35,7 +41,7 @@ def poll(interruptions: Interruptions) -> tuple[str | None, bool]:
 
 
 def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Interruptions(Accelerator(cpu=True), time.monotonic(), TrainConfig()) as interruptions:
         assert poll(interruptions) == (None, False)
         os.kill(os.getpid(), signal.SIGINT)
@@ -45,7 +51,7 @@ def test_a_signal_waits_for_the_end_of_the_step_and_a_second_sigint_does_not():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_time_limits():
@@ -69,17 +75,17 @@ def test_an_error_gives_the_signals_back():
 
 def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_path):
     """The same command starts, goes on, and says at last that there is nothing to do."""
-    argv = [*short_run, "--train.max_steps", "30", "--train.save_every", "0", "--train.log_every", "2"]
+    argv = [*short_run, "--train.max_steps", "40", "--train.save_every", "0", "--train.log_every", "2"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     stopped, steps = tmp_path / "run", [0]
     command = [*argv, "--resume-from", "latest", "--data.num_workers", "1"]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         run = start(command)
         wait_for(lambda: last_step(stopped) > steps[-1] + 1, run)
         run.send_signal(number)
-        assert run.wait() == EXIT_CODE
+        assert run.wait() == STOPPED
         steps.append(list_checkpoints(stopped)[-1][0])
-        assert steps[-2] < last_step(stopped) <= steps[-1] < 30 and not (stopped / "pipeline").exists()
+        assert steps[-2] < last_step(stopped) <= steps[-1] < 40 and not (stopped / "pipeline").exists()
     result = launch(command)
     assert result.returncode == 0, result.stderr
     assert pipeline_bytes(stopped) == pipeline_bytes(unbroken)
@@ -87,13 +93,75 @@ def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_
 
     manifest = read_manifest(stopped)
     assert [s["from_step"] for s in manifest["segments"]] == steps
-    assert [s.get("to_step") for s in manifest["segments"]] == [*steps[1:], 30]
-    assert [s["reason"] for s in manifest["segments"]] == ["SIGTERM", "SIGINT", "SIGUSR1", "finished"]
+    assert [s.get("to_step") for s in manifest["segments"]] == [*steps[1:], 40]
+    assert [s["reason"] for s in manifest["segments"]] == ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "finished"]
     assert manifest["final"] == read_manifest(unbroken)["final"]
     before = (stopped / "run_manifest.json").read_bytes()
     again = launch(command)
-    assert again.returncode == 0 and "Nothing to do: " in again.stdout and "is finished, at step 30" in again.stdout
+    assert again.returncode == 0 and "Nothing to do: " in again.stdout and "is finished, at step 40" in again.stdout
     assert (stopped / "run_manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_finds_the_workers_at_work(short_run, tmp_path, number):
+    """As Slurm sends it to all that belongs to a step, and a terminal to all in the foreground."""
+    argv = [*short_run, "--train.max_steps", "100000", "--train.save_every", "0", "--data.num_workers", "2"]
+    command = [sys.executable, str(SCRIPT), *argv]
+    run = subprocess.Popen(command, env=launch_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: last_step(tmp_path / "run") > 2, run)
+        os.killpg(run.pid, number)
+        assert run.wait(60) == STOPPED and list_checkpoints(tmp_path / "run")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_who_reads_what_is_printed_may_go_away(short_run, tmp_path):
+    """`2>&1 | tee log` and Ctrl-C: a checkpoint as ever. `| head -c 1`: a run as ever."""
+    argv = [*short_run, "--train.max_steps", "30", "--train.save_every", "0"]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    for more in ([], ["--resume-from", "latest"]):
+        reader, writer = os.pipe()
+        command = [sys.executable, str(SCRIPT), *argv, *more]
+        run = subprocess.Popen(command, env=launch_environment(), stdout=writer, stderr=writer)
+        os.close(writer)
+        wait_for(lambda: last_step(tmp_path / "run") > 1, run)
+        os.close(reader)
+        if not more:
+            run.send_signal(signal.SIGINT)
+        assert run.wait() == (0 if more else STOPPED)
+        assert list_checkpoints(tmp_path / "run")
+    assert pipeline_bytes(tmp_path / "run") == pipeline_bytes(unbroken)
+    assert metrics_without_times(tmp_path / "run") == metrics_without_times(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["    accelerator = launch(config)", "        weights = export_pipeline("])
+def test_a_signal_before_and_after_training_ends_in_one_line(short_run, tmp_path, number, place):
+    text, script = SCRIPT.read_text(), tmp_path / "train_stopped.py"
+    assert text.count(place) == 1
+    indent = place[: len(place) - len(place.lstrip())]
+    script.write_text(text.replace(place, f"{indent}import os\n{indent}os.kill(os.getpid(), {int(number)})\n{place}"))
+    argv = [*short_run, "--train.max_steps", "2", "--train.save_every", "1"]
+    result = subprocess.run(
+        [sys.executable, str(script), *argv], env=launch_environment(), capture_output=True, text=True
+    )
+    assert result.returncode == STOPPED and "Traceback" not in result.stderr
+    assert f"\nstopped by {number.name}: run the same command again\n" in result.stderr
+    assert not (tmp_path / "run/pipeline").exists()
+    assert (train([*argv, "--resume-from", "latest"]) / "pipeline/model_index.json").is_file()
+
+
+def test_nohup_keeps_sighup_away(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_in_one_line()
+        with Interruptions(Accelerator(cpu=True), time.monotonic(), TrainConfig()) as interruptions:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert poll(interruptions) == (None, False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_manifest_ends_with_digests(short_run, checkpoint_folder):
@@ -116,7 +184,7 @@ def test_the_manifest_ends_with_digests(short_run, checkpoint_folder):
 def test_save_minutes_save_and_max_hours_stop(short_run, tmp_path):
     often = train([*short_run, "--train.save_minutes", "1e-9", "--train.keep_checkpoints", "0"])
     assert [step for step, _ in list_checkpoints(often)] == [1, 2, 3, 4, 5, 6]
-    train([*short_run, "--output-dir", str(tmp_path / "short"), "--train.max_hours", "1e-9"], exit_code=EXIT_CODE)
+    train([*short_run, "--output-dir", str(tmp_path / "short"), "--train.max_hours", "1e-9"], exit_code=STOPPED)
     assert read_manifest(tmp_path / "short")["segments"][0]["reason"] == "train.max_hours 1e-09"
     resumed = train([*short_run, "--output-dir", str(tmp_path / "short"), "--resume-from", "latest"])
     assert pipeline_bytes(resumed) == pipeline_bytes(often)

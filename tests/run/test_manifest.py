@@ -1,5 +1,4 @@
 import json
-import subprocess
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import device_name
-from difftrain_utils.files import weights_digest
+from difftrain_utils.files import file_digest, weights_digest
 from difftrain_utils.run.machine import set_deterministic
-from difftrain_utils.run.manifest import Record, describe_environment, describe_git
+from difftrain_utils.run.manifest import Record, describe_environment
 
 
 def test_a_digest_changes_with_one_bit_a_name_and_a_type():
@@ -33,25 +32,9 @@ def test_a_digest_changes_with_one_bit_a_name_and_a_type():
     assert len({first, *(weights_digest(other) for other in others)}) == 6
 
 
-def test_git_says_the_commit_and_what_differs_from_it(tmp_path):
-    assert describe_git(tmp_path) is None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    git("init", "-q")
-    (tmp_path / "script.py").write_text("a = 1\n")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    commit = git("rev-parse", "HEAD").strip()
-    assert describe_git(tmp_path) == {"commit": commit, "dirty": False, "diff": ""}
-    (tmp_path / "script.py").write_text("a = 2\n")
-    described = describe_git(tmp_path)
-    assert described["commit"] == commit and described["dirty"] and "-a = 1\n+a = 2" in described["diff"]
-
-
-def test_the_record_says_what_made_the_run(tmp_path):
+def test_the_record_says_what_made_the_run(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text("train()")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "script.py"), "--hub.token", "x"])
     model = torch.nn.Linear(2, 2)
     config = TextToImageConfig(ModelConfig("some/model", revision="v1"), DataConfig("some/data"), TrainConfig(seed=7))
     fingerprints = {"train": {"num_images": 3, "sha256": "abc"}}
@@ -61,7 +44,9 @@ def test_the_record_says_what_made_the_run(tmp_path):
     assert manifest["base_model"] == {
         "name": "some/model", "revision": "v1", "denoiser": "unet", "sha256": {"unet": weights_digest(model)}
     }  # fmt: skip
+    assert manifest["command"] == [str(tmp_path / "script.py"), "--hub.token", "<redacted>"]
     assert manifest["data"] == fingerprints == record.fingerprints
+    assert manifest["script_sha256"] == file_digest(tmp_path / "script.py")
     assert manifest["seed"] == 7 and manifest["num_processes"] == 1 and manifest["mixed_precision"] == "no"
     assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     environment = json.loads((tmp_path / "new/run/env.json").read_text())
