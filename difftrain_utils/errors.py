@@ -94,7 +94,10 @@ def one_line_errors() -> Iterator[None]:
         message = f"a data-loading worker (data.num_workers) died{hint} ({' '.join(reason.split())})"
         _exit(message, everywhere=True, code=1)
     except Exception as error:
-        if type(error).__name__ != "FailOnRecompileLimitHit":  # of torch, which is not imported here
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            help = "train.gradient_accumulation_steps, train.gradient_checkpointing and train.precision bf16 need less"
+            _exit(f"{one_line(error).split('. ')[0]}; {help}", everywhere=True, code=1)
+        if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         _exit("train.compile: the denoiser saw too many shapes to compile it for each", everywhere=False, code=1)
 

@@ -1,13 +1,18 @@
 """What users get wrong: each gives one line that names the culprit, a non-zero exit code, and leaves what was there."""
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import assert_one_line, options, train
+from helpers import assert_one_line, options, short_options, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from difftrain_utils.files import DIGESTS_FILE, sha256sums
 
 CONFIG = [
     ("--train.max_step 3", r"--train.max_step: no such field; did you mean --train.max_steps\?"),
@@ -28,11 +33,20 @@ CONFIG = [
         "--data.validation_split 0.1 --data.validation_dataset d",
         "data.validation_dataset: cannot go with validation_split",
     ),
+    ("--data.resolution 100000", "data.resolution: must be from 8 to 16384 .MAX_SIDE in .*data.py., got 100000"),
+    ("--data.num_workers 1000", "data.num_workers: must be from 0 to 256 .MAX_WORKERS in .*, got 1000"),
+    ("--train.batch_size 1000000000", "train.batch_size: must be at most 1048576 .MAX_BATCH in .*, got 1000000000"),
+    (f"--evaluation.prompts {json.dumps(['a'] * 2000, separators=(',', ':'))}", "evaluation.prompts: at most 1000 of"),
+    (f"--evaluation.prompts [{'a' * 10_000}]", "evaluation.prompts: at most 1000 of at most 2000 characters"),
+    ("--output-dir /dev/full/x", "train.output_dir: /dev/full is no folder"),
+    (f"--output-dir {'a' * 300}", "train.output_dir: a name must have at most 255 bytes, got aaa"),
+    ("--lr 1e-3", r"--lr: no such field; did you mean --optimizer.init_args.lr\?"),
+    ("--train.learning_rate 1e-3", r"--train.learning_rate: no such field; did you mean --optimizer.init_args.lr\?"),
     ("--data.resolution 33", "data.resolution: .* needs a multiple of 8, got 33"),
     ("--data.cache_latents", "data.cache_latents: needs data.center_crop .one crop is kept., got True"),
     ("--data.buckets [[36,28]]", "data.buckets: .* needs a multiple of 8, got 36 x 28"),
     ("--data.buckets [[32,32],[64,64]]", "data.buckets: must have different aspect ratios, got"),
-    ("--data.buckets [[32]]", "data.buckets: must be sizes .height, width. of at least 8, or auto, got"),
+    ("--data.buckets [[32]]", "data.buckets: must be sizes .height, width. from 8 to 16384, or auto, got"),
     ("--data.buckets auto --train.batch_size 16", "data.buckets: no bucket has the 16 images of a batch"),
     ("--data.streaming --data.buckets auto", "data.buckets: cannot go with data.streaming, got 'auto'"),
     ("--data.streaming --data.cache_text", "data.cache_text: cannot go with data.streaming, got True"),
@@ -85,6 +99,10 @@ def test_config_and_command_line(short_run, tmp_path, capsys, monkeypatch, argv,
         ("train: 7", "bad.yaml: train: must hold fields, got 7"),
         ("trian: {seed: 1}", r"bad.yaml: trian: no such field; did you mean train\?"),
         ("train: {sead: 1}", r"bad.yaml: train.sead: no such field; did you mean train.seed\?"),
+        ("train: {seed: 1}\ntrain: {max_steps: 2}", "--config bad.yaml: not YAML: 'train' is there twice .*line 2"),
+        ("train: {seed: 1, seed: 2}", "--config bad.yaml: not YAML: 'seed' is there twice"),
+        ("train: {seed: 010}", "--config bad.yaml: not YAML: 010 would be read as an octal number"),
+        ("evaluation: {prompts: [" + "[" * 3000, "--config bad.yaml: not YAML: "),
         ("train: {seed: abc}", "train.seed: Expected a <class 'int'>. Got value: abc"),
     ],
 )
@@ -103,13 +121,30 @@ def first_line(folder: Path, **changes) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def float_image(path: Path) -> None:
+    """Whatever it is called, Pillow looks into it."""
+    Image.fromarray(np.full((36, 36), np.nan, np.float32)).save(path, "TIFF")
+
+
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
 DATA = {
     "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "data.dataset: .* has no metadata.jsonl"),
-    "empty metadata": (lambda d: (d / "metadata.jsonl").write_text(""), "data.dataset: "),
+    "empty metadata": (lambda d: (d / "metadata.jsonl").write_text(""), ".*metadata.jsonl: has no line; it needs one"),
+    "outside": (
+        lambda d: first_line(d, file_name="../x.png"),
+        ".*metadata.jsonl line 1: the file must lie in this folder",
+    ),
+    "elsewhere": (
+        lambda d: first_line(d, file_name="/x.png"),
+        ".*metadata.jsonl line 1: the file must lie in this folder",
+    ),
+    "no numbers": (
+        lambda d: float_image(d / "000003.png"),
+        ".*000003.png: cannot decode the image: it has pixels that",
+    ),
     "not JSON": (lambda d: cut(d / "metadata.jsonl", 30), ".*metadata.jsonl line 1: not JSON"),
     "no file_name": (lambda d: first_line(d, file_name=None), '.*metadata.jsonl line 1: needs a "file_name"'),
     "no caption": (lambda d: first_line(d, text=None), "data.caption_column: no 'text' in .*metadata.jsonl line 1"),
@@ -130,7 +165,7 @@ def test_data(short_run, image_folder, tmp_path, capsys, fault):
     spoil, message = DATA[fault]
     spoil(folder)
     assert_one_line([*short_run, "--data.dataset", str(folder)], message, capsys)
-    if fault != "a truncated image":  # which shows only when it is decoded
+    if fault not in ("a truncated image", "no numbers"):  # which shows only when it is decoded
         assert not (tmp_path / "run").exists()
 
 
@@ -138,6 +173,26 @@ MODEL = {
     "no index": (
         lambda m: (m / "model_index.json").unlink(),
         "model.pretrained_model_name_or_path: .*model_index.json",
+    ),
+    "an index that is a list": (
+        lambda m: (m / "model_index.json").write_text("[]"),
+        "model.pretrained_model_name_or_path: ",
+    ),
+    "an index of nothing": (
+        lambda m: (m / "model_index.json").write_text("{}"),
+        "model.pretrained_model_name_or_path: .*model_index.json names no pipeline",
+    ),
+    "a scale of 0": (
+        lambda m: change_config(m / "vae/config.json", scaling_factor=0),
+        "model.pretrained_model_name_or_path: .*: vae: scaling_factor must be a number other than 0, got 0",
+    ),
+    "a scale that is none": (
+        lambda m: change_config(m / "vae/config.json", scaling_factor=float("nan")),
+        "model.pretrained_model_name_or_path: .*: vae: scaling_factor must be a number other than 0, got nan",
+    ),
+    "channels below 0": (
+        lambda m: change_config(m / "unet/config.json", block_out_channels=[-16, 32]),
+        "model.pretrained_model_name_or_path: .*unet",
     ),
     "another pipeline": (
         lambda m: (m / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
@@ -161,6 +216,10 @@ MODEL = {
         "model.pretrained_model_name_or_path: ",
     ),
 }
+
+
+def change_config(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def change_shape(path: Path) -> None:
@@ -214,3 +273,41 @@ def test_checkpoints(short_run, checkpoint_folder, tmp_path, capsys):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]) + "\n")
     assert_one_line([*short_run, *options(latest)], ".*metrics.jsonl line 2: not JSON", capsys)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+REMADE = {  # with digests that fit
+    "malicious": ("optimizer.bin", pickle.dumps(Evil()), "train.resume_from: cannot load .*checkpoint-4: "),
+    "no optimizer": ("optimizer.bin", b"", "train.resume_from: cannot load .*checkpoint-4: "),
+    "no scheduler": ("scheduler.bin", b"\x80", "train.resume_from: cannot load .*checkpoint-4: "),
+    "no weights": ("denoiser.safetensors", b"x" * 9, "train.resume_from: .*denoiser.safetensors: "),
+    "no state": ("training_state.json", b"[", "train.resume_from: .*training_state.json: "),
+    "no step": ("training_state.json", b"{}", "train.resume_from: .*training_state.json: "),
+    "a step below 0": ("training_state.json", b'{"global_step": -4}', ".*training_state.json: global_step is -4"),
+    "another step": ("training_state.json", b'{"global_step": 5}', ".*training_state.json: global_step is 5"),
+    "no config": ("config.resolved.yaml", b"{", "train.resume_from: .*config.resolved.yaml: "),
+    "another config": ("config.resolved.yaml", b"train: 3", "train.resume_from: .*yaml: not the config"),
+    "no manifest": ("run_manifest.json", b"{", "train.resume_from: .*run_manifest.json: "),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint_folder, image_folder, tmp_path_factory):
+    argv = short_options(checkpoint_folder, image_folder, tmp_path_factory.mktemp("runs") / "run")
+    return argv, train([*argv, "--train.max_steps", "4"])
+
+
+@pytest.mark.parametrize("fault", REMADE)
+def test_checkpoints_that_somebody_has_made(finished, tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    argv, run = finished
+    folder = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    name, content, message = REMADE[fault]
+    (folder / name).write_bytes(content)
+    (folder / DIGESTS_FILE).write_text(sha256sums(folder))
+    assert_one_line([*argv, "--resume-from", str(folder), "--output-dir", str(tmp_path / "run")], message, capsys)
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "run").exists()

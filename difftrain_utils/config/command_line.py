@@ -23,6 +23,25 @@ from difftrain_utils.errors import InputError, blame, warn
 ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
 
 C = TypeVar("C", bound=Config)
+SHORT = {"lr": "optimizer.init_args.lr", "learning_rate": "optimizer.init_args.lr"}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what is lost in it in silence: of two keys the first, and of 010 that it is 8."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name!r} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+            for scalar in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                is_plain = isinstance(scalar, yaml.ScalarNode) and scalar.style is None
+                if is_plain and re.fullmatch(r"[-+]?0[0-9_]+", scalar.value):
+                    problem = f"{scalar.value} would be read as an octal number"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=scalar.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
@@ -142,10 +161,10 @@ def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
     names, known = [section.name for section in _sections(config_class)], field_names(config_class)
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _StrictLoader)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"--config {path}: not YAML: {_one_line(str(error))}") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: must hold sections ({', '.join(names)}), got {content!r:.60}")
@@ -178,6 +197,8 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
         hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
         return f"{name}: no such field; {hint}"
     sections = list(dict.fromkeys(k.split(".")[0] for k in known))
+    if (short := SHORT.get(name.split(".")[-1])) is not None:
+        return f"{name}: no such field; did you mean {prefix}{short}?"
     matches = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.7)
     if not matches:  # a field's name with another section's or none: there may be one in more than one section
         last_parts = difflib.get_close_matches(name.split(".")[-1], {k.split(".")[1] for k in known}, n=1, cutoff=0.7)

@@ -7,6 +7,9 @@ from typing import Literal
 from difftrain_utils.config.config import Require
 from difftrain_utils.errors import InputError
 
+MAX_SIDE, MAX_WORKERS = 16384, 256  # more is a slip, and takes the machine's memory before it is noticed
+HERE = "difftrain_utils/config/data.py"
+
 
 @dataclass
 class SourceConfig:
@@ -95,7 +98,7 @@ class DataConfig:
 
     def check(self, require: Require) -> None:
         self.check_sources(require)
-        require(self.resolution >= 8, "resolution", "must be at least 8")
+        require(8 <= self.resolution <= MAX_SIDE, "resolution", f"must be from 8 to {MAX_SIDE} (MAX_SIDE in {HERE})")
         require(0 <= self.caption_dropout <= 1, "caption_dropout", "must be between 0 and 1")
         require(0 <= self.validation_split < 1, "validation_split", "must be at least 0 and below 1")
         both = self.validation_split and self.validation_dataset
@@ -104,11 +107,13 @@ class DataConfig:
         has_one_crop = not self.cache_latents or self.center_crop
         require(has_one_crop, "cache_latents", "needs data.center_crop (one crop is kept)")
         sizes = self.buckets if isinstance(self.buckets, list) else [[8, 8]]
-        are_sizes = len(sizes) > 0 and all(len(size) == 2 and min(size) >= 8 for size in sizes)
-        require(are_sizes, "buckets", "must be sizes [height, width] of at least 8, or auto")
+        are_sizes = all(len(size) == 2 and min(size) >= 8 and max(size) <= MAX_SIDE for size in sizes)
+        rule = f"must be sizes [height, width] from 8 to {MAX_SIDE}, or auto"
+        require(len(sizes) > 0 and are_sizes, "buckets", rule)
         ratios = [size[0] / size[1] for size in sizes]
         require(len(set(ratios)) == len(ratios), "buckets", "must have different aspect ratios")
-        require(self.num_workers >= 0, "num_workers", "must be 0 or more")
+        rule = f"must be from 0 to {MAX_WORKERS} (MAX_WORKERS in {HERE})"
+        require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", rule)
         if self.streaming:
             require(not self.validation_split, "validation_split", "cannot go with streaming (validation_dataset can)")
             is_builtin = self.dataset is not None and self.dataset.startswith("builtin:")

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 
 from difftrain_utils.config.config import Require
+from difftrain_utils.errors import InputError
+
+MAX_PROMPTS, MAX_LENGTH = 1000, 2000  # one image each, every time
 
 
 @dataclass
@@ -39,6 +42,10 @@ class EvaluationConfig:
         return bool(self.prompts or self.fid_features or self.clip_score_model)
 
     def check(self, require: Require) -> None:
+        rule = f"at most {MAX_PROMPTS} of at most {MAX_LENGTH} characters (in difftrain_utils/config/evaluation.py)"
+        if len(self.prompts) > MAX_PROMPTS or max(map(len, self.prompts), default=0) > MAX_LENGTH:
+            lengths = f"{len(self.prompts)}, the longest of {max(map(len, self.prompts))}"
+            raise InputError(f"evaluation.prompts: {rule}, got {lengths}")
         require(self.num_inference_steps >= 1, "num_inference_steps", "must be at least 1")
         require(self.guidance_scale >= 1, "guidance_scale", "must be at least 1")
         require(self.batch_size >= 1, "batch_size", "must be at least 1")

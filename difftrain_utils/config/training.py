@@ -7,6 +7,8 @@ from typing import Any, Literal
 from difftrain_utils.config.config import Require
 from difftrain_utils.errors import InputError
 
+MAX_BATCH = 2**20  # samples of a step; more is a slip
+
 
 @dataclass
 class TrainConfig:
@@ -83,8 +85,11 @@ class TrainConfig:
 
     def check(self, require: Require) -> None:
         require(self.output_dir != "", "output_dir", "must not be empty")
+        require("\0" not in self.output_dir, "output_dir", "must have no null character")
         require("://" not in self.output_dir, "output_dir", "must be a folder of this machine")
         require(self.seed >= 0, "seed", "must be 0 or more")
+        rule = f"must be at most {MAX_BATCH} (MAX_BATCH in difftrain_utils/config/training.py)"
+        require(self.batch_size <= MAX_BATCH, "batch_size", rule)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):

@@ -143,10 +143,13 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
         raise InputError(
             f"{field}.image_column: an image folder has its images in 'image', got {source.image_column!r}"
         )
+    number = 0
     for number, line in metadata_lines(path):
         row = read_metadata_line(line, f"{path} line {number}", field, source)
         if config.on_bad_row == "stop" and not os.path.isfile(os.path.join(path.parent, row["file_name"])):
             raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+    if number == 0:
+        raise InputError(f"{path}: has no line; it needs one for each image")
 
 
 def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -169,6 +172,8 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
         raise InputError(f"{line_name}: not UTF-8") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
+    if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).startswith(".."):
+        raise InputError(f"{line_name}: the file must lie in this folder, got {row['file_name']}")
     if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
         raise InputError(
             f"{field}.caption_column: no {' or '.join(map(repr, caption_columns(source)))} in {line_name}; "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from difftrain_utils.files import file_digest, part_digest, weights_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
+LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -94,6 +96,11 @@ class DiffusersFamily:
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
+        if cls.image_part:
+            factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
+            with blame_part(source, cls.image_part):
+                if not isinstance(factor, int | float) or not math.isfinite(factor) or factor == 0:
+                    raise ValueError(f"scaling_factor must be a number other than 0, got {factor!r}")
         for part in family.frozen_parts:
             if part not in family.cached:
                 family.part(part)
@@ -330,4 +337,4 @@ def load_weights(source: str, model_index: dict[str, Any], name: str, **kwargs) 
 def blame_part(source: str, name: str) -> AbstractContextManager[None]:
     """Turn what goes wrong with a part of a checkpoint into an InputError that names it."""
     culprit = f"model.pretrained_model_name_or_path: {source}: {name}"
-    return blame(culprit, OSError, ValueError, SafetensorError)
+    return blame(culprit, *LOAD_ERRORS)

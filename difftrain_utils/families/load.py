@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.families.denoiser import configure_denoiser
-from difftrain_utils.families.diffusers_family import load_part
+from difftrain_utils.families.diffusers_family import LOAD_ERRORS, load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.keyed_random import seed_for
@@ -30,7 +30,7 @@ def load_family(config: Config) -> Family:
             schedule cannot be what the config asks for.
     """
     name = config.model.pretrained_model_name_or_path
-    with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
+    with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, config.model.revision)
         family_class = FAMILIES[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:
@@ -81,6 +81,8 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError("no such folder")
     source = str(path) if path.is_dir() else name
     model_index = DiffusionPipeline.load_config(source, revision=revision)
+    if not isinstance(model_index, dict) or "_class_name" not in model_index:
+        raise ValueError("model_index.json names no pipeline (_class_name)")
     if model_index["_class_name"] not in FAMILIES:
         raise ValueError(f"a {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
     return source, model_index

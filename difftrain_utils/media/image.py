@@ -45,6 +45,8 @@ def open_image(content: bytes, name: str) -> Image.Image:
     image = open_image_header(io.BytesIO(content), name)
     try:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            raise ValueError("it has pixels that are infinite or no number")
         if image.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
             return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
-from difftrain_utils.errors import InputError, RunError, one_line, warn
+from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, replace_folder, sha256sums, sync_all
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
 from difftrain_utils.processes import on_main_process
@@ -31,6 +31,7 @@ from difftrain_utils.run.lock import lock_folder
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     METRICS_FILE,
     PIPELINE,
     STATE_FILE,
@@ -149,7 +150,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, averages: Averages) 
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    """The content of training_state.json. Raises InputError if it is none, or of another step than its folder."""
+    with blame(f"train.resume_from: {folder / STATE_FILE}", OSError, ValueError, KeyError, TypeError):
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        step = state["global_step"]
+        named = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
+        if type(step) is not int or step < 0 or (named and step != int(named[1])):
+            raise ValueError(f"global_step is {step!r}")
+    return state
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -222,8 +230,11 @@ def _newest_intact(output_dir: Path) -> Path:
 
 def _check_settings(folder: Path, config: Config) -> None:
     """Refuse to go on in the same folder with other settings; into another folder a run may branch off with them."""
-    saved = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    rename_fields(saved)
+    with blame(f"train.resume_from: {folder / CONFIG_FILE}", OSError, ValueError, yaml.YAMLError):
+        saved = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or not all(isinstance(fields, dict) for fields in saved.values()):
+            raise ValueError("not the config of a run")
+        rename_fields(saved)
     differences = {}
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items():
@@ -265,7 +276,8 @@ def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: E
         if name not in there or name not in expected:
             state = "it has no" if name in expected else "this run has no"
             raise InputError(f"train.resume_from: {folder} is of other models or averages: {state} {name!r}")
-        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+        path = folder / f"{name}.safetensors"
+        with blame(f"train.resume_from: {path}", OSError, SafetensorError), safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             shapes |= {tied: shapes[kept] for tied, kept in (file.metadata() or {}).items() if kept in shapes}
         wanted = {key: tuple(tensor.shape) for key, tensor in expected[name].items()}
@@ -283,7 +295,8 @@ def check_origin(folder: Path, record: Record, config: Config) -> None:
         InputError: names what differs.
     """
     is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
-    saved, now = read_manifest(folder), record.manifest
+    with blame(f"train.resume_from: {folder / MANIFEST_FILE}", OSError, ValueError):
+        saved, now = read_manifest(folder), record.manifest
     for what, was, value in (
         (
             "model.pretrained_model_name_or_path: the weights",

@@ -43,6 +43,7 @@ def launch(config: Config) -> Accelerator:
             folder.
     """
     train = config.train
+    check_folder(Path(train.output_dir))
     if train.deterministic:
         set_deterministic()
     if train.cpu_threads:
@@ -69,6 +70,17 @@ def launch(config: Config) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError unless the folder, or the nearest one above it that there is, can be written into."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"train.output_dir: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"train.output_dir: {there} cannot be written into")
+    if long := [part for part in folder.parts if len(part.encode(errors="surrogateescape")) > 255]:
+        raise InputError(f"train.output_dir: a name must have at most 255 bytes, got {long[0]:.40}…")
 
 
 def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Path | None, config: Config) -> Record:

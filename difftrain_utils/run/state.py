@@ -1,6 +1,7 @@
 """All that changes while a run trains, and what of it a checkpoint holds."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name
 
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
 
 
@@ -181,8 +183,7 @@ class TrainState:
         """
         if checkpoint is None:
             return
-        errors = OSError, RuntimeError, ValueError, KeyError
-        with blame(f"train.resume_from: cannot load {checkpoint}", *errors):
+        with blame(f"train.resume_from: cannot load {checkpoint}", *LOAD_ERRORS):
             state = load_checkpoint(self.accelerator, checkpoint, self.averages)
             self.step, self.skipped_steps, self.place = state["global_step"], state["skipped_steps"], state["place"]
             self.totals.load_state(state["totals"])
