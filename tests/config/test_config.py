@@ -55,8 +55,8 @@ def test_numbers_that_are_none_are_refused(argv):
 
 
 def test_more_samples_than_can_be_counted_are_refused():
-    message = "train.max_steps: times train.batch_size, 4294967296, must be below 2^63, got 4294967296"
-    assert refusal("--train.max_steps", str(2**32), "--train.batch_size", str(2**32)) == message
+    message = "train.max_steps: times train.batch_size, 1048576, must be below 2^63, got 8796093022208"
+    assert refusal("--train.max_steps", str(2**43), "--train.batch_size", str(2**20)) == message
 
 
 def test_no_argument_at_all_is_refused():
@@ -135,7 +135,10 @@ def test_the_resolved_config_is_the_same_config(tmp_path):
             "train.precision: Expected one of ['fp32', 'fp16', 'bf16'] or null. Got value: fp8",
         ),
         (["--data.caption_dropout", "1.5"], "data.caption_dropout: must be between 0 and 1, got 1.5"),
-        (["--data.resolution", "4"], "data.resolution: must be at least 8, got 4"),
+        (
+            ["--data.resolution", "4"],
+            "data.resolution: must be from 8 to 16384 (MAX_SIDE in difftrain_utils/config/data.py), got 4",
+        ),
         (["--data.random_flip", "maybe"], "data.random_flip: Expected a <class 'bool'>. Got value: maybe"),
         (["--ema.decay", "1"], "ema.decay: must be at least 0 and below 1, got 1.0"),
         (["--train.max_grad_norm", "0"], "train.max_grad_norm: must be above 0, or null, got 0.0"),

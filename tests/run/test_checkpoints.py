@@ -32,7 +32,8 @@ def make_checkpoints(output_dir: Path, *names: str) -> None:
     for name in names:
         folder = output_dir / name
         folder.mkdir(parents=True)
-        (folder / STATE_FILE).write_text('{"global_step": 1}')
+        step = "".join(filter(str.isascii, filter(str.isdigit, name))) or "1"
+        (folder / STATE_FILE).write_text(f'{{"global_step": {step}}}')
         (folder / CONFIG_FILE).write_text(config(output_dir, None).to_yaml())
         (folder / DIGESTS_FILE).write_text(sha256sums(folder))
 
