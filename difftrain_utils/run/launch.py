@@ -19,10 +19,10 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
-from difftrain_utils.run.lock import lock_folder
+from difftrain_utils.run.lock import lock_used_folder
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
 from difftrain_utils.run.manifest import Record
-from difftrain_utils.run.run_folder import TRACKERS, holds_run
+from difftrain_utils.run.run_folder import TRACKERS
 from difftrain_utils.run.tracking import check_trackers
 
 LONGEST_WAIT = timedelta(hours=12)  # of a process for another: the main process reads all data before the first step
@@ -63,8 +63,8 @@ def launch(config: Config) -> Accelerator:
         )
     check_launch(config, accelerator)
     pause_at_exit(accelerator)
-    if holds_run(output_dir := Path(train.output_dir)):  # before it is looked at: it changes while another run is in it
-        on_main_process(accelerator, partial(lock_folder, output_dir))
+    # before the folder is looked at, because it changes while another run is in it
+    on_main_process(accelerator, partial(lock_used_folder, Path(train.output_dir)))
     check_compile(train, accelerator.device)
     set_tf32(train, accelerator.device)
     if accelerator.device.type == "cpu":

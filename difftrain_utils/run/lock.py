@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.run.run_folder import LOCK_FILE
+from difftrain_utils.run.run_folder import LOCK_FILE, holds_run
 
 _held: dict[Path, int] = {}  # descriptors, which stay open as long as the process lives
 
@@ -40,6 +40,12 @@ def lock_folder(output_dir: Path) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
     _held[path] = descriptor
+
+
+def lock_used_folder(output_dir: Path) -> None:
+    """The same, of a folder that holds a run; others are left as they are."""
+    if holds_run(output_dir):
+        lock_folder(output_dir)
 
 
 def _own(path: Path, output_dir: Path) -> None:
