@@ -20,6 +20,9 @@ class EvaluationConfig:
     """Denoising steps."""
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1: none."""
+    guidance_rescale: float = 0.0
+    """How far guided predictions are scaled back to the spread of unguided ones (0.7 is usual with
+    `scheduler.rescale_betas_zero_snr`); 0: not."""
     batch_size: int = 8
     """Images generated at a time."""
     num_validation_samples: int = 256
@@ -48,6 +51,7 @@ class EvaluationConfig:
             raise InputError(f"evaluation.prompts: {rule}, got {lengths}")
         require(self.num_inference_steps >= 1, "num_inference_steps", "must be at least 1")
         require(self.guidance_scale >= 1, "guidance_scale", "must be at least 1")
+        require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "must be between 0 and 1")
         require(self.batch_size >= 1, "batch_size", "must be at least 1")
         samples, bins = self.num_validation_samples, self.num_validation_bins
         require(bins >= 1, "num_validation_bins", "must be at least 1")

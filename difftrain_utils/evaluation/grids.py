@@ -32,6 +32,7 @@ def generate(
             width=resolution,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            guidance_rescale=config.guidance_rescale,
             generators=[generator_for(config.seed, "evaluation", k) for k in keys[some]],
         )
     return images

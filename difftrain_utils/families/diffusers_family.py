@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -96,6 +97,9 @@ class DiffusersFamily:
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
+        has_rescale = "guidance_rescale" in inspect.signature(cls.pipeline_class.__call__).parameters
+        if config.evaluation.guidance_rescale and not has_rescale:
+            raise InputError(f"evaluation.guidance_rescale: a {cls.pipeline_class.__name__} cannot do that")
         if cls.image_part:
             factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
             with blame_part(source, cls.image_part):
@@ -274,6 +278,7 @@ class DiffusersFamily:
         width: int,
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Image.Image]:
         return self.pipeline(denoiser)(
@@ -282,6 +287,7 @@ class DiffusersFamily:
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
             generator=list(generators),
         ).images
 

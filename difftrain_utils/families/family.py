@@ -102,6 +102,7 @@ class Family(Protocol):
         width: int,
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Image.Image]:
         """An image for each prompt, by the family's own pipeline."""

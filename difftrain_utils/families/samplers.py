@@ -47,7 +47,7 @@ def build_schedule(
     if prediction_type == "flow_prediction":
         schedule, sampler = _build_flow(sampler_class, own, overrides, is_own, config)
     else:
-        schedule, sampler = _build_ddpm(sampler_class, own, overrides)
+        schedule, sampler = _build_ddpm(sampler_class, own, overrides, config)
     _try(sampler, prediction_type, has_init_noise_sigma)
     if config.evaluation.makes_images:
         steps = config.evaluation.num_inference_steps
@@ -78,7 +78,7 @@ def _build_flow(
 
 
 def _build_ddpm(
-    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any]
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any], config: Config
 ) -> tuple[Schedule, SchedulerMixin]:
     if own.get("use_flow_sigmas"):
         predicted = overrides.get("prediction_type", own.get("prediction_type"))
@@ -89,6 +89,8 @@ def _build_ddpm(
             "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "
             "use model.prediction_type v_prediction or sample"
         )
+    if config.scheduler.rescale_betas_zero_snr:  # Lin et al. 2024, arXiv:2305.08891: sampling begins at the last one
+        overrides = overrides | {"timestep_spacing": "trailing"}
     with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError):
         sampler = sampler_class.from_config(own, **overrides)
     has_betas = hasattr(sampler, "alphas_cumprod")

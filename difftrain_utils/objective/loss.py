@@ -8,6 +8,8 @@ from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.objective.schedule import Schedule, append_dims
 
+VANISHING = ("snr", "min_snr", "soft_min_snr", "p2", "debiased")
+
 
 def sample_losses(
     config: LossConfig, schedule: Schedule, output: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
@@ -77,10 +79,17 @@ def loss_weights(config: LossConfig, schedule: Schedule, timesteps: torch.Tensor
     - `edm`: (σ² + σ_d²) / (σ·σ_d)², `edm_sigma_data` (Karras et al. 2022, arXiv:2206.00364, table 1)
     - `sigma_sqrt`, `cosmap`: σ_f⁻² and 2 / (π(1 - 2σ_f + 2σ_f²)) on the flow loss, σ_f = s/(a + s) (Esser et al. 2024,
       arXiv:2403.03206, as diffusers has them)
+
+    Those that vanish with the SNR (`VANISHING`) are 1 at a timestep without any signal, which would not be trained
+    otherwise; so the code of Min-SNR has it.
     """
     if config.weighting == "uniform":
         return torch.ones(timesteps.shape, device=timesteps.device)
-    return clean_weight(config, schedule.snr(timesteps)) / schedule.error_scale(timesteps)
+    weights = clean_weight(config, schedule.snr(timesteps)) / schedule.error_scale(timesteps)
+    if schedule.has_zero_terminal_snr and config.weighting in VANISHING:
+        alphas, _ = schedule.alphas_and_sigmas(timesteps)
+        weights = torch.where(alphas == 0, 1.0, weights)
+    return weights
 
 
 def clean_weight(config: LossConfig, snr: torch.Tensor) -> torch.Tensor:

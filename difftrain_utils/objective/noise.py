@@ -20,7 +20,8 @@ def sample_noise(
 
     - `offset`: plus `offset` times a normal number for each channel (Guttenberg 2023, "Diffusion with Offset Noise")
     - `pyramid_discount`: plus coarser noise, weighted by discount^level (Whitaker 2023, "Multi-Resolution Noise for
-      Diffusion Model Training"), scaled back to variance 1
+      Diffusion Model Training"), divided by its standard deviation at each place, so that its variance is 1 everywhere;
+      the original divides by the sample's own, which makes it depend on the sample
     - `immiscible`: each image of a group (`group_size` samples in a row, None: all) gets the noise of the group that is
       nearest to it in the sum over the group
       (Li et al. 2024, arXiv:2406.12303)
@@ -59,14 +60,27 @@ def assign(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def _pyramid(noise: torch.Tensor, config: NoiseConfig, seed: int, k: int) -> torch.Tensor:
+    """Level i is discount^i times noise of 1 / r^i of the size, enlarged, with a new r in [2, 4) each; of level 0,
+    which has the full size, there is one besides the noise itself."""
     generator = generator_for(seed, "pyramid_noise", k)
-    factor = 2 + 2 * torch.rand((), generator=generator).item()
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[noise.ndim - 1]
-    total, level = noise, 0
-    while True:
+    total, variance, size, level = 2**0.5 * noise, torch.tensor(2.0), noise.shape[1:], 0
+    while min(size) > 1:
         level += 1
+        factor = 2 + 2 * torch.rand((), generator=generator).item()
         size = [max(1, int(side / factor**level)) for side in noise.shape[1:]]
         coarse = torch.randn(1, noise.shape[0], *size, generator=generator)
-        total = total + config.pyramid_discount**level * F.interpolate(coarse, noise.shape[1:], mode=mode)[0]
-        if min(size) == 1:
-            return total / total.std()
+        weight = config.pyramid_discount**level
+        total = total + weight * F.interpolate(coarse, noise.shape[1:], mode=mode)[0]
+        variance = variance + weight**2 * _variance_of_enlarged(size, noise.shape[1:])
+    return total / variance.sqrt()
+
+
+def _variance_of_enlarged(size: Sequence[int], to: Sequence[int]) -> torch.Tensor:
+    """The variance at each place of white noise that is enlarged linearly, of the shape `to`: the sum of the squares of
+    the weights, which is a product over the dimensions."""
+    variance = torch.ones(())
+    for side, to_side in zip(size, to, strict=True):
+        weights = F.interpolate(torch.eye(side)[None], to_side, mode="linear")[0]  # (side, to_side)
+        variance = variance[..., None] * weights.square().sum(0)
+    return variance

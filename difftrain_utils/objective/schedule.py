@@ -75,6 +75,11 @@ class Schedule:
         """Whether timesteps are floats, not integers."""
         return self.path == "linear"
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep of the path `ddpm` is pure noise."""
+        return self.path == "ddpm" and self.alphas_cumprod[-1].item() == 0
+
     def alphas_and_sigmas(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """a and s of x_t = a·x_0 + s·ε, each of the timesteps' shape."""
         if self.path == "linear":

@@ -93,7 +93,7 @@ def test_what_it_saves_is_its_own_pipeline(dit_run, tmp_path):
     )
     sampling = {"num_inference_steps": 2, "guidance_scale": 3.0}
     generators = [generator_for(0, "evaluation", k) for k in range(2)]
-    images = family.generate(family.load_denoiser(), ["a red circle", "a blue square"], 32, 32, 2, 3.0, generators)
+    images = family.generate(family.load_denoiser(), ["a red circle", "a blue square"], 32, 32, 2, 3.0, 0.0, generators)
     again = [generator_for(0, "evaluation", k) for k in range(2)]
     labels = pipeline.get_label_ids(["a red circle", "a blue square"])
     expected = pipeline(labels, generator=again, **sampling).images
@@ -107,7 +107,7 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(dit_run):
     family = load_family(parse_config(dit_run))
     denoiser, calls = family.load_denoiser().eval(), []
     denoiser.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
-    family.generate(denoiser, ["a cyan circle"], 32, 32, 1, 3.0, [generator_for(0, "evaluation", 0)])
+    family.generate(denoiser, ["a cyan circle"], 32, 32, 1, 3.0, 0.0, [generator_for(0, "evaluation", 0)])
     (((latents,), kwargs, output),) = calls
     conditioning = {name: torch.cat([family.encode_prompts(["a cyan circle"])[name], null]) for name, null in
                     family.null_conditioning().items()}  # fmt: skip

@@ -69,6 +69,8 @@ def test_the_checkpoints_schedule_is_kept():
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_snr_reaches_the_training_schedule_and_the_sampler(name):
     schedule, sampler = build("v_prediction", rescale_betas_zero_snr=True, sampler=name)
+    sampler.set_timesteps(4)
+    assert sampler.timesteps[0] == 999  # where there is no signal, and pictures begin
     assert schedule.alphas_cumprod[-1] == 0
     # Lin et al. 2024, arXiv:2305.08891, algorithm 1: sqrt(ᾱ) shifted to end in 0 and scaled to begin as before
     root = SD15.alphas_cumprod.double().sqrt()

@@ -89,6 +89,7 @@ class TinyDiT(DiffusersFamily):
         width: int,
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Image.Image]:
         """Its pictures have the size that the transformer was made for."""

@@ -7,6 +7,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.objective.loss import (
+    VANISHING,
     LearnedUncertainty,
     clean_weight,
     elementwise_loss,
@@ -166,3 +167,16 @@ class TestLearnedUncertainty:
         learned = 1 / (one - zero)
         torch.testing.assert_close(learned, 0.1 + 1 / (1 + snr), rtol=0.3, atol=0)
         torch.testing.assert_close(zero, learned.log())
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_timestep_without_signal_is_trained(prediction_type, weighting):
+    """As the code of Min-SNR has it; the others are as they were."""
+    timesteps = torch.arange(1000)
+    zero = schedule_of(prediction_type, rescale_betas_zero_snr=True)
+    weights = loss_weights(LossConfig(weighting=weighting), zero, timesteps)
+    assert weights[-1] > 1e-3 and (weighting not in VANISHING or weights[-1] == 1)
+    assert weights.isfinite().all()
+    same = clean_weight(LossConfig(weighting=weighting), zero.snr(timesteps)) / zero.error_scale(timesteps)
+    assert torch.equal(weights[:-1], same[:-1])

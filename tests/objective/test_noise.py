@@ -3,7 +3,7 @@ import torch
 
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.keyed_random import keyed_randn
-from difftrain_utils.objective.noise import assign, perturb_input, sample_noise
+from difftrain_utils.objective.noise import _variance_of_enlarged, assign, perturb_input, sample_noise
 
 SHAPES = [(8, 4, 17), (8, 4, 16, 16), (8, 4, 3, 8, 8)]
 
@@ -37,11 +37,27 @@ def test_offset_shifts_each_channel_by_a_normal_number():
 
 
 def test_pyramid_noise_has_unit_variance_and_more_of_the_low_frequencies():
+    many = draw((4000, 1, 6, 10), pyramid_discount=0.9)
+    assert (many.square().mean(0) - 1).abs().max() < 5 * (2 / 4000) ** 0.5  # at each place, in the middle as at an edge
     shape = (50, 4, 32, 32)
     pyramid, plain = draw(shape, pyramid_discount=0.8), draw(shape)
-    torch.testing.assert_close(pyramid.flatten(1).std(1), torch.ones(50))
     low = [torch.nn.functional.avg_pool2d(noise, 8).var() for noise in (pyramid, plain)]
     assert low[0] > 5 * low[1]
+
+
+def test_the_variance_of_enlarged_noise_is_what_it_comes_to():
+    coarse = torch.randn(20_000, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    enlarged = torch.nn.functional.interpolate(coarse, (6, 10), mode="bilinear")
+    expected = _variance_of_enlarged((2, 3), (6, 10))
+    torch.testing.assert_close(enlarged.var(0)[0], expected, rtol=0.06, atol=0)
+    assert expected.max() == 1 and expected.min() < 0.3  # a coarse place itself, and the middle of four
+
+
+def test_pyramid_levels_weigh_as_in_the_original():
+    """Of a field that has one coarser level only, of one place: 2 parts of full size, and discount² of the mean."""
+    noise = draw((20_000, 1, 2, 2), pyramid_discount=0.5)
+    mean = noise.mean((1, 2, 3)).var()  # 2 / 4 of the full size, and 0.25 of the level
+    assert mean == pytest.approx((2 / 4 + 0.25) / (2 + 0.25), rel=0.05)
 
 
 def test_input_perturbation_adds_independent_noise():
