@@ -8,7 +8,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import LOAD_ERRORS, load_part
 from difftrain_utils.families.family import Family
@@ -79,8 +79,15 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError("no such folder")
+    if path.is_file():
+        raise ValueError("a file, where a folder or a hub name has to be")
     source = str(path) if path.is_dir() else name
-    model_index = DiffusionPipeline.load_config(source, revision=revision)
+    try:
+        model_index = DiffusionPipeline.load_config(source, revision=revision)
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise ValueError(f"no such folder, and the hub did not give it: {one_line(error)}") from error
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError("model_index.json names no pipeline (_class_name)")
     if model_index["_class_name"] not in FAMILIES:

@@ -235,7 +235,8 @@ def test_the_resolution_must_fit(builtin):
         ("builtin:huge", "builtin:huge: no such builtin; there is builtin:tiny-stable-diffusion"),
         ("/no/such/folder", "/no/such/folder: no such folder"),
         ("./models/none", "./models/none: no such folder"),
-        ("nobody/nothing-here", "nobody/nothing-here: "),
+        (__file__, ".*: a file, where a folder or a hub name has to be"),
+        ("nobody/nothing-here", "nobody/nothing-here: no such folder, and the hub did not give it: "),
     ],
 )
 def test_a_wrong_name_is_refused(name, message):
