@@ -77,10 +77,10 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise ValueError("no such folder")
     if path.is_file():
         raise ValueError("a file, where a folder or a hub name has to be")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise ValueError("no such folder")
     source = str(path) if path.is_dir() else name
     try:
         model_index = DiffusionPipeline.load_config(source, revision=revision)
