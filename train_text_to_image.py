@@ -48,6 +48,7 @@ from difftrain_utils.terminal import STOPPED
 def main(config: TextToImageConfig) -> int:
     """The run; returns its exit code."""
     started, seed, batch_size = time.monotonic(), config.train.seed, config.train.batch_size
+    max_grad_norm = config.train.max_grad_norm
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
     accelerator = launch(config)
@@ -115,7 +116,7 @@ def main(config: TextToImageConfig) -> int:
                 meter.count_flops(predict, noisy_latents, timesteps)
 
             # ── The update ───────────────────────────────────────────────────────────────────────────────────
-            grad_norm = clip_gradients(accelerator, state.optimizer, {"denoiser": config.train.max_grad_norm})
+            grad_norm = clip_gradients(accelerator, state.optimizer, dict.fromkeys(state.models, max_grad_norm))
             if state.accepts(grad_norm, samples):
                 state.optimizer.step()
             state.optimizer.zero_grad()

@@ -64,7 +64,7 @@ ALIGNMENT = [
         '                    losses["alignment"] = share * (projected - wanted).square().flatten(1).mean(1)\n'
         "                    losses = {name: values",
     ),
-    ('{"denoiser": config.train.max_grad_norm}', '{"denoiser": config.train.max_grad_norm, "projector": 0.1}'),
+    ("dict.fromkeys(state.models, max_grad_norm)", '{"denoiser": max_grad_norm, "projector": 0.1}'),
 ]
 
 

@@ -102,6 +102,13 @@ def _build_parser(config_class: type[Config], prog: str | None) -> ArgumentParse
         default=default.init_args,
         help="Arguments of the class, e.g. --optimizer.init_args.lr 1e-4.",
     )
+    optimizer.add_argument(
+        "--optimizer.groups",
+        type=dict[str, dict[str, Any]],
+        default=default.groups,
+        help="Other arguments for some parameters, by patterns of MODEL.PARAMETER, of which later ones win: "
+        '{"*.bias": {weight_decay: 0}}. EDM2\'s uncertainty has its own rate by default.',
+    )
     return parser
 
 

@@ -139,9 +139,16 @@ class OptimizerConfig:
     """Import path of the class."""
     init_args: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-4})
     """Arguments of the class, e.g. --optimizer.init_args.lr 1e-4."""
+    groups: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"uncertainty.*": {"lr": 1e-2, "weight_decay": 0.0}}
+    )
+    """Other arguments for some parameters, by patterns of MODEL.PARAMETER, of which later ones win: `{"*.bias":
+    {weight_decay: 0}, "denoiser.*norm*": {weight_decay: 0}}`. EDM2's uncertainty has its own rate by default."""
 
     def check(self, require: Require) -> None:
-        """Nothing: `build_optimizer` asks the class."""
+        """The rest is up to `build_optimizer`, which asks the class."""
+        are_dicts = all(isinstance(options, dict) and "params" not in options for options in self.groups.values())
+        require(are_dicts, "groups", "must be {pattern: {argument: value}}")
 
 
 @dataclass

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +20,8 @@ ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeEr
 
 
 def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> torch.optim.Optimizer:
-    """`class_path(groups, **init_args)`, with a group of parameters for each of the models, by its name.
+    """`class_path(groups, **init_args)`, with a group of parameters for each of the models, by its name, or several
+    where `optimizer.groups` has other arguments for some of its parameters.
 
     Raises:
         InputError: there is no such class, it is no optimizer, or it refuses its arguments.
@@ -38,8 +41,20 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
                 )
     with blame(f"optimizer.init_args: {config.class_path} refuses {config.init_args}", *ERRORS):
         _try(cls, config)
-        groups = [{"name": name, "params": list(model.parameters())} for name, model in models.items()]
+        groups = [group for name, model in models.items() for group in _groups_of(name, model, config)]
         return cls(groups, **config.init_args)
+
+
+def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The parameters of a model with the same arguments, those without arguments of their own first."""
+    groups: dict[str, dict[str, Any]] = {"{}": {"name": name, "params": []}}
+    for parameter_name, parameter in model.named_parameters():
+        options = {}
+        for pattern, of_pattern in config.groups.items():
+            if fnmatchcase(f"{name}.{parameter_name}", pattern):
+                options |= of_pattern
+        groups.setdefault(str(options), {"name": name, "params": [], **options})["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def _try(cls: type[torch.optim.Optimizer], config: OptimizerConfig) -> None:
@@ -62,9 +77,11 @@ def clip_gradients(
     Returns the largest of the norms before clipping, a number on the device: infinite or NaN if one of them is.
     """
     accelerator.unscale_gradients(optimizer)  # once: a scaler refuses to do it twice in a step
-    groups = {group["name"]: group["params"] for group in optimizer.param_groups}
-    limits = {name: math.inf if limit is None else limit for name, limit in max_norms.items()}
-    return torch.stack([torch.nn.utils.clip_grad_norm_(groups[name], limits[name]) for name in limits]).max()
+    norms = []
+    for name, limit in max_norms.items():
+        parameters = [p for group in optimizer.param_groups if group["name"] == name for p in group["params"]]
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+    return torch.stack(norms).max()
 
 
 def build_lr_scheduler(

@@ -162,7 +162,7 @@ class TestWhichSizes:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "data.buckets: must be sizes .height, width. of at least 8, or auto, got .."),
+        ([], "data.buckets: must be sizes .height, width. from 8 to 16384, or auto, got .."),
         ([[32]], "data.buckets: must be sizes"),
         ([[32, 0]], "data.buckets: must be sizes"),
         ([[32, 32], [64, 64]], "data.buckets: must have different aspect ratios"),

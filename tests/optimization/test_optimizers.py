@@ -1,9 +1,10 @@
 import pytest
 import torch
+from accelerate import Accelerator
 
 from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.optimization.optimizers import build_optimizer, clip_gradients
 
 
 def models():
@@ -18,9 +19,9 @@ def test_any_optimizer_is_built_with_its_arguments():
 
 
 def test_each_model_has_a_group_of_its_name():
-    both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
+    both = models() | {"projector": torch.nn.Linear(3, 1, bias=False)}
     optimizer = build_optimizer(OptimizerConfig("torch.optim.SGD", {"lr": 0.1}), both)
-    assert [group["name"] for group in optimizer.param_groups] == ["denoiser", "uncertainty"]
+    assert [group["name"] for group in optimizer.param_groups] == ["denoiser", "projector"]
     for group, model in zip(optimizer.param_groups, both.values(), strict=True):
         assert group["lr"] == 0.1
         assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
@@ -53,3 +54,35 @@ def test_each_model_has_a_group_of_its_name():
 def test_what_cannot_be_built_is_refused(class_path, init_args, message):
     with pytest.raises(InputError, match=message):
         build_optimizer(OptimizerConfig(class_path, init_args), models())
+
+
+def test_patterns_give_parameters_arguments_of_their_own():
+    """Later ones win; a model stays one for clipping, and its first group is the one without."""
+    both = {
+        "denoiser": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)),
+        "uncertainty": torch.nn.Linear(2, 1),
+    }
+    groups = {
+        "uncertainty.*": {"lr": 0.01, "weight_decay": 0.0},
+        "*.bias": {"weight_decay": 0.0},
+        "denoiser.1.*": {"lr": 0.5},
+    }
+    optimizer = build_optimizer(OptimizerConfig("torch.optim.AdamW", {"lr": 0.1}, groups), both)
+    found = [
+        (group["name"], group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups
+    ]
+    assert found == [
+        ("denoiser", 0.1, 0.01, 1), ("denoiser", 0.1, 0.0, 1), ("denoiser", 0.5, 0.01, 1), ("denoiser", 0.5, 0.0, 1),
+        ("uncertainty", 0.01, 0.0, 2),
+    ]  # fmt: skip
+    for model in both.values():
+        model(torch.ones(3, 2)).sum().backward()
+    expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in both["denoiser"].parameters()])
+    norm = clip_gradients(Accelerator(cpu=True), optimizer, {"denoiser": None})
+    assert norm == pytest.approx(expected.item())
+
+
+def test_the_uncertainty_has_its_own_rate():
+    both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
+    optimizer = build_optimizer(OptimizerConfig(), both)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-4, 0.01), (1e-2, 0.0)]
