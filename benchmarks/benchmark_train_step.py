@@ -45,6 +45,7 @@ from difftrain_utils.families import diffusers_family
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.objective import loss, noise, timesteps
 from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.optimization import optimizers
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.optimizers import build_optimizer
 from difftrain_utils.run.interruptions import Interruptions
@@ -60,7 +61,7 @@ WORK = ("VAE", "text encoder", "EMA")
 PARTS = [
     (None, "predict", "forward"),
     (Accelerator, "backward", "backward"),
-    (Accelerator, "clip_grad_norm_", "clip"),
+    (optimizers, "clip_gradients", "clip"),
     (AcceleratedOptimizer, "step zero_grad", "optimizer"),
     (None, "encode_images", "VAE"),
     (None, "encode_prompts", "text encoder"),
