@@ -194,6 +194,22 @@ MODEL = {
         lambda m: change_config(m / "unet/config.json", block_out_channels=[-16, 32]),
         "model.pretrained_model_name_or_path: .*unet",
     ),
+    "a scheduler that is none": (
+        lambda m: change_config(m / "model_index.json", scheduler=["diffusers", "UNet2DConditionModel"]),
+        "model.pretrained_model_name_or_path: .*scheduler",
+    ),
+    "a tokenizer without a limit": (
+        lambda m: change_config(m / "tokenizer/tokenizer_config.json", model_max_length=10**30),
+        "model.pretrained_model_name_or_path: .*: tokenizer cuts captions at 10{30} tokens, text_encoder takes 16",
+    ),
+    "a tokenizer of no tokens": (
+        lambda m: change_config(m / "tokenizer/tokenizer_config.json", model_max_length=0),
+        "model.pretrained_model_name_or_path: .*: tokenizer cuts captions at 0 tokens, text_encoder takes 16",
+    ),
+    "a shift that nothing undoes": (
+        lambda m: change_config(m / "vae/config.json", shift_factor=0.1),
+        "model.pretrained_model_name_or_path: .*: vae has a shift_factor, 0.1, which a StableDiffusionPipeline",
+    ),
     "another pipeline": (
         lambda m: (m / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
         "model.pretrained_model_name_or_path: .*FluxPipeline",

@@ -82,6 +82,8 @@ class DiffusersFamily:
         """Load what is frozen, but for the parts whose work is cached. Raises InputError if a part cannot be loaded."""
         revision, data = config.model.revision, config.data
         own = load_part(source, model_index, "scheduler", revision=revision)
+        if not isinstance(own, SchedulerMixin):
+            raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
         schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma)
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()

@@ -24,9 +24,15 @@ class StableDiffusion(DiffusersFamily):
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "StableDiffusion":
         family = super().load(source, model_index, config, from_scratch)
-        num_tokens, vocab_size = len(family.part("tokenizer")), family.config_of("text_encoder").vocab_size
+        text_config = family.config_of("text_encoder")
+        num_tokens, vocab_size = len(family.part("tokenizer")), text_config.vocab_size
         if num_tokens != vocab_size:  # transformers makes an empty one where files are missing
             raise ValueError(f"tokenizer has {num_tokens} tokens, text_encoder {vocab_size}")
+        limit, positions = family.part("tokenizer").model_max_length, text_config.max_position_embeddings
+        if not 2 <= limit <= positions:
+            raise ValueError(f"tokenizer cuts captions at {limit} tokens, text_encoder takes {positions}")
+        if shift := family.config_of("vae").get("shift_factor"):
+            raise ValueError(f"vae has a shift_factor, {shift}, which a StableDiffusionPipeline does not undo")
         return family
 
     @property

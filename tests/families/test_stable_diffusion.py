@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.builtins.shapes import count_right, draw_shape
@@ -73,13 +74,12 @@ def test_latents_are_the_vaes_scaled_posterior_sample(builtin, pixel_values):
     torch.testing.assert_close(builtin.sample_latents(builtin.encode_images(pixel_values), noise), expected)
 
 
-def test_latents_are_shifted_only_where_the_pipeline_shifts_them_back(checkpoint_folder, tmp_path, pixel_values):
-    """That of Stable Diffusion undoes the scaling alone, whatever the VAE's config says; other families' shift, too."""
-    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
-    config = json.loads((folder / "vae/config.json").read_text())
+def test_latents_are_shifted_only_where_the_pipeline_shifts_them_back(checkpoint_folder, pixel_values):
+    """That of Stable Diffusion undoes the scaling alone, so a VAE with a shift is refused; other families undo both."""
+    family = load(checkpoint_folder)
+    config = family.config_of("vae")
     assert config.get("shift_factor") is None
-    (folder / "vae/config.json").write_text(json.dumps(config | {"shift_factor": 0.25}))
-    family = load(folder)
+    family._configs["vae"] = FrozenDict(config | {"shift_factor": 0.25})
     moments = family.encode_images(pixel_values)
     noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(3))
     assert torch.equal(moments, load(checkpoint_folder).encode_images(pixel_values))  # those are the VAE's own
