@@ -3,8 +3,9 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -12,6 +13,10 @@ from tqdm import tqdm
 from difftrain_utils.terminal import outlast_readers, printable, stop_in_one_line
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+LOAD_ERRORS = (  # what libraries raise on files of models and checkpoints that are damaged, or somebody's
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(SafetensorError, UnpicklingError),
+)
 
 
 class InputError(ValueError):
@@ -57,6 +62,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def some(names: Sequence[str]) -> str:
+    """The first three of many names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def warn(message: str) -> None:
     """Print a line on stderr, once for all processes, on a line of its own whatever progress bar is shown."""
     if os.environ.get("RANK", "0") == "0":
@@ -95,8 +105,10 @@ def one_line_errors() -> Iterator[None]:
         _exit(message, everywhere=True, code=1)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
-            help = "train.gradient_accumulation_steps, train.gradient_checkpointing and train.precision bf16 need less"
-            _exit(f"{one_line(error).split('. ')[0]}; {help}", everywhere=True, code=1)
+            advice = (
+                "train.gradient_accumulation_steps, train.gradient_checkpointing and train.precision bf16 need less"
+            )
+            _exit(f"{one_line(error).split('. ')[0]}; {advice}", everywhere=True, code=1)
         if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         _exit("train.compile: the denoiser saw too many shapes to compile it for each", everywhere=False, code=1)

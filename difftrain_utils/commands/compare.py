@@ -7,7 +7,6 @@ deviation are shown. --output also writes one self-contained HTML file with curv
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -23,7 +22,7 @@ import yaml
 from difftrain_utils.commands import compare_html as html
 from difftrain_utils.config.config import rename_fields
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.files import write_file
+from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, METRICS_FILE, PIPELINE
 from difftrain_utils.terminal import printable
@@ -268,7 +267,7 @@ def brief(text: str) -> str:
     line = " ".join(text.split())
     if len(line) <= 48 and line == text:
         return text or "(empty)"
-    return f"{line[:36]}… [sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}]"
+    return f"{line[:36]}… [sha256 {text_digest(text)[:8]}]"
 
 
 def differing(tables: list[dict[str, Any]]) -> dict[str, list[str]]:

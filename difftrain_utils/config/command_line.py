@@ -51,9 +51,10 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         InputError: a field or option does not exist, or a value is not allowed.
         SystemExit: after --help or --print_config.
     """
-    argv = _expand(config_class, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     if not argv:
         raise InputError("--config: needs a YAML file, such as configs/quickstart.yaml; --help shows all fields")
+    argv = _expand(config_class, argv)
     parser = _build_parser(config_class, prog)
     argv = _check_names(config_class, argv)
     try:
@@ -121,7 +122,7 @@ def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
         if field.type in (bool, bool | None, bool | int)
     ]
     expanded = []
-    for arg, following in zip(argv, [*argv[1:], "--"], strict=False):
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = arg.partition("=")
         expanded.append(ALIASES.get(name, name) + equals + value)
         if name[2:] in switches and not equals and following.startswith("--"):

@@ -39,7 +39,8 @@ class Config:
         for field in dataclasses.fields(self):
             section = getattr(self, field.name)
             requires[field.name] = _require(section, field.name)
-            _check_values(section, field.name)
+            refuse_null(section, field.name)
+            _refuse_no_number(section, field.name)
             section.check(requires[field.name])
         self.check_sections(requires)
 
@@ -58,13 +59,17 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def _check_values(section, name: str) -> None:
-    """Refuse null where there has to be a value, which a YAML file may have all the same, and numbers that are none."""
+def refuse_null(section, name: str) -> None:
+    """Refuse null where there has to be a value, which a YAML file may have all the same."""
     for field in dataclasses.fields(section):
-        value, parts = getattr(section, field.name), [field.type, *get_args(field.type)]
-        if value is None and type(None) not in parts:
+        if getattr(section, field.name) is None and type(None) not in get_args(field.type):
             raise InputError(f"{name}.{field.name}: must not be null")
-        if not _is_finite(value):
+
+
+def _refuse_no_number(section, name: str) -> None:
+    """Refuse numbers that are infinite or none, or that nothing can count with."""
+    for field in dataclasses.fields(section):
+        if not _is_finite(value := getattr(section, field.name)):
             raise InputError(f"{name}.{field.name}: must be finite (integers below 2^63), got {value!r:.80}")
 
 

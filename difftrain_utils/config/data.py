@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from difftrain_utils.config.config import Require
+from difftrain_utils.config.config import Require, refuse_null
 from difftrain_utils.errors import InputError
 
 MAX_SIDE, MAX_WORKERS = 16384, 256  # more is a slip, and takes the machine's memory before it is noticed
@@ -30,9 +30,7 @@ class SourceConfig:
 
     def check(self, field: str) -> None:
         """`field` is how errors call this source: data.sources[0], say."""
-        for name in ("split", "image_column", "caption_column", "loss_weight"):
-            if getattr(self, name) is None:
-                raise InputError(f"{field}.{name}: must not be null")
+        refuse_null(self, field)
         for name in ("dataset", "caption_column"):
             if getattr(self, name) in ("", []):
                 raise InputError(f"{field}.{name}: must not be empty, got {getattr(self, name)!r}")

@@ -4,7 +4,6 @@ The name of a cache's folder is a digest of all that decides its content (data, 
 nothing stale is ever read.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from difftrain_utils.data.rows import read_row
 from difftrain_utils.data.samples import size_of
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, writing
-from difftrain_utils.files import write_file
+from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.media.text import captions_of
 from difftrain_utils.processes import main_process_first
@@ -180,7 +179,7 @@ def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[
 
 def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
     content = json.dumps({"format": FORMAT} | key, indent=2) + "\n"
-    folder = cache_folder(config) / f"{what}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
+    folder = cache_folder(config) / f"{what}-{text_digest(content)[:20]}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and not (folder / "key.json").exists():

@@ -15,17 +15,15 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors import SafetensorError
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError, RunError, blame
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.samplers import build_schedule
 from difftrain_utils.files import file_digest, part_digest, weights_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
-LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -336,9 +334,8 @@ def load_weights(source: str, model_index: dict[str, Any], name: str, **kwargs) 
     problems["not finite"] = [key for key, value in loaded.items() if not value.isfinite().all()]
     for what, keys in problems.items():
         if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            names = ", ".join(sorted(keys)[:3])
-            raise InputError(f"model.pretrained_model_name_or_path: {source}: {name}: weights {what}: {names}{more}")
+            named = some(sorted(keys))
+            raise InputError(f"model.pretrained_model_name_or_path: {source}: {name}: weights {what}: {named}")
     return part
 
 

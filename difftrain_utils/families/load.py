@@ -8,9 +8,9 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError, blame, one_line
+from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
-from difftrain_utils.families.diffusers_family import LOAD_ERRORS, load_part
+from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.keyed_random import seed_for
@@ -63,7 +63,7 @@ def load_tokenizer(config: Config) -> Any:
         InputError: there is no such checkpoint or tokenizer, or its family is not known.
     """
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    with blame(f"model.pretrained_model_name_or_path: {name}", OSError, ValueError):
+    with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, revision)
         names = [name for name in FAMILIES[model_index["_class_name"]].text_parts if name.startswith("tokenizer")]
         tokenizers = [load_part(source, model_index, name, revision=revision) for name in names]

@@ -41,9 +41,6 @@ def build_schedule(
         sampler_class = _sampler_class(fields.sampler)
     elif not fits or (is_flow_match and prediction_type == own_type and has_init_noise_sigma):
         sampler_class, is_own = DPMSolverMultistepScheduler, False
-    for field in ("flow_shift", "flow_base_resolution") if prediction_type != "flow_prediction" else ():
-        if (value := getattr(fields, field)) is not None:
-            raise InputError(f"scheduler.{field}: goes with flow_prediction, not with {prediction_type}, got {value}")
     if prediction_type == "flow_prediction":
         schedule, sampler = _build_flow(sampler_class, own, overrides, is_own, config)
     else:
@@ -80,10 +77,13 @@ def _build_flow(
 def _build_ddpm(
     sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any], config: Config
 ) -> tuple[Schedule, SchedulerMixin]:
-    if own.get("use_flow_sigmas"):
-        predicted = overrides.get("prediction_type", own.get("prediction_type"))
-        raise InputError(f"model.prediction_type: the checkpoint has flow sigmas, and no betas for {predicted}")
     schedule = Schedule.of(DDPMScheduler.from_config(own, **overrides))
+    prediction_type = schedule.prediction_type
+    for field in ("flow_shift", "flow_base_resolution"):
+        if (value := getattr(config.scheduler, field)) is not None:
+            raise InputError(f"scheduler.{field}: goes with flow_prediction, not with {prediction_type}, got {value}")
+    if own.get("use_flow_sigmas"):
+        raise InputError(f"model.prediction_type: the checkpoint has flow sigmas, and no betas for {prediction_type}")
     if schedule.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise InputError(
             "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "

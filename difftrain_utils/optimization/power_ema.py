@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from difftrain_utils.errors import some
 from difftrain_utils.files import new_file
 
 MAX_SIGMA_REL = 0.28  # γ = 0, the plain mean of all steps, has 0.289
@@ -147,7 +148,7 @@ class PowerEMA:
             ],
         }
         if any(problems.values()):
-            raise ValueError("; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names))
+            raise ValueError("; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names))
         for name, average in own.items():
             average.copy_(tensors[name])
 
@@ -167,7 +168,3 @@ class PowerEMA:
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,7 +7,6 @@ no random state in it, because keyed samples need none, and nothing that is unpi
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
-from difftrain_utils.errors import InputError, RunError, blame, one_line, warn
+from difftrain_utils.errors import InputError, RunError, blame, one_line, some, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, replace_folder, sha256sums, sync_all
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
 from difftrain_utils.processes import on_main_process
@@ -43,6 +42,7 @@ from difftrain_utils.run.run_folder import (
     is_checkpoint_of,
     list_checkpoints,
     read_manifest,
+    step_of,
 )
 
 DAMAGED = ".damaged"
@@ -154,8 +154,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     with blame(f"train.resume_from: {folder / STATE_FILE}", OSError, ValueError, KeyError, TypeError):
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         step = state["global_step"]
-        named = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
-        if type(step) is not int or step < 0 or (named and step != int(named[1])):
+        if type(step) is not int or step < 0 or step_of(folder.name) not in (step, None):
             raise ValueError(f"global_step is {step!r}")
     return state
 
@@ -369,23 +368,19 @@ def set_damaged_aside(output_dir: Path, last_step: int) -> None:
 
 def delete_run(output_dir: Path) -> None:
     """Delete what a run leaves in its folder, checkpoints first, and nothing else; what else is there is named."""
-    suffixes = "|".join(map(re.escape, ("", PARTIAL, DAMAGED)))
     for path in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(rf"checkpoint-[0-9]+({suffixes})", path.name):
+        if step_of(path.name.removesuffix(PARTIAL).removesuffix(DAMAGED)) is not None:
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     left = []
     for name, patterns in WRITTEN.items():
         folder = output_dir / name
         for path in [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]:
             path.unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):  # what is within a folder before it
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
         left += [path for path in folder.rglob("*") if not path.is_dir()]
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in sorted([folder, *folder.rglob("*")], reverse=True):  # what is within a folder before it
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
     (output_dir / METRICS_FILE).unlink(missing_ok=True)
     if left:
-        names = ", ".join(str(path.relative_to(output_dir)) for path in left[:3])
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        warn(f"train.overwrite: {names}{more} in {output_dir} are of no run, and stay")
+        names = some([str(path.relative_to(output_dir)) for path in left])
+        warn(f"train.overwrite: {names} in {output_dir} are of no run, and stay")

@@ -1,6 +1,5 @@
 """What a run was: its config, code, machine, base model and data, written before its first step."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import one_line, warn
-from difftrain_utils.files import write_file
+from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.code import describe_git, describe_script, redact_command
 from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import (
@@ -153,7 +152,7 @@ def loss_trace_digest(path: Path) -> str:
     """SHA-256 over a metrics.jsonl without the times of its steps."""
     entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
     metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
-    return hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
+    return text_digest(json.dumps(metrics))
 
 
 def describe_versions() -> dict[str, str]:

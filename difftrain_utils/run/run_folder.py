@@ -42,10 +42,16 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder; None if it is called otherwise."""
+    match = re.fullmatch(r"checkpoint-([0-9]+)", name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints of a run as (step, folder), oldest first."""
-    found = [(re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    found = [(step_of(path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:

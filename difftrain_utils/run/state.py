@@ -1,7 +1,6 @@
 """All that changes while a run trains, and what of it a checkpoint holds."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from statistics import fmean
 from typing import Any
 
@@ -11,13 +10,12 @@ from safetensors.torch import load_model, save_model
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
-from difftrain_utils.errors import RunError, blame
+from difftrain_utils.errors import LOAD_ERRORS, RunError, blame
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name
 
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
 
 
@@ -203,8 +201,9 @@ class TrainState:
     def _save_models(self, models: list, weights: list, folder: str) -> None:
         """Instead of accelerate, which numbers them."""
         weights.clear()
-        for name in self.models if self.accelerator.is_main_process else ():
-            save_model(self._plain(name), Path(folder) / f"{name}.safetensors")  # tied weights once
+        if self.accelerator.is_main_process:
+            for name in self.models:
+                save_model(self._plain(name), Path(folder) / f"{name}.safetensors")  # tied weights once
 
     def _load_models(self, models: list, folder: str) -> None:
         models.clear()
