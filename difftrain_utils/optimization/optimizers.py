@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, blame, some
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
@@ -41,8 +41,17 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
                 )
     with blame(f"optimizer.init_args: {config.class_path} refuses {config.init_args}", *ERRORS):
         _try(cls, config)
+        _check_groups(config, models)
         groups = [group for name, model in models.items() for group in _groups_of(name, model, config)]
         return cls(groups, **config.init_args)
+
+
+def _check_groups(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> None:
+    """Raise InputError if a pattern of `optimizer.groups` is of no parameter; that of the default need not be."""
+    names = [f"{name}.{parameter}" for name, model in models.items() for parameter, _ in model.named_parameters()]
+    for pattern in config.groups.keys() - OptimizerConfig().groups.keys():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"optimizer.groups: {pattern!r} is of no parameter; there is {some(names)}")
 
 
 def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

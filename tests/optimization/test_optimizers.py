@@ -82,6 +82,13 @@ def test_patterns_give_parameters_arguments_of_their_own():
     assert norm == pytest.approx(expected.item())
 
 
+def test_a_pattern_of_no_parameter_is_refused():
+    """It would have no effect, and nobody would notice."""
+    message = r"^optimizer.groups: 'denoiser.norm\*' is of no parameter; there is denoiser.weight, denoiser.bias$"
+    with pytest.raises(InputError, match=message):
+        build_optimizer(OptimizerConfig(groups={"denoiser.norm*": {"weight_decay": 0.0}}), models())
+
+
 def test_the_uncertainty_has_its_own_rate():
     both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
     optimizer = build_optimizer(OptimizerConfig(), both)
