@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from difftrain_utils.keyed_random import generator_for
@@ -28,7 +27,7 @@ def draw_shape(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image,
     """
     caption = PROMPTS[index % len(PROMPTS)]
     _, color, shape = caption.split()
-    scale, x, y, ground = torch.rand(4, generator=generator_for(seed, "shape", index)).tolist()
+    scale, x, y, ground = generator_for(seed, "shape", index).random(4).tolist()
     size = (0.45 + 0.25 * scale) * image_size
     left, top = x * (image_size - size), y * (image_size - size)
     ground = int(16 + 48 * ground)

@@ -107,6 +107,7 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
     """Beside the config, what decides a run's result: data, base model, code, versions and machine."""
     sections = {name: manifest.get(name) for name in ("data", "base_model", "git", "versions")}
     machine = {name: manifest.get(name) for name in ("device", "num_processes", "mixed_precision", "deterministic")}
+    machine["stream"] = manifest.get("stream", 1)  # of samples: runs were of the first before it was noted
     machine |= {name: env.get(name) for name in ("cpu_threads", "cpu_capability")}
     resumed = {name for segment in manifest.get("segments", []) for name in segment.get("differs", {})}
     if resumed:

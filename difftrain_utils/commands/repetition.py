@@ -20,6 +20,7 @@ ALLOWED_WEIGHTS = 1e-4  # norm of the weights' difference over their norm (40 st
 SUSPECTS = {
     "data": ("data.",),
     "base model": ("base_model.",),
+    "samples": ("stream",),
     "config": ("config.",),
     "code": ("git",),
     "precision": ("mixed_precision",),

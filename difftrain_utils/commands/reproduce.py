@@ -27,6 +27,7 @@ from difftrain_utils.commands.repetition import (
 )
 from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.errors import InputError, RunError, blame
+from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.run.code import describe_git, describe_script
 from difftrain_utils.run.manifest import describe_environment, describe_versions
 from difftrain_utils.run.metrics import read_metrics
@@ -50,7 +51,16 @@ def say(text: str = "") -> None:
     print(printable(text), flush=True)
 
 
-KNOWN_BEFORE = ("git", "processor", "cpu_capability", "versions.", "cuda", "cudnn", "package.")  # the re-run starts
+KNOWN_BEFORE = (
+    "git",
+    "stream",
+    "processor",
+    "cpu_capability",
+    "versions.",
+    "cuda",
+    "cudnn",
+    "package.",
+)  # the re-run starts
 NUMERIC_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
 
 
@@ -221,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     in_one = f"{len(history)} segments, reproduced in one piece" if len(history) > 1 else "one segment"
     report(f"The run {run.folder} had {in_one}", history)
     git = describe_git(script.resolve(), run.config.get("train.record_diff", "full"))
-    code_now = {"git": git, "versions": describe_versions()}
+    code_now = {"git": git, "versions": describe_versions(), "stream": STREAM_VERSION}
     now = circumstances({}, code_now, describe_environment())
     known = [{k: v for k, v in table.items() if k.startswith(KNOWN_BEFORE)} for table in (then, now)]
     before = changes(*known)

@@ -31,13 +31,15 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import read_row
 from difftrain_utils.data.samples import size_of
 from difftrain_utils.devices import device_name
-from difftrain_utils.errors import RowError, RunError, writing
+from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.media.text import captions_of
 from difftrain_utils.processes import main_process_first
 
-FORMAT = 2  # part of a cache's name: to be raised when what is stored changes
+# Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
+# bits depended on each other
+FORMATS = {"latents": 2, "text": 3}
 
 
 def load_caches(
@@ -178,10 +180,13 @@ def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[
 
 
 def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
-    content = json.dumps({"format": FORMAT} | key, indent=2) + "\n"
-    folder = cache_folder(config) / f"{what}-{text_digest(content)[:20]}"
+    formats = [json.dumps({"format": version} | key, indent=2) + "\n" for version in range(1, FORMATS[what] + 1)]
+    *older, folder = [cache_folder(config) / f"{what}-{text_digest(content)[:20]}" for content in formats]
+    for path in older:
+        if path.exists() and not folder.exists() and accelerator.is_main_process:
+            warn(f"data.cache_dir: {path} is of an earlier version of difftrain and not used: making it again")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and not (folder / "key.json").exists():
-            write_file(folder / "key.json", content, shared=True)
+            write_file(folder / "key.json", formats[-1], shared=True)
     return folder

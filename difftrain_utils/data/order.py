@@ -105,4 +105,4 @@ class Order:
         return shuffled[start : start + count]
 
     def _permutation(self, purpose: str, key: int, length: int) -> torch.Tensor:
-        return torch.randperm(length, generator=generator_for(self.seed, purpose, key))
+        return torch.from_numpy(generator_for(self.seed, purpose, key).permutation(length))

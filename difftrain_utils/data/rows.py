@@ -17,7 +17,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
@@ -150,8 +149,8 @@ class MappedRows(Sequence):
     def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[list[int], str]:
         """Some rows (of the same bucket) drawn from (seed, k)."""
         rows = np.arange(len(self)) if buckets is None else np.flatnonzero(buckets.of_row == buckets.of_row[index])
-        drawn = torch.randint(len(rows), (NUM_SUBSTITUTES,), generator=generator_for(seed, "substitute", k))
-        return rows[drawn.numpy()].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
+        drawn = generator_for(seed, "substitute", k).integers(len(rows), size=NUM_SUBSTITUTES)
+        return rows[drawn].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
 
     def place(self, k: int) -> None:
         """Any row is at hand."""

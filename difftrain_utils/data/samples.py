@@ -82,7 +82,7 @@ class Samples(torch.utils.data.Dataset):
             image, captions = read_row(self.rows, row)
             across, down = 0.5, 0.5
             if not self.config.center_crop:
-                across, down = torch.rand(2, generator=generator_for(self.seed, "crop", k)).tolist()
+                across, down = generator_for(self.seed, "crop", k).random(2).tolist()
             size = size_of(row, self.config, self.buckets)
             crop = crop_of(image, size, across, down, flip)
             sample["pixel_values"] = resize_and_crop(image, crop, self.config, flip)
@@ -116,10 +116,10 @@ class Samples(torch.utils.data.Dataset):
     def _choose(self, count: int, k: int) -> int:
         if count == 1:
             return 0
-        return torch.randint(count, (), generator=generator_for(self.seed, "caption", k)).item()
+        return int(generator_for(self.seed, "caption", k).integers(count))
 
     def _draw(self, purpose: str, k: int) -> float:
-        return torch.rand((), generator=generator_for(self.seed, purpose, k)).item()
+        return generator_for(self.seed, purpose, k).random()
 
 
 def load_batches(accelerator: Accelerator, samples: Samples, state, config: Config) -> Iterator[dict[str, Any]]:

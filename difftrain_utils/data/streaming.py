@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import datasets
 import fsspec
-import torch
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import Row, follow, join_captions, map_in_threads, read_bytes
@@ -148,14 +147,14 @@ class StreamedRows:
         self._place, self._rows, size = self._next, [], self.config.shuffle_buffer  # one window in memory at a time
         rows, places = zip(*itertools.islice(self._reader, size), strict=True)
         self._next = Place(self._place.window + 1, *places[-1])
-        order = torch.randperm(size, generator=generator_for(self.seed, "window", self._place.window))
+        order = generator_for(self.seed, "window", self._place.window).permutation(size)
         self._rows = [rows[i] for i in order.tolist()]
 
     def _read(self, epoch: int, file: int, row: int) -> Iterator[tuple[Row, tuple[int, int, int]]]:
         """The rows of the stream from a place on, each with the place after it."""
         found = (file, row) != (0, 0)
         while True:
-            order = torch.randperm(self.data.num_shards, generator=generator_for(self.seed, "files", epoch)).tolist()
+            order = generator_for(self.seed, "files", epoch).permutation(self.data.num_shards).tolist()
             while file < len(order):
                 for content in self._read_file(order[file], row):
                     found, row = True, row + 1

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.files import new_file
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.keyed_random import torch_generator_for
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def generate(
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             guidance_rescale=config.guidance_rescale,
-            generators=[generator_for(config.seed, "evaluation", k) for k in keys[some]],
+            generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys[some]],
         )
     return images
 

@@ -56,7 +56,7 @@ def validation_timesteps(config: EvaluationConfig, schedule: Schedule, keys: Ite
     """The timesteps whose noise level is that of the triples `keys`, or nearest to it: triple j lies in bin j modulo
     `evaluation.num_validation_bins` of the angle φ = atan(s/a), at a place drawn from (evaluation.seed, j)."""
     bins = config.num_validation_bins
-    places = keyed_rand(config.seed, "validation_noise_level", keys).double()
+    places = keyed_rand(config.seed, "validation_noise_level", keys)
     angles = (torch.tensor([j % bins for j in keys]) + places) / bins * (math.pi / 2)
     num_timesteps = schedule.num_train_timesteps
     if schedule.path == "linear":

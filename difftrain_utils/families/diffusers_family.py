@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.devices import to_device
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.samplers import build_schedule
@@ -24,6 +25,7 @@ from difftrain_utils.files import file_digest, part_digest, weights_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
+ENCODED_AT_ONCE = 16  # captions on a GPU
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -297,6 +299,18 @@ class DiffusersFamily:
         self.check_denoiser(denoiser)
         fresh = dataclasses.replace(self, device="cpu", weight_dtype=torch.float32, channels_last=False, _parts={})
         fresh.pipeline(denoiser).save_pretrained(folder)
+
+
+def encode_alone(
+    encode: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """`encode(rows)` on the device, where what becomes of a row does not depend on the others, nor on how many there
+    are: libraries choose kernels by the shape, and each rounds in its own way. So a CPU, which is hardly slower then,
+    encodes each row alone, and a GPU always as many, copies filling the last lot up. Equal rows are encoded once."""
+    distinct, places = torch.unique(rows, dim=0, return_inverse=True)
+    at_once = 1 if device.type == "cpu" else ENCODED_AT_ONCE
+    filled = distinct[torch.arange(-(-len(distinct) // at_once) * at_once) % len(distinct)]
+    return torch.cat([encode(part) for part in to_device(filled, device).split(at_once)])[to_device(places, device)]
 
 
 def as_json(value: Any) -> Any:

@@ -72,7 +72,8 @@ class Family(Protocol):
         """Normalised latents drawn from the moments by `noise`, of its shape; float32."""
 
     def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
-        """The conditioning of captions; of None the pipeline's own for "nothing", which is not always that of ""."""
+        """The conditioning of captions; of None the pipeline's own for "nothing", which is not always that of "". That
+        of one does not depend on the others, to the last bit (`encode_alone`)."""
 
     def null_conditioning(self) -> Conditioning:
         """The conditioning of one sample without a caption."""

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import DiffusersFamily, encode_alone
 from difftrain_utils.families.family import Conditioning
 
 
@@ -60,7 +60,11 @@ class StableDiffusion(DiffusersFamily):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        return {"prompt_embeds": text_encoder(input_ids.to(text_encoder.device)).last_hidden_state}
+        return {
+            "prompt_embeds": encode_alone(
+                lambda ids: text_encoder(ids).last_hidden_state, input_ids, text_encoder.device
+            )
+        }
 
     def predict(
         self,

@@ -5,7 +5,7 @@ import math
 import torch
 
 from difftrain_utils.config.objective import LossConfig
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.keyed_random import generator_for, randn
 from difftrain_utils.objective.schedule import Schedule, append_dims
 
 VANISHING = ("snr", "min_snr", "soft_min_snr", "p2", "debiased")
@@ -120,8 +120,8 @@ class LearnedUncertainty(torch.nn.Module):
     def __init__(self, num_features: int = 128):
         super().__init__()
         generator = generator_for(0, "uncertainty_features", 0)  # fixed: no part of a run's randomness
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(num_features, generator=generator))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(num_features, generator=generator))
+        self.register_buffer("frequencies", 2 * math.pi * randn(generator, num_features))
+        self.register_buffer("phases", torch.from_numpy(2 * math.pi * generator.random(num_features)).float())
         self.weight = torch.nn.Parameter(torch.zeros(num_features))
 
     def forward(self, losses: torch.Tensor, snr: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.devices import to_device
-from difftrain_utils.keyed_random import generator_for, keyed_randn
+from difftrain_utils.keyed_random import generator_for, keyed_randn, randn
 
 
 def sample_noise(
@@ -67,9 +67,9 @@ def _pyramid(noise: torch.Tensor, config: NoiseConfig, seed: int, k: int) -> tor
     total, variance, size, level = 2**0.5 * noise, torch.tensor(2.0), noise.shape[1:], 0
     while min(size) > 1:
         level += 1
-        factor = 2 + 2 * torch.rand((), generator=generator).item()
+        factor = 2 + 2 * generator.random()
         size = [max(1, int(side / factor**level)) for side in noise.shape[1:]]
-        coarse = torch.randn(1, noise.shape[0], *size, generator=generator)
+        coarse = randn(generator, 1, noise.shape[0], *size)
         weight = config.pyramid_discount**level
         total = total + weight * F.interpolate(coarse, noise.shape[1:], mode=mode)[0]
         variance = variance + weight**2 * _variance_of_enlarged(size, noise.shape[1:])

@@ -74,10 +74,10 @@ def quantile(config: TimestepsConfig, schedule: Schedule, u: float) -> float:
 
 def _uniform(seed: int, purpose: str, k: int, batch_size: int | None) -> float:
     """A number in (0, 1) for sample k; stratified, each batch has one in each of batch_size equal parts."""
-    number = torch.rand((), generator=generator_for(seed, purpose, k), dtype=torch.float64).item()
+    number = generator_for(seed, purpose, k).random()
     if batch_size is not None:
         step, position = divmod(k, batch_size)
-        part = torch.randperm(batch_size, generator=generator_for(seed, f"{purpose}_strata", step))[position].item()
+        part = int(generator_for(seed, f"{purpose}_strata", step).permutation(batch_size)[position])
         number = (part + number) / batch_size
     return min(max(number, 1e-9), 1 - 1e-9)
 

@@ -24,6 +24,7 @@ from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import InputError, RunError, blame, one_line, some, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, replace_folder, sha256sums, sync_all
+from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.lock import lock_folder
@@ -196,6 +197,8 @@ def find_checkpoint(config: Config) -> Path | None:
                 f"{checkpoints[-1][1].name}: a folder holds one history; give another --output-dir"
             )
     _check_settings(folder, config)
+    if not is_finished(config, folder):
+        _check_stream(folder)
     return folder
 
 
@@ -252,6 +255,18 @@ def _check_settings(folder: Path, config: Config) -> None:
         raise InputError(f"train.resume_from: {folder} is of another run: {', '.join(fatal)}{hint}")
     if differences:
         warn(f"branching off from {folder} with other settings: {', '.join(differences.values())}")
+
+
+def _check_stream(folder: Path) -> None:
+    """Refuse a checkpoint of a run whose samples were drawn otherwise than they would be from here on."""
+    with blame(f"train.resume_from: {folder / MANIFEST_FILE}", OSError, ValueError):
+        version = read_manifest(folder).get("stream", 1)
+    if version != STREAM_VERSION:
+        raise InputError(
+            f"train.resume_from: {folder} has samples of stream {version}, and this version of difftrain draws stream "
+            f"{STREAM_VERSION} (other random numbers, and captions encoded on their own); go on with the version that "
+            "the checkpoint is of, or start a new run from its weights"
+        )
 
 
 def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:

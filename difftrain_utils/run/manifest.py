@@ -16,6 +16,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import one_line, warn
 from difftrain_utils.files import text_digest, write_file
+from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.run.code import describe_git, describe_script, redact_command
 from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import (
@@ -64,6 +65,7 @@ class Record:
             "git": describe_git(script, config.train.record_diff),
             "versions": describe_versions(),
             "seed": config.train.seed,
+            "stream": STREAM_VERSION,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "num_processes": accelerator.num_processes,
             "distributed_type": accelerator.distributed_type.value,

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.data import caches as caches_module
 from difftrain_utils.data import encoded as cache_module
 from difftrain_utils.data.caches import load_caches
 from difftrain_utils.data.encoded import (
@@ -392,6 +393,18 @@ def test_damaged_captions_are_numbered_again(cached_run, capsys):
     text = caches_of(cached_run)[0]["text"]
     assert [text.of_row(row) for row in range(10)] == expected and path.read_bytes() == content
     assert f"warning: {path} is damaged: making it again" in capsys.readouterr().err
+
+
+def test_a_cache_of_captions_that_were_encoded_together_is_not_used(cached_run, capsys, monkeypatch):
+    monkeypatch.setattr(caches_module, "FORMATS", {"latents": 2, "text": 2})
+    before = folders_of(caches_of(cached_run)[0])
+    monkeypatch.undo()
+    after = folders_of(caches_of(cached_run)[0])
+    assert after["latents"] == before["latents"] and after["text"] != before["text"]
+    warning = f"{before['text']} is of an earlier version of difftrain and not used: making it again"
+    assert capsys.readouterr().err.count(warning) == 1
+    caches_of(cached_run)
+    assert warning not in capsys.readouterr().err
 
 
 def folders_of(caches: dict) -> dict[str, str]:

@@ -99,8 +99,8 @@ def test_sizes_say_where_a_crop_lies(with_buckets, center_crop, random_flip):
     # of four pixels that are equal the filter makes one
     config = DataConfig("memory", resolution=16, image_interpolation="box")
     config.center_crop, config.random_flip = center_crop, random_flip
-    samples, seen, expected = Samples(data, config, 0, 1600), set(), set()
-    for k in range(1600):
+    samples, seen, expected = Samples(data, config, 0, 2400), set(), set()
+    for k in range(2400):
         sample, row = samples[k], samples.order[k]
         (height, width, factor), size = GRIDS[row], sample["pixel_values"].shape[1:]
         assert size == (data.buckets.size_of(row) if with_buckets else (16, 16))

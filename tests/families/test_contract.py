@@ -14,7 +14,7 @@ from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families import load
 from difftrain_utils.families.load import load_family
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.objective.timesteps import sample_timesteps
 
 
@@ -92,9 +92,9 @@ def test_what_it_saves_is_its_own_pipeline(dit_run, tmp_path):
         parse_config([*dit_run, "--model.pretrained_model_name_or_path", str(output_dir / "pipeline")])
     )
     sampling = {"num_inference_steps": 2, "guidance_scale": 3.0}
-    generators = [generator_for(0, "evaluation", k) for k in range(2)]
+    generators = [torch_generator_for(0, "evaluation", k) for k in range(2)]
     images = family.generate(family.load_denoiser(), ["a red circle", "a blue square"], 32, 32, 2, 3.0, 0.0, generators)
-    again = [generator_for(0, "evaluation", k) for k in range(2)]
+    again = [torch_generator_for(0, "evaluation", k) for k in range(2)]
     labels = pipeline.get_label_ids(["a red circle", "a blue square"])
     expected = pipeline(labels, generator=again, **sampling).images
     assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
@@ -107,7 +107,7 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(dit_run):
     family = load_family(parse_config(dit_run))
     denoiser, calls = family.load_denoiser().eval(), []
     denoiser.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
-    family.generate(denoiser, ["a cyan circle"], 32, 32, 1, 3.0, 0.0, [generator_for(0, "evaluation", 0)])
+    family.generate(denoiser, ["a cyan circle"], 32, 32, 1, 3.0, 0.0, [torch_generator_for(0, "evaluation", 0)])
     (((latents,), kwargs, output),) = calls
     conditioning = {name: torch.cat([family.encode_prompts(["a cyan circle"])[name], null]) for name, null in
                     family.null_conditioning().items()}  # fmt: skip

@@ -13,7 +13,7 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, RunError
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import DiffusersFamily, encode_alone
 from difftrain_utils.families.load import BUILTINS, load_family
 from difftrain_utils.files import new_folder, weights_digest
 from difftrain_utils.media.image import to_pixel_values
@@ -92,6 +92,22 @@ def test_prompts_are_encoded_as_the_pipeline_does(builtin, denoiser):
     prompts = ["a red circle", "", "a much longer caption, which is cut where the model's tokens end, wherever that is"]
     expected, _ = builtin.pipeline(denoiser).encode_prompt(prompts, "cpu", 1, False)
     torch.testing.assert_close(builtin.encode_prompts(prompts), {"prompt_embeds": expected})
+
+
+def test_a_caption_is_encoded_the_same_whatever_is_beside_it(builtin):
+    captions = [f"a {color} {shape}" for color in ("red", "blue", "teal") for shape in ("circle", "square of mine")]
+    alone = torch.cat([builtin.encode_prompts([caption])["prompt_embeds"] for caption in captions])
+    for others in ([], ["a longer caption of other words"], captions * 5):
+        together = builtin.encode_prompts([*captions, *others])["prompt_embeds"]
+        assert torch.equal(together[: len(captions)], alone)
+
+
+def test_a_gpu_encodes_always_as_many_rows():
+    shapes, rows, meta = [], torch.tensor([[3, 1], [2, 2], [3, 1], [0, 5]]).repeat(9, 1), torch.device("meta")
+    encode_alone(lambda part: shapes.append(part.shape) or part.float(), rows, meta)
+    assert shapes == [(16, 2)]
+    encode_alone(lambda part: shapes.append(part.shape) or part.float(), torch.arange(34).view(17, 2), meta)
+    assert shapes[1:] == [(16, 2), (16, 2)]
 
 
 def test_no_caption_is_the_empty_one(builtin):

@@ -11,6 +11,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import DIGESTS_FILE, replace_folder, sha256sums
+from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.run.checkpoints import delete_run, find_checkpoint, set_damaged_aside
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
@@ -35,6 +36,7 @@ def make_checkpoints(output_dir: Path, *names: str) -> None:
         step = "".join(filter(str.isascii, filter(str.isdigit, name))) or "1"
         (folder / STATE_FILE).write_text(f'{{"global_step": {step}}}')
         (folder / CONFIG_FILE).write_text(config(output_dir, None).to_yaml())
+        (folder / MANIFEST_FILE).write_text(json.dumps({"segments": [], "stream": STREAM_VERSION}))
         (folder / DIGESTS_FILE).write_text(sha256sums(folder))
 
 
@@ -190,6 +192,21 @@ def test_a_damaged_manifest_is_replaced_by_the_checkpoints_copy(short_run, tmp_p
     manifest = read_manifest(output_dir)
     assert [segment["from_step"] for segment in manifest["segments"]] == [0, 2]
     assert manifest["final"] == read_manifest(whole)["final"]
+
+
+def test_samples_of_an_earlier_stream_are_not_gone_on_with(short_run):
+    checkpoint = train([*short_run, "--train.max_steps", "2"]) / "checkpoint-2"
+    manifest = read_manifest(checkpoint)
+    assert manifest.pop("stream") == STREAM_VERSION == 2
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    (checkpoint / DIGESTS_FILE).write_text(sha256sums(checkpoint))
+    reason = (
+        r"checkpoint-2 has samples of stream 1, and this version of difftrain draws stream 2 \(other random numbers"
+    )
+    for more in (["--resume-from", "latest"], ["--resume-from", str(checkpoint), "--output-dir", "branch"]):
+        with pytest.raises(InputError, match=reason):
+            train([*short_run, *more])
+    train([*short_run, "--train.max_steps", "2", "--resume-from", "latest"])  # is finished
 
 
 def test_a_stray_file_in_a_checkpoint_is_named_and_ignored(short_run, capsys):
