@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.rows import map_rows, split_rows
-from difftrain_utils.evaluation.validation import validation_loss
+from difftrain_utils.evaluation.validation import validation_losses
 from difftrain_utils.families.load import load_family
 from difftrain_utils.run.run_folder import list_checkpoints
 
@@ -42,8 +42,8 @@ for step, folder in checkpoints[len(checkpoints) // 2 :]:
     steps.append(step)
     for noise, seed in (("fixed", 0), ("fresh", step)):
         config.evaluation.seed = seed
-        found = validation_loss(accelerator, family, denoiser, validation_rows, config, "loss")
-        losses[noise].append(found["loss"])
+        found = validation_losses(accelerator, family, denoiser, validation_rows, config)
+        losses[noise].append(found.double().mean().item())
     print(f"step {step}: fixed {losses['fixed'][-1]:.5f}, fresh {losses['fresh'][-1]:.5f}", flush=True)
 
 spread = {}

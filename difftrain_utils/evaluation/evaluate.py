@@ -12,10 +12,10 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.evaluation.grids import generate, save_grid
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
-from difftrain_utils.evaluation.validation import validation_loss
+from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first
-from difftrain_utils.run.run_folder import SAMPLES
+from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
 from difftrain_utils.run.tracking import log_images
 
 
@@ -38,18 +38,19 @@ class Evaluation:
         """
         evaluation, logs, denoiser = self.config.evaluation, {}, self.accelerator.unwrap_model(denoiser)
         if self.rows is not None:
-            loss_of = (self.accelerator, self.family, denoiser, self.rows, self.config)
-            with evaluation_weights(denoiser, None):
-                logs |= validation_loss(*loss_of, "validation_loss")
-            if ema is not None:
-                with evaluation_weights(denoiser, ema):
-                    logs |= validation_loss(*loss_of, "validation_loss_ema")
+            losses, num_bins = {}, evaluation.num_validation_bins
+            weights = {"validation_loss": None} | ({"validation_loss_ema": ema} if ema is not None else {})
+            for name, average in weights.items():
+                with evaluation_weights(denoiser, average):
+                    losses[name] = validation_losses(self.accelerator, self.family, denoiser, self.rows, self.config)
+                logs |= by_noise_level(name, losses[name], num_bins)
+            if self.accelerator.is_main_process:
+                save_validation_losses(losses, len(self.rows), num_bins, self.file(VALIDATION, step, ".safetensors"))
         if evaluation.prompts:
             with evaluation_weights(denoiser, ema), self.accelerator.autocast():
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
-                folder = Path(self.config.train.output_dir) / SAMPLES
-                save_grid(images, evaluation.prompts, folder / f"step-{step:06d}.png")
+                save_grid(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
@@ -58,6 +59,9 @@ class Evaluation:
                 logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
         self.family.free_cached()
         return logs
+
+    def file(self, folder: str, step: int, suffix: str) -> Path:
+        return Path(self.config.train.output_dir) / folder / f"step-{step:06d}{suffix}"
 
     def generate_grid(self, denoiser: torch.nn.Module) -> list:
         """The images of all evaluation prompts, of which each process makes its share."""

@@ -3,31 +3,36 @@ training stream."""
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import read_row_or_substitute
+from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
 from difftrain_utils.media.image import to_square
 from difftrain_utils.objective.schedule import Schedule
 
 
 @torch.no_grad()
-def validation_loss(
-    accelerator: Accelerator, family, denoiser: torch.nn.Module, rows: MappedRows, config: Config, name: str
-) -> dict[str, float | list[float]]:
-    """The loss at fixed (image, noise, noise level) triples: {name: mean, name_bins: means from low to high noise}.
+def validation_losses(
+    accelerator: Accelerator, family, denoiser: torch.nn.Module, rows: MappedRows, config: Config
+) -> torch.Tensor:
+    """The losses of fixed (image, noise, noise level) triples, shape (`evaluation.num_validation_samples`,), float32 on
+    the CPU; triple j has the image of row j modulo their number, and lies in the noise level's bin j modulo
+    `evaluation.num_validation_bins`.
 
     The triples depend on `evaluation.seed` alone, not on the run, so that runs can be compared; the processes share
     them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is
     the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts.
     """
     evaluation, schedule = config.evaluation, family.schedule
-    bins = torch.zeros(evaluation.num_validation_bins, dtype=torch.float64, device=accelerator.device)
+    found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
     mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
@@ -47,9 +52,21 @@ def validation_loss(
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (output - target).square().flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
-        bins.index_add_(0, torch.tensor([j % len(bins) for j in keys], device=bins.device), losses.double())
-    bins = accelerator.reduce(bins, "sum") * len(bins) / evaluation.num_validation_samples
+        found[keys.start : keys.stop : keys.step] = losses
+    return accelerator.reduce(found, "sum").cpu()
+
+
+def by_noise_level(name: str, losses: torch.Tensor, num_bins: int) -> dict[str, float | list[float]]:
+    """{name: mean, name_bins: means from low to high noise} of `validation_losses`."""
+    bins = losses.double().view(-1, num_bins).mean(0)
     return {name: bins.mean().item(), f"{name}_bins": bins.tolist()}
+
+
+def save_validation_losses(losses: dict[str, torch.Tensor], num_images: int, num_bins: int, path: Path) -> None:
+    """Write the losses of the triples by name, and the "image" and the "bin" of each. Raises RunError if it cannot."""
+    triples = torch.arange(len(next(iter(losses.values()))), dtype=torch.int32)
+    with new_file(path) as partial:
+        save_file(losses | {"image": triples % num_images, "bin": triples % num_bins}, partial)
 
 
 def validation_timesteps(config: EvaluationConfig, schedule: Schedule, keys: Iterable[int]) -> torch.Tensor:

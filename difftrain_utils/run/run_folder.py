@@ -10,11 +10,13 @@ from difftrain_utils.files import find_damage
 
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
-SAMPLES, TRACKERS, PROFILE, EMA_SNAPSHOTS, PIPELINE = "samples", "logs", "profile", "ema_snapshots", "pipeline"
+SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
+EMA_SNAPSHOTS, PIPELINE = "ema_snapshots", "pipeline"
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
     SAMPLES: ("step-*.png",),
+    VALIDATION: ("step-*.safetensors",),
     TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),

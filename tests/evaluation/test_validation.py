@@ -12,7 +12,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.evaluation.grids import generate, labelled_grid
-from difftrain_utils.evaluation.validation import validation_loss, validation_timesteps
+from difftrain_utils.evaluation.validation import by_noise_level, validation_losses, validation_timesteps
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import weights_digest
 from difftrain_utils.objective.schedule import Schedule, append_dims
@@ -64,7 +64,7 @@ def test_the_grid_shows_each_picture_above_its_label():
 
 
 class TestValidationLoss:
-    def loss(self, checkpoint_folder, rows, prediction=None, name="validation_loss", **fields) -> dict:
+    def loss(self, checkpoint_folder, rows, prediction=None, **fields) -> dict:
         evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
         config = TextToImageConfig(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
         config.evaluation = evaluation
@@ -72,7 +72,8 @@ class TestValidationLoss:
         denoiser = family.load_denoiser().eval()
         if prediction is not None:
             family.predict = lambda denoiser, noisy, timesteps, conditioning: prediction(family, noisy, timesteps)
-        return validation_loss(Accelerator(), family, denoiser, rows, config, name)
+        losses = validation_losses(Accelerator(), family, denoiser, rows, config)
+        return by_noise_level("validation_loss", losses, evaluation.num_validation_bins)
 
     def test_it_is_a_function_of_the_weights_and_the_evaluation_seed(self, checkpoint_folder, image_folder):
         rows = map_rows(DataConfig(str(image_folder)))
