@@ -2,8 +2,9 @@
 
     difftrain compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
 
-A RUN is a run's output folder. Runs that differ only in their seed form a group, of which mean and sample standard
-deviation are shown. --output also writes one self-contained HTML file with curves and pictures.
+A RUN is a run's output folder. Runs that differ only in their seed form a setting, of which mean and sample standard
+deviation are shown. Settings are compared with a baseline, seed by seed. --output also writes one self-contained HTML
+file with curves and pictures.
 """
 
 import argparse
@@ -17,21 +18,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from safetensors.numpy import load_file
 
 from difftrain_utils.commands import compare_html as html
+from difftrain_utils.commands import verdicts
+from difftrain_utils.commands.verdicts import bootstrap, holm, log_ratios, paired_t, seeds_needed, verdict
 from difftrain_utils.config.config import rename_fields
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
-from difftrain_utils.run.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE, METRICS_FILE, PIPELINE
+from difftrain_utils.run.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    PIPELINE,
+    VALIDATION,
+)
 from difftrain_utils.terminal import printable
 
 IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
-VALIDATION = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
+JUDGED_BY = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
 DENOISER = "base_model.sha256.denoiser"
 ORDER = {FINAL: 0, BEST: 1, "shapes_right": 2, "final train loss": 4, "samples/s": 5}  # of columns; other metrics are 3
 
@@ -325,7 +337,7 @@ def unfair(runs: list[Run]) -> list[str]:
         "base model": [name for name in facts if name.split(".")[0] == "base_model"],
         "code": [name for name in facts if name in code],
         "versions of torch or diffusers": [name for name in facts if name in libraries],
-        "validation settings": [name for name in config if name.startswith(VALIDATION)],
+        "validation settings": [name for name in config if name.startswith(JUDGED_BY)],
     }
     warnings = [f"unfair: different {what} ({', '.join(names)})" for what, names in found.items() if names]
     seen = [str(steps_done(run) * (run.config.get("train.batch_size") or 0)) for run in runs]
@@ -354,43 +366,139 @@ def notes(runs: list[Run]) -> list[str]:
     return [f"note: {note}" for note in found]
 
 
-# ── Who won ──────────────────────────────────────────────────────────────────────────────────────────────────
-def winner(runs: list[Run]) -> str:
-    """Who won on the final validation loss, as far as the seeds can tell."""
-    settings = settings_of(runs)
+# ── Against a baseline ───────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Contest:
+    """The settings that are compared with a baseline, as rows of a table, and what is to be said of it in words."""
+
+    baseline: str
+    rows: list[list[str]]
+    bins: list[list[str]]
+    sentences: list[str]
+
+
+def by_seed(runs: list[Run]) -> dict[int, Run]:
+    return {run.config.get("train.seed"): run for run in runs}
+
+
+def name_of(runs: list[Run], groups: dict[str, str]) -> str:
+    return groups.get(runs[0].name, runs[0].name)
+
+
+def choose_baseline(settings: list[list[Run]], name: str | None) -> int:
+    """The setting of this name, or with a run of this name; without one the first."""
     groups = group_names(settings)
-    varied = differing([group[0].config for group in settings])
-    if len(settings) == 1:
-        return "All runs are one setting: nothing to win." if len(runs) > 1 else ""
-
-    def called(group: list[Run]) -> str:
-        return groups[group[0].name] if len(group) > 1 else group[0].name
-
-    def described(group: list[Run]) -> str:
-        values = {name: brief(as_text(group[0].config.get(name))) for name in varied if name != "train.seed"}
-        named = ", ".join(f"{name}: {value}" for name, value in values.items()) if len(values) < 3 else ""
-        return f"{called(group)} ({named})" if named else called(group)
-
-    ranked = [(*spread, group) for group in settings if (spread := mean_and_sd(group, FINAL))]
-    ranked = sorted((entry for entry in ranked if math.isfinite(entry[0])), key=lambda entry: entry[0])
-    if len(ranked) < 2:
-        return f"{len(ranked) or 'No'} setting has a finite validation loss: nothing to compare."
-    (mean, sd, best), (next_mean, next_sd, second) = ranked[:2]
-    text = f"Final validation loss: {described(best)} {number(mean)}, then {described(second)} {number(next_mean)}. "
-    gap, alone = next_mean - mean, [group[0].name for group in (best, second) if len(group) == 1]
-    if alone:
-        outcome = f"{called(best)} won" if gap > 0 else "They are equal"
-        return f"{text}{outcome}, but one seed says nothing about spread ({' and '.join(alone)}): it may be chance."
-    error = math.sqrt(sd**2 / len(best) + next_sd**2 / len(second))
-    won = gap > 0 and gap >= 2 * error
-    text += f"The difference {number(gap, 2)} has a standard error of {number(error, 2)}: "
-    text += f"{called(best)} won." if won else "not distinguishable."
-    return text + (" With so few seeds the standard error is itself rough." if min(len(best), len(second)) < 5 else "")
+    names = [{name_of(runs, groups), *(run.name for run in runs)} for runs in settings]
+    found = [i for i, of_setting in enumerate(names) if name in of_setting]
+    if name is not None and not found:
+        there = ", ".join(name_of(runs, groups) for runs in settings)
+        raise InputError(f"--baseline {name}: no such setting or run; there is {there}")
+    return found[0] if found else 0
 
 
-def conclusion(runs: list[Run]) -> str:
-    text = winner(runs)
-    return f"{text} But the comparison is unfair: see the differences." if text and unfair(runs) else text
+def losses_by_level(run: Run) -> list[float]:
+    """The last validation losses by noise level; of a run without them, the one validation loss."""
+    return validation_bins(run)[1] or [loss for _, loss in validation_losses(run)[-1:]]
+
+
+def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Contest | None:
+    """Each setting against the baseline, paired by seed; None if there is but one setting.
+
+    A seed's difference is the mean over the noise levels of the logarithm of the ratio of the two validation losses:
+    so each level counts the same, where in the mean loss one level may be nine tenths of the sum.
+    """
+    settings = settings_of(runs)
+    if len(settings) < 2:
+        return None
+    groups, base = group_names(settings), settings.pop(choose_baseline(settings, baseline))
+    ratios, tested = [], {}
+    for i, setting in enumerate(settings):
+        own, other = by_seed(setting), by_seed(base)
+        seeds = sorted(seed for seed in own.keys() & other.keys() if seed is not None)
+        try:
+            ratios.append([log_ratios(losses_by_level(own[s]), losses_by_level(other[s])) for s in seeds])
+        except ValueError as error:
+            ratios.append(str(error))
+            continue
+        if len(seeds) > 1 and all(map(len, ratios[i])):
+            tested[i] = paired_t([statistics.fmean(levels) for levels in ratios[i]])
+    adjusted = dict(zip(tested, holm([paired.p for paired in tested.values()]), strict=True))
+    name, sentences, bins = name_of(base, groups), [], []
+    rows = [["setting", "seeds", "difference", "95 % interval", "over images, too", "p (Holm)", "verdict"]]
+    for i, setting in enumerate(settings):
+        called, reasons = name_of(setting, groups), unfair([*base, *setting])
+        outcome = f"unfair: {'; '.join(reason.removeprefix('unfair: ') for reason in reasons)}" if reasons else ""
+        if i not in tested:
+            count = "–" if isinstance(ratios[i], str) else str(len(ratios[i]))
+            why = ratios[i] if isinstance(ratios[i], str) else why_not_tested(ratios[i])
+            gap = [statistics.fmean(levels) for levels in ratios[i] if levels] if count != "–" else []
+            difference = percent(gap[0]) if len(gap) == 1 else "–"
+            rows.append([called, count, difference, "–", "–", "–", outcome or f"no verdict: {why}"])
+            continue
+        paired, p = tested[i], adjusted[i]
+        resampled = resample(by_seed(setting), by_seed(base))
+        cells = [percent(paired.mean), interval(paired.low, paired.high), interval(*resampled) if resampled else "–"]
+        rows.append([called, str(paired.n), *cells, f"{p:.2g}", outcome or verdict(paired, p, looks)])
+        if len({len(levels) for levels in ratios[i]}) == 1 and len(ratios[i][0]) > 1:
+            bins.append([called, *(percent(statistics.fmean(level)) for level in zip(*ratios[i], strict=True))])
+        if not outcome and verdict(paired, p, looks) == "not distinguishable":
+            needed = seeds_needed([statistics.fmean(levels) for levels in ratios[i]], paired.mean)
+            more = f"; for one as seen here, {'more than 1000' if needed is None else needed}" if paired.mean else ""
+            detected = percent(paired.detectable).removeprefix("+")
+            sentences.append(f"{called}: {paired.n} seeds detect a gap of {detected} in four of five cases{more}.")
+    header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
+    return Contest(name, rows, [header, *bins] if bins else [], sentences)
+
+
+def why_not_tested(ratios: list[list[float]]) -> str:
+    if not ratios:
+        return "no seed in common with the baseline"
+    return "one seed has no spread" if all(ratios) else "no validation loss"
+
+
+def resample(own: dict[int, Run], other: dict[int, Run]) -> tuple[float, float] | None:
+    """The bootstrap's interval; None where a run has not kept the losses of its last step, or others have other
+    triples."""
+    seeds = sorted(own.keys() & other.keys())
+    found = [triple_losses(runs[seed]) for runs in (own, other) for seed in seeds]
+    if not all(found) or any(
+        not np.array_equal(part[name], found[0][name]) for part in found for name in ("image", "bin")
+    ):
+        return None
+    losses = np.stack([part["loss"] for part in found]).astype(np.float64)
+    return bootstrap(losses[: len(seeds)], losses[len(seeds) :], found[0]["image"], found[0]["bin"])
+
+
+def triple_losses(run: Run) -> dict[str, np.ndarray] | None:
+    """ "loss", "image" and "bin" of each triple of the last validation."""
+    step = validation_losses(run)[-1][0]
+    path = run.folder / VALIDATION / f"step-{step:06d}.safetensors"
+    if not path.is_file():
+        return None
+    with blame(str(path), *LOAD_ERRORS):
+        tensors = load_file(path)
+        name = "validation_loss_ema" if "validation_loss_ema" in tensors else "validation_loss"
+        return {"loss": tensors[name], "image": tensors["image"], "bin": tensors["bin"]}
+
+
+def percent(log_ratio: float) -> str:
+    """Of a logarithm of a ratio: +1.2 % is larger by so much."""
+    return f"{math.expm1(log_ratio):+.2%}".replace("%", " %")
+
+
+def interval(low: float, high: float) -> str:
+    return f"{percent(low)} to {percent(high)}"
+
+
+def introduction(found: Contest, looks: int) -> str:
+    text = (
+        f"Against {found.baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
+        "geometric mean over the noise levels, each of which counts the same; its 95 % t interval; p after Holm over "
+        f"the settings, of which {verdicts.LEVEL / looks:.2g} is called a difference."
+    )
+    if looks > 1:
+        return f"{text} One of {looks} looks that were planned."
+    return f"{text} It holds for a number of seeds that was fixed beforehand (else --looks)."
 
 
 # ── The report as text ───────────────────────────────────────────────────────────────────────────────────────
@@ -406,9 +514,15 @@ def text_table(rows: list[list[str]], width: int = 120) -> str:
     return "\n\n".join("\n".join(block) for block in lines)
 
 
-def text_report(runs: list[Run]) -> str:
+def text_report(runs: list[Run], found: Contest | None = None, looks: int = 1) -> str:
     bins = bins_table(runs)
-    parts = [text_table(summary_table(runs)), "\n".join(notes(runs)), textwrap.fill(conclusion(runs), 120)]
+    parts = [text_table(summary_table(runs)), "\n".join(notes(runs))]
+    if found:
+        parts += [textwrap.fill(introduction(found, looks), 120), text_table(found.rows)]
+        parts += ["\n".join(found.sentences)]
+        parts += ["The difference by noise level:\n" + text_table(found.bins)] if found.bins else []
+    elif len(runs) > 1:
+        parts.append("All runs are one setting: nothing to compare.")
     if len(bins) > 1:
         parts.append("Last validation loss by noise level, from low (bin 1) to high:\n" + text_table(bins))
     if len(runs) > 1:
@@ -418,16 +532,25 @@ def text_report(runs: list[Run]) -> str:
 
 
 # ── The report as HTML ───────────────────────────────────────────────────────────────────────────────────────
-def html_report(runs: list[Run]) -> str:
+def html_report(runs: list[Run], found: Contest | None = None, looks: int = 1) -> str:
     """The same, with curves and pictures, as one file that needs no other."""
     title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
     parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
-    parts += [html.conclusion(text)] if (text := conclusion(runs)) else []
+    if found:
+        parts += [
+            html.heading("Verdicts"),
+            html.paragraph(introduction(found, looks)),
+            html.table(found.rows, "values"),
+        ]
+        parts += map(html.paragraph, found.sentences)
+        parts += (
+            [html.heading("The difference by noise level"), html.table(found.bins, "numbers")] if found.bins else []
+        )
     if len(runs) > 1:
-        found = [[name, *map(brief, row)] for rows in what_differs(runs) for name, row in rows.items()]
+        fields = [[name, *map(brief, row)] for rows in what_differs(runs) for name, row in rows.items()]
         parts += [html.heading("Differences") + html.paragraph(headline(runs))]
         parts += [html.paragraph(warning, "unfair") for warning in unfair(runs)]
-        parts += [html.table([["", *(run.name for run in runs)], *found], "values")] if found else []
+        parts += [html.table([["", *(run.name for run in runs)], *fields], "values")] if fields else []
     parts += [charts(runs), html.table(bins, "numbers") if len(bins) > 1 else ""]
     parts += [html.heading("Last samples") + '<div class="samples">', *map(last_sample, runs), "</div>"]
     return html.page(title, parts)
@@ -455,13 +578,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="difftrain compare", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
+    parser.add_argument("--baseline", metavar="NAME", help="setting, or run of it, that others are compared with")
+    parser.add_argument("--looks", type=int, default=1, help="how often you will have looked by when all seeds are run")
     args = parser.parse_args(argv)
+    if args.looks < 1:
+        raise InputError(f"--looks: must be at least 1, got {args.looks}")
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
     runs = load_runs(args.runs)
-    print(printable(text_report(runs)))
+    found = contest(runs, args.baseline, args.looks)
+    if args.baseline and not found:
+        raise InputError(f"--baseline {args.baseline}: all runs are one setting")
+    print(printable(text_report(runs, found, args.looks)))
     if args.output:
         with blame(f"--output {args.output}", OSError):
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(args.output, html_report(runs))
+            write_file(args.output, html_report(runs, found, args.looks))
         print(f"\n{args.output} shows it with curves and pictures")

@@ -30,10 +30,6 @@ def paragraph(text: str, kind: str | None = None) -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def conclusion(text: str) -> str:
-    return f"<p><strong>{escape(text)}</strong></p>"
-
-
 def heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>"
 

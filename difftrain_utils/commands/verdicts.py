@@ -35,10 +35,7 @@ def paired_t(differences: Sequence[float]) -> Paired:
     n, mean = len(differences), statistics.fmean(differences)
     error, freedom = statistics.stdev(differences) / math.sqrt(n), n - 1
     reach = t_quantile(1 - LEVEL / 2, freedom) * error
-    if error == 0:
-        p = 1.0 if mean == 0 else 0.0
-    else:
-        p = 2 * (1 - t_cdf(abs(mean) / error, freedom))
+    p = 2 * (1 - t_cdf(abs(mean) / error, freedom)) if error else float(mean == 0)
     return Paired(n, mean, mean - reach, mean + reach, p, reach + t_quantile(POWER, freedom) * error)
 
 
@@ -92,9 +89,7 @@ def log_ratios(losses: Sequence[float], baseline: Sequence[float]) -> list[float
     return [math.log(a / b) for a, b in zip(losses, baseline, strict=True)]
 
 
-def bootstrap(
-    losses: np.ndarray, baseline: np.ndarray, images: np.ndarray, bins: np.ndarray
-) -> tuple[float, float]:
+def bootstrap(losses: np.ndarray, baseline: np.ndarray, images: np.ndarray, bins: np.ndarray) -> tuple[float, float]:
     """A 95 % interval of the mean log ratio over noise levels, from drawing both the seeds and the validation images
     again (with replacement; a seed's and an image's losses stay together, as in Owen 2007, "The pigeonhole bootstrap").
 
@@ -117,7 +112,7 @@ def bootstrap(
 
 
 def verdict(paired: Paired, adjusted_p: float, looks: int = 1) -> str:
-    """`better`, `worse` or `not distinguishable`; of `looks` times at which one looks, each has its share of the 5 %."""
+    """`better`, `worse` or `not distinguishable`; each of `looks` times at which one looks has its share of the 5 %."""
     if adjusted_p > LEVEL / looks:
         return "not distinguishable"
     return "better" if paired.mean < 0 else "worse"

@@ -6,15 +6,19 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import difftrain
 from PIL import Image
+from safetensors.numpy import save_file
+from scipy import stats
 
 from difftrain_utils.commands.compare import (
     as_text,
     brief,
     by_value,
+    contest,
     group_names,
     headline,
     load_runs,
@@ -27,7 +31,6 @@ from difftrain_utils.commands.compare import (
     summary_table,
     text_table,
     unfair,
-    winner,
 )
 from difftrain_utils.commands.compare_html import BOTTOM, LEFT, RIGHT, TOP, smooth, ticks
 from difftrain_utils.errors import InputError
@@ -146,7 +149,7 @@ def test_absent_values_are_a_dash_and_a_run_alone_needs_no_others(tmp_path, caps
     ]
     runs = pair(tmp_path / "pair", config={"loss.type": "huber"}, metrics=[{"step": 40, "loss": 0.5}])
     assert summary_table(runs)[2] == ["b", "40", "–", "–", "–", "0.5000", "–"]
-    assert winner(runs) == "1 setting has a finite validation loss: nothing to compare."
+    assert contest(runs).rows[1][-1] == "no verdict: no validation loss"
 
 
 def test_groups_of_seeds_have_mean_and_sample_standard_deviation(tmp_path):
@@ -214,57 +217,109 @@ def test_numbers():
     ]  # fmt: skip
 
 
-# ── Who won ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Against a baseline ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_lower_mean_wins_if_it_is_two_standard_errors_away(tmp_path):
-    """Means 0.4 and 0.3, variances 0.0008 and 0.0004: the standard error is √(0.0008/2 + 0.0004/2) = 0.02449."""
-    mse, huber = [0.4 - 0.02, 0.4 + 0.02], [0.3 - 0.02 / math.sqrt(2), 0.3 + 0.02 / math.sqrt(2)]
-    runs = load_runs(seeds(tmp_path, "m", mse) + seeds(tmp_path, "h", huber, **{"loss.type": "huber"}))
-    assert winner(runs) == (
-        "Final validation loss: h (loss.type: huber) 0.3000, then m (loss.type: mse) 0.4000. "
-        "The difference 0.10 has a standard error of 0.024: h won. "
-        "With so few seeds the standard error is itself rough."
+def rows_of(runs, *args) -> dict[str, dict[str, str]]:
+    header, *rows = contest(runs, *args).rows
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """The seeds differ by much more than the settings: 0.3 to 0.6, and 2 % within each of them."""
+    base, tilt = [0.3, 0.4, 0.5, 0.6], [0.979, 0.981, 0.980, 0.980]
+    own = [loss * factor for loss, factor in zip(base, tilt, strict=True)]
+    runs = load_runs(seeds(tmp_path, "m", base) + seeds(tmp_path, "h", own, **{"loss.type": "huber"}))
+    expected = stats.ttest_1samp(np.log(tilt), 0)
+    low, high = expected.confidence_interval()
+    row = rows_of(runs)["h"]
+    assert row["seeds"] == "4" and row["difference"] == "-2.00 %" and row["verdict"] == "better"
+    assert row["95 % interval"] == f"{100 * np.expm1(low):+.2f} % to {100 * np.expm1(high):+.2f} %"
+    assert row["p (Holm)"] == f"{expected.pvalue:.2g}"
+    assert rows_of(runs, "h")["m"]["verdict"] == "worse"  # against the other one
+    assert rows_of(runs, "h2")["m"]["verdict"] == "worse"  # by the name of a run
+    with pytest.raises(InputError, match=r"--baseline x: no such setting or run; there is m, h"):
+        contest(runs, "x")
+
+
+def test_what_differs_no_more_than_seeds_do_is_not_distinguishable(tmp_path):
+    other = seeds(tmp_path, "h", [0.51, 0.44, 0.5], **{"loss.type": "huber"})
+    found = contest(load_runs(seeds(tmp_path, "m", [0.5, 0.45, 0.48]) + other))
+    assert found.rows[1][-1] == "not distinguishable"
+    (sentence,) = found.sentences
+    ratios = np.log([0.51 / 0.5, 0.44 / 0.45, 0.5 / 0.48])
+    gap = (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)) * ratios.std(ddof=1) / 3**0.5
+    assert sentence.startswith(
+        f"h: 3 seeds detect a gap of {100 * np.expm1(gap):.2f} % in four of five cases; for one as"
     )
+    needed = int(sentence.removesuffix(".").split()[-1])
+    assert 10 < needed < 60
 
 
-@pytest.mark.parametrize(("gap", "outcome"), [(0.0282, ": not distinguishable."), (0.0284, ": m won.")])
-def test_the_line_between_won_and_not_distinguishable(tmp_path, gap, outcome):
-    """Both variances are 2·0.01², so that two standard errors are 2·√(0.0002/2 + 0.0002/2) = 0.02828."""
-    mse, huber = [0.49, 0.51], [0.49 + gap, 0.51 + gap]
-    runs = load_runs(seeds(tmp_path, "m", mse) + seeds(tmp_path, "h", huber, **{"loss.type": "huber"}))
-    assert outcome in winner(runs)
-    assert ("not distinguishable" in winner(runs)) != ("won" in winner(runs))
+@pytest.mark.parametrize(
+    ("finals", "config", "verdict"),
+    [
+        ([0.4], {}, "no verdict: one seed has no spread"),
+        ([0.4, math.nan], {}, "no verdict: a loss is not a finite number above 0"),
+        ([0.4, 0.41], {"data.dataset": "other"}, "better"),
+        ([0.4, 0.41], {"data.resolution": 64}, "unfair: different validation settings (data.resolution)"),
+        ([0.4, 0.41], {"train.batch_size": 4}, "unfair: different numbers of samples seen"),
+    ],
+)
+def test_no_verdict_that_statistics_do_not_carry(tmp_path, finals, config, verdict):
+    other = seeds(tmp_path, "h", finals, **{"loss.type": "huber"}, **config)
+    runs = load_runs(seeds(tmp_path, "m", [0.8, 0.8201]) + other)
+    (row,) = rows_of(runs).values()
+    assert row["verdict"].startswith(verdict)
 
 
-def test_groups_that_are_equal_without_spread_are_not_distinguishable(tmp_path):
-    runs = load_runs(seeds(tmp_path, "m", [0.5, 0.5]) + seeds(tmp_path, "h", [0.5, 0.5], **{"loss.type": "huber"}))
-    assert "not distinguishable" in winner(runs)
+def test_runs_without_a_seed_in_common_are_not_paired(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", config={"train.seed": 1, "loss.type": "huber"})
+    assert rows_of(load_runs([a, b]))["b"]["verdict"] == "no verdict: no seed in common with the baseline"
 
 
-def test_one_seed_says_nothing_about_spread(tmp_path):
-    runs = pair(tmp_path, losses=(0.5, 0.3), config={"loss.type": "huber"})
-    assert winner(runs) == (
-        "Final validation loss: b (loss.type: huber) 0.3000, then a (loss.type: mse) 0.4000. "
-        "b won, but one seed says nothing about spread (b and a): it may be chance."
-    )
-    group = seeds(tmp_path, "g", [0.35, 0.36], **{"loss.type": "l1"})
-    runs = load_runs([tmp_path / "a", *group])
-    assert "g won, but one seed says nothing about spread (a)" in winner(runs)
-    runs = pair(tmp_path / "equal", config={"loss.type": "huber"})
-    assert "They are equal, but one seed" in winner(runs)
+def test_each_noise_level_counts_the_same(tmp_path):
+    """The first level's losses are a hundred times those of the others, and 10 % higher; three are 10 % lower."""
+
+    def with_bins(name, levels, loss):
+        lines = [{"step": 40, "validation_loss": 1.0, "validation_loss_bins": levels}]
+        return [
+            write_run(tmp_path / f"{name}{seed}", metrics=lines, config={"train.seed": seed, "loss.type": loss})
+            for seed in (0, 1)
+        ]
+
+    runs = load_runs(with_bins("m", [100, 1, 1, 1], "mse") + with_bins("h", [110, 0.9, 0.9, 0.9], "huber"))
+    mean = (math.log(1.1) + 3 * math.log(0.9)) / 4
+    assert rows_of(runs)["h"]["difference"] == f"{100 * math.expm1(mean):.2f} %"
+    assert contest(runs).bins[1] == ["h", "+10.00 %", "-10.00 %", "-10.00 %", "-10.00 %"]
 
 
-def test_seeds_of_one_setting_do_not_compete(tmp_path):
-    assert winner(load_runs(seeds(tmp_path, "m", [0.5, 0.4]))) == "All runs are one setting: nothing to win."
+def test_the_bootstrap_draws_seeds_and_images_again(tmp_path):
+    random, folders = np.random.default_rng(0), []
+    triples = np.arange(64, dtype=np.int32)
+    for name, factor in (("m", 1.0), ("h", 0.9)):
+        folders += seeds(tmp_path, name, [0.5 * factor, 0.52 * factor, 0.51 * factor], **{"loss.type": name})
+        for folder in folders[-3:]:
+            losses = {"validation_loss_ema": (factor * random.uniform(0.3, 0.7, 64)).astype(np.float32)}
+            (folder / "validation").mkdir()
+            save_file(
+                losses | {"image": triples % 7, "bin": triples % 4}, folder / "validation/step-000040.safetensors"
+            )
+    shown = rows_of(load_runs(folders))["h"]["over images, too"]
+    low, high = (float(part.split()[0]) for part in shown.split(" to "))
+    assert -35 < low < -10 < high < 15
+    (folders[0] / "validation/step-000040.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"step-000040.safetensors: "):
+        contest(load_runs(folders))
+    (folders[0] / "validation/step-000040.safetensors").unlink()
+    assert rows_of(load_runs(folders))["h"]["over images, too"] == "–"
 
 
-def test_a_run_that_diverged_does_not_win(tmp_path):
-    bad = write_run(tmp_path / "bad", (0.3, math.nan), {"loss.type": "l1"})
-    good = [write_run(tmp_path / name, (0.5, loss), {"loss.type": name}) for name, loss in (("x", 0.4), ("y", 0.6))]
-    runs = load_runs([bad, *good])
-    assert summary_table(runs)[1][2:4] == ["nan", "0.3000 @ 20"]
-    assert winner(runs).startswith("Final validation loss: x (loss.type: x) 0.4000, then y (loss.type: y) 0.6000.")
+def test_seeds_of_one_setting_do_not_compete(tmp_path, capsys):
+    folders = seeds(tmp_path, "m", [0.5, 0.4])
+    assert contest(load_runs(folders)) is None
+    main([str(folder) for folder in folders])
+    assert "All runs are one setting: nothing to compare." in capsys.readouterr().out
 
 
 # ── What differs, and what is unfair ─────────────────────────────────────────────────────────────────────────
@@ -350,7 +405,7 @@ def test_what_a_terminal_would_obey_is_shown_instead(tmp_path, capsys):
 def test_the_verdict_says_that_the_comparison_is_unfair(tmp_path, capsys):
     pair(tmp_path, config={"evaluation.seed": 1})
     main([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert "But the comparison is unfair" in " ".join(capsys.readouterr().out.split())
+    assert "unfair: different validation settings (evaluation.seed)" in capsys.readouterr().out.split("verdict")[1]
 
 
 def test_random_denoisers_of_different_seeds_are_fair(tmp_path):
@@ -477,7 +532,7 @@ def test_the_report_holds_tables_differences_and_warnings_and_escapes_them(tmp_p
     assert [image.get("alt") for image in tree.iter("img")] == ["<b>&, step 40"]
     text = " ".join("".join(tree.itertext()).split())
     assert "The runs differ in: loss.type; and outside the config in: git.commit" in text
-    assert strange in text and "<b>& won" in text
+    assert strange in text and "no verdict: one seed has no spread" in text
     assert [p.text for p in tree.iter("p") if p.get("class") == "unfair"] == ["unfair: different code (git.commit)"]
     cells = [[cell.text for cell in row] for row in tree.iter("tr")]
     assert ["a", "40", "0.4000", "0.4000 @ 40", "0.2000", "0.2500", "25.00"] in cells
