@@ -420,7 +420,7 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
         except ValueError as error:
             ratios.append(str(error))
             continue
-        if len(seeds) > 1 and all(map(len, ratios[i])):
+        if len(seeds) > 1:
             tested[i] = paired_t([statistics.fmean(levels) for levels in ratios[i]])
     adjusted = dict(zip(tested, holm([paired.p for paired in tested.values()]), strict=True))
     name, sentences, bins = name_of(base, groups), [], []
@@ -430,9 +430,9 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
         outcome = f"unfair: {'; '.join(reason.removeprefix('unfair: ') for reason in reasons)}" if reasons else ""
         if i not in tested:
             count = "–" if isinstance(ratios[i], str) else str(len(ratios[i]))
-            why = ratios[i] if isinstance(ratios[i], str) else why_not_tested(ratios[i])
-            gap = [statistics.fmean(levels) for levels in ratios[i] if levels] if count != "–" else []
-            difference = percent(gap[0]) if len(gap) == 1 else "–"
+            why = "one seed has no spread" if ratios[i] else "no seed in common with the baseline"
+            difference = percent(statistics.fmean(ratios[i][0])) if count == "1" else "–"
+            why = ratios[i] if count == "–" else why
             rows.append([called, count, difference, "–", "–", "–", outcome or f"no verdict: {why}"])
             continue
         paired, p = tested[i], adjusted[i]
@@ -448,12 +448,6 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
             sentences.append(f"{called}: {paired.n} seeds detect a gap of {detected} in four of five cases{more}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
     return Contest(name, rows, [header, *bins] if bins else [], sentences)
-
-
-def why_not_tested(ratios: list[list[float]]) -> str:
-    if not ratios:
-        return "no seed in common with the baseline"
-    return "one seed has no spread" if all(ratios) else "no validation loss"
 
 
 def resample(own: dict[int, Run], other: dict[int, Run]) -> tuple[float, float] | None:

@@ -83,7 +83,11 @@ def t_quantile(p: float, freedom: int) -> float:
 
 
 def log_ratios(losses: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Of each noise level. Raises ValueError unless all losses are finite and above 0."""
+    """Of each noise level. Raises ValueError unless there are the same levels, and all losses finite and above 0."""
+    if not losses or not baseline:
+        raise ValueError("no validation loss")
+    if len(losses) != len(baseline):
+        raise ValueError(f"losses of {len(losses)} noise levels, and the baseline's of {len(baseline)}")
     if not all(math.isfinite(value) and value > 0 for value in (*losses, *baseline)):
         raise ValueError("a loss is not a finite number above 0")
     return [math.log(a / b) for a, b in zip(losses, baseline, strict=True)]

@@ -532,7 +532,7 @@ def test_the_report_holds_tables_differences_and_warnings_and_escapes_them(tmp_p
     assert [image.get("alt") for image in tree.iter("img")] == ["<b>&, step 40"]
     text = " ".join("".join(tree.itertext()).split())
     assert "The runs differ in: loss.type; and outside the config in: git.commit" in text
-    assert strange in text and "no verdict: one seed has no spread" in text
+    assert strange in text and "unfair: different code (git.commit)" in text
     assert [p.text for p in tree.iter("p") if p.get("class") == "unfair"] == ["unfair: different code (git.commit)"]
     cells = [[cell.text for cell in row] for row in tree.iter("tr")]
     assert ["a", "40", "0.4000", "0.4000 @ 40", "0.2000", "0.2500", "25.00"] in cells
