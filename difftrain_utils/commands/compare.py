@@ -488,7 +488,7 @@ def introduction(found: Contest, looks: int) -> str:
     text = (
         f"Against {found.baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
         "geometric mean over the noise levels, each of which counts the same; its 95 % t interval; p after Holm over "
-        f"the settings, of which {verdicts.LEVEL / looks:.2g} is called a difference."
+        f"the settings, of which at most {verdicts.LEVEL / looks:.2g} is called a difference."
     )
     if looks > 1:
         return f"{text} One of {looks} looks that were planned."
