@@ -58,7 +58,9 @@ COVERING = {
         "train.group_size": 2,
         "data.cache_text": True,
         "timesteps.density": "log_normal",
+        "timesteps.p_mean": -0.5,
         "loss.weighting": "edm",
+        "loss.edm_sigma_data": 1.0,
     },
     "table-smooth-l1": {
         "timesteps.density": "table",
@@ -80,7 +82,9 @@ COVERING = {
     "learned-uncertainty": {
         "loss.learned_uncertainty": True,
         "loss.weighting": "edm",
+        "loss.edm_sigma_data": 1.0,
         "timesteps.density": "log_normal",
+        "timesteps.p_mean": -0.5,
     },
     "other-schedule": {
         "scheduler.sampler": "DPMSolverMultistepScheduler",

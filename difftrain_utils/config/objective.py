@@ -51,8 +51,9 @@ class TimestepsConfig:
     """Standard deviation of `logit_normal`."""
     mode_scale: float = 1.29
     """Scale of `mode`, between -1 and 1.75."""
-    p_mean: float = -1.2
-    """Mean of the logarithm of the noise-to-signal ratio, of `log_normal`."""
+    p_mean: float | None = None
+    """Mean of the logarithm of the noise-to-signal ratio, of `log_normal`, which needs it. EDM's -1.2 is for data of
+    standard deviation 0.5: latents, of about 1, have -1.2 + ln(1 / 0.5) = -0.5."""
     p_std: float = 1.2
     """Standard deviation of that logarithm."""
     table: list[float] | None = None
@@ -64,6 +65,10 @@ class TimestepsConfig:
         require(self.logit_std > 0, "logit_std", "must be above 0")
         require(-1 <= self.mode_scale <= 1.75, "mode_scale", "must be between -1 and 1.75")
         require(self.p_std > 0, "p_std", "must be above 0")
+        has_mean = self.density != "log_normal" or self.p_mean is not None
+        require(
+            has_mean, "p_mean", "is needed by log_normal: -1.2 + ln(sd of the data / 0.5) is EDM's, so -0.5 for sd 1"
+        )
         is_table, table = self.density == "table", self.table
         require((table is not None) == is_table, "table", "goes with timesteps.density table, and only with it")
         are_weights = not is_table or (min(table, default=-1) >= 0 and sum(table) > 0)
@@ -129,14 +134,16 @@ class LossConfig:
     """γ of p2."""
     p2_k: float = 1.0
     """k of p2."""
-    edm_sigma_data: float = 0.5
-    """Standard deviation of the data, of edm."""
+    edm_sigma_data: float | None = None
+    """Standard deviation of the data, of edm, which needs it; that of latents is about 1, EDM's pixels had 0.5."""
 
     def check(self, require: Require) -> None:
         require(0 < self.huber_c <= 1, "huber_c", "must be above 0 and at most 1")
         require(self.snr_gamma > 0, "snr_gamma", "must be above 0")
         require(self.p2_k > 0, "p2_k", "must be above 0")
         require(self.p2_gamma >= 0, "p2_gamma", "must be 0 or more")
-        require(self.edm_sigma_data > 0, "edm_sigma_data", "must be above 0")
+        has_sd = self.weighting != "edm" or self.edm_sigma_data is not None
+        require(has_sd, "edm_sigma_data", "is needed by edm: the standard deviation of the data, about 1 for latents")
+        require(self.edm_sigma_data is None or self.edm_sigma_data > 0, "edm_sigma_data", "must be above 0")
         has_threshold = self.type in ("huber", "smooth_l1") or self.huber_schedule == "constant"
         require(has_threshold, "huber_schedule", f"does nothing for loss.type {self.type}")

@@ -38,6 +38,17 @@ def test_null_is_refused_where_there_has_to_be_a_value(tmp_path, field):
 
 
 @pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--timesteps.density", "log_normal"], "timesteps.p_mean: is needed by log_normal: "),
+        (["--loss.weighting", "edm"], "loss.edm_sigma_data: is needed by edm: the standard deviation of the data"),
+    ],
+)
+def test_what_depends_on_the_data_has_no_default(argv, message):
+    assert refusal(*argv).startswith(message)
+
+
+@pytest.mark.parametrize(
     "argv",
     [
         ("--noise.offset", ".nan"),

@@ -34,7 +34,7 @@ def all_timesteps(prediction_type: str) -> torch.Tensor:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_weighted_loss_is_the_stated_weight_on_the_clean_latents_error(prediction_type, weighting):
     """A model that says x̂_0 in its own parametrisation, at a given x_t: the weighted losses agree."""
-    config, schedule = LossConfig(weighting=weighting), schedule_of(prediction_type)
+    config, schedule = LossConfig(weighting=weighting, edm_sigma_data=0.5), schedule_of(prediction_type)
     generator = torch.Generator().manual_seed(0)
     latents, noise, guess = torch.randn(3, 50, 4, 8, 8, generator=generator, dtype=torch.float64)
     timesteps = all_timesteps(prediction_type)[torch.linspace(0, 998, 50).long()]
@@ -74,7 +74,7 @@ def test_the_weights_are_the_papers():
         snr = schedule.snr(timesteps)
 
         def weights(weighting, schedule=schedule, **fields):
-            return loss_weights(LossConfig(weighting=weighting, **fields), schedule, timesteps)
+            return loss_weights(LossConfig(weighting=weighting, edm_sigma_data=0.5, **fields), schedule, timesteps)
 
         scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
         torch.testing.assert_close(weights("min_snr"), torch.minimum(snr, torch.tensor(5.0)) / scale)
@@ -88,8 +88,14 @@ def test_the_weights_are_the_papers():
     flow, timesteps = schedule_of("flow_prediction"), torch.arange(1, 1000).float()
     for weighting in ("sigma_sqrt", "cosmap"):
         expected = compute_loss_weighting_for_sd3(weighting, timesteps / 1000)
-        weights = loss_weights(LossConfig(weighting=weighting), flow, timesteps)
+        weights = loss_weights(LossConfig(weighting=weighting, edm_sigma_data=0.5), flow, timesteps)
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=0)
+
+
+def test_sigma_sqrt_is_bounded_near_the_clean_end():
+    flow, timesteps = schedule_of("flow_prediction"), torch.tensor([0.01, 0.1, 0.999, 1.0, 10.0])
+    weights = loss_weights(LossConfig(weighting="sigma_sqrt"), flow, timesteps)
+    torch.testing.assert_close(weights, torch.tensor([1e6, 1e6, 1e6, 1e6, 1e4]), rtol=1e-3, atol=0)
 
 
 def test_edm_gives_unit_weight_to_edms_own_parametrisation():
@@ -104,7 +110,7 @@ def test_edm_gives_unit_weight_to_edms_own_parametrisation():
 def test_weights_are_finite_at_both_ends(prediction_type, weighting):
     schedule = schedule_of(prediction_type, **({} if prediction_type[0] == "f" else {"rescale_betas_zero_snr": True}))
     ends = torch.tensor([0.0, 1000.0]) if prediction_type == "flow_prediction" else torch.tensor([0, 999])
-    weights = loss_weights(LossConfig(weighting=weighting), schedule, ends)
+    weights = loss_weights(LossConfig(weighting=weighting, edm_sigma_data=0.5), schedule, ends)
     assert weights.isfinite().all() and (weights >= 0).all()
 
 
@@ -175,8 +181,10 @@ def test_a_timestep_without_signal_is_trained(prediction_type, weighting):
     """As the code of Min-SNR has it; the others are as they were."""
     timesteps = torch.arange(1000)
     zero = schedule_of(prediction_type, rescale_betas_zero_snr=True)
-    weights = loss_weights(LossConfig(weighting=weighting), zero, timesteps)
+    weights = loss_weights(LossConfig(weighting=weighting, edm_sigma_data=0.5), zero, timesteps)
     assert weights[-1] > 1e-3 and (weighting not in VANISHING or weights[-1] == 1)
     assert weights.isfinite().all()
-    same = clean_weight(LossConfig(weighting=weighting), zero.snr(timesteps)) / zero.error_scale(timesteps)
+    same = clean_weight(LossConfig(weighting=weighting, edm_sigma_data=0.5), zero.snr(timesteps)) / zero.error_scale(
+        timesteps
+    )
     assert torch.equal(weights[:-1], same[:-1])
