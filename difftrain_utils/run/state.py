@@ -14,8 +14,9 @@ from difftrain_utils.errors import LOAD_ERRORS, RunError, blame
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
-from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name
+from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name, list_checkpoints
 
+RUINED = 1e8  # no weight of a model that learns is as large
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
 
 
@@ -126,7 +127,7 @@ class TrainState:
 
         Raises:
             RunError: it is not finite, and that ends the run (`train.on_nonfinite`, `train.max_skipped_steps`, or no
-                loss scale helps); the state before the step is saved.
+                loss scale helps); the state before the step is saved, unless an update has ruined the weights.
         """
         self._is_finite, scaler = grad_norm.isfinite().item(), self.accelerator.scaler
         if self._is_finite:
@@ -136,10 +137,24 @@ class TrainState:
                 self.save(required=True)
                 raise RunError(f"at step {self.step + 1} no loss scale makes fp16's gradient finite; use bf16")
         elif self.config.on_nonfinite == "stop" or self.skipped_steps >= self.config.max_skipped_steps:
+            self._blame_the_update()
             self.save(required=True)
             raise RunError(self._describe_nonfinite(grad_norm.item(), samples))
         self.skipped_steps += 1
         return scaler is not None
+
+    def _blame_the_update(self) -> None:
+        """Raise RunError if the weights themselves are ruined: it is not the samples then, and not to be saved."""
+        weights = [parameter.detach() for model in self.models.values() for parameter in model.parameters()]
+        largest = torch.stack([weight.abs().max() for weight in weights if weight.numel()]).max().item()
+        if not largest < RUINED:  # or nan
+            newest = list_checkpoints(Path(self.config.output_dir))
+            there = newest[-1][1] if newest else "no checkpoint"
+            raise RunError(
+                f"the weights are up to {largest:.3g} at step {self.step + 1}: an update before it was too large; lower "
+                "the learning rate (optimizer.init_args.lr) or clip (train.max_grad_norm). They are not saved; there is "
+                f"{there}"
+            )
 
     def _describe_nonfinite(self, grad_norm: float, samples: Samples) -> str:
         size = self.config.batch_size

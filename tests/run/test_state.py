@@ -13,7 +13,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig, OptimizerConfig, TrainConfig
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_optimizer, clip_gradients
 from difftrain_utils.run.manifest import Record
@@ -219,6 +219,15 @@ def test_fp16_leaves_out_a_step_whose_scaled_gradient_is_infinite(tmp_path, monk
         moved = [not torch.equal(model.weight, before[name]) for name, model in state.models.items()]
         assert moved == [bool(step)] * 2
     assert (state.skipped_steps, scaler.get_scale()) == (1, 2.0**9)
+
+
+def test_an_update_that_was_too_large_is_blamed_and_not_the_images(short_run, tmp_path):
+    argv = [*short_run, "--output-dir", str(tmp_path / "run"), "--optimizer.init_args.lr", "1.0e+30"]
+    with pytest.raises(
+        RunError, match=r"at step 2: an update before it was too large; lower .*; there is no checkpoint"
+    ):
+        train(argv)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_the_last_step_has_a_line_of_metrics(short_run):
