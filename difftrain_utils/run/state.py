@@ -151,9 +151,9 @@ class TrainState:
             newest = list_checkpoints(Path(self.config.output_dir))
             there = newest[-1][1] if newest else "no checkpoint"
             raise RunError(
-                f"the weights are up to {largest:.3g} at step {self.step + 1}: an update before it was too large; lower "
-                "the learning rate (optimizer.init_args.lr) or clip (train.max_grad_norm). They are not saved; there is "
-                f"{there}"
+                f"the weights are up to {largest:.3g} at step {self.step + 1}: an update before it was too large; "
+                "lower the learning rate (optimizer.init_args.lr) or clip (train.max_grad_norm). They are not saved; "
+                f"there is {there}"
             )
 
     def _describe_nonfinite(self, grad_norm: float, samples: Samples) -> str:

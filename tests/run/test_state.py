@@ -223,8 +223,9 @@ def test_fp16_leaves_out_a_step_whose_scaled_gradient_is_infinite(tmp_path, monk
 
 def test_an_update_that_was_too_large_is_blamed_and_not_the_images(short_run, tmp_path):
     argv = [*short_run, "--output-dir", str(tmp_path / "run"), "--optimizer.init_args.lr", "1.0e+30"]
+    argv += ["--train.save_every", "0"]
     with pytest.raises(
-        RunError, match=r"at step 2: an update before it was too large; lower .*; there is no checkpoint"
+        RunError, match=r"at step [23]: an update before it was too large; lower .*; there is no checkpoint"
     ):
         train(argv)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
