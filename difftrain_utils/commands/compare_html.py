@@ -1,6 +1,6 @@
 """Pieces of an HTML page that needs no other file: tables, line charts as SVG, pictures as data URLs.
 
-They are also well-formed XML. What the report says, and in which order, is in compare_runs.py.
+They are also well-formed XML. What the report says, and in which order, is in compare.py.
 """
 
 import base64
