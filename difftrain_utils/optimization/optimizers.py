@@ -96,5 +96,9 @@ def clip_gradients(
 def build_lr_scheduler(
     config: LrSchedulerConfig, optimizer: torch.optim.Optimizer, max_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate as a function of the optimizer step, up to `max_steps`."""
-    return get_scheduler(config.name, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=max_steps)
+    """The learning rate as a function of the optimizer step, up to `max_steps`. Raises InputError if it cannot begin at
+    the optimizer's (a polynomial one falls to 1e-7)."""
+    with blame(f"lr_scheduler.name: {config.name}", ValueError):
+        return get_scheduler(
+            config.name, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=max_steps
+        )

@@ -2,9 +2,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from difftrain_utils.config.training import OptimizerConfig
+from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError
-from difftrain_utils.optimization.optimizers import build_optimizer, clip_gradients
+from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
 
 
 def models():
@@ -93,3 +93,9 @@ def test_the_uncertainty_has_its_own_rate():
     both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
     optimizer = build_optimizer(OptimizerConfig(), both)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-4, 0.01), (1e-2, 0.0)]
+
+
+def test_a_learning_rate_below_the_end_of_a_polynomial_schedule_is_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1e-8)
+    with pytest.raises(InputError, match=r"^lr_scheduler.name: polynomial: .*1e-07.*1e-08"):
+        build_lr_scheduler(LrSchedulerConfig(name="polynomial"), optimizer, 10)
