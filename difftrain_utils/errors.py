@@ -62,6 +62,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "scipy": "immiscible", "torchmetrics": "metrics"}
+
+
+def not_installed(package: str) -> str:
+    """What to say of it: this project's extra that brings it, if there is one."""
+    what = f"-c constraints.txt -e '.[{EXTRAS[package]}]'" if package in EXTRAS else package
+    return f"{package} is not installed (pip install {what})"
+
+
 def some(names: Sequence[str]) -> str:
     """The first three of many names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,7 +16,7 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, blame, not_installed
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.lock import lock_used_folder
@@ -135,7 +135,7 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
         raise InputError("train.precision: fp16 needs a GPU; a CPU has bf16 and fp32")
     for field, package in config.needed_packages().items():
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}: {package} is not installed (pip install {package})")
+            raise InputError(f"{field}: {not_installed(package)}")
 
 
 def pause_at_exit(accelerator: Accelerator) -> None:

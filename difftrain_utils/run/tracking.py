@@ -13,7 +13,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, not_installed
 from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import METRICS_FILE
@@ -32,7 +32,7 @@ def check_trackers(report_to: str | list[str] | None) -> list[str]:
         if name not in known:
             raise InputError(f"train.report_to: no tracker {name!r}; there is {', '.join(known)}")
         if name not in available:
-            raise InputError(f"train.report_to: {name} is not installed (pip install {name})")
+            raise InputError(f"train.report_to: {not_installed(name)}")
     return names
 
 

@@ -2,13 +2,13 @@ import json
 
 import pytest
 from accelerate import Accelerator
-from helpers import metrics_without_times
+from helpers import ROOT, metrics_without_times
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import EXTRAS, InputError, not_installed
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.tracking import Metrics, check_trackers
 
@@ -51,3 +51,10 @@ def test_trackers_are_refused_rather_than_dropped():
         check_trackers("tensorbord")
     with pytest.raises(InputError, match=r"train.report_to: aim is not installed \(pip install aim\)"):
         check_trackers(["tensorboard", "aim"])
+
+
+def test_a_package_of_an_extra_is_named_with_it():
+    assert not_installed("aim") == "aim is not installed (pip install aim)"
+    assert not_installed("scipy") == "scipy is not installed (pip install -c constraints.txt -e '.[immiscible]')"
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f'\n{extra} = ["{package}>' in project for package, extra in EXTRAS.items())
