@@ -63,16 +63,16 @@ def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[in
     return to_device(numbers.view(-1, *shape), device)
 
 
-def keyed_rand(seed: int, purpose: str, keys: Iterable[int], device=None) -> torch.Tensor:
-    """Numbers uniform in [0, 1), shape (len(keys),), float64; entry i depends on keys[i] alone."""
-    numbers = [generator_for(seed, purpose, key).random() for key in keys]
-    return to_device(torch.tensor(numbers, dtype=torch.float64), device)
+def keyed_rand(seed: int, purpose: str, keys: Iterable[int]) -> torch.Tensor:
+    """Numbers uniform in [0, 1), shape (len(keys),), float64; entry i depends on keys[i] alone. They stay on the CPU:
+    not every device has float64, and float32 would round some up to 1."""
+    return torch.tensor([generator_for(seed, purpose, key).random() for key in keys], dtype=torch.float64)
 
 
-def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int, device=None) -> torch.Tensor:
+def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int) -> torch.Tensor:
     """Integers uniform in [low, high), shape (len(keys),), int64; entry i depends on keys[i] alone."""
     numbers = [int(generator_for(seed, purpose, key).integers(low, high)) for key in keys]
-    return to_device(torch.tensor(numbers, dtype=torch.int64), device)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _digest(seed: int, purpose: str, key: int, num_bytes: int) -> bytes:
@@ -95,8 +95,8 @@ def _fill_with_normal(numbers: torch.Tensor, generators: Sequence[np.random.Gene
     always rounded away in float32."""
     count = numbers.shape[1]
     half = -(-count // 2)
-    words = [generator.bit_generator.random_raw(half) for generator in generators]
-    bits = torch.from_numpy((np.stack(words) if len(words) > 1 else words[0][None]).view(np.int32))
+    words = np.stack([generator.bit_generator.random_raw(half) for generator in generators])
+    bits = torch.from_numpy(words.view(np.int32))
     radius = bits[:, :half].double().add_(2**31 + 0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = bits[:, half:].double().mul_(2 * math.pi * 2**-32)
     torch.mul(radius, angle.cos(), out=numbers[:, :half])

@@ -23,8 +23,16 @@ import yaml
 from safetensors.numpy import load_file
 
 from difftrain_utils.commands import compare_html as html
-from difftrain_utils.commands import verdicts
-from difftrain_utils.commands.verdicts import bootstrap, holm, log_ratios, paired_t, seeds_needed, verdict
+from difftrain_utils.commands.verdicts import (
+    LEVEL,
+    Paired,
+    bootstrap,
+    holm,
+    log_ratios,
+    paired_t,
+    seeds_needed,
+    verdict,
+)
 from difftrain_utils.config.config import rename_fields
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
 from difftrain_utils.files import text_digest, write_file
@@ -369,36 +377,60 @@ def notes(runs: list[Run]) -> list[str]:
 # ── Against a baseline ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class Contest:
-    """The settings that are compared with a baseline, as rows of a table, and what is to be said of it in words."""
+    """What is to be said of the settings that are compared with a baseline: in words, as a table with a row for each,
+    as a table of noise levels (or none), and in words again."""
 
-    baseline: str
+    introduction: str
     rows: list[list[str]]
     bins: list[list[str]]
     sentences: list[str]
+
+
+@dataclass
+class Compared:
+    """A setting and the baseline: the log ratios of each seed in common, by noise level, and the test of their means
+    over the levels; without it, why there is none. No ratios: the losses have none."""
+
+    ratios: list[list[float]] | None
+    paired: Paired | None = None
+    why_not: str = ""
 
 
 def by_seed(runs: list[Run]) -> dict[int, Run]:
     return {run.config.get("train.seed"): run for run in runs}
 
 
-def name_of(runs: list[Run], groups: dict[str, str]) -> str:
-    return groups.get(runs[0].name, runs[0].name)
+def seeds_in_common(setting: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
+    """The runs of each seed that both have, in the order of the seeds."""
+    own, other = by_seed(setting), by_seed(base)
+    return [(own[seed], other[seed]) for seed in sorted((own.keys() & other.keys()) - {None})]
 
 
-def choose_baseline(settings: list[list[Run]], name: str | None) -> int:
+def choose_baseline(settings: list[list[Run]], names: list[str], name: str | None) -> int:
     """The setting of this name, or with a run of this name; without one the first."""
-    groups = group_names(settings)
-    names = [{name_of(runs, groups), *(run.name for run in runs)} for runs in settings]
-    found = [i for i, of_setting in enumerate(names) if name in of_setting]
-    if name is not None and not found:
-        there = ", ".join(name_of(runs, groups) for runs in settings)
-        raise InputError(f"--baseline {name}: no such setting or run; there is {there}")
-    return found[0] if found else 0
+    if name is None:
+        return 0
+    for i, (called, runs) in enumerate(zip(names, settings, strict=True)):
+        if name in (called, *(run.name for run in runs)):
+            return i
+    raise InputError(f"--baseline {name}: no such setting or run; there is {', '.join(names)}")
 
 
 def losses_by_level(run: Run) -> list[float]:
     """The last validation losses by noise level; of a run without them, the one validation loss."""
     return validation_bins(run)[1] or [loss for _, loss in validation_losses(run)[-1:]]
+
+
+def compared(setting: list[Run], base: list[Run]) -> Compared:
+    pairs = seeds_in_common(setting, base)
+    try:
+        ratios = [log_ratios(losses_by_level(own), losses_by_level(other)) for own, other in pairs]
+    except ValueError as error:
+        return Compared(None, why_not=str(error))
+    if len(ratios) < 2:
+        why_not = "one seed has no spread" if ratios else "no seed in common with the baseline"
+        return Compared(ratios, why_not=why_not)
+    return Compared(ratios, paired_t([statistics.fmean(levels) for levels in ratios]))
 
 
 def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Contest | None:
@@ -410,61 +442,60 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
     settings = settings_of(runs)
     if len(settings) < 2:
         return None
-    groups, base = group_names(settings), settings.pop(choose_baseline(settings, baseline))
-    ratios, tested = [], {}
-    for i, setting in enumerate(settings):
-        own, other = by_seed(setting), by_seed(base)
-        seeds = sorted(seed for seed in own.keys() & other.keys() if seed is not None)
-        try:
-            ratios.append([log_ratios(losses_by_level(own[s]), losses_by_level(other[s])) for s in seeds])
-        except ValueError as error:
-            ratios.append(str(error))
-            continue
-        if len(seeds) > 1:
-            tested[i] = paired_t([statistics.fmean(levels) for levels in ratios[i]])
-    adjusted = dict(zip(tested, holm([paired.p for paired in tested.values()]), strict=True))
-    name, sentences, bins = name_of(base, groups), [], []
+    groups = group_names(settings)
+    names = [groups.get(setting[0].name, setting[0].name) for setting in settings]
+    chosen = choose_baseline(settings, names, baseline)
+    base, base_name = settings.pop(chosen), names.pop(chosen)
+    results = [compared(setting, base) for setting in settings]
+    adjusted = iter(holm([result.paired.p for result in results if result.paired]))
     rows = [["setting", "seeds", "difference", "95 % interval", "over images, too", "p (Holm)", "verdict"]]
-    for i, setting in enumerate(settings):
-        called, reasons = name_of(setting, groups), unfair([*base, *setting])
-        outcome = f"unfair: {'; '.join(reason.removeprefix('unfair: ') for reason in reasons)}" if reasons else ""
-        if i not in tested:
-            count = "–" if isinstance(ratios[i], str) else str(len(ratios[i]))
-            why = "one seed has no spread" if ratios[i] else "no seed in common with the baseline"
-            difference = percent(statistics.fmean(ratios[i][0])) if count == "1" else "–"
-            why = ratios[i] if count == "–" else why
-            rows.append([called, count, difference, "–", "–", "–", outcome or f"no verdict: {why}"])
+    bins, sentences = [], []
+    for name, setting, result in zip(names, settings, results, strict=True):
+        ratios, paired = result.ratios, result.paired
+        reasons = "; ".join(warning.removeprefix("unfair: ") for warning in unfair([*base, *setting]))
+        unfairness = f"unfair: {reasons}" if reasons else ""
+        if paired is None:
+            count = "–" if ratios is None else str(len(ratios))
+            difference = percent(statistics.fmean(ratios[0])) if ratios else "–"
+            rows.append([name, count, difference, "–", "–", "–", unfairness or f"no verdict: {result.why_not}"])
             continue
-        paired, p = tested[i], adjusted[i]
-        resampled = resample(by_seed(setting), by_seed(base))
+        p, resampled = next(adjusted), resample(setting, base)
+        found = unfairness or verdict(paired, p, looks)
         cells = [percent(paired.mean), interval(paired.low, paired.high), interval(*resampled) if resampled else "–"]
-        rows.append([called, str(paired.n), *cells, f"{p:.2g}", outcome or verdict(paired, p, looks)])
-        if len({len(levels) for levels in ratios[i]}) == 1 and len(ratios[i][0]) > 1:
-            bins.append([called, *(percent(statistics.fmean(level)) for level in zip(*ratios[i], strict=True))])
-        if not outcome and verdict(paired, p, looks) == "not distinguishable":
-            needed = seeds_needed([statistics.fmean(levels) for levels in ratios[i]], paired.mean)
-            more = f"; for one as seen here, {'more than 1000' if needed is None else needed}" if paired.mean else ""
-            detected = percent(paired.detectable).removeprefix("+")
-            sentences.append(f"{called}: {paired.n} seeds detect a gap of {detected} in four of five cases{more}.")
+        rows.append([name, str(paired.n), *cells, f"{p:.2g}", found])
+        if len(set(map(len, ratios))) == 1 and len(ratios[0]) > 1:
+            bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*ratios, strict=True))])
+        if found == "not distinguishable":
+            sentences.append(f"{name}: {in_seeds(paired)}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
-    return Contest(name, rows, [header, *bins] if bins else [], sentences)
+    return Contest(introduction(base_name, looks), rows, [header, *bins] if bins else [], sentences)
 
 
-def resample(own: dict[int, Run], other: dict[int, Run]) -> tuple[float, float] | None:
+def in_seeds(paired: Paired) -> str:
+    """What gap so many seeds detect, and how many seeds the gap as it was seen needs."""
+    detected, needed = percent(paired.detectable).removeprefix("+"), seeds_needed(paired.sd, paired.mean)
+    text = f"{paired.n} seeds detect a gap of {detected} in four of five cases"
+    if not paired.mean:
+        return text
+    return f"{text}; for one as seen here, {'more than 1000' if needed is None else needed}"
+
+
+def resample(setting: list[Run], base: list[Run]) -> tuple[float, float] | None:
     """The bootstrap's interval; None where a run has not kept the losses of its last step, or others have other
     triples."""
-    seeds = sorted(own.keys() & other.keys())
-    found = [triple_losses(runs[seed]) for runs in (own, other) for seed in seeds]
-    if not all(found) or any(
-        not np.array_equal(part[name], found[0][name]) for part in found for name in ("image", "bin")
-    ):
+    pairs = seeds_in_common(setting, base)
+    found = [triple_losses(run) for runs in zip(*pairs, strict=True) for run in runs]  # the setting's, then the other's
+    if not all(found):
+        return None
+    images, bins = found[0]["image"], found[0]["bin"]
+    if not all(np.array_equal(part["image"], images) and np.array_equal(part["bin"], bins) for part in found):
         return None
     losses = np.stack([part["loss"] for part in found]).astype(np.float64)
-    return bootstrap(losses[: len(seeds)], losses[len(seeds) :], found[0]["image"], found[0]["bin"])
+    return bootstrap(losses[: len(pairs)], losses[len(pairs) :], images, bins)
 
 
 def triple_losses(run: Run) -> dict[str, np.ndarray] | None:
-    """ "loss", "image" and "bin" of each triple of the last validation."""
+    """The loss, the image and the bin of each triple of the last validation; None if they were not kept."""
     step = validation_losses(run)[-1][0]
     path = run.folder / VALIDATION / f"step-{step:06d}.safetensors"
     if not path.is_file():
@@ -484,11 +515,11 @@ def interval(low: float, high: float) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def introduction(found: Contest, looks: int) -> str:
+def introduction(baseline: str, looks: int) -> str:
     text = (
-        f"Against {found.baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
+        f"Against {baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
         "geometric mean over the noise levels, each of which counts the same; its 95 % t interval; p after Holm over "
-        f"the settings, of which at most {verdicts.LEVEL / looks:.2g} is called a difference."
+        f"the settings, of which at most {LEVEL / looks:.2g} is called a difference."
     )
     if looks > 1:
         return f"{text} One of {looks} looks that were planned."
@@ -508,12 +539,11 @@ def text_table(rows: list[list[str]], width: int = 120) -> str:
     return "\n\n".join("\n".join(block) for block in lines)
 
 
-def text_report(runs: list[Run], found: Contest | None = None, looks: int = 1) -> str:
+def text_report(runs: list[Run], found: Contest | None) -> str:
     bins = bins_table(runs)
     parts = [text_table(summary_table(runs)), "\n".join(notes(runs))]
     if found:
-        parts += [textwrap.fill(introduction(found, looks), 120), text_table(found.rows)]
-        parts += ["\n".join(found.sentences)]
+        parts += [textwrap.fill(found.introduction, 120), text_table(found.rows), "\n".join(found.sentences)]
         parts += ["The difference by noise level:\n" + text_table(found.bins)] if found.bins else []
     elif len(runs) > 1:
         parts.append("All runs are one setting: nothing to compare.")
@@ -526,20 +556,15 @@ def text_report(runs: list[Run], found: Contest | None = None, looks: int = 1) -
 
 
 # ── The report as HTML ───────────────────────────────────────────────────────────────────────────────────────
-def html_report(runs: list[Run], found: Contest | None = None, looks: int = 1) -> str:
+def html_report(runs: list[Run], found: Contest | None) -> str:
     """The same, with curves and pictures, as one file that needs no other."""
     title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
     parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
     if found:
-        parts += [
-            html.heading("Verdicts"),
-            html.paragraph(introduction(found, looks)),
-            html.table(found.rows, "values"),
-        ]
+        parts += [html.heading("Verdicts"), html.paragraph(found.introduction), html.table(found.rows, "values")]
         parts += map(html.paragraph, found.sentences)
-        parts += (
-            [html.heading("The difference by noise level"), html.table(found.bins, "numbers")] if found.bins else []
-        )
+        if found.bins:
+            parts += [html.heading("The difference by noise level"), html.table(found.bins, "numbers")]
     if len(runs) > 1:
         fields = [[name, *map(brief, row)] for rows in what_differs(runs) for name, row in rows.items()]
         parts += [html.heading("Differences") + html.paragraph(headline(runs))]
@@ -583,9 +608,9 @@ def main(argv: list[str] | None = None) -> None:
     found = contest(runs, args.baseline, args.looks)
     if args.baseline and not found:
         raise InputError(f"--baseline {args.baseline}: all runs are one setting")
-    print(printable(text_report(runs, found, args.looks)))
+    print(printable(text_report(runs, found)))
     if args.output:
         with blame(f"--output {args.output}", OSError):
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(args.output, html_report(runs, found, args.looks))
+            write_file(args.output, html_report(runs, found))
         print(f"\n{args.output} shows it with curves and pictures")

@@ -51,16 +51,8 @@ def say(text: str = "") -> None:
     print(printable(text), flush=True)
 
 
-KNOWN_BEFORE = (
-    "git",
-    "stream",
-    "processor",
-    "cpu_capability",
-    "versions.",
-    "cuda",
-    "cudnn",
-    "package.",
-)  # the re-run starts
+# Known before the re-run starts
+KNOWN_BEFORE = ("git", "stream", "processor", "cpu_capability", "versions.", "cuda", "cudnn", "package.")
 NUMERIC_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG")
 
 

@@ -17,10 +17,12 @@ RESAMPLES = 2000
 
 @dataclass
 class Paired:
-    """Of the differences of n seeds: mean, 95 % t interval, two-sided p, and the gap that so many seeds detect."""
+    """Of the differences of n seeds: mean and standard deviation, 95 % t interval, two-sided p, and the gap that so
+    many seeds detect."""
 
     n: int
     mean: float
+    sd: float
     low: float
     high: float
     p: float
@@ -30,13 +32,12 @@ class Paired:
 def paired_t(differences: Sequence[float]) -> Paired:
     """Student's test of the mean of paired differences, of which there are at least two (Student 1908).
 
-    `detectable` is the mean that n seeds of this spread would find at `LEVEL` in `POWER` of cases, about
-    (t₁₋ₐ/₂ + t₁₋ᵦ)·sd/√n. Without any spread p is 1 if the mean is 0, else 0."""
-    n, mean = len(differences), statistics.fmean(differences)
-    error, freedom = statistics.stdev(differences) / math.sqrt(n), n - 1
+    Without any spread p is 1 if the mean is 0, else 0."""
+    n, mean, sd = len(differences), statistics.fmean(differences), statistics.stdev(differences)
+    error, freedom = sd / math.sqrt(n), n - 1
     reach = t_quantile(1 - LEVEL / 2, freedom) * error
     p = 2 * (1 - t_cdf(abs(mean) / error, freedom)) if error else float(mean == 0)
-    return Paired(n, mean, mean - reach, mean + reach, p, reach + t_quantile(POWER, freedom) * error)
+    return Paired(n, mean, sd, mean - reach, mean + reach, p, detectable(sd, n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -49,13 +50,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def seeds_needed(differences: Sequence[float], gap: float) -> int | None:
-    """How many seeds of this spread detect a mean of `gap` at `LEVEL` in `POWER` of cases; None: more than 1000."""
-    sd = statistics.stdev(differences)
-    for n in range(2, 1001):
-        if (t_quantile(1 - LEVEL / 2, n - 1) + t_quantile(POWER, n - 1)) * sd / math.sqrt(n) <= abs(gap):
-            return n
-    return None
+def detectable(sd: float, n: int) -> float:
+    """The mean that n seeds whose differences spread by `sd` find at `LEVEL` in `POWER` of cases, nearly."""
+    return (t_quantile(1 - LEVEL / 2, n - 1) + t_quantile(POWER, n - 1)) * sd / math.sqrt(n)
+
+
+def seeds_needed(sd: float, gap: float) -> int | None:
+    """How many seeds detect a mean of `gap`; None: more than 1000."""
+    return next((n for n in range(2, 1001) if detectable(sd, n) <= abs(gap)), None)
 
 
 def t_cdf(t: float, freedom: int) -> float:

@@ -182,11 +182,10 @@ def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[
 def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
     formats = [json.dumps({"format": version} | key, indent=2) + "\n" for version in range(1, FORMATS[what] + 1)]
     *older, folder = [cache_folder(config) / f"{what}-{text_digest(content)[:20]}" for content in formats]
-    for path in older:
-        if path.exists() and not folder.exists() and accelerator.is_main_process:
-            warn(f"data.cache_dir: {path} is of an earlier version of difftrain and not used: making it again")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and not (folder / "key.json").exists():
+            for path in filter(Path.exists, older):
+                warn(f"data.cache_dir: {path} is of an earlier version of difftrain and not used: making it again")
             write_file(folder / "key.json", formats[-1], shared=True)
     return folder

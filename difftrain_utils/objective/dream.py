@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from difftrain_utils.config.objective import StrategyConfig
+from difftrain_utils.devices import to_device
 from difftrain_utils.keyed_random import keyed_rand
 from difftrain_utils.objective.schedule import Schedule, append_dims
 
@@ -37,5 +38,5 @@ def dream_noise(
     alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
     dream_lambda = (sigmas / (alphas.square() + sigmas.square()).sqrt()) ** config.dream_detail_preservation
     rectified = noise + append_dims(dream_lambda, noise) * (noise - predicted_noise)
-    chosen = keyed_rand(seed, "dream", keys, noise.device) < config.dream_probability
+    chosen = to_device(keyed_rand(seed, "dream", keys) < config.dream_probability, noise.device)
     return torch.where(append_dims(chosen, noise), rectified, noise)

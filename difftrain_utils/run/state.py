@@ -146,7 +146,7 @@ class TrainState:
     def _blame_the_update(self) -> None:
         """Raise RunError if the weights themselves are ruined: it is not the samples then, and not to be saved."""
         weights = [parameter.detach() for model in self.models.values() for parameter in model.parameters()]
-        largest = torch.stack([weight.abs().max() for weight in weights if weight.numel()]).max().item()
+        largest = torch.nn.utils.get_total_norm(weights, torch.inf).item()
         if not largest < RUINED:  # or nan
             newest = list_checkpoints(Path(self.config.output_dir))
             there = newest[-1][1] if newest else "no checkpoint"

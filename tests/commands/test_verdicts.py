@@ -31,11 +31,11 @@ def test_holms_correction_by_hand():
 
 def test_so_many_seeds_detect_the_gap():
     """Simulated: of experiments whose gap is the detectable one, four of five find it."""
-    random, n = np.random.default_rng(0), seeds_needed([-1.0, 0.0, 1.0], 1.0)  # sd 1, gap 1
+    random, n = np.random.default_rng(0), seeds_needed(1.0, 1.0)  # sd 1, gap 1
     assert n == 10
     found = sum(paired_t(random.normal(1, 1, n).tolist()).p <= 0.05 for _ in range(3000)) / 3000
     assert found == pytest.approx(0.8, abs=0.05)
-    assert seeds_needed([-1.0, 0.0, 1.0], 1e-6) is None
+    assert seeds_needed(1.0, 1e-6) is None
 
 
 @pytest.mark.parametrize("settings", [1, 11])
