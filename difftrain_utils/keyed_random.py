@@ -95,7 +95,8 @@ def _fill_with_normal(numbers: torch.Tensor, generators: Sequence[np.random.Gene
     always rounded away in float32."""
     count = numbers.shape[1]
     half = -(-count // 2)
-    words = np.stack([generator.bit_generator.random_raw(half) for generator in generators])
+    words = [generator.bit_generator.random_raw(half) for generator in generators]
+    words = np.stack(words) if len(words) > 1 else words[0][None]  # a large row is not copied
     bits = torch.from_numpy(words.view(np.int32))
     radius = bits[:, :half].double().add_(2**31 + 0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = bits[:, half:].double().mul_(2 * math.pi * 2**-32)
