@@ -49,9 +49,14 @@ def keep_freed_memory() -> None:
 
 
 def check_compile(config: TrainConfig, device: torch.device) -> None:
-    """Raise InputError unless torch.compile works on the device: it needs a C++ compiler, or Triton on a GPU."""
+    """Raise InputError unless torch.compile works on the device: it needs a C++ compiler, or Triton on a GPU.
+
+    On a CPU it shall not choose layouts of its own: with torch 2.13 in bf16 and `whole` the gradients were wrong then,
+    and zero for more than half of the builtin model's parameters."""
     if config.compile is None:
         return
+    if device.type == "cpu":
+        torch._inductor.config.layout_optimization = False
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of many kinds, of any layer of the compiler
