@@ -131,7 +131,8 @@ def main(config: TextToImageConfig) -> int:
             logs = meter.end_step(grad_norm, lr)
             profiler.step()
             if state.is_due(config.train.eval_every):
-                logs |= evaluation.evaluate(denoiser, state.averages.get("ema"), state.step)
+                with state.evaluation_mode():
+                    logs |= evaluation.evaluate(denoiser, state.averages.get("ema"), state.step)
             meter.log(logs)
             if state.is_due(config.ema.snapshot_every):
                 state.save_ema_snapshot()
@@ -142,7 +143,8 @@ def main(config: TextToImageConfig) -> int:
     # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
     weights, ema = None, state.averages.get("ema")
     if state.is_finished:
-        weights = export_pipeline(accelerator, family, denoiser, ema, config.train.output_dir)
+        with state.evaluation_mode():
+            weights = export_pipeline(accelerator, family, denoiser, ema, config.train.output_dir)
     record.end(state.step, interruptions.stop, weights)
     accelerator.end_training()
     return 0 if state.is_finished else STOPPED

@@ -106,7 +106,7 @@ OPTIONS = [
     ("EMA every 10 steps", "--ema.update_every 10", True),
     ("vae_slicing", "--model.vae_slicing true", False),
     ("cached latents", "--data.center_crop true --data.cache_latents true", True),
-    ("cached text", "--data.center_crop true --data.cache_text true", True),
+    ("cached text", "--data.cache_text true", True),
     ("EMA on the CPU", "--ema.on_cpu true", False),
     ("gradient checkpointing", "--train.gradient_checkpointing true", False),
     ("compile regional", "--train.compile regional", True),

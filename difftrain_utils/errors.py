@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
@@ -54,7 +55,17 @@ def writing(path: os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {path}: {one_line(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise RunError(f"cannot write {path}: {reason}") from error
+
+
+@contextmanager
+def go_on_without() -> Iterator[None]:
+    """Warn of a RunError: what cannot be written is worth less than the run."""
+    try:
+        yield
+    except RunError as error:
+        warn(f"{error}; training goes on without it")
 
 
 def one_line(error: Exception) -> str:
@@ -69,6 +80,11 @@ def not_installed(package: str) -> str:
     """What to say of it: this project's extra that brings it, if there is one."""
     what = f"-c constraints.txt -e '.[{EXTRAS[package]}]'" if package in EXTRAS else package
     return f"{package} is not installed (pip install {what})"
+
+
+def shorten(text: str, length: int = 300) -> str:
+    """A text that quotes a value of any length, to be read in a line."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def some(names: Sequence[str]) -> str:
@@ -92,6 +108,7 @@ def one_line_errors() -> Iterator[None]:
     """
     outlast_readers()
     stop_in_one_line()
+    threading.excepthook = _report_unless_disk
     try:
         yield
     except (InputError, RunError) as error:
@@ -121,6 +138,12 @@ def one_line_errors() -> Iterator[None]:
         if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         _exit("train.compile: the denoiser saw too many shapes to compile it for each", everywhere=False, code=1)
+
+
+def _report_unless_disk(args: threading.ExceptHookArgs) -> None:
+    """A tracker's thread that cannot write prints no traceback: who hands it something to write gets the error."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(args)
 
 
 def _exit(message: str, everywhere: bool, code: int) -> None:

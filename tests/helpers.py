@@ -34,7 +34,23 @@ DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise
 
 def parse_config(argv: list[str]) -> TextToImageConfig:
     """The config of train_text_to_image.py."""
-    return command_line.parse_config(TextToImageConfig, argv)
+    return command_line.parse_config(TextToImageConfig, last_wins(argv))
+
+
+def last_wins(argv: list[str]) -> list[str]:
+    """A test changes the options of another run by giving them again, which the script refuses."""
+    merged, name = {}, None
+    for arg in map(str, argv):
+        if arg.startswith("--"):
+            name = command_line.ALIASES.get(arg, arg)
+            key = name if name not in ("--config", "--data.sources+") else (name, len(merged))
+            merged.pop(key, None)
+            merged[key] = [name]
+        elif name is None:
+            merged[arg] = [arg]
+        else:
+            merged[key].append(arg)
+    return [part for parts in merged.values() for part in parts]
 
 
 def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path) -> list[str]:
@@ -106,13 +122,13 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
 
 def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
     """Run the script as its own process, like `accelerate launch` does on one device."""
-    command = [sys.executable, str(SCRIPT), *argv]
+    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
     return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, **kwargs)
 
 
 def difftrain(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     """Run the command `difftrain` as its own process."""
-    command = [sys.executable, "-m", "difftrain_utils", *arguments]
+    command = [sys.executable, "-m", "difftrain_utils", *last_wins(arguments)]
     return subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, **kwargs)
 
 
@@ -140,7 +156,7 @@ def without_dropout(short_run, tmp_path) -> Path:
 
 def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
+    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
     environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -154,7 +170,7 @@ def assert_refused(result: subprocess.CompletedProcess, message: str, code: int 
 
 def start(argv: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *argv],
+        [sys.executable, str(SCRIPT), *last_wins(argv)],
         cwd=ROOT,
         env=launch_environment(),
         stdout=subprocess.DEVNULL,

@@ -12,6 +12,9 @@ from helpers import assert_one_line, options, short_options, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from difftrain_utils.config import command_line
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.errors import InputError
 from difftrain_utils.files import DIGESTS_FILE, sha256sums
 
 CONFIG = [
@@ -89,6 +92,23 @@ def test_config_and_command_line(short_run, tmp_path, capsys, monkeypatch, argv,
     monkeypatch.chdir(tmp_path)
     assert_one_line([*short_run, *argv.split()], message, capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train.seed 1 --train.seed 2", "--train.seed: given twice, as 1 and as 2$"),
+        ("--train.seed=1 --train.overwrite --train.seed 1", "--train.seed: given twice, as 1 and as 1$"),
+        ("--output-dir a --train.output_dir b", "--train.output_dir: given twice, as a and as b$"),
+        ("--optimizer.init_args.lr 1 --optimizer.init_args.lr 2", "--optimizer.init_args.lr: given twice, as 1 and"),
+        ("--noise.immiscible_batch_size 2 --train.group_size 4", "--train.group_size: given twice, as 2 and as 4$"),
+    ],
+)
+def test_an_option_that_is_given_twice(argv, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        command_line.parse_config(TextToImageConfig, argv.split())
+    config = "--config configs/quickstart.yaml --config configs/experiments/baseline.yaml"  # one changes the other
+    assert command_line.parse_config(TextToImageConfig, config.split()).model.prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from helpers import (
     ROOT,
     SCRIPT,
     assert_refused,
+    last_wins,
     launch_environment,
     metrics_without_times,
     options,
@@ -32,7 +33,11 @@ def change(text: str, *changes: tuple[str, str]) -> str:
 def run(script: Path, *argv: str, package: Path = ROOT) -> subprocess.CompletedProcess:
     environment = launch_environment() | {"PYTHONPATH": str(package)}
     return subprocess.run(
-        [sys.executable, str(script), *argv], cwd=script.parent, env=environment, capture_output=True, text=True
+        [sys.executable, str(script), *last_wins(argv)],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -19,6 +19,7 @@ from helpers import (
     assert_refused,
     data_of,
     difftrain,
+    last_wins,
     launch,
     launch_environment,
     launch_two,
@@ -555,14 +556,14 @@ def test_a_branch_of_other_models_or_averages_is_refused_before_it_starts(short_
     branch = ["--output-dir", str(tmp_path / "branch"), "--resume-from", str(output_dir / "checkpoint-2")]
     for run in (validate_config.main, train):
         with pytest.raises(InputError, match=rf"^train.resume_from: {output_dir}/checkpoint-2.*{message}"):
-            run([*short_run, *after, *branch])
+            run(last_wins([*short_run, *after, *branch]))
     assert not (tmp_path / "branch").exists()
 
 
 def test_a_branch_may_leave_out_an_average(short_run, tmp_path):
     output_dir = train([*short_run, "--ema.power_sigma_rels", "[0.1]", "--train.max_steps", "2"])
     branch = ["--output-dir", str(tmp_path / "branch"), "--resume-from", str(output_dir / "checkpoint-2")]
-    validate_config.main([*short_run, *branch])
+    validate_config.main(last_wins([*short_run, *branch]))
     assert (train([*short_run, *branch]) / "checkpoint-6/ema.safetensors").is_file()
 
 

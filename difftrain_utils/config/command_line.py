@@ -17,8 +17,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.config.training import OptimizerConfig
-from difftrain_utils.errors import InputError, blame, warn
+from difftrain_utils.errors import InputError, blame, shorten, warn
 
 ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
 
@@ -56,16 +57,20 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         raise InputError("--config: needs a YAML file, such as configs/quickstart.yaml; --help shows all fields")
     argv = _expand(config_class, argv)
     parser = _build_parser(config_class, prog)
-    argv = _check_names(config_class, argv)
     try:
+        argv = _check_names(config_class, argv)
+        _refuse_repeated(argv)
         namespace = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise InputError(_one_line(str(error))) from None
+    except RecursionError:
+        raise InputError("the command line: a value is nested too deep to be read") from None
     sections = {field.name: field.type(**vars(getattr(namespace, field.name))) for field in _sections(config_class)}
     config = config_class(**sections)
     if config.data.sources is not None:
         config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
     config.check()
+    use_cache_without_network(config.loaded_names())
     return config
 
 
@@ -164,6 +169,18 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     return argv
 
 
+def _refuse_repeated(argv: Sequence[str]) -> None:
+    """A field that is given twice has one value that would be lost in silence; a file may be changed by another."""
+    values = {}
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--") and name != "--config" and not name.endswith("+"):
+            value = value if equals else following
+            if name in values:
+                raise InputError(f"{name}: given twice, as {values[name]:.60} and as {value:.60}")
+            values[name] = value
+
+
 def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
     """The sections of a config file, all of whose names are known, or were before they were renamed."""
     names, known = [section.name for section in _sections(config_class)], field_names(config_class)
@@ -205,6 +222,9 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
         hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
         return f"{name}: no such field; {hint}"
     sections = list(dict.fromkeys(k.split(".")[0] for k in known))
+    if name in sections:
+        first = next(field for field in known if field.startswith(f"{name}."))
+        return f"{name}: a section; give its fields one by one, such as {prefix}{first}"
     if (short := SHORT.get(name.split(".")[-1])) is not None:
         return f"{name}: no such field; did you mean {prefix}{short}?"
     matches = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.7)
@@ -220,6 +240,8 @@ def _one_line(message: str) -> str:
     if in_source := re.search(r"SourceConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
         problem = " ".join(in_source[1].replace("Parser key", "field").split())
         return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
+    if message.startswith('Parser key "data.sources":'):
+        return "data.sources: must be a list, each item of it {dataset: …}, or null"
     if "Union subtypes" in message:
         name = message.split('"')[1]
         expected = [
@@ -229,4 +251,4 @@ def _one_line(message: str) -> str:
         message = f"{name}: Expected {' or '.join(expected)}. Got value: {value}"
     message = message.replace('Parser key "', "").replace('":', ":")
     message = message.replace("typing.Literal", "one of ").replace("<class 'NoneType'>", "null")
-    return " ".join(message.split())
+    return shorten(" ".join(message.split()))

@@ -54,6 +54,10 @@ class Config:
         """The optional packages that the config asks for, by the fields that do."""
         return {}
 
+    def loaded_names(self) -> list[str]:
+        """The folders, or names on the hub, of what the config loads."""
+        return []
+
     def to_yaml(self) -> str:
         """The config with all its defaults, as `--config` reads it."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)

@@ -45,6 +45,14 @@ class TextToImageConfig(Config):
         if self.noise.immiscible:
             self.train.check_groups(num_processes)
 
+    def loaded_names(self) -> list[str]:
+        """The folders, or names on the hub, of what the config loads."""
+        data, evaluation = self.data, self.evaluation
+        names = [self.model.pretrained_model_name_or_path, data.dataset, data.validation_dataset]
+        names += [source.dataset for source in data.sources or []]
+        names += [evaluation.fid_features, evaluation.clip_score_model]
+        return [name for name in names if name and name != "inception"]
+
     def needed_packages(self) -> dict[str, str]:
         """The optional packages that the config asks for, by the fields that do."""
         fields = {"noise.immiscible": ("scipy", self.noise.immiscible)}

@@ -1,5 +1,7 @@
 """Where rows come from: image folders, parquet, arrow and WebDataset files, hub data sets, drawn shapes."""
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -11,9 +13,11 @@ import datasets
 
 from difftrain_utils.builtins.shapes import draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, RunError, blame
 
 NUM_BUILTIN_SHAPES = 1800
+VALIDATION = "data.validation_dataset"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -26,7 +30,14 @@ def sources_of(config: DataConfig) -> list[tuple[str, SourceConfig]]:
 
 def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
     """`data.validation_dataset` as a source."""
-    return "data", SourceConfig(config.validation_dataset, config.split, config.image_column, config.caption_column)
+    return VALIDATION, SourceConfig(config.validation_dataset, config.split, config.image_column, config.caption_column)
+
+
+def field_of(source: str, name: str) -> str:
+    """How errors call a field of what they call `source`; the validation data set has its columns from data."""
+    if source == VALIDATION:
+        return VALIDATION if name == "dataset" else f"data.{name}"
+    return f"{source}.{name}"
 
 
 def caption_columns(source: SourceConfig) -> list[str]:
@@ -44,10 +55,10 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     if name == "builtin:shapes":
         data = draw_shapes(config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{field}.dataset: no such builtin: {name!r}; there is builtin:shapes")
+        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is builtin:shapes")
     else:
         folder = Path(name).expanduser()
-        with blame(cannot_load(field, source), Exception):  # whatever stops datasets
+        with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
             elif (folder / "dataset_dict.json").is_file():
@@ -56,14 +67,33 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
                 data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
-        raise InputError(f"{field}.dataset: {name} has no images")
+        raise InputError(f"{field_of(field, 'dataset')}: {name} has no images")
     return used_columns(data, source)
+
+
+@contextlib.contextmanager
+def _blame_cache() -> Iterator[None]:
+    """Raise RunError if it is the cache, where datasets keeps what it has read, that stops it from loading a source."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                place = Path(str(cause.filename or ""))
+                if cause.errno in FULL or place in (cache, *cache.parents) or cache in place.parents:
+                    raise RunError(f"cannot write the cache {cache} (HF_DATASETS_CACHE): {cause.strerror}") from error
+            cause = cause.__cause__
+        raise
 
 
 def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
     is_folder = Path(source.dataset).expanduser().is_dir()
-    return f"{field}.dataset: cannot load {source.dataset!r}" + ("" if is_folder else ", which is no folder here")
+    return f"{field_of(field, 'dataset')}: cannot load {source.dataset!r}" + (
+        "" if is_folder else ", which is no folder here"
+    )
 
 
 def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict[str, str]:
@@ -77,7 +107,9 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
         check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
     if folder.is_dir() and not any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
-        raise InputError(f"{field}.dataset: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
+        raise InputError(
+            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)"
+        )
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
 
@@ -89,13 +121,15 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
         *((c, "caption_column") for c in caption_columns(source)),
     ):
         if find_column(data, column) is None:
-            raise InputError(f"{field}.{asked_by}: no column {column!r} in {name}; it has {', '.join(columns)}")
+            raise InputError(
+                f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
+            )
     feature = data.features.get(source.image_column)
     is_bytes = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
     if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
         hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
         column = f"column {source.image_column!r} of {name}"
-        raise InputError(f"{field}.image_column: {column} does not hold images, but {feature!r:.80}{hint}")
+        raise InputError(f"{field_of(field, 'image_column')}: {column} does not hold images, but {feature!r:.80}{hint}")
 
 
 def used_columns(data, source: SourceConfig):
@@ -141,7 +175,7 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
     whose image is missing."""
     if source.image_column != "image":
         raise InputError(
-            f"{field}.image_column: an image folder has its images in 'image', got {source.image_column!r}"
+            f"{field_of(field, 'image_column')}: an image folder has its images in 'image', got {source.image_column!r}"
         )
     number = 0
     for number, line in metadata_lines(path):
@@ -175,8 +209,9 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
     if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).startswith(".."):
         raise InputError(f"{line_name}: the file must lie in this folder, got {row['file_name']}")
     if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
+        columns = " or ".join(map(repr, caption_columns(source)))
         raise InputError(
-            f"{field}.caption_column: no {' or '.join(map(repr, caption_columns(source)))} in {line_name}; "
+            f"{field_of(field, 'caption_column')}: no {columns} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
     return row

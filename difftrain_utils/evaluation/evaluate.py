@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from difftrain_utils.builtins.shapes import count_right
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.errors import go_on_without
 from difftrain_utils.evaluation.grids import generate, save_grid
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
@@ -45,12 +46,15 @@ class Evaluation:
                     losses[name] = validation_losses(self.accelerator, self.family, denoiser, self.rows, self.config)
                 logs |= by_noise_level(name, losses[name], num_bins)
             if self.accelerator.is_main_process:
-                save_validation_losses(losses, len(self.rows), num_bins, self.file(VALIDATION, step, ".safetensors"))
+                path = self.file(VALIDATION, step, ".safetensors")
+                with go_on_without():
+                    save_validation_losses(losses, len(self.rows), num_bins, path)
         if evaluation.prompts:
             with evaluation_weights(denoiser, ema), self.accelerator.autocast():
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
-                save_grid(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
+                with go_on_without():
+                    save_grid(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)

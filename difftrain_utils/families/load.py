@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
@@ -87,6 +88,8 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         if path.is_dir():
             raise
+        if HF_HUB_OFFLINE:
+            raise ValueError("no such folder, and not cached; without a network the hub is not asked") from error
         raise ValueError(f"no such folder, and the hub did not give it: {one_line(error)}") from error
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError("model_index.json names no pipeline (_class_name)")

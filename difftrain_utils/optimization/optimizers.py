@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
-from difftrain_utils.errors import InputError, blame, some
+from difftrain_utils.errors import InputError, blame, shorten, some
+from difftrain_utils.optimization.muon import MuonWithAdamW
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
@@ -39,11 +40,14 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
                 raise InputError(
                     f"optimizer.init_args.{name}: {config.class_path} has no such argument; did you mean {closest[0]}?"
                 )
-    with blame(f"optimizer.init_args: {config.class_path} refuses {config.init_args}", *ERRORS):
+    with blame(f"optimizer.init_args: {config.class_path} refuses {shorten(str(config.init_args))}", *ERRORS):
+        cls = MuonWithAdamW if cls is torch.optim.Muon else cls
         _try(cls, config)
         _check_groups(config, models)
         groups = [group for name, model in models.items() for group in _groups_of(name, model, config)]
-        return cls(groups, **config.init_args)
+        optimizer = cls(groups, **config.init_args)
+        _check_group_options(config, optimizer)
+        return optimizer
 
 
 def _check_groups(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> None:
@@ -52,6 +56,19 @@ def _check_groups(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]
     for pattern in config.groups.keys() - OptimizerConfig().groups.keys():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"optimizer.groups: {pattern!r} is of no parameter; there is {some(names)}")
+
+
+def _check_group_options(config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Raise InputError for an option that the optimizer does not have: it would be ignored."""
+    of_default = OptimizerConfig().groups
+    for pattern, options in config.groups.items():
+        if of_default.get(pattern) == options:
+            continue
+        for name in options.keys() - optimizer.defaults.keys():
+            raise InputError(
+                f"optimizer.groups: {pattern!r}: {config.class_path} has no {name!r} for a group; it has "
+                f"{', '.join(optimizer.defaults)}"
+            )
 
 
 def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -74,6 +91,8 @@ def _try(cls: type[torch.optim.Optimizer], config: OptimizerConfig) -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer = cls([{"name": "denoiser", "params": [parameter]}], **config.init_args)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     optimizer.step()
 
 

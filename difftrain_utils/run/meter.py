@@ -35,6 +35,7 @@ class Meter:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
+        self.metrics.close()
 
     def parts(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The parts of the next step's batch."""

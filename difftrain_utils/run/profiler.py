@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import warn
+from difftrain_utils.errors import go_on_without, warn
 from difftrain_utils.files import new_file
 from difftrain_utils.run.run_folder import PROFILE
 
@@ -20,6 +20,7 @@ class Profiler:
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig):
         self.path, self.profile = Path(config.output_dir) / PROFILE / "trace.json.gz", None
+        self.steps_made = 0
         if config.profile and accelerator.is_main_process:
             steps = TRACED_STEPS if config.profile is True else config.profile
             self.profile = torch.profiler.profile(
@@ -38,17 +39,18 @@ class Profiler:
     def __exit__(self, *error) -> None:
         if self.profile is not None:
             self.profile.stop()
-            if not self.path.exists():
+            if self.steps_made <= WARMUP_STEPS:
                 reason = f"the run ended within the first {WARMUP_STEPS} steps, which warm up"
                 warn(f"train.profile: no trace, because {reason}")
 
     def step(self) -> None:
         """A step of the run has ended."""
         if self.profile is not None:
+            self.steps_made += 1
             self.profile.step()
 
     def _write(self, profile: torch.profiler.profile) -> None:
-        with new_file(self.path) as partial:
+        with go_on_without(), new_file(self.path) as partial:
             packed = partial.with_name(f"{partial.name}.gz")  # by the name it knows what to pack
             profile.export_chrome_trace(str(packed))
             packed.replace(partial)

@@ -1,5 +1,7 @@
 """All that changes while a run trains, and what of it a checkpoint holds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +12,7 @@ from safetensors.torch import load_model, save_model
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
-from difftrain_utils.errors import LOAD_ERRORS, RunError, blame
+from difftrain_utils.errors import LOAD_ERRORS, RunError, blame, go_on_without
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
@@ -107,6 +109,7 @@ class TrainState:
         prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
         *prepared, self.optimizer, self.lr_scheduler = prepared
         self.models = dict(zip(models, prepared, strict=True))
+        self.optimizer.train()  # of those that know it, as schedule-free ones do
         self.averages: Averages = {}
         self.step, self.skipped_steps = 0, 0
         self.totals = Totals(accelerator, config.gradient_accumulation_steps)
@@ -171,6 +174,23 @@ class TrainState:
         self.totals.end_step(self._is_finite)
         self.step, self.place = self.step + 1, self._next_place
 
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """For the block, the weights that an optimizer with `eval()` (a schedule-free one) trains for, where those that
+        it takes gradients at are others. Then these are back, to the bit."""
+        if not hasattr(self.optimizer.optimizer, "eval"):
+            yield
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = [parameter.detach().clone() for parameter in parameters]
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, kept)
+
     def is_due(self, every: int) -> bool:
         """Whether what comes every so many steps comes now; at the last step it does. 0: never."""
         return every > 0 and (self.step % every == 0 or self.is_finished)
@@ -208,7 +228,8 @@ class TrainState:
             return
         names = [name for name, _ in self._plain("denoiser").named_parameters()]
         if self.accelerator.is_main_process:
-            self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
+            with go_on_without():
+                self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
 
     def _plain(self, name: str) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.models[name])

@@ -3,20 +3,21 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError, not_installed
+from difftrain_utils.errors import InputError, not_installed, one_line, warn, writing
 from difftrain_utils.files import write_file
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.run_folder import METRICS_FILE
+from difftrain_utils.run.run_folder import METRICS_FILE, TRACKERS
 
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -55,23 +56,42 @@ class Metrics:
             flat = {f"{s}.{name}": _primitive(value) for s, fields in sections for name, value in fields.items()}
             # a resumed TensorBoard run hides what the run that was cut off logged after this step
             tensorboard = {"purge_step": global_step + 1} if global_step else {}
-            accelerator.init_trackers("difftrain", flat, init_kwargs={"tensorboard": tensorboard})
+            with writing(Path(config.train.output_dir) / TRACKERS):
+                accelerator.init_trackers("difftrain", flat, init_kwargs={"tensorboard": tensorboard})
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self.accelerator.log(values, step=step)
+        _each_tracker(self.accelerator, lambda tracker: tracker.log(values, step=step))
+
+    def close(self) -> None:
+        """Let the trackers write what they still hold."""
+        _each_tracker(self.accelerator, lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
 
 
 def log_images(accelerator: Accelerator, step: int, name: str, images: list[Image.Image]) -> None:
     """Show images of one size in the trackers that show images (TensorBoard, Weights & Biases)."""
-    for tracker in accelerator.trackers:
+
+    def show(tracker: GeneralTracker) -> None:
         kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         if tracker.name in ("tensorboard", "wandb"):
             tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
+
+    _each_tracker(accelerator, show)
+
+
+def _each_tracker(accelerator: Accelerator, act: Callable[[GeneralTracker], None]) -> None:
+    """Do without a tracker that fails, as of a full disk or a network that is gone."""
+    for tracker in list(accelerator.trackers):
+        try:
+            act(tracker)
+        except Exception as error:  # of any library
+            accelerator.trackers.remove(tracker)
+            warn(f"train.report_to: {tracker.name}: {one_line(error)}; training goes on without it, see {METRICS_FILE}")
 
 
 def _cut_back(path: Path, global_step: int) -> None:

@@ -16,6 +16,7 @@ from helpers import (
     ROOT,
     SCRIPT,
     assert_refused,
+    last_wins,
     launch,
     launch_environment,
     metrics_without_times,
@@ -49,10 +50,10 @@ def fault(library: Path, path: str, at: int, error: int) -> dict[str, str]:
 
 
 def start(argv: list[str], num_processes: int, environment: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *argv]
+    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
     if num_processes > 1:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *argv]
+        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
         environment = environment | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         command, cwd=ROOT, env=launch_environment() | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -168,7 +169,7 @@ def test_where_a_run_cannot_go_on_it_says_so_in_a_line(short_run, tmp_path, faul
 
 
 def launch_with(environment: dict[str, str], argv: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *argv]
+    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
     return subprocess.run(command, cwd=ROOT, env=launch_environment() | environment, capture_output=True, text=True)
 
 

@@ -89,6 +89,39 @@ def test_a_pattern_of_no_parameter_is_refused():
         build_optimizer(OptimizerConfig(groups={"denoiser.norm*": {"weight_decay": 0.0}}), models())
 
 
+def test_an_option_that_the_optimizer_does_not_have_is_refused():
+    """It would be ignored."""
+    message = r"^optimizer.groups: 'denoiser.bias': torch.optim.AdamW has no 'weight_decya' for a group; it has lr, "
+    with pytest.raises(InputError, match=message):
+        build_optimizer(OptimizerConfig(groups={"denoiser.bias": {"weight_decya": 0.0}}), models())
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    """To the bit like the two by themselves, also after both have been saved and loaded."""
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.Flatten(), torch.nn.Linear(3, 2)) for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimizerConfig("torch.optim.Muon", {"lr": 0.1, "momentum": 0.5}, {"denoiser.2.bias": {"lr": 0.3}})
+    optimizer = build_optimizer(config, {"denoiser": ours})
+    assert [(g["name"], g["lr"], len(g["params"])) for g in optimizer.param_groups] == [
+        ("denoiser", 0.1, 1), ("denoiser", 0.1, 2), ("denoiser", 0.3, 1)
+    ]  # fmt: skip
+    rest = [{"params": [*theirs[0].parameters()]}, {"params": [theirs[2].bias], "lr": 0.3}]
+    separate = torch.optim.Muon([theirs[2].weight], lr=0.1, momentum=0.5), torch.optim.AdamW(rest, lr=0.1)
+    for step in range(4):
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), build_optimizer(config, {"denoiser": ours})
+            optimizer.load_state_dict(state)
+        for model, optimizers in ((ours, [optimizer]), (theirs, separate)):
+            model.zero_grad()
+            model(torch.arange(8.0).view(4, 2, 1, 1)).square().mean().backward()
+            for each in optimizers:
+                each.step()
+        for name, parameter in ours.named_parameters():
+            assert torch.equal(parameter, dict(theirs.named_parameters())[name]), (step, name)
+
+
 def test_the_uncertainty_has_its_own_rate():
     both = models() | {"uncertainty": torch.nn.Linear(3, 1, bias=False)}
     optimizer = build_optimizer(OptimizerConfig(), both)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from helpers import (
     SCRIPT,
     last_step,
+    last_wins,
     launch,
     launch_environment,
     launch_two,
@@ -106,7 +107,7 @@ def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_
 def test_a_signal_to_all_processes_finds_the_workers_at_work(short_run, tmp_path, number):
     """As Slurm sends it to all that belongs to a step, and a terminal to all in the foreground."""
     argv = [*short_run, "--train.max_steps", "100000", "--train.save_every", "0", "--data.num_workers", "2"]
-    command = [sys.executable, str(SCRIPT), *argv]
+    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
     run = subprocess.Popen(command, env=launch_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: last_step(tmp_path / "run") > 2, run)
@@ -123,7 +124,7 @@ def test_who_reads_what_is_printed_may_go_away(short_run, tmp_path):
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     for more in ([], ["--resume-from", "latest"]):
         reader, writer = os.pipe()
-        command = [sys.executable, str(SCRIPT), *argv, *more]
+        command = [sys.executable, str(SCRIPT), *last_wins([*argv, *more])]
         run = subprocess.Popen(command, env=launch_environment(), stdout=writer, stderr=writer)
         os.close(writer)
         wait_for(lambda: last_step(tmp_path / "run") > 1, run)
@@ -145,7 +146,7 @@ def test_a_signal_before_and_after_training_ends_in_one_line(short_run, tmp_path
     script.write_text(text.replace(place, f"{indent}import os\n{indent}os.kill(os.getpid(), {int(number)})\n{place}"))
     argv = [*short_run, "--train.max_steps", "2", "--train.save_every", "1"]
     result = subprocess.run(
-        [sys.executable, str(script), *argv], env=launch_environment(), capture_output=True, text=True
+        [sys.executable, str(script), *last_wins(argv)], env=launch_environment(), capture_output=True, text=True
     )
     assert result.returncode == STOPPED and "Traceback" not in result.stderr
     assert f"\nstopped by {number.name}: run the same command again\n" in result.stderr

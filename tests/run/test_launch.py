@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from accelerate import Accelerator
-from helpers import ROOT, SCRIPT, assert_refused, launch_environment
+from helpers import ROOT, SCRIPT, assert_refused, last_wins, launch_environment
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
@@ -69,7 +69,7 @@ def test_what_stops_the_main_process_stops_all_without_a_launcher(
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), *short_run, "--data.dataset", str(folder)],
+            [sys.executable, str(SCRIPT), *last_wins([*short_run, "--data.dataset", str(folder)])],
             env=launch_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

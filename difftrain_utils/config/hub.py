@@ -1,0 +1,26 @@
+"""Whether the Hugging Face hub can be asked for what a config names."""
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from difftrain_utils.errors import warn
+
+ENDPOINT = "https://huggingface.co"
+
+
+def use_cache_without_network(names: Sequence[str]) -> None:
+    """Before the hub's libraries are imported: if one of the names may be the hub's, and its host has no address here,
+    let them use what is cached (HF_HUB_OFFLINE) instead of trying for a minute."""
+    of_hub = [name for name in names if not name.startswith("builtin:") and not Path(name).expanduser().exists()]
+    if not of_hub or os.environ.get("HF_HUB_OFFLINE") or getproxies():
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        warn(f"{host} cannot be reached ({error.strerror}): of {', '.join(of_hub)} only what is cached is used")
