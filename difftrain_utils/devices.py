@@ -1,5 +1,6 @@
 """What differs between a CPU and a GPU."""
 
+import gc
 import resource
 import sys
 
@@ -31,3 +32,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def memory_of_training() -> str:
+    """What the optimizers of this process hold, in 10⁹ bytes: trained weights, gradients and their own state."""
+    held = {"trained weights": {}, "gradients": {}, "optimizer state": {}}  # by address, as wrappers hold them again
+    for optimizer in [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = [value for parameter in parameters for value in optimizer.state.get(parameter, {}).values()]
+        for name, tensors in zip(held, (parameters, [p.grad for p in parameters], states), strict=True):
+            held[name] |= {id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return ", ".join(f"{name} {sum(sizes.values()) / 1e9:.3g} GB" for name, sizes in held.items())

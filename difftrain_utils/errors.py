@@ -122,6 +122,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         _exit(f"cannot write {error.filename or 'a file'}: {error.strerror}", everywhere=True, code=1)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            _exit(_describe_out_of_memory(error), everywhere=True, code=1)
         # Torch raises it from a signal handler: anywhere, not only where the next batch is asked for.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
@@ -130,14 +132,18 @@ def one_line_errors() -> Iterator[None]:
         message = f"a data-loading worker (data.num_workers) died{hint} ({' '.join(reason.split())})"
         _exit(message, everywhere=True, code=1)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
-            advice = (
-                "train.gradient_accumulation_steps, train.gradient_checkpointing and train.precision bf16 need less"
-            )
-            _exit(f"{one_line(error).split('. ')[0]}; {advice}", everywhere=True, code=1)
         if type(error).__name__ != "FailOnRecompileLimitHit":
             raise
         _exit("train.compile: the denoiser saw too many shapes to compile it for each", everywhere=False, code=1)
+
+
+def _describe_out_of_memory(error: Exception) -> str:
+    """What torch says was asked for and is in use, what of that training holds, and which options need less."""
+    from difftrain_utils.devices import memory_of_training
+
+    said = one_line(error).split(" If reserved")[0].rstrip(".")
+    advice = "train.gradient_accumulation_steps, train.gradient_checkpointing and train.precision bf16 need less"
+    return f"{said}. Of it: {memory_of_training()}; the rest is activations, averages and frozen parts. {advice}"
 
 
 def _report_unless_disk(args: threading.ExceptHookArgs) -> None:

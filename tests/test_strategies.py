@@ -86,6 +86,17 @@ COVERING = {
         "timesteps.density": "log_normal",
         "timesteps.p_mean": -0.5,
     },
+    "muon": {
+        "optimizer.class_path": "torch.optim.Muon",
+        "optimizer.init_args.adjust_lr_fn": "match_rms_adamw",
+        "optimizer.groups": {"*.bias": {"weight_decay": 0.0}},
+    },
+    "schedule-free": {
+        "optimizer.class_path": "schedulefree.AdamWScheduleFree",
+        "ema.enabled": False,
+        "data.validation_split": 0.2,
+        "train.eval_every": 1,
+    },
     "other-schedule": {
         "scheduler.sampler": "DPMSolverMultistepScheduler",
         "scheduler.beta_schedule": "scaled_linear",

@@ -511,6 +511,22 @@ class TestRefusals:
         assert "\nerror: --train.max_step: no such field; did you mean --train.max_steps?\n" in "\n" + result.stderr
 
 
+def test_a_schedule_free_optimizer_is_judged_by_its_average_and_trains_on(short_run, tmp_path):
+    """Evaluating changes no weights of training; what is validated and exported is the optimizer's average of them."""
+    fields = {"optimizer.class_path": "schedulefree.AdamWScheduleFree", "ema.enabled": False}
+    argv, runs = [*short_run, *options(fields), "--data.validation_split", "0.2"], []
+    for every in (0, 1):
+        runs.append(train([*argv, "--train.eval_every", str(every), "--output-dir", str(tmp_path / str(every))]))
+    assert pipeline_bytes(runs[0]) == pipeline_bytes(runs[1])
+    trained, exported = (
+        load_file(runs[0] / name)
+        for name in ("checkpoint-6/denoiser.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors")
+    )
+    assert trained.keys() == exported.keys() and any(not trained[name].equal(exported[name]) for name in trained)
+    last = [metrics_without_times(run)[-1] for run in runs]
+    assert last[0]["loss"] == last[1]["loss"] and "validation_loss" in last[1]
+
+
 def test_validate_config_leaves_a_run_as_it_is(short_run, capsys):
     output_dir = train(short_run)
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}

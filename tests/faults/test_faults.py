@@ -151,6 +151,32 @@ def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults_library):
 
 
 @pytest.mark.parametrize(
+    ("path", "at", "missing"),
+    [
+        ("samples/", 3, "samples/step-000002.png"),
+        ("validation/", 3, "validation/step-000002.safetensors"),
+        ("ema_snapshots/", 3, "ema_snapshots/step-000002-0.100.safetensors"),
+        ("profile/", 3, "profile/trace.json.gz"),
+        ("events.out.tfevents", 12, None),
+    ],
+)
+def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library, path, at, missing):
+    """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
+    fields = {"train.eval_every": 2, "train.profile": 1, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
+    fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
+    argv = [*short_run, *options(fields), "--evaluation.num_inference_steps", "1"]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    result = launch_with(fault(faults_library, path, at, ENOSPC), argv)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    run = tmp_path / "run"
+    named = f"cannot write {run / missing}: " if missing else "train.report_to: tensorboard: "
+    assert len(warnings) == 1 and named in warnings[0] and "; training goes on without it" in warnings[0], warnings
+    assert missing is None or not (run / missing).exists()
+    assert_same_end(run, unbroken)
+
+
+@pytest.mark.parametrize(
     ("path", "message"),
     [
         ("metrics.jsonl", "error: cannot write .*: No space left on device"),

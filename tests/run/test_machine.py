@@ -1,5 +1,7 @@
 """Options that make a step faster: the same training to rounding, exact resume, and no trace in what is saved."""
 
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -175,6 +177,27 @@ def test_too_many_shapes_are_reported(capsys):
             module(torch.zeros(size, 4))
     assert stopped.value.code == 1
     assert "error: train.compile: the denoiser saw too many shapes to compile it for each" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_described(capsys):
+    weights = torch.nn.Parameter(torch.ones(250_000_000 // 4))
+    optimizer = torch.optim.SGD([weights], momentum=0.9)
+    weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 1.2 is free. "
+        "Of the allocated memory 75.5 GiB is allocated by PyTorch, and 1.1 GiB is reserved by PyTorch but unallocated. "
+        "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid "
+        "fragmentation.  See documentation for Memory Management"
+    )
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise torch.OutOfMemoryError(said)
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25")
+    assert re.search(r"Of it: trained weights [0-9.]+ GB, gradients [0-9.]+ GB, optimizer state [0-9.]+ GB; ", line)
+    assert all(float(size) >= 0.25 for size in re.findall(r"([0-9.]+) GB", line))
+    assert line.endswith("train.gradient_checkpointing and train.precision bf16 need less") and "fragment" not in line
 
 
 def test_a_model_without_repeated_blocks_is_refused():
