@@ -123,7 +123,7 @@ class MappedRows(Sequence):
         part, within = self.parts[number], index - (self._ends[number - 1] if number else 0)
         image, captions = part[within]
         name = image_name(image, within)
-        if len(self.parts) > 1 and name == f"row {within}":
+        if name == f"row {within}":
             name = f"{part.source.dataset} {name}"
         return Row(name, image, captions)
 

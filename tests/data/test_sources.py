@@ -83,7 +83,7 @@ class TestRows:
         with pytest.raises(RowError, match=rf"^{tmp_path}/parquet row 1: not an image"):
             read_row(map_rows(two), 1)
         one = DataConfig(str(tmp_path / "parquet"))
-        with pytest.raises(RowError, match=r"^row 1: not an image"):
+        with pytest.raises(RowError, match=rf"^{tmp_path}/parquet row 1: not an image"):
             read_row(map_rows(one), 1)
 
     def test_errors_name_the_source(self, two):
