@@ -82,12 +82,18 @@ CONFIG = [
     ("--data.dataset builtin:cats", "data.dataset: no such builtin: 'builtin:cats'; there is builtin:shapes"),
     ("--data.caption_column cap", "data.caption_column: no 'cap' in .*metadata.jsonl line 1; it has text"),
     ("--data.validation_split 0.0001", "data.validation_split: 0.0001 of 10 images leaves 10 to train on and 0 to"),
+    ("--model.revision main", "model.revision: goes with a name on the hub, and .*tiny is a folder, got 'main'"),
+    ("--data.validation_dataset no/data", "data.validation_dataset: cannot load 'no/data', which is no folder here"),
+    ("--data.dataset null --data.sources [a]", "data.sources: must be a list, each item of it {dataset: …}, or null"),
+    ("--train {}", "--train: a section; give its fields one by one, such as --train.output_dir"),
+    (f"--optimizer.init_args {'[' * 5000}{']' * 5000}", "the command line: a value is nested too deep to be read"),
+    (f"--evaluation.prompts {'[' * 9000}", "evaluation.prompts: .{200,300}…$"),
     ("--model.pretrained_model_name_or_path ./no", "model.pretrained_model_name_or_path: ./no: no such folder"),
     ("--model.pretrained_model_name_or_path builtin:x", "model.pretrained_model_name_or_path: .*builtin:tiny-stable"),
 ]
 
 
-@pytest.mark.parametrize(("argv", "message"), CONFIG, ids=[argv for argv, _ in CONFIG])
+@pytest.mark.parametrize(("argv", "message"), CONFIG, ids=[argv[:80] for argv, _ in CONFIG])
 def test_config_and_command_line(short_run, tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     assert_one_line([*short_run, *argv.split()], message, capsys)

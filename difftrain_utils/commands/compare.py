@@ -27,6 +27,7 @@ from difftrain_utils.commands.verdicts import (
     LEVEL,
     Paired,
     bootstrap,
+    detectable,
     holm,
     log_ratios,
     paired_t,
@@ -345,6 +346,7 @@ def unfair(runs: list[Run]) -> list[str]:
         "base model": [name for name in facts if name.split(".")[0] == "base_model"],
         "code": [name for name in facts if name in code],
         "versions of torch or diffusers": [name for name in facts if name in libraries],
+        "streams of samples, and so triples to validate on": [name for name in facts if name == "stream"],
         "validation settings": [name for name in config if name.startswith(JUDGED_BY)],
     }
     warnings = [f"unfair: different {what} ({', '.join(names)})" for what, names in found.items() if names]
@@ -447,7 +449,8 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
     chosen = choose_baseline(settings, names, baseline)
     base, base_name = settings.pop(chosen), names.pop(chosen)
     results = [compared(setting, base) for setting in settings]
-    adjusted = iter(holm([result.paired.p for result in results if result.paired]))
+    p_values = [result.paired.p for result in results if result.paired]
+    adjusted = iter(holm(p_values))
     rows = [["setting", "seeds", "difference", "95 % interval", "over images, too", "p (Holm)", "verdict"]]
     bins, sentences = [], []
     for name, setting, result in zip(names, settings, results, strict=True):
@@ -466,14 +469,15 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
         if len(set(map(len, ratios))) == 1 and len(ratios[0]) > 1:
             bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*ratios, strict=True))])
         if found == "not distinguishable":
-            sentences.append(f"{name}: {in_seeds(paired)}.")
+            sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(p_values))}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
     return Contest(introduction(base_name, looks), rows, [header, *bins] if bins else [], sentences)
 
 
-def in_seeds(paired: Paired) -> str:
-    """What gap so many seeds detect, and how many seeds the gap as it was seen needs."""
-    detected, needed = percent(paired.detectable).removeprefix("+"), seeds_needed(paired.sd, paired.mean)
+def in_seeds(paired: Paired, level: float) -> str:
+    """What gap so many seeds detect at a p of `level`, and how many seeds the gap as it was seen needs."""
+    detected = percent(detectable(paired.sd, paired.n, level)).removeprefix("+")
+    needed = seeds_needed(paired.sd, paired.mean, level)
     text = f"{paired.n} seeds detect a gap of {detected} in four of five cases"
     if not paired.mean:
         return text

@@ -17,8 +17,7 @@ RESAMPLES = 2000
 
 @dataclass
 class Paired:
-    """Of the differences of n seeds: mean and standard deviation, 95 % t interval, two-sided p, and the gap that so
-    many seeds detect."""
+    """Of the differences of n seeds: mean and standard deviation, 95 % t interval, two-sided p."""
 
     n: int
     mean: float
@@ -26,7 +25,6 @@ class Paired:
     low: float
     high: float
     p: float
-    detectable: float
 
 
 def paired_t(differences: Sequence[float]) -> Paired:
@@ -37,7 +35,7 @@ def paired_t(differences: Sequence[float]) -> Paired:
     error, freedom = sd / math.sqrt(n), n - 1
     reach = t_quantile(1 - LEVEL / 2, freedom) * error
     p = 2 * (1 - t_cdf(abs(mean) / error, freedom)) if error else float(mean == 0)
-    return Paired(n, mean, sd, mean - reach, mean + reach, p, detectable(sd, n))
+    return Paired(n, mean, sd, mean - reach, mean + reach, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -50,14 +48,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable(sd: float, n: int) -> float:
-    """The mean that n seeds whose differences spread by `sd` find at `LEVEL` in `POWER` of cases, nearly."""
-    return (t_quantile(1 - LEVEL / 2, n - 1) + t_quantile(POWER, n - 1)) * sd / math.sqrt(n)
+def detectable(sd: float, n: int, level: float = LEVEL) -> float:
+    """The mean that n seeds whose differences spread by `sd` find at a p of `level` in `POWER` of cases, nearly."""
+    return (t_quantile(1 - level / 2, n - 1) + t_quantile(POWER, n - 1)) * sd / math.sqrt(n)
 
 
-def seeds_needed(sd: float, gap: float) -> int | None:
+def seeds_needed(sd: float, gap: float, level: float = LEVEL) -> int | None:
     """How many seeds detect a mean of `gap`; None: more than 1000."""
-    return next((n for n in range(2, 1001) if detectable(sd, n) <= abs(gap)), None)
+    return next((n for n in range(2, 1001) if detectable(sd, n, level) <= abs(gap)), None)
 
 
 def t_cdf(t: float, freedom: int) -> float:

@@ -82,6 +82,8 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError("a file, where a folder or a hub name has to be")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError("no such folder")
+    if path.is_dir() and revision is not None:
+        raise InputError(f"model.revision: goes with a name on the hub, and {name} is a folder, got {revision!r}")
     source = str(path) if path.is_dir() else name
     try:
         model_index = DiffusionPipeline.load_config(source, revision=revision)

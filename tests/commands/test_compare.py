@@ -254,6 +254,11 @@ def test_what_differs_no_more_than_seeds_do_is_not_distinguishable(tmp_path):
     )
     needed = int(sentence.removesuffix(".").split()[-1])
     assert 10 < needed < 60
+    # of two planned looks each has half of the 5 %, and of two settings the correction may ask for half of that
+    third = seeds(tmp_path, "x", [0.5, 0.45, 0.4801], **{"loss.type": "l1"})
+    found = contest(load_runs([*seeds(tmp_path / "again", "m", [0.5, 0.45, 0.48]), *other, *third]), looks=2)
+    gap = (stats.t.ppf(1 - 0.05 / 8, 2) + stats.t.ppf(0.8, 2)) * ratios.std(ddof=1) / 3**0.5
+    assert f"h: 3 seeds detect a gap of {100 * np.expm1(gap):.2f} % in four" in " ".join(found.sentences)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +376,7 @@ def test_the_machine_of_env_json_is_compared(tmp_path):
         ({"manifest": {"git.diff": "+import this"}}, "different code (git.diff)"),
         ({"manifest": {"versions.torch": "2.8.0"}}, "different versions of torch or diffusers (versions.torch)"),
         ({"manifest": {"versions.diffusers": "1"}}, "different versions of torch or diffusers (versions.diffusers)"),
+        ({"manifest": {"stream": 2}}, "different streams of samples, and so triples to validate on (stream)"),
         ({"config": {"evaluation.prompts": []}}, "different validation settings (evaluation.prompts)"),
         ({"config": {"data.validation_split": 0.1}}, "different validation settings (data.validation_split)"),
         (

@@ -252,7 +252,10 @@ def test_the_resolution_must_fit(builtin):
         ("/no/such/folder", "/no/such/folder: no such folder"),
         ("./models/none", "./models/none: no such folder"),
         (__file__, ".*: a file, where a folder or a hub name has to be"),
-        ("nobody/nothing-here", "nobody/nothing-here: no such folder, and the hub did not give it: "),
+        (
+            "nobody/nothing-here",
+            "nobody/nothing-here: no such folder, and not cached; without a network the hub is not asked",
+        ),
     ],
 )
 def test_a_wrong_name_is_refused(name, message):
