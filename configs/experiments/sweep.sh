@@ -14,4 +14,5 @@ for name in "${names[@]}"; do
             --config configs/experiments/baseline.yaml --config "configs/experiments/$name.yaml" \
             --optimizer.init_args.lr "$lr" --train.seed 100 --output-dir "$run"
     done
+    difftrain compare runs/sweep/"$name"-* --baseline "$name-1e-3"
 done
