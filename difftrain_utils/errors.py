@@ -112,8 +112,10 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, RunError) as error:
-        # A data loader's worker wraps the message in its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
+        message = str(error).strip()
+        if "Traceback (most recent call last)" in message:  # a data loader's worker's: the last line is ours
+            message = message.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
+        message = message.replace("\n", "\\n")
         _exit(message, everywhere=isinstance(error, RowError), code=2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         _exit("stopped at once, without a checkpoint", everywhere=False, code=130)
@@ -124,6 +126,8 @@ def one_line_errors() -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
             _exit(_describe_out_of_memory(error), everywhere=True, code=1)
+        if "DefaultCPUAllocator" in str(error):
+            _exit(f"out of main memory: {one_line(error).rpartition('DefaultCPUAllocator: ')[2]}", True, code=1)
         # Torch raises it from a signal handler: anywhere, not only where the next batch is asked for.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
@@ -131,6 +135,8 @@ def one_line_errors() -> Iterator[None]:
         hint = ", most likely for want of memory: fewer data.num_workers need less" if "Killed" in reason else ""
         message = f"a data-loading worker (data.num_workers) died{hint} ({' '.join(reason.split())})"
         _exit(message, everywhere=True, code=1)
+    except MemoryError as error:
+        _exit(f"out of main memory: {one_line(error)}", everywhere=True, code=1)
     except Exception as error:
         if type(error).__name__ != "FailOnRecompileLimitHit":
             raise

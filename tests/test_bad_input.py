@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 
@@ -82,12 +83,17 @@ CONFIG = [
     ("--data.dataset builtin:cats", "data.dataset: no such builtin: 'builtin:cats'; there is builtin:shapes"),
     ("--data.caption_column cap", "data.caption_column: no 'cap' in .*metadata.jsonl line 1; it has text"),
     ("--data.validation_split 0.0001", "data.validation_split: 0.0001 of 10 images leaves 10 to train on and 0 to"),
+    ("--train.output_dir ~no-such-user/run", "train.output_dir: there is no such user's home, got '~no-such-user/run'"),
+    ("--data.dataset ~no-such-user/x", "data.dataset: cannot load '~no-such-user/x', which is no folder here: "),
+    (f"--data.dataset {'a' * 300}", "data.dataset: cannot load 'aaa"),
+    (f"--model.pretrained_model_name_or_path {'a' * 300}", "model.pretrained_model_name_or_path: aaa"),
+    (f"--resume-from {'a' * 300}", "train.resume_from: no checkpoint at aaa"),
     ("--model.revision main", "model.revision: goes with a name on the hub, and .*tiny is a folder, got 'main'"),
     ("--data.validation_dataset no/data", "data.validation_dataset: cannot load 'no/data', which is no folder here"),
     ("--data.dataset null --data.sources [a]", "data.sources: must be a list, each item of it {dataset: …}, or null"),
     ("--train {}", "--train: a section; give its fields one by one, such as --train.output_dir"),
     (f"--optimizer.init_args {'[' * 5000}{']' * 5000}", "the command line: a value is nested too deep to be read"),
-    (f"--evaluation.prompts {'[' * 9000}", "evaluation.prompts: .{200,300}…$"),
+    (f"--evaluation.prompts {'[' * 9000}", "the command line: a value is nested too deep to be read"),
     ("--model.pretrained_model_name_or_path ./no", "model.pretrained_model_name_or_path: ./no: no such folder"),
     ("--model.pretrained_model_name_or_path builtin:x", "model.pretrained_model_name_or_path: .*builtin:tiny-stable"),
 ]
@@ -107,12 +113,21 @@ def test_config_and_command_line(short_run, tmp_path, capsys, monkeypatch, argv,
         ("--train.seed=1 --train.overwrite --train.seed 1", "--train.seed: given twice, as 1 and as 1$"),
         ("--output-dir a --train.output_dir b", "--train.output_dir: given twice, as a and as b$"),
         ("--optimizer.init_args.lr 1 --optimizer.init_args.lr 2", "--optimizer.init_args.lr: given twice, as 1 and"),
+        (
+            "--optimizer.init_args '{lr: 0.1}' --optimizer.init_args.lr 0.2",
+            "--optimizer.init_args.lr: given twice",
+        ),
+        (
+            "--optimizer.init_args.lr 1 --optimizer.init_args '{eps: 1}'",
+            "--optimizer.init_args.lr: given twice",
+        ),
+        ("--optimizer.init_args '{lr: 0.1, lr: 0.2}'", "--optimizer.init_args: 'lr' is there twice$"),
         ("--noise.immiscible_batch_size 2 --train.group_size 4", "--train.group_size: given twice, as 2 and as 4$"),
     ],
 )
 def test_an_option_that_is_given_twice(argv, message):
     with pytest.raises(InputError, match=f"^{message}"):
-        command_line.parse_config(TextToImageConfig, argv.split())
+        command_line.parse_config(TextToImageConfig, shlex.split(argv))
     config = "--config configs/quickstart.yaml --config configs/experiments/baseline.yaml"  # one changes the other
     assert command_line.parse_config(TextToImageConfig, config.split()).model.prediction_type == "epsilon"
 
@@ -128,6 +143,8 @@ def test_an_option_that_is_given_twice(argv, message):
         ("train: {seed: 1}\ntrain: {max_steps: 2}", "--config bad.yaml: not YAML: 'train' is there twice .*line 2"),
         ("train: {seed: 1, seed: 2}", "--config bad.yaml: not YAML: 'seed' is there twice"),
         ("train: {seed: 010}", "--config bad.yaml: not YAML: 010 would be read as an octal number"),
+        ("train: {max_steps: 1:30}", "--config bad.yaml: not YAML: 1:30 would be read as one of base 60"),
+        ("optimizer: {init_args: {betas: [[0.9, 010]]}}", "--config bad.yaml: not YAML: 010 would be read as an octal"),
         ("evaluation: {prompts: [" + "[" * 3000, "--config bad.yaml: not YAML: "),
         ("train: {seed: abc}", "train.seed: Expected a <class 'int'>. Got value: abc"),
     ],

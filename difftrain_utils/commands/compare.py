@@ -7,7 +7,6 @@ deviation are shown. Settings are compared with a baseline, seed by seed. --outp
 file with curves and pictures.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from difftrain_utils.commands import compare_html as html
+from difftrain_utils.commands.parser import Parser
 from difftrain_utils.commands.verdicts import (
     LEVEL,
     Paired,
@@ -94,7 +94,13 @@ def load_run(folder: Path, name: str) -> Run:
     config = read_mapping(folder / CONFIG_FILE)
     rename_fields(config)  # of a run with an earlier version
     manifest, env = read_mapping(folder / MANIFEST_FILE), read_mapping(folder / ENVIRONMENT_FILE)
-    return Run(folder, name, flatten(config), facts_of(manifest, env), load_metrics(folder / METRICS_FILE))
+    with blame(f"{folder / MANIFEST_FILE}: damaged", *LOAD_ERRORS):
+        facts = facts_of(manifest, env)
+    config = flatten(config)
+    for field in ("train.seed", "train.max_steps", "train.batch_size"):
+        if not isinstance(config.get(field, 0), int):
+            raise InputError(f"{folder / CONFIG_FILE}: {field}: must be a whole number, got {config[field]!r:.60}")
+    return Run(folder, name, config, facts, load_metrics(folder / METRICS_FILE))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -350,6 +356,9 @@ def unfair(runs: list[Run]) -> list[str]:
         "validation settings": [name for name in config if name.startswith(JUDGED_BY)],
     }
     warnings = [f"unfair: different {what} ({', '.join(names)})" for what, names in found.items() if names]
+    validated = [str(losses[-1][0]) for run in runs if (losses := validation_losses(run))]
+    if len(set(validated)) > 1:
+        warnings.append(f"unfair: validated at different steps: {', '.join(sorted(set(validated), key=int))}")
     seen = [str(steps_done(run) * (run.config.get("train.batch_size") or 0)) for run in runs]
     if len(set(seen)) > 1:
         warnings.append(f"unfair: different numbers of samples seen (steps × batch size): {by_value(runs, seen)}")
@@ -449,27 +458,28 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
     chosen = choose_baseline(settings, names, baseline)
     base, base_name = settings.pop(chosen), names.pop(chosen)
     results = [compared(setting, base) for setting in settings]
-    p_values = [result.paired.p for result in results if result.paired]
-    adjusted = iter(holm(p_values))
+    reasons = ["; ".join(line.removeprefix("unfair: ") for line in unfair([*base, *setting])) for setting in settings]
+    # the settings of which something can be said share the 5 %
+    tested = [i for i, result in enumerate(results) if result.paired and not reasons[i]]
+    adjusted = dict(zip(tested, holm([results[i].paired.p for i in tested]), strict=True))
     rows = [["setting", "seeds", "difference", "95 % interval", "over images, too", "p (Holm)", "verdict"]]
     bins, sentences = [], []
-    for name, setting, result in zip(names, settings, results, strict=True):
+    for i, (name, setting, result) in enumerate(zip(names, settings, results, strict=True)):
         ratios, paired = result.ratios, result.paired
-        reasons = "; ".join(warning.removeprefix("unfair: ") for warning in unfair([*base, *setting]))
-        unfairness = f"unfair: {reasons}" if reasons else ""
+        unfairness = f"unfair: {reasons[i]}" if reasons[i] else ""
         if paired is None:
             count = "–" if ratios is None else str(len(ratios))
             difference = percent(statistics.fmean(ratios[0])) if ratios else "–"
             rows.append([name, count, difference, "–", "–", "–", unfairness or f"no verdict: {result.why_not}"])
             continue
-        p, resampled = next(adjusted), resample(setting, base)
+        p, resampled = adjusted.get(i), resample(setting, base)
         found = unfairness or verdict(paired, p, looks)
         cells = [percent(paired.mean), interval(paired.low, paired.high), interval(*resampled) if resampled else "–"]
-        rows.append([name, str(paired.n), *cells, f"{p:.2g}", found])
+        rows.append([name, str(paired.n), *cells, "–" if p is None else f"{p:.2g}", found])
         if len(set(map(len, ratios))) == 1 and len(ratios[0]) > 1:
             bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*ratios, strict=True))])
         if found == "not distinguishable":
-            sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(p_values))}.")
+            sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(tested))}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
     return Contest(introduction(base_name, looks), rows, [header, *bins] if bins else [], sentences)
 
@@ -478,7 +488,7 @@ def in_seeds(paired: Paired, level: float) -> str:
     """What gap so many seeds detect at a p of `level`, and how many seeds the gap as it was seen needs."""
     detected = percent(detectable(paired.sd, paired.n, level)).removeprefix("+")
     needed = seeds_needed(paired.sd, paired.mean, level)
-    text = f"{paired.n} seeds detect a gap of {detected} in four of five cases"
+    text = f"{paired.n} seeds detect a gap of {detected} in about four of five cases"
     if not paired.mean:
         return text
     return f"{text}; for one as seen here, {'more than 1000' if needed is None else needed}"
@@ -512,6 +522,8 @@ def triple_losses(run: Run) -> dict[str, np.ndarray] | None:
 
 def percent(log_ratio: float) -> str:
     """Of a logarithm of a ratio: +1.2 % is larger by so much."""
+    if log_ratio > 100:  # one that diverged
+        return f"e^{log_ratio:.3g} times"
     return f"{math.expm1(log_ratio):+.2%}".replace("%", " %")
 
 
@@ -598,7 +610,7 @@ def last_sample(run: Run) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="difftrain compare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain compare", description=__doc__.splitlines()[0])
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
     parser.add_argument("--baseline", metavar="NAME", help="setting, or run of it, that others are compared with")

@@ -5,18 +5,18 @@
 `data.dataset: builtin:shapes` draws the same images in memory.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
 
 from difftrain_utils.builtins.shapes import draw_shape
+from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import write_file
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="difftrain draw-shapes", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain draw-shapes", description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--image-size", type=int, default=32)

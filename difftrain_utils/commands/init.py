@@ -4,10 +4,10 @@ difftrain init my-project && cd my-project
 accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
+from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, writing
 
 PACKAGE = Path(__file__).parent.parent
@@ -15,7 +15,7 @@ FOLDERS = ("configs", "accelerate_configs")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="difftrain init", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain init", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that is not there yet, or empty")
     folder = parser.parse_args(argv).folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -5,11 +5,11 @@
 The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; RUN is left as it is.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, PIPELINE
 
@@ -61,7 +61,7 @@ def check_same_parameters(tensors: dict, others: dict, name: str, other_name: st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="difftrain posthoc-ema", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain posthoc-ema", description=__doc__.splitlines()[0])
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's output folder, with ema_snapshots/ and pipeline/"
     )

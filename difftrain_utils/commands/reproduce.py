@@ -6,7 +6,6 @@ Start it in the folder that the run was started in. Exit code 0: the same, to th
 another result, or the re-run failed; 2: the run cannot be run again. See docs/reproducibility.md.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain_utils.commands.compare import Run, flatten, load_run, read_mapping
+from difftrain_utils.commands.parser import Parser
 from difftrain_utils.commands.repetition import (
     changes,
     checkpoint_digest,
@@ -191,7 +191,7 @@ def report(title: str, lines: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="difftrain reproduce", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")

@@ -27,22 +27,33 @@ C = TypeVar("C", bound=Config)
 SHORT = {"lr": "optimizer.init_args.lr", "learning_rate": "optimizer.init_args.lr"}
 
 
+class _Lost(yaml.MarkedYAMLError):
+    """What would be lost in silence."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without what is lost in it in silence: of two keys the first, and of 010 that it is 8."""
+    """YAML without what is lost in silence: of two keys the first, of 010 that it is 8, and of 1:30 that it is 90."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key, value in node.value:
+        for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name in seen:
-                raise yaml.MarkedYAMLError(problem=f"{name!r} is there twice", problem_mark=key.start_mark)
+                raise _Lost(problem=f"{name!r} is there twice", problem_mark=key.start_mark)
             seen.add(name)
-            for scalar in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                is_plain = isinstance(scalar, yaml.ScalarNode) and scalar.style is None
-                if is_plain and re.fullmatch(r"[-+]?0[0-9_]+", scalar.value):
-                    problem = f"{scalar.value} would be read as an octal number"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=scalar.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node):
+        is_octal = re.fullmatch(r"[-+]?0[0-9_]+", node.value)
+        if is_octal or ":" in node.value:
+            base = "an octal number" if is_octal else "one of base 60"
+            raise _Lost(problem=f"{node.value} would be read as {base}", problem_mark=node.start_mark)
+        construct = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
+        return construct(node)
+
+
+for tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", _StrictLoader.construct_number)
 
 
 def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
@@ -59,7 +70,7 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
     parser = _build_parser(config_class, prog)
     try:
         argv = _check_names(config_class, argv)
-        _refuse_repeated(argv)
+        _refuse_lost(argv)
         namespace = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise InputError(_one_line(str(error))) from None
@@ -169,8 +180,9 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     return argv
 
 
-def _refuse_repeated(argv: Sequence[str]) -> None:
-    """A field that is given twice has one value that would be lost in silence; a file may be changed by another."""
+def _refuse_lost(argv: Sequence[str]) -> None:
+    """A field that is given twice, also as a part of another, has a value that would be lost in silence; so has a value
+    with a key twice. A file may be changed by another."""
     values = {}
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
@@ -179,6 +191,16 @@ def _refuse_repeated(argv: Sequence[str]) -> None:
             if name in values:
                 raise InputError(f"{name}: given twice, as {values[name]:.60} and as {value:.60}")
             values[name] = value
+            if value.startswith(("{", "[")):
+                try:
+                    yaml.load(value, _StrictLoader)
+                except _Lost as error:
+                    raise InputError(f"{name}: {error.problem}") from None
+                except yaml.YAMLError:  # jsonargparse says what is wrong with it, if anything
+                    pass
+    for name in values:
+        if whole := next((other for other in values if name.startswith(f"{other}.")), None):
+            raise InputError(f"{name}: given twice, by itself and in {whole}")
 
 
 def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:

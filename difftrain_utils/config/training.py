@@ -85,6 +85,7 @@ class TrainConfig:
 
     def check(self, require: Require) -> None:
         require(self.output_dir != "", "output_dir", "must not be empty")
+        require(self.output_dir[:1] != "~", "output_dir", "there is no such user's home")
         require("\0" not in self.output_dir, "output_dir", "must have no null character")
         require("://" not in self.output_dir, "output_dir", "must be a folder of this machine")
         require(self.seed >= 0, "seed", "must be 0 or more")

@@ -19,7 +19,7 @@ CLOCK_TICK = 0.05  # seconds, more than the steps of the clock that Linux stamps
 def cache_folder(config: DataConfig) -> Path:
     """`data.cache_dir`, or `difftrain` in the cache of datasets."""
     folder = config.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "difftrain"
-    return Path(folder).expanduser()
+    return Path(os.path.expanduser(folder))
 
 
 def stamp(path: str) -> tuple | None:

@@ -57,7 +57,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     elif name.startswith("builtin:"):
         raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is builtin:shapes")
     else:
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
@@ -90,7 +90,7 @@ def _blame_cache() -> Iterator[None]:
 
 def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
-    is_folder = Path(source.dataset).expanduser().is_dir()
+    is_folder = os.path.isdir(os.path.expanduser(source.dataset))
     return f"{field_of(field, 'dataset')}: cannot load {source.dataset!r}" + (
         "" if is_folder else ", which is no folder here"
     )
@@ -102,7 +102,7 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     Raises:
         InputError: the folder is none of these, or a line of its metadata.jsonl is wrong.
     """
-    folder = Path(source.dataset).expanduser()
+    folder = Path(os.path.expanduser(source.dataset))
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
@@ -165,7 +165,7 @@ def draw_shapes(resolution: int) -> datasets.Dataset:
 
 def find_metadata(source: SourceConfig) -> Path | None:
     """The `metadata.jsonl` of an image folder; None if the source is something else."""
-    folder = Path(source.dataset).expanduser()
+    folder = Path(os.path.expanduser(source.dataset))
     paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
     return next((path for path in paths if path.is_file()), None)
 
@@ -206,7 +206,7 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
         raise InputError(f"{line_name}: not UTF-8") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
-    if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).startswith(".."):
+    if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).split(os.sep)[0] == "..":
         raise InputError(f"{line_name}: the file must lie in this folder, got {row['file_name']}")
     if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
         columns = " or ".join(map(repr, caption_columns(source)))

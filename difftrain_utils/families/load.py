@@ -1,5 +1,6 @@
 """The families by what a checkpoint's model_index.json says it is, and loading one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def load_tokenizer(config: Config) -> Any:
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
-    path = BUILTINS.get(name, Path(name).expanduser())
+    path = BUILTINS.get(name, Path(os.path.expanduser(name)))
     if name.startswith("builtin:") and name not in BUILTINS:
         raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
     if path.is_dir() and not (path / "model_index.json").is_file():

@@ -1,5 +1,6 @@
 """Muon for matrices and AdamW for all else, as one optimizer."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,25 +12,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
     but matrices; convolutions, norms and biases get `torch.optim.AdamW`, at the same learning rate and weight decay
     where their group has no other. With `adjust_lr_fn="match_rms_adamw"` one learning rate suits both.
 
-    `params` are groups of parameters; `init_args` are Muon's. Raises what Muon raises for them.
+    `params` are groups of parameters, whose arguments may be either optimizer's; `init_args` are Muon's. Raises what
+    the two raise for them.
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], **init_args: Any):
-        matrices, others = [], []
+        muon = {name: p.default for name, p in inspect.signature(torch.optim.Muon).parameters.items()} | init_args
+        own = {torch.optim.Muon: muon, torch.optim.AdamW: {name: muon[name] for name in ("lr", "weight_decay")}}
+        self.parts, groups = {}, []
         for group in params:
-            for groups, is_matrix in ((matrices, True), (others, False)):
-                if chosen := [parameter for parameter in group["params"] if (parameter.ndim == 2) == is_matrix]:
-                    groups.append(group | {"params": chosen})
-        of_both = {name: init_args[name] for name in ("lr", "weight_decay") if name in init_args}
-        self.parts = [torch.optim.Muon(matrices, **init_args)] if matrices else []
-        self.parts += [torch.optim.AdamW(others, **of_both)] if others else []
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self.defaults = {name: value for part in reversed(self.parts) for name, value in part.defaults.items()}
+            for cls, arguments in own.items():
+                known = inspect.signature(cls).parameters.keys() - {"params"}
+                chosen = [p for p in group["params"] if (p.ndim == 2) == (cls is torch.optim.Muon)]
+                if chosen:
+                    part = cls(chosen, **{n: value for n, value in (arguments | group).items() if n in known})
+                    self.parts.setdefault(cls.__name__, part)
+                    groups.append(part.param_groups[0] | {"name": group["name"], "optimizer": cls.__name__})
+        super().__init__(groups, {})
+        self.defaults = {name: value for part in self.parts.values() for name, value in part.defaults.items()}
 
     def step(self, closure: Callable | None = None) -> None:
         """A step of both; their groups and states are this one's, also after it has loaded others."""
-        for part in self.parts:
-            kind = "momentum" if isinstance(part, torch.optim.Muon) else "betas"
-            part.param_groups = [group for group in self.param_groups if kind in group]
+        for name, part in self.parts.items():
+            part.param_groups = [group for group in self.param_groups if group["optimizer"] == name]
             part.state = self.state
             part.step()

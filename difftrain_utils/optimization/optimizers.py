@@ -40,9 +40,13 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
                 raise InputError(
                     f"optimizer.init_args.{name}: {config.class_path} has no such argument; did you mean {closest[0]}?"
                 )
+    cls = MuonWithAdamW if cls is getattr(torch.optim, "Muon", None) else cls  # torch has it since 2.9
     with blame(f"optimizer.init_args: {config.class_path} refuses {shorten(str(config.init_args))}", *ERRORS):
-        cls = MuonWithAdamW if cls is torch.optim.Muon else cls
-        _try(cls, config)
+        _try(cls, config.init_args)
+    for pattern, options in config.groups.items():
+        with blame(f"optimizer.groups: {pattern!r}: {config.class_path} refuses {shorten(str(options))}", *ERRORS):
+            _try(cls, config.init_args, options)
+    with blame(f"optimizer: {config.class_path}", *ERRORS):
         _check_groups(config, models)
         groups = [group for name, model in models.items() for group in _groups_of(name, model, config)]
         optimizer = cls(groups, **config.init_args)
@@ -83,13 +87,16 @@ def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> li
     return [group for group in groups.values() if group["params"]]
 
 
-def _try(cls: type[torch.optim.Optimizer], config: OptimizerConfig) -> None:
-    """Make a step of a small matrix: only then some optimizers say that an argument is wrong, or that they need more
-    than gradients. It must have a learning rate to be scheduled."""
+def _try(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], options: Mapping[str, Any] = {}) -> None:
+    """Make a step of a small matrix and a bias, in a group with `options`: only then some optimizers say that an
+    argument is wrong, or that they need more than gradients. It must have a learning rate to be scheduled."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # what some are made for
-    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = cls([{"name": "denoiser", "params": [parameter]}], **config.init_args)
+    parameters = [torch.nn.Parameter(torch.ones(*shape, device=device)) for shape in ((2, 2), (2,))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    names = inspect.signature(cls).parameters
+    checked = {name: value for name, value in options.items() if name in names}  # a class checks its own defaults alone
+    optimizer = cls([{"name": "denoiser", "params": parameters} | options], **(init_args | checked))
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     if hasattr(optimizer, "train"):
         optimizer.train()

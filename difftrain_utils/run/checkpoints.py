@@ -7,6 +7,7 @@ no random state in it, because keyed samples need none, and nothing that is unpi
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -185,8 +186,8 @@ def find_checkpoint(config: Config) -> Path | None:
     if resume_from == "latest":
         folder = _newest_intact(output_dir)
     else:
-        folder = Path(resume_from).expanduser()
-        if not (folder / STATE_FILE).is_file():
+        folder = Path(os.path.expanduser(resume_from))
+        if not os.path.isfile(folder / STATE_FILE):
             there = ", ".join(path.name for _, path in checkpoints) or "no checkpoint"
             raise InputError(f"train.resume_from: no checkpoint at {folder}; {output_dir} has {there}")
         if damage := checkpoint_damage(folder):

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.errors import go_on_without, warn
+from difftrain_utils.errors import go_on_without, warn, writing
 from difftrain_utils.files import new_file
 from difftrain_utils.run.run_folder import PROFILE
 
@@ -32,7 +32,8 @@ class Profiler:
 
     def __enter__(self) -> "Profiler":
         if self.profile is not None:
-            self.path.unlink(missing_ok=True)
+            with writing(self.path):
+                self.path.unlink(missing_ok=True)
             self.profile.start()
         return self
 
@@ -52,5 +53,8 @@ class Profiler:
     def _write(self, profile: torch.profiler.profile) -> None:
         with go_on_without(), new_file(self.path) as partial:
             packed = partial.with_name(f"{partial.name}.gz")  # by the name it knows what to pack
-            profile.export_chrome_trace(str(packed))
-            packed.replace(partial)
+            try:
+                profile.export_chrome_trace(str(packed))
+                packed.replace(partial)
+            finally:
+                packed.unlink(missing_ok=True)

@@ -96,6 +96,25 @@ def test_an_option_that_the_optimizer_does_not_have_is_refused():
         build_optimizer(OptimizerConfig(groups={"denoiser.bias": {"weight_decya": 0.0}}), models())
 
 
+@pytest.mark.parametrize("options", [{"lr": "x"}, {"lr": -1.0}, {"betas": 5}, {"weight_decay": "a"}])
+@pytest.mark.parametrize("class_path", ["torch.optim.AdamW", "torch.optim.Muon"])
+def test_what_the_optimizer_refuses_for_a_group_is_refused(class_path, options):
+    message = rf"^optimizer.groups: '\*.bias': {class_path} refuses {{'{next(iter(options))}': "
+    with pytest.raises(InputError, match=message):
+        build_optimizer(OptimizerConfig(class_path, groups={"*.bias": options}), models())
+
+
+def test_a_group_of_muon_may_have_arguments_of_both():
+    groups = {"*": {"betas": [0.5, 0.9], "momentum": 0.8}}
+    both = models()
+    optimizer = build_optimizer(OptimizerConfig("torch.optim.Muon", {}, groups), both)
+    assert [group.get("momentum") or group["betas"] for group in optimizer.param_groups] == [0.8, (0.5, 0.9)]
+    both["denoiser"](torch.ones(3, 2)).sum().backward()
+    before = [parameter.detach().clone() for parameter in both["denoiser"].parameters()]
+    optimizer.step()
+    assert not any(a.equal(b) for a, b in zip(before, both["denoiser"].parameters(), strict=True))
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     """To the bit like the two by themselves, also after both have been saved and loaded."""
     ours, theirs = (
@@ -108,7 +127,10 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
         ("denoiser", 0.1, 1), ("denoiser", 0.1, 2), ("denoiser", 0.3, 1)
     ]  # fmt: skip
     rest = [{"params": [*theirs[0].parameters()]}, {"params": [theirs[2].bias], "lr": 0.3}]
-    separate = torch.optim.Muon([theirs[2].weight], lr=0.1, momentum=0.5), torch.optim.AdamW(rest, lr=0.1)
+    separate = (
+        torch.optim.Muon([theirs[2].weight], lr=0.1, momentum=0.5),
+        torch.optim.AdamW(rest, lr=0.1, weight_decay=0.1),
+    )
     for step in range(4):
         if step == 2:
             state, optimizer = optimizer.state_dict(), build_optimizer(config, {"denoiser": ours})
