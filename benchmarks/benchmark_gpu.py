@@ -398,17 +398,16 @@ def main():
             rate = row.get("samples_per_second")
             print(f"{name}: {f'{rate:.1f} samples/s' if rate else ''} {note or ''}", flush=True)
 
-        kept = []
+        kept = {}  # field to value: a later row may change what an earlier one has set
         for name, overrides, keep in plan:
-            is_option = (name, overrides, keep) not in pair
+            is_option, words = (name, overrides, keep) not in pair, overrides.split()
+            own = dict(zip(words[::2], words[1::2], strict=True))
             if name in chosen:
-                add(name, base + (kept + overrides.split() if is_option else []))
+                add(name, base + [word for item in (kept | own if is_option else {}).items() for word in item])
                 runs_left -= 1
                 report()
-            if keep and (
-                "samples_per_second" in rows[name] if name in chosen else not refusal(base + overrides.split())
-            ):
-                kept += overrides.split()
+            if keep and ("samples_per_second" in rows[name] if name in chosen else not refusal(base + words)):
+                kept |= own
         ours = [row for row in rows.values() if row["name"] != "reference" and "samples_per_second" in row]
         if args.profile and ours and end - time.monotonic() > 10:
             best = max(ours, key=lambda row: row["samples_per_second"])
