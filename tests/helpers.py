@@ -128,7 +128,7 @@ def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.Complet
 
 def difftrain(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     """Run the command `difftrain` as its own process."""
-    command = [sys.executable, "-m", "difftrain_utils", *last_wins(arguments)]
+    command = [sys.executable, "-m", "difftrain_utils", *arguments]
     return subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, **kwargs)
 
 

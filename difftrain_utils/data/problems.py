@@ -39,8 +39,8 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             return 0, [].__getitem__, [("error", str(error))]
 
         def row_at(index: int) -> Row:
-            row = rows[index]
-            return row._replace(name=f"{source.dataset} row {index}: {row.name}".removesuffix(f": row {index}"))
+            row, number = rows[index], f"{source.dataset} row {index}"
+            return row if row.name == number else row._replace(name=f"{number}: {row.name}")
 
         return len(rows), row_at, []
 

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import difftrain, encode, make_data
+from helpers import difftrain, encode, last_wins, make_data
 from PIL import Image
 
 from difftrain_utils.commands.check_data import main
@@ -15,7 +15,7 @@ def check(folder: Path | str, capsys, *argv: str) -> tuple[list[str], int]:
     code = 0
     try:
         model = ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]
-        main([*model, "--data.dataset", str(folder), "--data.resolution", "32", *argv])
+        main(last_wins([*model, "--data.dataset", str(folder), "--data.resolution", "32", *argv]))
     except SystemExit as error:
         code = error.code
     return capsys.readouterr().out.splitlines(), code

@@ -20,6 +20,7 @@ from helpers import (
     as_rows,
     assert_one_line,
     data_of,
+    last_wins,
     launch_environment,
     make_data,
     metrics_without_times,
@@ -671,7 +672,7 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
         fields = {"train.output_dir": tmp_path / name, "data.cache_dir": tmp_path / "cache-two"}
         environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
         result = subprocess.run(
-            [*command, *argv, *options(fields)], cwd=ROOT, env=environment, capture_output=True, text=True
+            [*command, *last_wins([*argv, *options(fields)])], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
         return result

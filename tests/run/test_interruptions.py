@@ -138,7 +138,7 @@ def test_who_reads_what_is_printed_may_go_away(short_run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("place", ["    accelerator = launch(config)", "        weights = export_pipeline("])
+@pytest.mark.parametrize("place", ["    accelerator = launch(config)", "            weights = export_pipeline("])
 def test_a_signal_before_and_after_training_ends_in_one_line(short_run, tmp_path, number, place):
     text, script = SCRIPT.read_text(), tmp_path / "train_stopped.py"
     assert text.count(place) == 1
