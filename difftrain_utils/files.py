@@ -97,6 +97,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def local_path(name: str | os.PathLike) -> Path:
+    """A path with ~ as the home; of a user that there is not, it stays as it is, where `Path.expanduser` raises."""
+    return Path(os.path.expanduser(name))
+
+
 # ── Digests ──────────────────────────────────────────────────────────────────────────────────────────────────
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""

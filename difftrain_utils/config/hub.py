@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from difftrain_utils.errors import InputError, warn
+from difftrain_utils.files import local_path
 
 ENDPOINT = "https://huggingface.co"
 
@@ -14,7 +15,7 @@ ENDPOINT = "https://huggingface.co"
 def use_cache_without_network(names: Sequence[str]) -> None:
     """Before the hub's libraries are imported: if one of the names may be the hub's, and its host has no address here,
     let them use what is cached (HF_HUB_OFFLINE) instead of trying for a minute."""
-    is_here = {name: name.startswith("builtin:") or os.path.exists(os.path.expanduser(name)) for name in names}
+    is_here = {name: name.startswith("builtin:") or os.path.exists(local_path(name)) for name in names}
     of_hub = [name for name in names if not is_here[name]]
     if not of_hub or os.environ.get("HF_HUB_OFFLINE") or getproxies().keys() & {"http", "https", "all"}:
         return

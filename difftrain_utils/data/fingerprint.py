@@ -10,7 +10,7 @@ import datasets
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.errors import RunError, warn
-from difftrain_utils.files import write_file
+from difftrain_utils.files import local_path, write_file
 
 VERSION = 1  # of what is kept: raise it when a digest or a size is computed otherwise
 CLOCK_TICK = 0.05  # seconds, more than the steps of the clock that Linux stamps files by
@@ -19,7 +19,7 @@ CLOCK_TICK = 0.05  # seconds, more than the steps of the clock that Linux stamps
 def cache_folder(config: DataConfig) -> Path:
     """`data.cache_dir`, or `difftrain` in the cache of datasets."""
     folder = config.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "difftrain"
-    return Path(os.path.expanduser(folder))
+    return local_path(folder)
 
 
 def stamp(path: str) -> tuple | None:

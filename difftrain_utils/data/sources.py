@@ -14,6 +14,7 @@ import datasets
 from difftrain_utils.builtins.shapes import draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import InputError, RunError, blame
+from difftrain_utils.files import local_path
 
 NUM_BUILTIN_SHAPES = 1800
 VALIDATION = "data.validation_dataset"
@@ -57,7 +58,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     elif name.startswith("builtin:"):
         raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is builtin:shapes")
     else:
-        folder = Path(os.path.expanduser(name))
+        folder = local_path(name)
         with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
@@ -90,7 +91,7 @@ def _blame_cache() -> Iterator[None]:
 
 def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
-    is_folder = os.path.isdir(os.path.expanduser(source.dataset))
+    is_folder = os.path.isdir(local_path(source.dataset))
     return f"{field_of(field, 'dataset')}: cannot load {source.dataset!r}" + (
         "" if is_folder else ", which is no folder here"
     )
@@ -102,7 +103,7 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     Raises:
         InputError: the folder is none of these, or a line of its metadata.jsonl is wrong.
     """
-    folder = Path(os.path.expanduser(source.dataset))
+    folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
@@ -165,7 +166,7 @@ def draw_shapes(resolution: int) -> datasets.Dataset:
 
 def find_metadata(source: SourceConfig) -> Path | None:
     """The `metadata.jsonl` of an image folder; None if the source is something else."""
-    folder = Path(os.path.expanduser(source.dataset))
+    folder = local_path(source.dataset)
     paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
     return next((path for path in paths if path.is_file()), None)
 

@@ -1,6 +1,5 @@
 """The families by what a checkpoint's model_index.json says it is, and loading one."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
+from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.loss import LearnedUncertainty
 
@@ -74,7 +74,7 @@ def load_tokenizer(config: Config) -> Any:
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
-    path = BUILTINS.get(name, Path(os.path.expanduser(name)))
+    path = BUILTINS.get(name, local_path(name))
     if name.startswith("builtin:") and name not in BUILTINS:
         raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
     if path.is_dir() and not (path / "model_index.json").is_file():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import InputError, RunError, blame, one_line, some, warn
-from difftrain_utils.files import DIGESTS_FILE, PARTIAL, replace_folder, sha256sums, sync_all
+from difftrain_utils.files import DIGESTS_FILE, PARTIAL, local_path, replace_folder, sha256sums, sync_all
 from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
 from difftrain_utils.processes import on_main_process
@@ -186,7 +186,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if resume_from == "latest":
         folder = _newest_intact(output_dir)
     else:
-        folder = Path(os.path.expanduser(resume_from))
+        folder = local_path(resume_from)
         if not os.path.isfile(folder / STATE_FILE):
             there = ", ".join(path.name for _, path in checkpoints) or "no checkpoint"
             raise InputError(f"train.resume_from: no checkpoint at {folder}; {output_dir} has {there}")

@@ -20,7 +20,6 @@ class Profiler:
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig):
         self.path, self.profile = Path(config.output_dir) / PROFILE / "trace.json.gz", None
-        self.steps_made = 0
         if config.profile and accelerator.is_main_process:
             steps = TRACED_STEPS if config.profile is True else config.profile
             self.profile = torch.profiler.profile(
@@ -40,14 +39,13 @@ class Profiler:
     def __exit__(self, *error) -> None:
         if self.profile is not None:
             self.profile.stop()
-            if self.steps_made <= WARMUP_STEPS:
+            if self.profile.step_num < WARMUP_STEPS:
                 reason = f"the run ended within the first {WARMUP_STEPS} steps, which warm up"
                 warn(f"train.profile: no trace, because {reason}")
 
     def step(self) -> None:
         """A step of the run has ended."""
         if self.profile is not None:
-            self.steps_made += 1
             self.profile.step()
 
     def _write(self, profile: torch.profiler.profile) -> None:
