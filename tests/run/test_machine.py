@@ -88,25 +88,36 @@ def test_it_trains_the_same_and_resumes_exactly(short_run, tmp_path, fields):
     assert metrics_without_times(resumed) == metrics_without_times(fast)[4:]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+        ),
+    ],
+)
 @pytest.mark.parametrize("mode", ["regional", "whole"])
-def test_compiled_gradients_in_bf16_are_those_of_fp32(mode):
+def test_compiled_gradients_in_bf16_are_those_of_fp32(mode, device):
     """To bf16's rounding, which is 2 % of a gradient's norm without the compiler; losses tell too little of it."""
     family = load_family(TextToImageConfig(ModelConfig("builtin:tiny-stable-diffusion"), DataConfig("d")))
-    denoiser, config = family.load_denoiser().train(), TrainConfig(compile=mode)
+    denoiser, config = family.load_denoiser().train().to(device), TrainConfig(compile=mode)
     torch.manual_seed(0)
-    latents, timesteps, target = torch.randn(4, 4, 8, 8), torch.tensor([3, 300, 600, 900]), torch.randn(4, 4, 8, 8)
+    latents, target = torch.randn(4, 4, 8, 8, device=device), torch.randn(4, 4, 8, 8, device=device)
+    timesteps = torch.tensor([3, 300, 600, 900], device=device)
     conditioning = family.encode_prompts(["a red circle", "a blue square", "", "a cyan triangle"])
+    conditioning = {name: value.to(device) for name, value in conditioning.items()}
 
     def gradients(in_bf16: bool) -> dict[str, torch.Tensor]:
         denoiser.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=in_bf16):
             output = family.predict(denoiser, latents, timesteps, conditioning)
         (output - target).square().mean().backward()
         return {name: parameter.grad for name, parameter in denoiser.named_parameters()}
 
     expected = gradients(in_bf16=False)
-    check_compile(config, torch.device("cpu"))
+    check_compile(config, torch.device(device))
     configure_denoiser(config, denoiser)
     for name, gradient in gradients(in_bf16=True).items():
         assert (gradient - expected[name]).norm() < 0.2 * expected[name].norm(), name
