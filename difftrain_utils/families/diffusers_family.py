@@ -1,10 +1,12 @@
 """What all families of checkpoints in diffusers' format have in common."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.devices import to_device
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.samplers import build_schedule
@@ -26,6 +28,7 @@ from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
+GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -41,7 +44,7 @@ INNER_FIELDS = frozenset(
 @dataclass
 class DiffusersFamily:
     """A `Family` of checkpoints in diffusers' format, but for what makes it one: a subclass says of which parts its
-    pipeline consists, and how images and captions are encoded and the denoiser is called.
+    pipeline consists, and how captions are encoded (`encode_texts`) and the denoiser is called (`predict`).
 
     Frozen parts are loaded when they are first used (`part`).
     """
@@ -67,6 +70,10 @@ class DiffusersFamily:
     """Of the same schedule, for pipelines."""
     init_seed: int | None = None
     """The seed of the denoiser's random weights; None: the checkpoint's weights."""
+    max_sequence_length: int | None = None
+    """Tokens that captions are cut and padded to; None: the pipeline's own default."""
+    guidance: float = GUIDANCE
+    """What a denoiser with an embedding of guidance is told."""
     vae_slicing: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
@@ -85,6 +92,13 @@ class DiffusersFamily:
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
         schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma)
+        call = inspect.signature(cls.pipeline_class.__call__).parameters
+        for section, name in ((config.evaluation, "guidance_rescale"), (config.model, "max_sequence_length")):
+            if getattr(section, name) and name not in call:
+                field_name = f"{'evaluation' if section is config.evaluation else 'model'}.{name}"
+                raise InputError(
+                    f"{field_name}: a {cls.pipeline_class.__name__} has none, got {getattr(section, name)}"
+                )
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
         family = cls(
@@ -95,13 +109,14 @@ class DiffusersFamily:
             schedule,
             sampler,
             init_seed=config.train.seed if from_scratch else None,
+            max_sequence_length=config.model.max_sequence_length,
+            guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,
             vae_slicing=config.model.vae_slicing,
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
-        has_rescale = "guidance_rescale" in inspect.signature(cls.pipeline_class.__call__).parameters
-        if config.evaluation.guidance_rescale and not has_rescale:
-            raise InputError(f"evaluation.guidance_rescale: a {cls.pipeline_class.__name__} cannot do that")
+        if config.model.guidance is not None and not family.has_guidance_embedding:
+            raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
             factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
             with blame_part(source, cls.image_part):
@@ -115,8 +130,18 @@ class DiffusersFamily:
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def frozen_parts(self) -> tuple[str, ...]:
-        """The names of all parts but the denoiser and the sampler."""
-        return (*((self.image_part,) if self.image_part else ()), *self.text_parts)
+        """The names of all parts but the denoiser and the sampler that the checkpoint has."""
+        names = (*((self.image_part,) if self.image_part else ()), *self.text_parts)
+        return tuple(name for name in names if self.has_part(name))
+
+    def has_part(self, name: str) -> bool:
+        """Whether the checkpoint has this part: model_index.json says null of one that was left out."""
+        return any(self.model_index.get(name) or ())
+
+    @property
+    def has_guidance_embedding(self) -> bool:
+        """Whether the denoiser is told a guidance, because it was distilled with one."""
+        return bool(self.config_of(self.denoiser_part).get("guidance_embeds"))
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -154,6 +179,11 @@ class DiffusersFamily:
             torch.manual_seed(seed_for(self.init_seed, "weights", 0))
             return part_class(self.model_index, name).from_config(config)
 
+    def denoiser_on_meta(self) -> torch.nn.Module:
+        """A denoiser without weights, for what only looks at its config."""
+        with torch.device("meta"):
+            return part_class(self.model_index, self.denoiser_part).from_config(self.config_of(self.denoiser_part))
+
     def config_of(self, name: str) -> Any:
         """The config of a part with its defaults, without its weights."""
         if name not in self._configs:
@@ -185,8 +215,8 @@ class DiffusersFamily:
         return {self.denoiser_part: weights_digest(denoiser)} | {part: self._digest(part) for part in encoders}
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
-        described = {}
-        for part in parts:
+        described = {} if self.max_sequence_length is None else {"max_sequence_length": str(self.max_sequence_length)}
+        for part in filter(self.has_part, parts):
             files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt", ".model"))
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
             described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
@@ -225,6 +255,15 @@ class DiffusersFamily:
             got = height if height == width else f"{height} x {width}"
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
 
+    def check_clip(self, tokenizer: str, text_encoder: str) -> None:
+        """Raise ValueError unless these two parts, a tokenizer and a text encoder of CLIP, are of each other."""
+        config, vocabulary = self.config_of(text_encoder), self.part(tokenizer)
+        if len(vocabulary) != config.vocab_size:  # transformers makes an empty one where files are missing
+            raise ValueError(f"{tokenizer} has {len(vocabulary)} tokens, {text_encoder} {config.vocab_size}")
+        limit, positions = vocabulary.model_max_length, config.max_position_embeddings
+        if not 2 <= limit <= positions:
+            raise ValueError(f"{tokenizer} cuts captions at {limit} tokens, {text_encoder} takes {positions}")
+
     # ── Images and captions ──────────────────────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -252,6 +291,32 @@ class DiffusersFamily:
             latents = latents - config.shift_factor
         return latents * config.get("scaling_factor", 1.0)
 
+    @torch.no_grad()
+    def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
+        """See `Family`. Libraries choose kernels by the shape, and each rounds in its own way. So a CPU, which is
+        hardly slower then, encodes each caption alone, and a GPU always as many, copies filling the last lot up; equal
+        ones are encoded once, and none by itself."""
+        texts = list(dict.fromkeys(caption for caption in captions if caption is not None))
+        at_once, encoded = 1 if torch.device(self.device).type == "cpu" else ENCODED_AT_ONCE, {}
+        for start in range(0, len(texts), at_once):
+            lot = texts[start : start + at_once]
+            with quiet():
+                values = self.encode_texts((lot * at_once)[:at_once])
+            encoded |= {text: {name: value[i] for name, value in values.items()} for i, text in enumerate(lot)}
+        if None in captions:
+            with quiet():
+                encoded[None] = {name: value[0] for name, value in self.encode_nothing().items()}
+        rows = [encoded[caption] for caption in captions]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def encode_texts(self, texts: list[str]) -> Conditioning:
+        """The conditioning of texts, as their pipeline encodes them together."""
+        raise NotImplementedError
+
+    def encode_nothing(self) -> Conditioning:
+        """The pipeline's own conditioning of no caption, of one sample; that of the empty one, as a rule."""
+        return self.encode_texts([""])
+
     def null_conditioning(self) -> Conditioning:
         return self.encode_prompts([None])
 
@@ -262,15 +327,61 @@ class DiffusersFamily:
         return self.sample_latents(moments, noise), conditioning
 
     def shift(self, *size: int) -> float:
-        """That of the schedule, for all sizes."""
-        return self.schedule.shift
+        """That of the schedule, for all sizes, or where the sampler's is dynamic, what its pipeline makes of the size:
+        exp(μ), or μ if `time_shift_type` is linear."""
+        config = self.sampler.config
+        if not config.get("use_dynamic_shifting"):
+            return self.schedule.shift
+        mu = self.mu(*size)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def mu(self, *size: int) -> float:
+        """What a dynamic sampler is told of latents of this size: linear in their number of tokens (Flux's)."""
+        config, names = self.sampler.config, ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(self.num_tokens(*size), *(config[name] for name in names))
+
+    def num_tokens(self, *size: int) -> int:
+        """Into how many tokens the denoiser cuts latents of this size."""
+        return math.prod(side // self.patch_size for side in size)
+
+    @property
+    def patch_size(self) -> int:
+        """The side of the denoiser's tokens in latents; of a UNet, what it can halve as often as it does."""
+        config = self.config_of(self.denoiser_part)
+        return config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How much smaller latents are than images."""
+        return 2 ** (len(self.config_of(self.image_part).block_out_channels) - 1) if self.image_part else 1
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae_scale_factor * self.patch_size
 
     # ── Pipelines ────────────────────────────────────────────────────────────────────────────────────────────
     def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
-        parts = {name: self.part(name) for name in self.frozen_parts} | {self.denoiser_part: denoiser}
-        pipeline = self.pipeline_class(**parts, scheduler=self.sampler, **self.pipeline_options)
+        pipeline = self._pipeline_of(self.frozen_parts, denoiser)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def text_pipeline(self) -> DiffusionPipeline:
+        """A pipeline of the parts that encode captions alone, for its own `encode_prompt`."""
+        return self._pipeline_of([name for name in self.text_parts if self.has_part(name)], None)
+
+    def _pipeline_of(self, names: Sequence[str], denoiser: torch.nn.Module | None) -> DiffusionPipeline:
+        parts = dict.fromkeys([*([self.image_part] if self.image_part else []), *self.text_parts])
+        parts |= {name: self.part(name) for name in names} | {self.denoiser_part: denoiser}
+        return self.pipeline_class(**parts, scheduler=self.sampler, **self.pipeline_options)
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """What `encode_prompt` and the pipeline are told of captions besides their text."""
+        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """What a call of the pipeline is told of its prompts and their guidance."""
+        return {"prompt": prompts, "guidance_scale": guidance_scale}
 
     def generate(
         self,
@@ -283,13 +394,16 @@ class DiffusersFamily:
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Image.Image]:
-        return self.pipeline(denoiser)(
-            list(prompts),
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+        pipeline = self.pipeline(denoiser)
+        known = inspect.signature(type(pipeline).__call__).parameters
+        options = {"height": height, "width": width, "use_resolution_binning": False}
+        options = {name: value for name, value in options.items() if name in known}
+        return pipeline(
+            **options,
+            **self.text_options,
+            **self.call_options(list(prompts), guidance_scale),
             **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
+            num_inference_steps=num_inference_steps,
             generator=list(generators),
         ).images
 
@@ -301,16 +415,18 @@ class DiffusersFamily:
         fresh.pipeline(denoiser).save_pretrained(folder)
 
 
-def encode_alone(
-    encode: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, device: torch.device
-) -> torch.Tensor:
-    """`encode(rows)` on the device, where what becomes of a row does not depend on the others, nor on how many there
-    are: libraries choose kernels by the shape, and each rounds in its own way. So a CPU, which is hardly slower then,
-    encodes each row alone, and a GPU always as many, copies filling the last lot up. Equal rows are encoded once."""
-    distinct, places = torch.unique(rows, dim=0, return_inverse=True)
-    at_once = 1 if device.type == "cpu" else ENCODED_AT_ONCE
-    filled = distinct[torch.arange(-(-len(distinct) // at_once) * at_once) % len(distinct)]
-    return torch.cat([encode(part) for part in to_device(filled, device).split(at_once)])[to_device(places, device)]
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without a warning for each caption that is longer than the model takes."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def as_json(value: Any) -> Any:

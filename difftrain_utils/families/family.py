@@ -73,7 +73,7 @@ class Family(Protocol):
 
     def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
         """The conditioning of captions; of None the pipeline's own for "nothing", which is not always that of "". That
-        of one does not depend on the others, to the last bit (`encode_alone`)."""
+        of one does not depend on the others, to the last bit."""
 
     def null_conditioning(self) -> Conditioning:
         """The conditioning of one sample without a caption."""

@@ -1,6 +1,5 @@
 """The families by what a checkpoint's model_index.json says it is, and loading one."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,19 +7,25 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from difftrain_utils.builtins.checkpoints import BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
+from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
+from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.loss import LearnedUncertainty
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
-FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
-BUILTINS = {"builtin:tiny-stable-diffusion": Path(__file__).parent.parent / "builtins/tiny_stable_diffusion"}
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+}
 
 
 def load_family(config: Config) -> Family:
@@ -74,9 +79,7 @@ def load_tokenizer(config: Config) -> Any:
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
-    path = BUILTINS.get(name, local_path(name))
-    if name.startswith("builtin:") and name not in BUILTINS:
-        raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
+    path = builtin_checkpoint(name) if name.startswith("builtin:") else local_path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
     if path.is_file():

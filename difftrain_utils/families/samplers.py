@@ -61,12 +61,19 @@ def _build_flow(
     fields = config.scheduler
     if fields.beta_schedule or fields.rescale_betas_zero_snr:
         raise InputError("scheduler: flow_prediction has no betas; leave beta_schedule and rescale_betas_zero_snr")
+    is_dynamic = bool(own.get("use_dynamic_shifting")) and fields.flow_shift is None  # by the family, from the size
+    if is_dynamic and fields.sampler is not None and not is_own:
+        raise InputError(
+            f"scheduler.sampler: the checkpoint's shift depends on the size, which {sampler_class.__name__} here does "
+            "not know of; set scheduler.flow_shift"
+        )
     shift = fields.flow_shift or own.get("shift") or own.get("flow_shift", 1.0)
     shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
     num_timesteps = overrides.get("num_train_timesteps", own["num_train_timesteps"])
     schedule = Schedule("linear", "flow_prediction", num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):
         fitting = {"num_train_timesteps": num_timesteps, "shift": shift}
+        fitting |= {"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {}
     else:
         fitting = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         fitting["num_train_timesteps"] = num_timesteps

@@ -3,10 +3,10 @@ from pathlib import Path
 
 from safetensors.torch import load
 
+from difftrain_utils.builtins.checkpoints import SHIPPED as BUILTINS
 from difftrain_utils.builtins.tiny_stable_diffusion import make
-from difftrain_utils.families.load import BUILTINS
 
-SHIPPED = BUILTINS["builtin:tiny-stable-diffusion"]
+SHIPPED = BUILTINS["tiny-stable-diffusion"]
 
 
 def test_the_shipped_checkpoint_is_what_the_script_makes(tmp_path):

@@ -134,7 +134,7 @@ def test_the_config_overrides_the_shift_of_a_sampler_that_is_kept():
     checkpoint = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.3)
     schedule, sampler = build(None, checkpoint, 512, False, flow_shift=2.0, flow_base_resolution=1024)
     own, kept = (json.loads(scheduler.to_json_string()) for scheduler in (checkpoint, sampler))
-    assert schedule.shift == 1 and kept == own | {"shift": 1.0}
+    assert schedule.shift == 1 and kept == own | {"shift": 1.0, "use_dynamic_shifting": False}
 
 
 @pytest.mark.parametrize(

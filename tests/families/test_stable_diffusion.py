@@ -7,14 +7,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file, save_file
 
+from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.shapes import count_right, draw_shape
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, RunError
-from difftrain_utils.families.diffusers_family import DiffusersFamily, encode_alone
-from difftrain_utils.families.load import BUILTINS, load_family
+from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.load import load_family
 from difftrain_utils.files import new_folder, weights_digest
 from difftrain_utils.media.image import to_pixel_values
 
@@ -41,7 +42,7 @@ def pixel_values():
 
 
 def test_the_builtins_vae_is_small_and_keeps_what_an_image_shows(builtin, denoiser, pixel_values):
-    assert (BUILTINS[BUILTIN] / "vae/diffusion_pytorch_model.safetensors").stat().st_size <= 500_000
+    assert (builtin_checkpoint(BUILTIN) / "vae/diffusion_pytorch_model.safetensors").stat().st_size <= 500_000
     moments = builtin.encode_images(pixel_values)
     noise = torch.randn(moments[:, 0].shape, generator=torch.Generator().manual_seed(0))
     latents = builtin.sample_latents(moments, noise)
@@ -102,12 +103,14 @@ def test_a_caption_is_encoded_the_same_whatever_is_beside_it(builtin):
         assert torch.equal(together[: len(captions)], alone)
 
 
-def test_a_gpu_encodes_always_as_many_rows():
-    shapes, rows, meta = [], torch.tensor([[3, 1], [2, 2], [3, 1], [0, 5]]).repeat(9, 1), torch.device("meta")
-    encode_alone(lambda part: shapes.append(part.shape) or part.float(), rows, meta)
-    assert shapes == [(16, 2)]
-    encode_alone(lambda part: shapes.append(part.shape) or part.float(), torch.arange(34).view(17, 2), meta)
-    assert shapes[1:] == [(16, 2), (16, 2)]
+def test_a_gpu_encodes_always_as_many_captions(builtin, monkeypatch):
+    lots, meta = [], torch.device("meta")
+    monkeypatch.setattr(builtin, "device", meta)
+    monkeypatch.setattr(builtin, "encode_texts", lambda texts: lots.append(texts) or {"x": torch.zeros(len(texts))})
+    builtin.encode_prompts(["a", "b", "a"] * 9)
+    assert [len(lot) for lot in lots] == [16] and set(lots[0]) == {"a", "b"}
+    builtin.encode_prompts([str(i) for i in range(17)])
+    assert [len(lot) for lot in lots[1:]] == [16, 16]
 
 
 def test_no_caption_is_the_empty_one(builtin):

@@ -1,0 +1,49 @@
+"""The built-in checkpoints, by name: one comes as files, and a tiny one of each family is made when it is asked for."""
+
+import contextlib
+import importlib
+import tempfile
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+
+from difftrain_utils.errors import writing
+from difftrain_utils.files import text_digest
+
+HERE = Path(__file__).parent
+SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
+MADE = ("tiny-sdxl", "tiny-sd3")  # by `make` of the module in tiny/ that is called so
+BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
+
+
+def builtin_checkpoint(name: str) -> Path:
+    """The folder of the checkpoint `builtin:NAME`, in diffusers' format. Those that are made are kept in the folder of
+    Hugging Face's caches, for these versions of the libraries.
+
+    Raises:
+        ValueError: there is none of this name.
+        RunError: it cannot be written.
+    """
+    if name not in BUILTINS:
+        raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
+    name = name.removeprefix("builtin:")
+    if name in SHIPPED:
+        return SHIPPED[name]
+    sources = [path.read_text() for path in sorted((HERE / "tiny").glob("*.py"))]
+    versions = [module.__version__ for module in (torch, diffusers, transformers)]
+    folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(sources + versions))[:16]}"
+    if not folder.exists():
+        module = importlib.import_module(
+            f"difftrain_utils.builtins.tiny.{name.removeprefix('tiny-').replace('-', '_')}"
+        )
+        with torch.random.fork_rng(devices=[]), writing(folder):
+            torch.manual_seed(0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                module.make().save_pretrained(Path(aside) / name)
+                with contextlib.suppress(OSError):  # another process was sooner
+                    (Path(aside) / name).rename(folder)
+    return folder

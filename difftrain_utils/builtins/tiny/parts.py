@@ -1,0 +1,100 @@
+"""Frozen parts of the tiny checkpoints: real classes with random weights, and the VAE that was trained on the shapes."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
+WIDTH = 64  # of what text encoders put out
+
+
+def shapes_vae(**config) -> AutoencoderKL:
+    """The VAE of `builtin:tiny-stable-diffusion`, 4 channels at a quarter of the size, with other fields of config."""
+    vae = AutoencoderKL.from_pretrained(SHIPPED, subfolder="vae")
+    vae.register_to_config(**config)
+    return vae.eval()
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Each word of the shapes is one token."""
+    return CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+
+
+def clip_text_encoder(with_projection: bool = False, width: int = WIDTH) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """For `clip_tokenizer`. With random weights a token's state tells as much of its place as of its word, so the
+    places' weights are made smaller."""
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
+    embeddings = model.text_model.embeddings if with_projection else model.embeddings
+    embeddings.position_embedding.weight.data.mul_(0.25)
+    return model.eval()
+
+
+def byte_tokenizer(eos: str, pad: str, bos: str | None = None, adds: tuple[str, ...] = (), max_length: int = 512):
+    """A tokenizer of bytes, which needs no vocabulary; `adds` says which of `bos` and `eos` go around a text."""
+    specials = list(dict.fromkeys([pad, eos, "<unk>", *([bos] if bos else []), "<|im_start|>", "<|im_end|>"]))
+    tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    numbers = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=numbers, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds:
+        around = " ".join([*([bos] if bos in adds else []), "$A", *([eos] if eos in adds else [])])
+        added = [(token, numbers[token]) for token in adds]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=added)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        unk_token="<unk>",
+        model_max_length=max_length,
+        padding_side="right",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",))
+
+
+def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
+    """For `t5_tokenizer`."""
+    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
+    return T5EncoderModel(config).eval()
+
+
+def small_unet_config() -> dict:
+    """What UNets of the tiny checkpoints have in common."""
+    return {"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 16}
+
+
+def fill_zeros(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """Draw the weights that a class begins with at zero: with them a denoiser is the same function of everything."""
+    for parameter in module.parameters():
+        if parameter.ndim and not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+    return module

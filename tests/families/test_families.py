@@ -1,0 +1,215 @@
+"""Every family against the real pipeline of its own, with tiny real parts: `builtin:tiny-…`."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from helpers import CACHES, DREAM, metrics_without_times, options, parse_config, pipeline_bytes, train
+
+from difftrain_utils.builtins.tiny.parts import fill_zeros
+from difftrain_utils.families.load import load_family
+from difftrain_utils.keyed_random import torch_generator_for
+from difftrain_utils.media.image import to_pixel_values
+
+SHORT = {"model.max_sequence_length": 24}
+FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT}
+"""Each built-in checkpoint, and the fields of its runs."""
+CAPTIONS = ["a red circle", "a blue square of another kind"]
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def family_run(name, short_run) -> list[str]:
+    """Options of a run of seconds with the family's built-in checkpoint."""
+    model = {"model.pretrained_model_name_or_path": f"builtin:{name}", "train.max_steps": 4, "train.batch_size": 2}
+    evaluation = {"evaluation.num_inference_steps": 2, "evaluation.guidance_scale": 3.0}
+    return [*short_run, *options(model | evaluation | FAMILIES[name])]
+
+
+@pytest.fixture
+def family(family_run):
+    return load_family(parse_config(family_run))
+
+
+@pytest.fixture
+def denoiser(family):
+    """Weights that begin at zero are drawn, so that all of its inputs count."""
+    torch.manual_seed(1)
+    return fill_zeros(family.load_denoiser()).eval()
+
+
+class Calls:
+    """What a denoiser is called with and puts out."""
+
+    def __init__(self, denoiser: torch.nn.Module):
+        self.calls, self.signature = [], inspect.signature(denoiser.forward)
+        denoiser.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs, output):
+        given = self.signature.bind(*args, **kwargs).arguments
+        given = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
+        output = output[0] if isinstance(output, tuple) else output.sample
+        self.calls.append((given, output))
+
+    def pop(self) -> list:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def call_pipeline(family, denoiser, captions: list[str], guidance_scale: float, steps: int) -> tuple:
+    """The images of the family's own pipeline, and what its VAE decodes (None in pixel space)."""
+    decoded, vae = [], family.part("vae") if family.image_part else None
+    if vae is not None:
+        vae.decode = lambda z, *args, **kwargs: decoded.append(z) or type(vae).decode(vae, z, *args, **kwargs)
+    images = family.generate(denoiser, captions, 32, 32, steps, guidance_scale, 0.0, generators(len(captions)))
+    if vae is not None:
+        del vae.decode
+    return images, torch.cat(decoded) if decoded else None
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch_generator_for(0, "evaluation", k) for k in range(count)]
+
+
+def first_latents(family, draws: list[torch.Generator]) -> torch.Tensor:
+    """What the pipeline begins with, drawn from the generators."""
+    shape = family.sample_latents(family.encode_images(torch.zeros(1, 3, 32, 32)), torch.zeros(())).shape[1:]
+    noise = randn_tensor((len(draws), *shape), generator=draws)
+    return noise * getattr(family.sampler, "init_noise_sigma", 1.0) if family.has_init_noise_sigma else noise
+
+
+def scaled(sampler, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    return sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
+
+
+def assert_same(ours, theirs, name: str = "output") -> None:
+    if isinstance(theirs, dict):
+        for key in theirs:
+            assert_same(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), name
+        for i, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(mine, its, f"{name}[{i}]")
+    elif isinstance(theirs, torch.Tensor):
+        ours = ours.to(theirs.dtype).expand_as(theirs) if theirs.ndim else ours  # one timestep for all
+        torch.testing.assert_close(
+            ours, theirs.expand_as(ours), rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}"
+        )
+    else:
+        assert ours == theirs, name
+
+
+@torch.no_grad()
+def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
+    """Hooked on the pipeline's call: the same arguments, and the same output of them."""
+    calls = Calls(denoiser)
+    call_pipeline(family, denoiser, CAPTIONS, 1.0, 2)
+    (theirs, output), *_ = calls.pop()
+    timestep, sampler = family.sampler.timesteps[0], copy.deepcopy(family.sampler)
+    sampler._step_index = None
+    latents = scaled(sampler, first_latents(family, generators(2)), timestep)
+    family.predict(denoiser, latents, timestep.expand(2), family.encode_prompts(CAPTIONS))
+    ((ours, ours_output),) = calls.pop()
+    assert ours.keys() == theirs.keys()
+    assert_same(ours, theirs, "arguments")
+    assert_same(ours_output, output)
+
+
+@torch.no_grad()
+def test_sampling_by_predict_is_the_pipelines(family, denoiser):
+    """So the sign, the packing and the latents' normalisation are right: what the pipeline's VAE decodes, normalised,
+    is what sampling with `predict` ends at."""
+    images, decoded = call_pipeline(family, denoiser, CAPTIONS, 1.0, 3)
+    sampler, draws, conditioning = family.sampler, generators(2), family.encode_prompts(CAPTIONS)
+    sampler._step_index, latents = None, first_latents(family, draws)
+    for timestep in sampler.timesteps:
+        output = family.predict(denoiser, scaled(sampler, latents, timestep), timestep.expand(2), conditioning)
+        options = {"generator": draws} if "generator" in inspect.signature(sampler.step).parameters else {}
+        latents = sampler.step(output, timestep, latents, **options).prev_sample
+    if decoded is None:
+        made = torch.stack([to_pixel_values(image) for image in images])
+        torch.testing.assert_close(latents.clamp(-1, 1), made, rtol=0, atol=1 / 127)
+    else:
+        decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
+        torch.testing.assert_close(latents, family.normalise(decoded), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_is_the_pipelines_own(family, denoiser):
+    """Under guidance, the pipeline asks for the caption and for nothing: both rows of what the denoiser puts out."""
+    calls = Calls(denoiser)
+    call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 1)
+    rows = [row for _, output in calls.pop() for row in output]
+    timestep, sampler = family.sampler.timesteps[0], copy.deepcopy(family.sampler)
+    sampler._step_index = None
+    latents = scaled(sampler, first_latents(family, generators(1)), timestep)
+    found = []
+    for caption in (CAPTIONS[0], None):
+        family.predict(denoiser, latents, timestep.expand(1), family.encode_prompts([caption]))
+        ((_, output),) = calls.pop()
+        found.append(min(range(len(rows)), key=lambda i: (rows[i] - output[0]).abs().max()))
+        torch.testing.assert_close(output[0], rows[found[-1]], rtol=1e-5, atol=1e-5)
+    assert len(rows) == len(set(found)), "each of the pipeline's rows is one of ours"
+
+
+def test_captions_are_encoded_the_same_whatever_is_beside_them(family):
+    alone = [family.encode_prompts([caption]) for caption in (*CAPTIONS, None)]
+    together = family.encode_prompts([None, *CAPTIONS[::-1], "a third one", CAPTIONS[0], None])
+    for caption, place in ((0, 2), (1, 1), (0, 4), (2, 0), (2, 5)):
+        for name, value in alone[caption].items():
+            assert torch.equal(together[name][place], value[0]), name
+
+
+def test_it_trains_resumes_and_exports(family_run, tmp_path):
+    """Exactly; and plain diffusers makes of what it leaves the picture that the family makes of it."""
+    argv = [*family_run, *options({"evaluation.prompts": CAPTIONS, "train.eval_every": 4})]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-2")]
+    train([*argv, *resumed])
+    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
+    assert metrics_without_times(tmp_path / "resumed") == metrics_without_times(unbroken)[2:]
+    exported = ["--model.pretrained_model_name_or_path", str(unbroken / "pipeline")]
+    family = load_family(parse_config([*argv, *exported]))
+    images = family.generate(family.load_denoiser(), CAPTIONS, 32, 32, 2, 3.0, 0.0, generators(2))
+    pipeline = DiffusionPipeline.from_pretrained(unbroken / "pipeline")
+    assert type(pipeline) is family.pipeline_class
+    pipeline.set_progress_bar_config(disable=True)
+    sized = {"height": 32, "width": 32, "use_resolution_binning": False}
+    known = inspect.signature(type(pipeline).__call__).parameters
+    sized = {name: value for name, value in (sized | family.text_options).items() if name in known}
+    again = pipeline(
+        **sized, **family.call_options(CAPTIONS, 3.0), num_inference_steps=2, generator=generators(2)
+    ).images
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
+
+
+@pytest.mark.slow
+def test_splits_and_caches_change_nothing(family_run, tmp_path):
+    argv = [*family_run, *options({"data.center_crop": True, "train.max_steps": 3})]
+    fields = {
+        "plain": {},
+        "parts": {"train.gradient_accumulation_steps": 2},
+        "caches": CACHES | {"data.cache_dir": tmp_path / "cache"},
+    }
+    runs = {name: train([*argv, *options(own | {"train.output_dir": tmp_path / name})]) for name, own in fields.items()}
+    losses = {name: [line["loss"] for line in metrics_without_times(run)] for name, run in runs.items()}
+    assert losses["parts"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["caches"] == pytest.approx(losses["plain"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [DREAM, {"loss.weighting": "min_snr", "train.gradient_checkpointing": True}],
+                         ids=["dream", "min_snr"])  # fmt: skip
+def test_strategies_train_and_resume(family_run, tmp_path, fields):
+    argv = [*family_run, *options(fields)]
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-2")]
+    train([*argv, *resumed])
+    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
