@@ -36,14 +36,13 @@ def builtin_checkpoint(name: str) -> Path:
     versions = [module.__version__ for module in (torch, diffusers, transformers)]
     folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(sources + versions))[:16]}"
     if not folder.exists():
-        module = importlib.import_module(
-            f"difftrain_utils.builtins.tiny.{name.removeprefix('tiny-').replace('-', '_')}"
-        )
+        module = name.removeprefix("tiny-").replace("-", "_")
+        make = importlib.import_module(f"difftrain_utils.builtins.tiny.{module}").make
         with torch.random.fork_rng(devices=[]), writing(folder):
             torch.manual_seed(0)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                module.make().save_pretrained(Path(aside) / name)
+                make().save_pretrained(Path(aside) / name)
                 with contextlib.suppress(OSError):  # another process was sooner
                     (Path(aside) / name).rename(folder)
     return folder

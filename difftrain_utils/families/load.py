@@ -100,5 +100,5 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError("model_index.json names no pipeline (_class_name)")
     if model_index["_class_name"] not in FAMILIES:
-        raise ValueError(f"a {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
+        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
     return source, model_index

@@ -303,6 +303,6 @@ def test_another_family_is_refused_by_name(checkpoint_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoint_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match="a FluxPipeline; known is StableDiffusionPipeline"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "AmusedPipeline"}))
+    with pytest.raises(InputError, match="it is of AmusedPipeline; known is StableDiffusionPipeline"):
         load(folder)

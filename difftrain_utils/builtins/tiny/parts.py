@@ -1,4 +1,4 @@
-"""Frozen parts of the tiny checkpoints: real classes with random weights, and the VAE that was trained on the shapes."""
+"""Frozen parts of the tiny checkpoints: real classes with random weights, and the VAE that knows the shapes."""
 
 from pathlib import Path
 
