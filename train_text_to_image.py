@@ -35,6 +35,7 @@ from difftrain_utils.objective.noise import perturb_input, sample_noise
 from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
+from difftrain_utils.optimization.trained import trained_parameters
 from difftrain_utils.run.checkpoints import begin_run, find_checkpoint, is_finished
 from difftrain_utils.run.export import export_pipeline
 from difftrain_utils.run.interruptions import Interruptions
@@ -72,7 +73,7 @@ def main(config: TextToImageConfig) -> int:
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
     denoiser, uncertainty = state.models["denoiser"], state.models.get("uncertainty")
-    parameters = list(denoiser.parameters())
+    parameters = trained_parameters(denoiser)
     state.averages = build_averages(config.ema, parameters)
     state.load(checkpoint)
     begin_run(accelerator, record, state.step, checkpoint, config.train)

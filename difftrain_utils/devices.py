@@ -5,6 +5,12 @@ import resource
 import sys
 
 import torch
+from accelerate import Accelerator
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What weights that are not trained are kept in: the precision of the run."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:

@@ -74,6 +74,7 @@ def one_line(error: Exception) -> str:
 
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "scipy": "immiscible", "torchmetrics": "metrics"}
+EXTRAS |= {"peft": "lora"}
 
 
 def not_installed(package: str) -> str:

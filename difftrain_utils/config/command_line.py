@@ -18,10 +18,13 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.hub import use_cache_without_network
+from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError, blame, shorten, warn
 
 ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
+
+NESTED = {"model.lora": LoraConfig}  # fields that have fields of their own
 
 C = TypeVar("C", bound=Config)
 SHORT = {"lr": "optimizer.init_args.lr", "learning_rate": "optimizer.init_args.lr"}
@@ -78,6 +81,8 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         raise InputError("the command line: a value is nested too deep to be read") from None
     sections = {field.name: field.type(**vars(getattr(namespace, field.name))) for field in _sections(config_class)}
     config = config_class(**sections)
+    if config.model.lora is not None:
+        config.model.lora = LoraConfig(**vars(config.model.lora))
     if config.data.sources is not None:
         config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
     config.check()
@@ -149,7 +154,7 @@ def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
 def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     """The arguments with today's names for fields that were renamed. Names are looked at before values: an unknown one
     gets a suggestion, which jsonargparse does not give."""
-    known, argv = field_names(config_class), list(argv)
+    known, argv = [*field_names(config_class), *_nested_names()], list(argv)
     for position, arg in enumerate(argv):
         if not arg.startswith("--"):
             continue
@@ -173,6 +178,10 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
             and not name.startswith("optimizer.init_args.")
         ):
             raise InputError(f"--{_no_such_field(name, known, '--')}")
+        elif name in NESTED and value.startswith("{"):
+            with contextlib.suppress(yaml.YAMLError):
+                for unknown in _unknown_nested(*name.split(".")[:1], {name.split(".")[1]: yaml.safe_load(value)}):
+                    raise InputError(f"--{_no_such_field(unknown, known)}")
         elif name.removesuffix("+") == "data.sources":
             with contextlib.suppress(yaml.YAMLError):  # jsonargparse says what is wrong with it
                 for unknown in _unknown_source_fields(yaml.safe_load(value)):
@@ -205,7 +214,8 @@ def _refuse_lost(argv: Sequence[str]) -> None:
 
 def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
     """The sections of a config file, all of whose names are known, or were before they were renamed."""
-    names, known = [section.name for section in _sections(config_class)], field_names(config_class)
+    names = [section.name for section in _sections(config_class)]
+    known = [*field_names(config_class), *_nested_names()]
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _StrictLoader)
@@ -222,9 +232,19 @@ def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
             raise InputError(f"{path}: {section}: must hold fields, got {fields!r:.60}")
         for unknown in (f"{section}.{name}" for name in fields if f"{section}.{name}" not in [*known, *RENAMED]):
             raise InputError(f"{path}: {_no_such_field(unknown, known)}")
-        for unknown in _unknown_source_fields(fields.get("sources")):
+        for unknown in [*_unknown_source_fields(fields.get("sources")), *_unknown_nested(section, fields)]:
             raise InputError(f"{path}: {_no_such_field(unknown, known)}")
     return content
+
+
+def _nested_names() -> list[str]:
+    return [f"{name}.{field.name}" for name, cls in NESTED.items() for field in dataclasses.fields(cls)]
+
+
+def _unknown_nested(section: str, fields: dict[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        if f"{section}.{name}" in NESTED and isinstance(value, dict):
+            yield from (n for n in (f"{section}.{name}.{key}" for key in value) if n not in _nested_names())
 
 
 def _unknown_source_fields(sources: Any) -> Iterator[str]:
@@ -262,6 +282,9 @@ def _one_line(message: str) -> str:
     if in_source := re.search(r"SourceConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
         problem = " ".join(in_source[1].replace("Parser key", "field").split())
         return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
+    if in_nested := re.search(r"LoraConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
+        problem = " ".join(in_nested[1].split()).replace('Parser key "', "").replace('":', ":")
+        return f"model.lora.{problem}"
     if message.startswith('Parser key "data.sources":'):
         return "data.sources: must be a list, each item of it {dataset: …}, or null"
     if "Union subtypes" in message:

@@ -38,7 +38,7 @@ class Config:
         requires = {}
         for field in dataclasses.fields(self):
             section = getattr(self, field.name)
-            requires[field.name] = _require(section, field.name)
+            requires[field.name] = require_of(section, field.name)
             refuse_null(section, field.name)
             _refuse_no_number(section, field.name)
             section.check(requires[field.name])
@@ -84,7 +84,7 @@ def _is_finite(value: Any) -> bool:
     return abs(value) < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
-def _require(section, name: str) -> Require:
+def require_of(section, name: str) -> Require:
     def require(allowed: bool, field: str, rule: str) -> None:
         if not allowed:
             raise InputError(f"{name}.{field}: {rule}, got {getattr(section, field)!r}")

@@ -1,9 +1,38 @@
 """The checkpoint to train."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from difftrain_utils.config.config import Require
+from difftrain_utils.config.config import Require, require_of
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) that are trained instead of the denoiser."""
+
+    rank: int = 16
+    """Rank of the adapters' matrices."""
+    alpha: float | None = None
+    """What an adapter adds is scaled by alpha / rank; null: as the rank, so by 1."""
+    target_modules: list[str] | None = None
+    """Names of the layers that get adapters, or the ends of their names; null: the attention's, by the family."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How adapters begin, drawn from `train.seed`; all begin at adding nothing."""
+    dropout: float = 0.0
+    """Dropout of what goes into the adapters."""
+    use_dora: bool = False
+    """Train the length of each weight's columns, too (Liu et al. 2024, arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    merge: bool = False
+    """Write `pipeline/`, too, with the adapters merged into its denoiser."""
+
+    def check(self, require: Require) -> None:
+        require(1 <= self.rank <= 4096, "rank", "must be from 1 to 4096")
+        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "must be above 0 and finite, or null")
+        require(self.target_modules is None or len(self.target_modules) > 0, "target_modules", "must not be empty")
+        require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
 
 
 @dataclass
@@ -25,11 +54,22 @@ class ModelConfig:
     """Tokens that captions are cut and padded to, where the model leaves it open; null: its pipeline's default."""
     guidance: float | None = None
     """What a guidance-distilled model (Flux.1 dev) is told in training; null: 1, the images as they are."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the denoiser's own weights: `{}` for the defaults, or the fields one by one,
+    `--model.lora.rank 16`. Needs the extra `lora`."""
+    trainable: list[str] | None = None
+    """Patterns of the denoiser's weights that are trained, `["*.attn2.*", "conv_out.*"]`; null: all, or with
+    `model.lora` none but its adapters."""
     vae_slicing: bool = False
     """Encode and decode one image at a time: less memory, slower."""
 
     def check(self, require: Require) -> None:
         require(self.pretrained_model_name_or_path != "", "pretrained_model_name_or_path", "must not be empty")
+        require(self.trainable is None or len(self.trainable) > 0, "trainable", "must not be empty")
+        if self.lora is not None:
+            self.lora.check(require_of(self.lora, "model.lora"))
+            both = self.trainable is not None and not self.lora.merge
+            require(not both, "trainable", "with model.lora needs model.lora.merge: adapters hold no other weights")
         length, guidance = self.max_sequence_length, self.guidance
         require(length is None or 1 <= length <= 4096, "max_sequence_length", "must be from 1 to 4096, or null")
         require(guidance is None or 0 <= guidance <= 100, "guidance", "must be from 0 to 100, or null")

@@ -20,12 +20,16 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
 from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.lora import LORA_FILE, base_state, save_adapters, with_trained
 from difftrain_utils.families.samplers import build_schedule
-from difftrain_utils.files import file_digest, part_digest, weights_digest
+from difftrain_utils.files import file_digest, part_digest, tensors_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.optimization.trained import is_trained_whole
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
@@ -53,6 +57,8 @@ class DiffusersFamily:
     denoiser_part: ClassVar[str] = "transformer"
     image_part: ClassVar[str | None] = "vae"
     text_parts: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
     """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and
     all others what goes in and out."""
@@ -74,6 +80,8 @@ class DiffusersFamily:
     """Tokens that captions are cut and padded to; None: the pipeline's own default."""
     guidance: float = GUIDANCE
     """What a denoiser with an embedding of guidance is told."""
+    lora: LoraConfig | None = None
+    """Of the adapters that the denoiser has in training."""
     vae_slicing: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
@@ -111,10 +119,16 @@ class DiffusersFamily:
             init_seed=config.train.seed if from_scratch else None,
             max_sequence_length=config.model.max_sequence_length,
             guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,
+            lora=config.model.lora,
             vae_slicing=config.model.vae_slicing,
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
+        if config.model.lora is not None and not config.model.lora.merge and not cls.loads_adapters():
+            name = cls.pipeline_class.__name__
+            raise InputError(
+                f"model.lora: a {name} of diffusers loads no adapters; model.lora.merge writes them merged"
+            )
         if config.model.guidance is not None and not family.has_guidance_embedding:
             raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
@@ -198,8 +212,7 @@ class DiffusersFamily:
 
     def move_frozen_parts(self, accelerator: Accelerator) -> None:
         """Those that are loaded, and those that will be."""
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        self.device, self.weight_dtype = accelerator.device, half.get(accelerator.mixed_precision, torch.float32)
+        self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator)
         for part in self._parts.values():
             if isinstance(part, torch.nn.Module):
                 torch.nn.Module.to(part, self.device, self.weight_dtype)
@@ -212,7 +225,9 @@ class DiffusersFamily:
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """See `Family`; without loading the encoders. Raises InputError if weights are missing or damaged."""
         encoders = [part for part in self.frozen_parts if not part.startswith("tokenizer")]
-        return {self.denoiser_part: weights_digest(denoiser)} | {part: self._digest(part) for part in encoders}
+        return {self.denoiser_part: tensors_digest(base_state(denoiser))} | {
+            part: self._digest(part) for part in encoders
+        }
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
         described = {} if self.max_sequence_length is None else {"max_sequence_length": str(self.max_sequence_length)}
@@ -409,10 +424,22 @@ class DiffusersFamily:
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`: the frozen parts in float32 and unused (a tokenizer that has padded would be saved with its
-        padding)."""
+        padding); so are frozen weights of the denoiser, around which what was trained is put, adapters merged."""
         self.check_denoiser(denoiser)
+        if not is_trained_whole(denoiser):
+            denoiser = with_trained(self.load_denoiser(), denoiser)
         fresh = dataclasses.replace(self, device="cpu", weight_dtype=torch.float32, channels_last=False, _parts={})
         fresh.pipeline(denoiser).save_pretrained(folder)
+
+    @classmethod
+    def loads_adapters(cls) -> bool:
+        """Whether plain diffusers loads adapters into a pipeline of this class."""
+        return hasattr(cls.pipeline_class, "save_lora_weights")
+
+    def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
+        """See `Family`."""
+        self.check_denoiser(denoiser)
+        save_adapters(folder / LORA_FILE, self.denoiser_part, denoiser)
 
 
 @contextlib.contextmanager

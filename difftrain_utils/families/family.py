@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.objective.schedule import Schedule
 
 Conditioning = dict[str, torch.Tensor]  # batch first
@@ -37,6 +38,10 @@ class Family(Protocol):
     """What an image's sides must be multiples of."""
     weight_dtype: torch.dtype
     """Of the frozen parts."""
+    lora_targets: tuple[str, ...]
+    """The ends of the names of the denoiser's layers that adapters are for."""
+    lora: LoraConfig | None
+    """Of the adapters that the denoiser has in training."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Family":
@@ -110,6 +115,14 @@ class Family(Protocol):
 
     def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline of the parts in memory around `denoiser`."""
+
+    @classmethod
+    def loads_adapters(cls) -> bool:
+        """Whether plain diffusers loads what `save_lora` writes."""
+
+    def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
+        """Write the denoiser's adapters as its pipeline's `load_lora_weights(folder)` loads them, with rank and
+        alpha."""
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """Write a pipeline around `denoiser`, with the checkpoint's own frozen parts. Raises RunError if it would not

@@ -13,6 +13,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
+from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -51,9 +52,11 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
     of a module that is made after it are a function of the seed, too.
 
     Raises:
-        InputError: the denoiser's weights cannot be loaded, or it cannot be compiled.
+        InputError: the denoiser's weights cannot be loaded, or it cannot be compiled, or has no such weights
+            (`model.trainable`) or layers (`model.lora`).
     """
     denoiser = family.load_denoiser()
+    choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)
     models = {"denoiser": denoiser.train()}
     if config.loss.learned_uncertainty:

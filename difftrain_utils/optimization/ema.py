@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from difftrain_utils.config.training import EmaConfig
+from difftrain_utils.optimization.trained import trained_parameters
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -82,8 +83,8 @@ class EMA:
 def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
     """Give the denoiser its EMA weights (if there are any) and eval mode, for as long as the block runs."""
     if ema is not None:
-        ema.store(denoiser.parameters())
-        ema.copy_to(denoiser.parameters())
+        ema.store(trained_parameters(denoiser))
+        ema.copy_to(trained_parameters(denoiser))
     denoiser.eval()
     try:
         # other batch sizes than in training: they are not worth a compilation (train.compile) each
@@ -92,4 +93,4 @@ def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[N
     finally:
         denoiser.train()
         if ema is not None:
-            ema.restore(denoiser.parameters())
+            ema.restore(trained_parameters(denoiser))

@@ -16,6 +16,7 @@ from diffusers.optimization import get_scheduler
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError, blame, shorten, some
 from difftrain_utils.optimization.muon import MuonWithAdamW
+from difftrain_utils.optimization.trained import trained_weights
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
@@ -56,7 +57,7 @@ def build_optimizer(config: OptimizerConfig, models: Mapping[str, torch.nn.Modul
 
 def _check_groups(config: OptimizerConfig, models: Mapping[str, torch.nn.Module]) -> None:
     """Raise InputError if a pattern of `optimizer.groups` is of no parameter; that of the default need not be."""
-    names = [f"{name}.{parameter}" for name, model in models.items() for parameter, _ in model.named_parameters()]
+    names = [f"{name}.{parameter}" for name, model in models.items() for parameter in trained_weights(model)]
     for pattern in config.groups.keys() - OptimizerConfig().groups.keys():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"optimizer.groups: {pattern!r} is of no parameter; there is {some(names)}")
@@ -76,9 +77,9 @@ def _check_group_options(config: OptimizerConfig, optimizer: torch.optim.Optimiz
 
 
 def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters of a model with the same arguments, those without arguments of their own first."""
+    """What is trained of a model, by its arguments, the parameters without arguments of their own first."""
     groups: dict[str, dict[str, Any]] = {"{}": {"name": name, "params": []}}
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in trained_weights(model).items():
         options = {}
         for pattern, of_pattern in config.groups.items():
             if fnmatchcase(f"{name}.{parameter_name}", pattern):

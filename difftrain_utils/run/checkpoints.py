@@ -27,11 +27,13 @@ from difftrain_utils.errors import InputError, RunError, blame, one_line, some, 
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, local_path, replace_folder, sha256sums, sync_all
 from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
+from difftrain_utils.optimization.trained import trained_parameters, trained_state
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.lock import lock_folder
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
+    LORA,
     MANIFEST_FILE,
     METRICS_FILE,
     PIPELINE,
@@ -208,7 +210,7 @@ def _refuse_to_replace(output_dir: Path, resume_from: str | None) -> None:
     its first."""
     found = artefacts(output_dir)
     try:
-        was_stopped = PIPELINE not in found and "final" not in read_manifest(output_dir)
+        was_stopped = not {PIPELINE, LORA} & set(found) and "final" not in read_manifest(output_dir)
     except (OSError, ValueError):
         was_stopped = False
     if holds_run(output_dir) and not (was_stopped and resume_from):
@@ -282,9 +284,10 @@ def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: E
         InputError: names the first model or average that is not there, is too many or has other weights.
     """
     with torch.device("meta"):
-        likes = [torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in models["denoiser"].parameters()]
+        trained = trained_parameters(models["denoiser"])
+        likes = [torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in trained]
     averages = build_averages(dataclasses.replace(config, on_cpu=False), likes)
-    expected = {name: model.state_dict() for name, model in models.items()}
+    expected = {name: trained_state(model) for name, model in models.items()}
     expected |= {name: average.state_tensors() for name, average in averages.items()}
     there = {path.stem for path in folder.glob("*.safetensors")}
     for name in sorted(expected.keys() | (there - AVERAGES)):

@@ -5,25 +5,31 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from difftrain_utils.files import new_folder, weights_digest
+from difftrain_utils.files import new_folder, tensors_digest
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
-from difftrain_utils.run.run_folder import PIPELINE
+from difftrain_utils.optimization.trained import trained_state
+from difftrain_utils.run.run_folder import LORA, PIPELINE
 
 
 def export_pipeline(
     accelerator: Accelerator, family, denoiser: torch.nn.Module, ema: EMA | None, output_dir: str
 ) -> dict[str, str]:
     """Write `output_dir/pipeline`, with the EMA weights if there are any, and return the digests of the denoiser's
-    "raw" weights and of those in the "pipeline". All processes call it; one writes.
+    "raw" weights and of those in the "pipeline", as far as they are trained. Of adapters it is `output_dir/lora`, and
+    `pipeline` only if they are to be merged. All processes call it; one writes.
 
     Raises:
         RunError: it cannot be written, or would be none of this family's.
     """
     denoiser = accelerator.unwrap_model(denoiser)
-    weights = {"raw": weights_digest(denoiser)}
+    weights = {"raw": tensors_digest(trained_state(denoiser))}
     with evaluation_weights(denoiser, ema):
-        weights["pipeline"] = weights_digest(denoiser)
+        weights["pipeline"] = tensors_digest(trained_state(denoiser))
         if accelerator.is_main_process:
-            with new_folder(Path(output_dir) / PIPELINE) as folder:
-                family.save_pipeline(folder, denoiser)
+            if family.lora is not None and family.loads_adapters():
+                with new_folder(Path(output_dir) / LORA) as folder:
+                    family.save_lora(folder, denoiser)
+            if family.lora is None or family.lora.merge:
+                with new_folder(Path(output_dir) / PIPELINE) as folder:
+                    family.save_pipeline(folder, denoiser)
     return weights

@@ -43,8 +43,9 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     """FLOPs of forward and backward pass of `predict(denoiser, *inputs, **more)`: matrix products, convolutions and
     attention.
 
-    They are counted in a forward pass on the meta device, which computes nothing and draws nothing; the backward pass
-    takes twice as many. What is computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's
+    They are counted in a forward pass on the meta device, which computes nothing and draws nothing. The backward pass
+    takes as many for the activations' gradients, and as many again for those of the weights, of which those that are
+    trained get their share. What is computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's
     probe) does not count.
     """
 
@@ -55,7 +56,9 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     # eager: the counter sees torch's own operations only
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
-    return 3 * counter.get_total_flops()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
+    trained_share = sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
+    return round((2 + trained_share) * counter.get_total_flops())
 
 
 class _WithState:

@@ -22,6 +22,7 @@ from difftrain_utils.run.metrics import TIMES, read_metrics
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    LORA,
     MANIFEST_FILE,
     METRICS_FILE,
     PIPELINE,
@@ -136,7 +137,9 @@ class Record:
             self.manifest["final"] = {"global_step": step, "weights": weights, "loss_trace": trace}
         write_file(output_dir / MANIFEST_FILE, _json(self.manifest))
         if weights is not None:
-            print(f"Done: {output_dir / PIPELINE} holds the trained pipeline")
+            names = {LORA: "the trained adapters", PIPELINE: "the trained pipeline"}
+            made = [f"{output_dir / name} holds {what}" for name, what in names.items() if (output_dir / name).is_dir()]
+            print(f"Done: {', '.join(made)}")
         else:
             print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")
 

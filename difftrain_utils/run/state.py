@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
+from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, RunError, blame, go_on_without
 from difftrain_utils.optimization.averages import Averages
+from difftrain_utils.optimization.trained import is_trained_whole, round_frozen, trained_state, trained_weights
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name, list_checkpoints
@@ -106,6 +108,8 @@ class TrainState:
         config: TrainConfig,
     ):
         self.accelerator, self.record, self.config = accelerator, record, config
+        for model in models.values():
+            round_frozen(model, weight_dtype(accelerator))
         prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
         *prepared, self.optimizer, self.lr_scheduler = prepared
         self.models = dict(zip(models, prepared, strict=True))
@@ -226,7 +230,7 @@ class TrainState:
         """Keep the power-function averages of this step, if there are any."""
         if "power_ema" not in self.averages:
             return
-        names = [name for name, _ in self._plain("denoiser").named_parameters()]
+        names = list(trained_weights(self._plain("denoiser")))
         if self.accelerator.is_main_process:
             with go_on_without():
                 self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
@@ -239,9 +243,17 @@ class TrainState:
         weights.clear()
         if self.accelerator.is_main_process:
             for name in self.models:
-                save_model(self._plain(name), Path(folder) / f"{name}.safetensors")  # tied weights once
+                model, path = self._plain(name), Path(folder) / f"{name}.safetensors"
+                if is_trained_whole(model):
+                    save_model(model, path)  # tied weights once
+                else:
+                    save_file({key: value.contiguous() for key, value in trained_state(model).items()}, path)
 
     def _load_models(self, models: list, folder: str) -> None:
         models.clear()
         for name in self.models:
-            load_model(self._plain(name), Path(folder) / f"{name}.safetensors")
+            model, path = self._plain(name), Path(folder) / f"{name}.safetensors"
+            if is_trained_whole(model):
+                load_model(model, path)
+            else:
+                model.load_state_dict(load_file(path), strict=False)  # check_weights has seen that all are there

@@ -1,0 +1,114 @@
+"""What of a denoiser is trained: all of it, some of its weights, or low-rank adapters (Hu et al. 2021,
+arXiv:2106.09685), which are peft's."""
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from difftrain_utils.config.model import LoraConfig, ModelConfig
+from difftrain_utils.errors import InputError, blame, some
+from difftrain_utils.keyed_random import seed_for
+from difftrain_utils.optimization.trained import trained_weights
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"  # peft's and diffusers' name of the only one
+INITS = {"gaussian": "gaussian", "kaiming": True}
+
+
+def choose_trained(denoiser: torch.nn.Module, config: ModelConfig, targets: Sequence[str], seed: int) -> None:
+    """Freeze, in place, what `model.trainable` leaves out, and give the denoiser the adapters of `model.lora`. What the
+    family has frozen stays so.
+
+    Raises:
+        InputError: a pattern is of no weight, or there are no such layers.
+    """
+    patterns, weights = config.trainable, dict(denoiser.named_parameters())
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in weights):
+            raise InputError(f"model.trainable: {pattern!r} is of no weight; there is {some(list(weights))}")
+    if patterns is None and config.lora is None:
+        return
+    chosen = {name for name in weights if any(fnmatchcase(name, pattern) for pattern in patterns or ())}
+    trained = [weight for name, weight in weights.items() if name in chosen and weight.requires_grad]
+    if config.lora is not None:
+        add_adapters(denoiser, config.lora, targets, seed)
+    else:
+        denoiser.requires_grad_(False)
+    for weight in trained:
+        weight.requires_grad_(True)
+
+
+def add_adapters(denoiser: torch.nn.Module, config: LoraConfig, targets: Sequence[str], seed: int) -> None:
+    """Give the denoiser adapters, in place; its own weights are frozen. The adapters are float32 and a function of the
+    seed, and add nothing before they are trained.
+
+    Raises:
+        InputError: it has no such layers, or they take no adapters.
+    """
+    import peft  # an extra
+
+    own = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        target_modules=list(config.target_modules or targets),
+        init_lora_weights=INITS[config.init],
+        lora_dropout=config.dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+    )
+    name = type(denoiser).__name__
+    with blame(f"model.lora: not for a {name}", ValueError, TypeError), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "weights", 2))
+        peft.inject_adapter_in_model(own, denoiser, ADAPTER)
+    denoiser._hf_peft_config_loaded = True  # as the denoiser's own add_adapter, which not all have, leaves it
+
+
+def has_adapters(denoiser: torch.nn.Module) -> bool:
+    """Whether `add_adapters` was here."""
+    return bool(getattr(denoiser, "peft_config", None))
+
+
+def base_state(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the denoiser as it is without adapters."""
+    if not has_adapters(denoiser):
+        return denoiser.state_dict()
+    state = denoiser.state_dict().items()
+    return {name.replace(".base_layer", ""): value for name, value in state if ".lora_" not in name}
+
+
+def save_adapters(path: Path, part: str, denoiser: torch.nn.Module) -> None:
+    """Write what the `save_lora_weights` of diffusers' pipelines writes, and they load, of the denoiser that is called
+    `part` there: the adapters' weights and, without which alpha would be lost, their config. Equal adapters are equal
+    bytes: safetensors puts several fields of metadata in any order, and so does Python the elements of a set."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(denoiser)
+    tensors = {f"{part}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    config = denoiser.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}  # diffusers would load it in training mode
+    config = {f"{part}.{name}": value for name, value in config.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True, default=sorted)})
+
+
+def with_trained(base: torch.nn.Module, denoiser: torch.nn.Module) -> torch.nn.Module:
+    """`base`, the denoiser as it was before training, with what was trained of `denoiser`: its weights, and its
+    adapters merged into them, in float32; in place."""
+    trained = {name: weight.detach().cpu() for name, weight in trained_weights(denoiser).items()}
+    if has_adapters(denoiser):
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        inject_adapter_in_model(denoiser.peft_config[ADAPTER], base, ADAPTER)
+        base.load_state_dict(trained, strict=False)
+        for name, module in list(base.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent, _, last = name.rpartition(".")
+                setattr(base.get_submodule(parent), last, module.get_base_layer())
+        del base.peft_config
+    else:
+        base.load_state_dict(trained, strict=False)
+    return base

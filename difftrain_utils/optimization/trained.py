@@ -1,0 +1,33 @@
+"""Which weights of a model are trained. The others are frozen: no optimizer, no average and no checkpoint has them."""
+
+import torch
+
+
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The same without names, in the same order."""
+    return list(trained_weights(model).values())
+
+
+def is_trained_whole(model: torch.nn.Module) -> bool:
+    """Whether no weight is frozen."""
+    return all(parameter.requires_grad for parameter in model.parameters())
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model: its state dict, or where weights are frozen, only those that are trained."""
+    if is_trained_whole(model):
+        return model.state_dict()
+    return {name: parameter.detach() for name, parameter in trained_weights(model).items()}
+
+
+def round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen weights of a model that is trained in part in `dtype`, in place."""
+    if not is_trained_whole(model):
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
