@@ -20,7 +20,7 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
-    LORA: ("pytorch_lora_weights.safetensors",),
+    LORA: ("pytorch_lora_weights.safetensors", "kohya.safetensors"),
     PIPELINE: ("model_index.json", *(f"*/{name}" for name in ("*.json", "*.safetensors", "*.txt", "*.model"))),
 }
 

@@ -1,0 +1,62 @@
+"""Write a run's adapters with the names that ComfyUI, AUTOMATIC1111 and others know.
+
+difftrain export RUN [--output FILE]
+"""
+
+import json
+import math
+from pathlib import Path
+
+from difftrain_utils.commands.parser import Parser
+from difftrain_utils.errors import InputError, blame
+from difftrain_utils.files import new_file
+from difftrain_utils.run.run_folder import LORA
+
+SOURCE, TARGET = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="difftrain export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run with model.lora")
+    parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: RUN/{LORA}/{TARGET}")
+    args = parser.parse_args(argv)
+    source = args.run / LORA / SOURCE
+    if not source.is_file():
+        raise InputError(f"{args.run}: no {LORA}/{SOURCE}, which a finished run with model.lora has")
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    with blame(str(source), OSError, SafetensorError, ValueError, KeyError):
+        with safe_open(source, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            config = json.loads(file.metadata()["lora_adapter_metadata"])
+        converted = with_alphas(tensors, config)
+    output = args.output or args.run / LORA / TARGET
+    with new_file(output) as partial:
+        save_file(converted, partial)
+    print(f"{output} holds {len(converted)} tensors")
+
+
+def with_alphas(tensors: dict, config: dict) -> dict:
+    """The adapters of a UNet by the names of kohya's scripts, others by those of diffusers; each layer with an `alpha`,
+    so that what it adds is scaled by alpha / rank as in training. `tensors` and `config` are those of diffusers' file.
+
+    Raises:
+        KeyError: the config does not say the rank of the part.
+    """
+    import torch
+
+    renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    converted = {}
+    for name, tensor in tensors.items():
+        part = name.partition(".")[0]
+        layer, kind = name.split(".lora_")[0], "lora_" + name.split(".lora_")[1]
+        rank, alpha = config[f"{part}.r"], config[f"{part}.lora_alpha"]
+        if config[f"{part}.use_rslora"]:  # alpha / sqrt(rank), as a fraction of the rank
+            alpha *= math.sqrt(rank)
+        if part == "unet":
+            layer = "lora_" + layer.replace(".", "_")
+            kind = "dora_scale" if kind.startswith("lora_magnitude") else renamed[kind]
+        converted[f"{layer}.{kind}"] = tensor
+        converted[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return converted
