@@ -11,12 +11,19 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
 
 SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
 WIDTH = 64  # of what text encoders put out
+VOCABULARY = 512  # of text encoders for bytes: with room for words
+CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # as Qwen's, for a user's texts
 
 
 def shapes_vae(**config) -> AutoencoderKL:
@@ -85,6 +92,27 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
     """For `t5_tokenizer`."""
     config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """With the marks of Qwen's chats."""
+    tokenizer = byte_tokenizer(eos="<|im_end|>", pad="<|endoftext|>", max_length=4096)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3_text_encoder(width: int = WIDTH) -> Qwen3Model:
+    """For `qwen_tokenizer`."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return Qwen3Model(config).eval()
 
 
 def small_unet_config() -> dict:
