@@ -76,9 +76,12 @@ def _check_group_options(config: OptimizerConfig, optimizer: torch.optim.Optimiz
 
 
 def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameters of a model with the same arguments, those without arguments of their own first."""
+    """The parameters of a model with the same arguments, those without arguments of their own first, and none that is
+    frozen."""
     groups: dict[str, dict[str, Any]] = {"{}": {"name": name, "params": []}}
     for parameter_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         options = {}
         for pattern, of_pattern in config.groups.items():
             if fnmatchcase(f"{name}.{parameter_name}", pattern):

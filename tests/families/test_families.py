@@ -24,11 +24,12 @@ FAMILIES = {
     "tiny-sdxl": {},
     "tiny-sd3": SHORT,
     "tiny-z-image": {"model.max_sequence_length": 40},
+    "tiny-qwen-image": {"model.max_sequence_length": 32},
 }
 """Each built-in checkpoint, and the fields of its runs."""
-MASKED = ["tiny-z-image"]
+MASKED = ["tiny-z-image", "tiny-qwen-image"]
 """Those whose denoiser is told which tokens count."""
-GIVES_SIGMAS = ["tiny-z-image"]
+GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image"]
 """Those whose pipeline tells its sampler where to sample, and a shift."""
 CAPTIONS = ["a red circle", "a blue square of another kind"]
 
@@ -158,8 +159,9 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser):
 def test_nothing_is_the_pipelines_own(family, denoiser):
     """Under guidance, the pipeline asks for the caption and for nothing: both rows of what the denoiser puts out."""
     calls = Calls(denoiser)
-    call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 1)
-    rows = [row for _, output in calls.pop() for row in output]
+    call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 2)
+    of_both_steps = calls.pop()
+    rows = [row for _, output in of_both_steps[: len(of_both_steps) // 2] for row in output]
     timestep, sampler = family.sampler.timesteps[0], copy.deepcopy(family.sampler)
     sampler._step_index = None
     latents = scaled(sampler, first_latents(family, generators(1)), timestep)
@@ -240,14 +242,14 @@ def test_a_dynamic_shift_is_what_the_sampler_is_told(family, denoiser, monkeypat
         return set_timesteps(*args, **given)
 
     monkeypatch.setattr(type(family.sampler), "set_timesteps", tell)
-    family.generate(denoiser, CAPTIONS[:1], *size, 1, 1.0, 0.0, generators(1))
+    family.generate(denoiser, CAPTIONS[:1], *size, 2, 1.0, 0.0, generators(1))
     latent_size = (side // family.vae_scale_factor for side in size)
     assert family.shift(*latent_size) == pytest.approx(math.exp(told[0]["mu"]))
 
 
 @pytest.mark.parametrize("name", GIVES_SIGMAS)
 def test_a_sampler_that_takes_no_sigmas_is_refused(family_run):
-    argv = [*family_run, "--scheduler.sampler", "FlowMatchHeunDiscreteScheduler"]
+    argv = [*family_run, "--scheduler.sampler", "DPMSolverMultistepScheduler", "--scheduler.flow_shift", "2"]
     with pytest.raises(InputError, match=r"^scheduler.sampler: a \w+Pipeline gives its sampler sigmas and a shift"):
         load_family(parse_config(argv))
 

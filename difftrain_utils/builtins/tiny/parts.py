@@ -1,5 +1,6 @@
 """Frozen parts of the tiny checkpoints: real classes with random weights, and the VAE that knows the shapes."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -113,6 +116,34 @@ def qwen3_text_encoder(width: int = WIDTH) -> Qwen3Model:
         head_dim=16,
     )
     return Qwen3Model(config).eval()
+
+
+def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:
+    """For `qwen_tokenizer`."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 1e6},
+            "vocab_size": VOCABULARY,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": width,
+        },
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def add_words(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Make each word of a text, and each mark in it, one token, as it is in real vocabularies."""
+    tokenizer.add_tokens(list(dict.fromkeys(re.findall(r" ?\w+|[^\w ]", re.sub(r"<\|.*?\|>|{}", "", text)))))
 
 
 def small_unet_config() -> dict:
