@@ -20,6 +20,7 @@ MADE = (
     "tiny-sd3",
     "tiny-z-image",
     "tiny-qwen-image",
+    "tiny-lumina2",
 )  # by `make` of the module in tiny/ that is called so
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 

@@ -13,6 +13,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
+from difftrain_utils.families.lumina2 import Lumina2
 from difftrain_utils.families.qwen_image import QwenImage
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "ZImagePipeline": ZImage,
     "QwenImagePipeline": QwenImage,
+    "Lumina2Pipeline": Lumina2,
 }
 
 

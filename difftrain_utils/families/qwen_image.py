@@ -79,8 +79,8 @@ class QwenImage(DiffusersFamily):
     ) -> torch.Tensor:
         batch, channels, height, width = noisy_latents.shape
         embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"]
-        if self.trims_captions and not mask.is_meta:  # where FLOPs are counted, there are no values
-            longest = int(mask.sum(1).max())
+        if self.trims_captions:
+            longest = max(mask.sum(1).tolist())
             embeds, mask = embeds[:, :longest], mask[:, :longest]
             mask = None if mask.all() else mask
         output = denoiser(

@@ -59,8 +59,7 @@ class ZImage(DiffusersFamily):
     ) -> torch.Tensor:
         """See `Family`. The transformer takes lists, a time from 0 at noise to 1, and gives x_0 - ε."""
         embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"]
-        # where FLOPs are counted, there are no values: as of the longest captions
-        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(1).tolist()
+        lengths = mask.sum(1).tolist()
         output = denoiser(
             list(noisy_latents.unsqueeze(2).unbind()),  # videos of one frame
             (1000 - timesteps) / 1000,

@@ -44,8 +44,9 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     attention.
 
     They are counted in a forward pass on the meta device, which computes nothing and draws nothing; the backward pass
-    takes twice as many. What is computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's
-    probe) does not count.
+    takes twice as many. Where values are asked for, such as lengths in a mask, it is a pass on the device itself, with
+    the lengths of these inputs. What is computed once more (gradient checkpointing) or besides (VAE, text encoder,
+    DREAM's probe) does not count.
     """
 
     def to_meta(value):
@@ -53,8 +54,13 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
 
     state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
     # eager: the counter sees torch's own operations only
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            with FlopCounterMode(display=False) as counter:
+                predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
+        except NotImplementedError:  # "no data": what torch says of a value that is asked for
+            with FlopCounterMode(display=False) as counter:
+                predict(denoiser, *inputs, **more)
     return 3 * counter.get_total_flops()
 
 

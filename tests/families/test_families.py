@@ -25,11 +25,12 @@ FAMILIES = {
     "tiny-sd3": SHORT,
     "tiny-z-image": {"model.max_sequence_length": 40},
     "tiny-qwen-image": {"model.max_sequence_length": 32},
+    "tiny-lumina2": {"model.max_sequence_length": 80},
 }
 """Each built-in checkpoint, and the fields of its runs."""
-MASKED = ["tiny-z-image", "tiny-qwen-image"]
+MASKED = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
 """Those whose denoiser is told which tokens count."""
-GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image"]
+GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
 """Those whose pipeline tells its sampler where to sample, and a shift."""
 CAPTIONS = ["a red circle", "a blue square of another kind"]
 

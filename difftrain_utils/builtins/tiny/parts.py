@@ -11,6 +11,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -139,6 +141,25 @@ def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGener
         },
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos="<eos>", pad="<pad>", bos="<bos>", adds=("<bos>",))
+
+
+def gemma2_text_encoder(width: int = WIDTH) -> Gemma2Model:
+    """For `gemma_tokenizer`."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+    )
+    return Gemma2Model(config).eval()
 
 
 def add_words(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
