@@ -33,6 +33,7 @@ from difftrain_utils.optimization.trained import is_trained_whole
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
+VOCABULARY_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # the last: templates of chats
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -64,6 +65,8 @@ class DiffusersFamily:
     all others what goes in and out."""
     has_init_noise_sigma: ClassVar[bool] = False
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
+    gives_sigmas: ClassVar[bool] = False
+    """Whether the pipeline tells its sampler at which sigmas to sample, and a shift of them; few samplers take that."""
 
     source: str
     """The folder or hub name of the checkpoint, at `revision` and `variant`."""
@@ -107,6 +110,11 @@ class DiffusersFamily:
                 raise InputError(
                     f"{field_name}: a {cls.pipeline_class.__name__} has none, got {getattr(section, name)}"
                 )
+        if cls.gives_sigmas and not {"sigmas", "mu"} <= inspect.signature(sampler.set_timesteps).parameters.keys():
+            raise InputError(
+                f"scheduler.sampler: a {cls.pipeline_class.__name__} gives its sampler sigmas and a shift, which "
+                f"{type(sampler).__name__} does not take; try FlowMatchEulerDiscreteScheduler"
+            )
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
         family = cls(
@@ -232,7 +240,7 @@ class DiffusersFamily:
     def describe_parts(self, *parts: str) -> dict[str, str]:
         described = {} if self.max_sequence_length is None else {"max_sequence_length": str(self.max_sequence_length)}
         for part in filter(self.has_part, parts):
-            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt", ".model"))
+            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in VOCABULARY_SUFFIXES)
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
             described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
         return described
@@ -298,7 +306,7 @@ class DiffusersFamily:
         config = self.config_of(self.image_part)
         if config.get("latents_mean") is not None:
             mean, std = (
-                torch.tensor(config[name], device=latents.device).view(-1, *[1] * (latents.ndim - 2))
+                latents.new_tensor(config[name]).view(-1, *[1] * (latents.ndim - 2))
                 for name in ("latents_mean", "latents_std")
             )
             latents = (latents - mean) / std
@@ -393,6 +401,13 @@ class DiffusersFamily:
     def text_options(self) -> dict[str, Any]:
         """What `encode_prompt` and the pipeline are told of captions besides their text."""
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that captions are cut and padded to: `max_sequence_length`, or what a call of the pipeline has by
+        default, which is not always that of its `encode_prompt`."""
+        default = inspect.signature(self.pipeline_class.__call__).parameters["max_sequence_length"].default
+        return default if self.max_sequence_length is None else self.max_sequence_length
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """What a call of the pipeline is told of its prompts and their guidance."""

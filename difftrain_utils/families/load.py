@@ -14,9 +14,12 @@ from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.lora import choose_trained
+from difftrain_utils.families.lumina2 import Lumina2
+from difftrain_utils.families.qwen_image import QwenImage
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
+from difftrain_utils.families.z_image import ZImage
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.loss import LearnedUncertainty
@@ -26,6 +29,9 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "ZImagePipeline": ZImage,
+    "QwenImagePipeline": QwenImage,
+    "Lumina2Pipeline": Lumina2,
 }
 
 

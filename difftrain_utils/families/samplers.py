@@ -51,7 +51,10 @@ def build_schedule(
         with blame(f"evaluation.num_inference_steps: {type(sampler).__name__} refuses {steps}", ValueError):
             if schedule.path == "ddpm" and steps > schedule.num_train_timesteps:  # which not every sampler says
                 raise ValueError(f"there are {schedule.num_train_timesteps} timesteps")
-            copy.deepcopy(sampler).set_timesteps(steps, **_with_mu(sampler))
+            trial = copy.deepcopy(sampler)
+            trial.set_timesteps(steps, **_with_mu(sampler))
+            if not torch.as_tensor(trial.timesteps).isfinite().all():  # one step with a `shift_terminal` is 0 / 0
+                raise ValueError("its timesteps are not finite")
     return schedule, sampler
 
 

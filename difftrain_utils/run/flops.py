@@ -43,10 +43,11 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     """FLOPs of forward and backward pass of `predict(denoiser, *inputs, **more)`: matrix products, convolutions and
     attention.
 
-    They are counted in a forward pass on the meta device, which computes nothing and draws nothing. The backward pass
-    takes as many for the activations' gradients, and as many again for those of the weights, of which those that are
-    trained get their share. What is computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's
-    probe) does not count.
+    They are counted in a forward pass on the meta device, which computes nothing and draws nothing; where values are
+    asked for, such as lengths in a mask, it is a pass on the device itself, with the lengths of these inputs. The
+    backward pass takes as many for the activations' gradients, and as many again for those of the weights, of which
+    those that are trained get their share. What is computed once more (gradient checkpointing) or besides (VAE, text
+    encoder, DREAM's probe) does not count.
     """
 
     def to_meta(value):
@@ -54,8 +55,13 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
 
     state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
     # eager: the counter sees torch's own operations only
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            with FlopCounterMode(display=False) as counter:
+                predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
+        except NotImplementedError:  # "no data": what torch says of a value that is asked for
+            with FlopCounterMode(display=False) as counter:
+                predict(denoiser, *inputs, **more)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
     trained_share = sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
     return round((2 + trained_share) * counter.get_total_flops())

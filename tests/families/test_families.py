@@ -1,7 +1,9 @@
 """Every family against the real pipeline of its own, with tiny real parts: `builtin:tiny-…`."""
 
 import copy
+import functools
 import inspect
+import math
 
 import pytest
 import torch
@@ -10,13 +12,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from helpers import CACHES, DREAM, metrics_without_times, options, parse_config, pipeline_bytes, train
 
 from difftrain_utils.builtins.tiny.parts import fill_zeros
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.media.image import to_pixel_values
+from difftrain_utils.run.flops import training_flops
 
 SHORT = {"model.max_sequence_length": 24}
-FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT}
+FAMILIES = {
+    "tiny-stable-diffusion": {},
+    "tiny-sdxl": {},
+    "tiny-sd3": SHORT,
+    "tiny-z-image": {"model.max_sequence_length": 40},
+    "tiny-qwen-image": {"model.max_sequence_length": 32},
+    "tiny-lumina2": {"model.max_sequence_length": 80},
+}
 """Each built-in checkpoint, and the fields of its runs."""
+MASKED = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
+"""Those whose denoiser is told which tokens count."""
+GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
+"""Those whose pipeline tells its sampler where to sample, and a shift."""
 CAPTIONS = ["a red circle", "a blue square of another kind"]
 
 
@@ -145,8 +160,9 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser):
 def test_nothing_is_the_pipelines_own(family, denoiser):
     """Under guidance, the pipeline asks for the caption and for nothing: both rows of what the denoiser puts out."""
     calls = Calls(denoiser)
-    call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 1)
-    rows = [row for _, output in calls.pop() for row in output]
+    call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 2)
+    of_both_steps = calls.pop()
+    rows = [row for _, output in of_both_steps[: len(of_both_steps) // 2] for row in output]
     timestep, sampler = family.sampler.timesteps[0], copy.deepcopy(family.sampler)
     sampler._step_index = None
     latents = scaled(sampler, first_latents(family, generators(1)), timestep)
@@ -165,6 +181,78 @@ def test_captions_are_encoded_the_same_whatever_is_beside_them(family):
     for caption, place in ((0, 2), (1, 1), (0, 4), (2, 0), (2, 5)):
         for name, value in alone[caption].items():
             assert torch.equal(together[name][place], value[0]), name
+
+
+def a_batch(family) -> tuple:
+    """Latents, timesteps and conditioning of two captions of different lengths."""
+    torch.manual_seed(2)
+    latents = torch.randn(2, *first_latents(family, generators(1)).shape[1:])
+    return latents, torch.tensor([100.0, 700.0]), family.encode_prompts([CAPTIONS[1], "red"])
+
+
+def gradients(family, denoiser, batch) -> dict[str, torch.Tensor]:
+    denoiser.zero_grad()
+    family.predict(denoiser, *batch).square().mean().backward()
+    return {name: parameter.grad for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+def test_every_weight_that_is_trained_has_a_gradient(family, denoiser):
+    """Which DDP relies on; and checkpointing, which hands what it is told on to the blocks, leaves it as it is."""
+    batch = a_batch(family)
+    plain = gradients(family, denoiser, batch)
+    assert [name for name, gradient in plain.items() if gradient is None] == []
+    denoiser.enable_gradient_checkpointing()
+    for name, gradient in gradients(family, denoiser, batch).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+@torch.no_grad()
+def test_flops_can_be_counted(family, denoiser):
+    *inputs, conditioning = a_batch(family)
+    assert training_flops(denoiser, family.predict, *inputs, conditioning=conditioning) > 1e6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKED)
+def test_what_the_mask_leaves_out_does_not_matter(family, denoiser):
+    """Neither what is there nor how much: caches cut it off."""
+    latents, timesteps, conditioning = a_batch(family)
+    masks = {name: mask for name, mask in conditioning.items() if name.endswith("_mask")}
+    expected = family.predict(denoiser, latents, timesteps, conditioning)
+    for mask_name, mask in masks.items():
+        assert (mask.int().diff(dim=1) <= 0).all(), "a prefix"
+        name, lengths = mask_name.removesuffix("_mask"), mask.sum(1)
+        assert len(set(lengths.tolist())) == 2 and mask.shape[1] == family.text_length
+        garbage = conditioning[name].masked_fill(~mask.bool()[..., None], 7.0)
+        cut = {key: value[:, : lengths.max()] for key, value in conditioning.items() if key in (name, mask_name)}
+        for changed in ({name: garbage}, cut):
+            torch.testing.assert_close(
+                family.predict(denoiser, latents, timesteps, conditioning | changed), expected, rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", GIVES_SIGMAS)
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+def test_a_dynamic_shift_is_what_the_sampler_is_told(family, denoiser, monkeypatch, size):
+    family.sampler = type(family.sampler).from_config(family.sampler.config, use_dynamic_shifting=True)
+    told, set_timesteps = [], type(family.sampler).set_timesteps
+
+    @functools.wraps(set_timesteps)  # whose signature the pipeline looks at
+    def tell(*args, **given):
+        told.append(given)
+        return set_timesteps(*args, **given)
+
+    monkeypatch.setattr(type(family.sampler), "set_timesteps", tell)
+    family.generate(denoiser, CAPTIONS[:1], *size, 2, 1.0, 0.0, generators(1))
+    latent_size = (side // family.vae_scale_factor for side in size)
+    assert family.shift(*latent_size) == pytest.approx(math.exp(told[0]["mu"]))
+
+
+@pytest.mark.parametrize("name", GIVES_SIGMAS)
+def test_a_sampler_that_takes_no_sigmas_is_refused(family_run):
+    argv = [*family_run, "--scheduler.sampler", "DPMSolverMultistepScheduler", "--scheduler.flow_shift", "2"]
+    with pytest.raises(InputError, match=r"^scheduler.sampler: a \w+Pipeline gives its sampler sigmas and a shift"):
+        load_family(parse_config(argv))
 
 
 def test_it_trains_resumes_and_exports(family_run, tmp_path):

@@ -1,5 +1,6 @@
 """Frozen parts of the tiny checkpoints: real classes with random weights, and the VAE that knows the shapes."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,13 +11,24 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
 
 SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
 WIDTH = 64  # of what text encoders put out
+VOCABULARY = 512  # of text encoders for bytes: with room for words
+CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # as Qwen's, for a user's texts
 
 
 def shapes_vae(**config) -> AutoencoderKL:
@@ -85,6 +97,74 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
     """For `t5_tokenizer`."""
     config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """With the marks of Qwen's chats."""
+    tokenizer = byte_tokenizer(eos="<|im_end|>", pad="<|endoftext|>", max_length=4096)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def qwen3_text_encoder(width: int = WIDTH) -> Qwen3Model:
+    """For `qwen_tokenizer`."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return Qwen3Model(config).eval()
+
+
+def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:
+    """For `qwen_tokenizer`."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 1e6},
+            "vocab_size": VOCABULARY,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": width,
+        },
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos="<eos>", pad="<pad>", bos="<bos>", adds=("<bos>",))
+
+
+def gemma2_text_encoder(width: int = WIDTH) -> Gemma2Model:
+    """For `gemma_tokenizer`."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+    )
+    return Gemma2Model(config).eval()
+
+
+def add_words(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """Make each word of a text, and each mark in it, one token, as it is in real vocabularies."""
+    tokenizer.add_tokens(list(dict.fromkeys(re.findall(r" ?\w+|[^\w ]", re.sub(r"<\|.*?\|>|{}", "", text)))))
 
 
 def small_unet_config() -> dict:
