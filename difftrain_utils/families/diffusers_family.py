@@ -28,6 +28,7 @@ from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
+DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
 INNER_FIELDS = frozenset(
     (
@@ -217,7 +218,7 @@ class DiffusersFamily:
     def describe_parts(self, *parts: str) -> dict[str, str]:
         described = {} if self.max_sequence_length is None else {"max_sequence_length": str(self.max_sequence_length)}
         for part in filter(self.has_part, parts):
-            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in (".json", ".txt", ".model"))
+            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in DESCRIBING)
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
             described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
         return described

@@ -14,6 +14,7 @@ from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.flux import Flux
+from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 

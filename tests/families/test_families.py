@@ -15,7 +15,14 @@ from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.media.image import to_pixel_values
 
 SHORT = {"model.max_sequence_length": 24}
-FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT, "tiny-flux": SHORT}
+CHAT = {"model.max_sequence_length": 72}  # the template of a chat alone takes 38
+FAMILIES = {
+    "tiny-stable-diffusion": {},
+    "tiny-sdxl": {},
+    "tiny-sd3": SHORT,
+    "tiny-flux": SHORT,
+    "tiny-flux2-klein": CHAT,
+}
 """Each built-in checkpoint, and the fields of its runs."""
 CAPTIONS = ["a red circle", "a blue square of another kind"]
 

@@ -11,11 +11,21 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
 
 SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""  # Qwen3's, for what the pipelines say in it
 WIDTH = 64  # of what text encoders put out
 
 
@@ -85,6 +95,28 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
     """For `t5_tokenizer`."""
     config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Of bytes, with a template of chats."""
+    tokenizer = byte_tokenizer(eos="<|im_end|>", pad="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen3_text_encoder(width: int = WIDTH, num_layers: int = 3) -> Qwen3ForCausalLM:
+    """For `qwen_tokenizer`. States within it are asked for, before a norm, so its weights are not as small as usual."""
+    config = Qwen3Config(
+        vocab_size=len(qwen_tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=width**-0.5,
+    )
+    return Qwen3ForCausalLM(config).eval()
 
 
 def small_unet_config() -> dict:
