@@ -15,7 +15,8 @@ from difftrain_utils.files import text_digest
 
 HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
-MADE = ("tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-flux2-klein")  # by `make` of the module in tiny/ that is called so
+MADE = ("tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-flux2-klein", "tiny-chroma")
+"""By `make` of the module in tiny/ that is called so."""
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 
 

@@ -1,10 +1,13 @@
 """Flux.1: an MMDiT on packed VAE latents, the states of a T5 and a pooled CLIP, told a guidance if it was distilled."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
@@ -29,6 +32,7 @@ class Flux(DiffusersFamily):
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Flux":
         check_sequence_length(config, cls.pipeline_class)
         family = super().load(source, model_index, config, from_scratch)
+        check_sampler(family.sampler, cls.pipeline_class)
         family.check_clip("tokenizer", "text_encoder")
         return family
 
@@ -75,6 +79,19 @@ def check_sequence_length(config: Config, pipeline_class: type[DiffusionPipeline
     if length is not None and length > MAX_SEQUENCE_LENGTH:
         name = pipeline_class.__name__
         raise InputError(f"model.max_sequence_length: must be at most {MAX_SEQUENCE_LENGTH} for a {name}, got {length}")
+
+
+def check_sampler(sampler: SchedulerMixin, pipeline_class: type[DiffusionPipeline]) -> None:
+    """Raise InputError unless the sampler takes what the pipelines of Flux.1 and its kin tell it: sigmas, and a μ."""
+    sigmas = None if sampler.config.get("use_flow_sigmas") else np.array([1.0, 0.5])  # which it makes itself then
+    try:
+        retrieve_timesteps(copy.deepcopy(sampler), 2, sigmas=sigmas, mu=1.0)
+    except (ValueError, TypeError, AssertionError) as error:
+        name = type(sampler).__name__
+        raise InputError(
+            f"scheduler.sampler: a {pipeline_class.__name__} needs one that it can tell sigmas and a shift, as "
+            f"FlowMatchEulerDiscreteScheduler, got {name}"
+        ) from error
 
 
 def packed_arguments(

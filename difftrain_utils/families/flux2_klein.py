@@ -11,6 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.flux import check_sampler
 
 # A shift of this family depends on the number of steps, too, and training has none: it takes what the pipeline takes.
 NUM_STEPS = inspect.signature(Flux2KleinPipeline.__call__).parameters["num_inference_steps"].default
@@ -37,6 +38,7 @@ class Flux2Klein(DiffusersFamily):
         mean, variance = (values.view(1, -1, 1, 1).clone() for values in (norm.running_mean, norm.running_var))
         family._statistics = mean, (variance + eps).sqrt()
         family.free_cached()
+        check_sampler(family.sampler, cls.pipeline_class)
         return family
 
     @property

@@ -11,6 +11,7 @@ from helpers import assert_one_line, options, parse_config
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tiny.parts import fill_zeros
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.keyed_random import torch_generator_for
 
@@ -59,6 +60,21 @@ def test_without_the_embedding_guidance_is_classifier_free(schnell_run, guidance
     for caption, output in zip(["x", None], theirs, strict=False):
         family.predict(denoiser, latents, family.sampler.timesteps[:1], family.encode_prompts([caption]))
         torch.testing.assert_close(outputs[-1], output)
+
+
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-flux2-klein", "tiny-chroma"])
+def test_a_sampler_that_the_pipeline_cannot_ask_is_refused(flux_run, name):
+    """Which else would be seen at the first images."""
+    fields = {"scheduler.sampler": "DPMSolverMultistepScheduler", "scheduler.flow_shift": 3.0}
+    fields |= {"model.pretrained_model_name_or_path": f"builtin:{name}"}
+    with pytest.raises(InputError, match=r"^scheduler.sampler: .* got DPMSolverMultistepScheduler$"):
+        load_family(parse_config([*flux_run, *options(fields)]))
+
+
+def test_another_sampler_of_flow_matching_is_not(flux_run):
+    fields = {"scheduler.sampler": "UniPCMultistepScheduler", "scheduler.flow_shift": 3.0}
+    family = load_family(parse_config([*flux_run, *options(fields)]))
+    assert family.generate(family.load_denoiser(), ["x"], 32, 32, 2, 1.0, 0.0, [torch_generator_for(0, "x", 0)])
 
 
 def test_what_it_cannot_do_is_refused(flux_run, schnell_run, capsys):
