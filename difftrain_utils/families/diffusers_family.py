@@ -32,8 +32,8 @@ from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.optimization.trained import is_trained_whole
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
+DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
-VOCABULARY_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # the last: templates of chats
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -240,7 +240,7 @@ class DiffusersFamily:
     def describe_parts(self, *parts: str) -> dict[str, str]:
         described = {} if self.max_sequence_length is None else {"max_sequence_length": str(self.max_sequence_length)}
         for part in filter(self.has_part, parts):
-            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in VOCABULARY_SUFFIXES)
+            files = sorted(path for path in self._folder(part).iterdir() if path.suffix in DESCRIBING)
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
             described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
         return described

@@ -10,9 +10,12 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from difftrain_utils.builtins.checkpoints import BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
+from difftrain_utils.families.chroma import Chroma
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.family import Family
+from difftrain_utils.families.flux import Flux
+from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.families.lumina2 import Lumina2
 from difftrain_utils.families.qwen_image import QwenImage
@@ -32,6 +35,9 @@ FAMILIES: dict[str, type[Family]] = {
     "ZImagePipeline": ZImage,
     "QwenImagePipeline": QwenImage,
     "Lumina2Pipeline": Lumina2,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
+    "ChromaPipeline": Chroma,
 }
 
 

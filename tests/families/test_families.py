@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ChromaPipeline, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import CACHES, DREAM, metrics_without_times, options, parse_config, pipeline_bytes, train
 
@@ -19,6 +19,7 @@ from difftrain_utils.media.image import to_pixel_values
 from difftrain_utils.run.flops import training_flops
 
 SHORT = {"model.max_sequence_length": 24}
+CHAT = {"model.max_sequence_length": 72}  # the template of a chat alone takes 38
 FAMILIES = {
     "tiny-stable-diffusion": {},
     "tiny-sdxl": {},
@@ -26,11 +27,16 @@ FAMILIES = {
     "tiny-z-image": {"model.max_sequence_length": 40},
     "tiny-qwen-image": {"model.max_sequence_length": 32},
     "tiny-lumina2": {"model.max_sequence_length": 80},
+    "tiny-flux": SHORT,
+    "tiny-flux2-klein": CHAT,
+    "tiny-chroma": SHORT,
 }
 """Each built-in checkpoint, and the fields of its runs."""
+REFUSED = {"tiny-chroma": ["train.gradient_checkpointing"]}
+"""Fields that a family refuses, which a test of its own sees."""
 MASKED = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
 """Those whose denoiser is told which tokens count."""
-GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"]
+GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2", "tiny-flux", "tiny-flux2-klein", "tiny-chroma"]
 """Those whose pipeline tells its sampler where to sample, and a shift."""
 CAPTIONS = ["a red circle", "a blue square of another kind"]
 
@@ -54,6 +60,20 @@ def family(family_run):
 
 
 @pytest.fixture
+def masks_are_bool(monkeypatch):
+    """Chroma's pipeline makes numbers of its mask, which attention adds where it should mask (diffusers 0.42): the
+    pipeline as it is meant to be."""
+    prepare = ChromaPipeline._prepare_attention_mask
+    monkeypatch.setattr(
+        ChromaPipeline, "_prepare_attention_mask", lambda *args, **kwargs: as_bool(prepare(*args, **kwargs))
+    )
+
+
+def as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.bool()
+
+
+@pytest.fixture
 def denoiser(family):
     """Weights that begin at zero are drawn, so that all of its inputs count."""
     torch.manual_seed(1)
@@ -69,13 +89,18 @@ class Calls:
 
     def __call__(self, module, args, kwargs, output):
         given = self.signature.bind(*args, **kwargs).arguments
-        given = {name: value for name, value in given.items() if value is not None and name != "return_dict"}
+        given = {name: value for name, value in given.items() if not says_nothing(value) and name != "return_dict"}
         output = output[0] if isinstance(output, tuple) else output.sample
         self.calls.append((given, output))
 
     def pop(self) -> list:
         calls, self.calls = self.calls, []
         return calls
+
+
+def says_nothing(value) -> bool:
+    """Whether an argument is as good as none: some pipelines pass empty options along."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def call_pipeline(family, denoiser, captions: list[str], guidance_scale: float, steps: int) -> tuple:
@@ -121,6 +146,7 @@ def assert_same(ours, theirs, name: str = "output") -> None:
         assert ours == theirs, name
 
 
+@pytest.mark.usefixtures("masks_are_bool")
 @torch.no_grad()
 def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
     """Hooked on the pipeline's call: the same arguments, and the same output of them."""
@@ -137,6 +163,7 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
     assert_same(ours_output, output)
 
 
+@pytest.mark.usefixtures("masks_are_bool")
 @torch.no_grad()
 def test_sampling_by_predict_is_the_pipelines(family, denoiser):
     """So the sign, the packing and the latents' normalisation are right: what the pipeline's VAE decodes, normalised,
@@ -156,9 +183,11 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser):
         torch.testing.assert_close(latents, family.normalise(decoded), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("masks_are_bool")
 @torch.no_grad()
 def test_nothing_is_the_pipelines_own(family, denoiser):
-    """Under guidance, the pipeline asks for the caption and for nothing: both rows of what the denoiser puts out."""
+    """Under guidance, the pipeline asks for the caption and for nothing: both rows of what the denoiser puts out. It
+    asks a denoiser that is told the guidance for the caption alone."""
     calls = Calls(denoiser)
     call_pipeline(family, denoiser, CAPTIONS[:1], 3.0, 2)
     of_both_steps = calls.pop()
@@ -166,8 +195,10 @@ def test_nothing_is_the_pipelines_own(family, denoiser):
     timestep, sampler = family.sampler.timesteps[0], copy.deepcopy(family.sampler)
     sampler._step_index = None
     latents = scaled(sampler, first_latents(family, generators(1)), timestep)
-    found = []
-    for caption in (CAPTIONS[0], None):
+    found, asked = [], [CAPTIONS[0], None]
+    if family.has_guidance_embedding:
+        family.guidance, asked = 3.0, asked[:1]
+    for caption in asked:
         family.predict(denoiser, latents, timestep.expand(1), family.encode_prompts([caption]))
         ((_, output),) = calls.pop()
         found.append(min(range(len(rows)), key=lambda i: (rows[i] - output[0]).abs().max()))
@@ -196,14 +227,16 @@ def gradients(family, denoiser, batch) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
 
 
-def test_every_weight_that_is_trained_has_a_gradient(family, denoiser):
+def test_every_weight_that_is_trained_has_a_gradient(name, family, denoiser):
     """Which DDP relies on; and checkpointing, which hands what it is told on to the blocks, leaves it as it is."""
     batch = a_batch(family)
     plain = gradients(family, denoiser, batch)
     assert [name for name, gradient in plain.items() if gradient is None] == []
+    if "train.gradient_checkpointing" in REFUSED.get(name, ()):
+        return
     denoiser.enable_gradient_checkpointing()
-    for name, gradient in gradients(family, denoiser, batch).items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-7, msg=name)
+    for weight, gradient in gradients(family, denoiser, batch).items():
+        torch.testing.assert_close(gradient, plain[weight], rtol=1e-4, atol=1e-7, msg=weight)
 
 
 @torch.no_grad()
@@ -231,7 +264,7 @@ def test_what_the_mask_leaves_out_does_not_matter(family, denoiser):
             )
 
 
-@pytest.mark.parametrize("name", GIVES_SIGMAS)
+@pytest.mark.parametrize("name", [name for name in GIVES_SIGMAS if name != "tiny-flux2-klein"])  # by its steps, too
 @pytest.mark.parametrize("size", [(32, 32), (32, 64)])
 def test_a_dynamic_shift_is_what_the_sampler_is_told(family, denoiser, monkeypatch, size):
     family.sampler = type(family.sampler).from_config(family.sampler.config, use_dynamic_shifting=True)
@@ -295,8 +328,8 @@ def test_splits_and_caches_change_nothing(family_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [DREAM, {"loss.weighting": "min_snr", "train.gradient_checkpointing": True}],
                          ids=["dream", "min_snr"])  # fmt: skip
-def test_strategies_train_and_resume(family_run, tmp_path, fields):
-    argv = [*family_run, *options(fields)]
+def test_strategies_train_and_resume(family_run, name, tmp_path, fields):
+    argv = [*family_run, *options({key: value for key, value in fields.items() if key not in REFUSED.get(name, [])})]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-2")]
     train([*argv, *resumed])

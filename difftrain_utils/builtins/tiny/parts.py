@@ -17,18 +17,23 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
 
 SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""  # Qwen3's, for what the pipelines say in it
 WIDTH = 64  # of what text encoders put out
 VOCABULARY = 512  # of text encoders for bytes: with room for words
-CHAT = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""  # as Qwen's, for a user's texts
 
 
 def shapes_vae(**config) -> AutoencoderKL:
@@ -102,22 +107,25 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """With the marks of Qwen's chats."""
     tokenizer = byte_tokenizer(eos="<|im_end|>", pad="<|endoftext|>", max_length=4096)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def qwen3_text_encoder(width: int = WIDTH) -> Qwen3Model:
-    """For `qwen_tokenizer`."""
+def qwen3_text_encoder(
+    width: int = WIDTH, num_layers: int = 3, with_head: bool = False
+) -> Qwen3Model | Qwen3ForCausalLM:
+    """For `qwen_tokenizer`. States within it are asked for, before a norm, so its weights are not as small as usual."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+        initializer_range=width**-0.5,
     )
-    return Qwen3Model(config).eval()
+    return (Qwen3ForCausalLM if with_head else Qwen3Model)(config).eval()
 
 
 def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:
