@@ -12,6 +12,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
+from difftrain_utils.families.dit import DiT
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
@@ -25,6 +26,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "DiTPipeline": DiT,
 }
 
 
