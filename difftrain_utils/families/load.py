@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from difftrain_utils.builtins.checkpoints import BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
+from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.dit import DiT
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "DiTPipeline": DiT,
+    "DDPMPipeline": DDPM,
 }
 
 
