@@ -1,12 +1,16 @@
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from diffusers import DiTPipeline
-from helpers import assert_one_line, metrics_without_times, options, parse_config, train
+from helpers import assert_one_line, make_data, metrics_without_times, options, parse_config, train
+from PIL import Image
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.builtins.shapes import PROMPTS
+from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 
@@ -69,6 +73,22 @@ def test_classes_may_have_numbers_alone(dit_run, named):
     assert family.encode_prompts(["3"])["class_labels"].tolist() == [3]
     with pytest.raises(InputError, match=r"there is numbers below 1000$"):
         family.encode_prompts(["tench"])
+
+
+@pytest.mark.parametrize("column", ["label", "number"])
+def test_it_trains_on_class_labels(dit_run, tmp_path, column):
+    """By the labels' names, and by numbers: the same classes."""
+    data = make_data([Image.new("RGB", (32, 32), (20 * i, 90, 9)) for i in range(4)], [""] * 4)
+    labels = datasets.ClassLabel(names=PROMPTS)
+    data = data.add_column("label", [3, 17, 0, 4], feature=labels).add_column("number", [3, 17, 0, 4])
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data/train.parquet")
+    argv = [*dit_run, *options({"data.dataset": tmp_path / "data", "data.caption_column": column})]
+    config = parse_config(argv)
+    family, rows = load_family(config), map_rows(config.data)
+    captions = [rows[i].captions for i in range(4)]
+    assert family.encode_prompts(captions)["class_labels"].tolist() == [3, 17, 0, 4]
+    assert all(line["loss"] > 0 for line in metrics_without_times(train(argv)))
 
 
 def test_names_of_classes_are_kept(dit_run):
