@@ -15,7 +15,13 @@ from difftrain_utils.files import text_digest
 
 HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
-MADE = ("tiny-sdxl", "tiny-sd3", "tiny-dit", "tiny-ddpm")  # by `make` of the module in tiny/ that is called so
+MADE = (
+    "tiny-sdxl",
+    "tiny-sd3",
+    "tiny-dit",
+    "tiny-ddpm",
+    "tiny-pixart-sigma",
+)  # by `make` of the module in tiny/ that is called so
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 
 

@@ -15,7 +15,14 @@ from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.media.image import to_pixel_values
 
 SHORT = {"model.max_sequence_length": 24}
-FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT, "tiny-dit": {}, "tiny-ddpm": {}}
+FAMILIES = {
+    "tiny-stable-diffusion": {},
+    "tiny-sdxl": {},
+    "tiny-sd3": SHORT,
+    "tiny-dit": {},
+    "tiny-ddpm": {},
+    "tiny-pixart-sigma": SHORT,
+}
 """Each built-in checkpoint, and the fields of its runs."""
 CAPTIONS = ["a red circle", "a blue square of another kind", "a third one"]
 CLASSES = ["a red circle", "a blue square", "a cyan triangle"]
