@@ -21,6 +21,7 @@ MADE = (
     "tiny-dit",
     "tiny-ddpm",
     "tiny-pixart-sigma",
+    "tiny-sana",
 )  # by `make` of the module in tiny/ that is called so
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 

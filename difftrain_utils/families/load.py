@@ -16,6 +16,7 @@ from difftrain_utils.families.diffusers_family import load_part
 from difftrain_utils.families.dit import DiT
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.pixart_sigma import PixArtSigma
+from difftrain_utils.families.sana import Sana
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -31,6 +32,7 @@ FAMILIES: dict[str, type[Family]] = {
     "DiTPipeline": DiT,
     "DDPMPipeline": DDPM,
     "PixArtSigmaPipeline": PixArtSigma,
+    "SanaPipeline": Sana,
 }
 
 

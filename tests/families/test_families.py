@@ -22,6 +22,7 @@ FAMILIES = {
     "tiny-dit": {},
     "tiny-ddpm": {},
     "tiny-pixart-sigma": SHORT,
+    "tiny-sana": SHORT,
 }
 """Each built-in checkpoint, and the fields of its runs."""
 CAPTIONS = ["a red circle", "a blue square of another kind", "a third one"]

@@ -10,6 +10,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -85,6 +87,24 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
     """For `t5_tokenizer`."""
     config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos="<eos>", pad="<pad>", bos="<bos>", adds=("<bos>",))
+
+
+def gemma_text_encoder(width: int = WIDTH) -> Gemma2Model:
+    """For `gemma_tokenizer`."""
+    config = Gemma2Config(
+        vocab_size=len(gemma_tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return Gemma2Model(config).eval()
 
 
 def small_unet_config() -> dict:
