@@ -57,7 +57,8 @@ class DataConfig:
     """Column of the images (an image folder calls it `image`, tar files `jpg`, `png`, …)."""
     caption_column: str | list[str] = "text"
     """Column of the captions: a string, or a list of strings of which one is drawn. `json.caption` is the field caption
-    of a column json. A list of columns: of all their captions that are not null one is drawn."""
+    of a column json. A list of columns: of all their captions that are not null one is drawn. Integers are captions as
+    text, and class labels (`datasets.ClassLabel`) by their names."""
     sources: list[SourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
     text, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's

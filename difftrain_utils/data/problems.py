@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import datasets
 from tqdm import tqdm
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
@@ -17,7 +19,7 @@ from difftrain_utils.data.sources import (
 )
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
-from difftrain_utils.media.text import captions_of
+from difftrain_utils.media.text import captions_of, label_text
 
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
@@ -44,7 +46,7 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
 
         return len(rows), row_at, []
 
-    rows, lines = [], {}
+    rows, values, lines = [], [], {}
     for number, line in metadata_lines(path):
         try:
             row = read_metadata_line(line, f"{path} line {number}", field, source)
@@ -56,14 +58,24 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             several = "several captions of an image go into a list"
             problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
         lines.setdefault(file, number)
-        captions = join_captions([follow(row, column) for column in caption_columns(source)])
-        rows.append(Row(name, {"bytes": None, "path": file}, captions))
+        values.append([follow(row, column) for column in caption_columns(source)])
+        rows.append(Row(name, {"bytes": None, "path": file}, None))
+    features = [integers_of(column) for column in zip(*values, strict=True)]
+    for i, of_row in enumerate(values):
+        captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)])
+        rows[i] = rows[i]._replace(captions=captions)
     if not problems:
         try:  # what only `datasets` objects to, such as captions of unlike types
             open_source(field, source, dataclasses.replace(config, on_bad_row="skip"))
         except InputError as error:
             problems.append(("error", str(error)))
     return len(rows), rows.__getitem__, problems
+
+
+def integers_of(values: Sequence[Any]) -> datasets.Value | None:
+    """What `datasets` makes of a column of these values if they are integers, or null."""
+    are_integers = all(value is None or type(value) is int for value in values)
+    return datasets.Value("int64") if are_integers else None
 
 
 def check_rows(

@@ -22,11 +22,11 @@ from PIL import Image
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
 from difftrain_utils.data.order import Order
-from difftrain_utils.data.sources import caption_columns, find_column, open_source, sources_of, validation_source
+from difftrain_utils.data.sources import caption_features, open_source, sources_of, validation_source
 from difftrain_utils.errors import InputError, RowError, one_line
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import open_image, open_image_header
-from difftrain_utils.media.text import captions_of
+from difftrain_utils.media.text import captions_of, label_text
 
 BATCH = 65536  # rows whose paths are in memory at a time
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
@@ -77,7 +77,7 @@ class SourceRows:
     indices: np.ndarray | None = None
 
     def __post_init__(self):
-        self.caption_paths = [find_column(self.data, column) for column in caption_columns(self.source)]
+        self.captions = caption_features(self.data, self.source)
 
     def __len__(self) -> int:
         return len(self.data) if self.indices is None else len(self.indices)
@@ -85,8 +85,7 @@ class SourceRows:
     def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any]:
         """The undecoded image and the captions."""
         row = self.data[index if self.indices is None else int(self.indices[index])]
-        captions = join_captions([follow(row, path) for path in self.caption_paths])
-        return row[self.source.image_column], captions
+        return row[self.source.image_column], captions_in(row, self.captions)
 
     def paths(self) -> Iterator[tuple[list[str | None], np.ndarray]]:
         """The images' paths, and whether they are files that hold the images, some rows at a time."""
@@ -222,6 +221,11 @@ def follow(row: dict[str, Any], path: str | list[str]) -> Any:
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]]) -> Any:
+    """A row's captions, in the columns of `caption_features`."""
+    return join_captions([label_text(follow(row, path), feature) for path, feature in columns])
 
 
 def join_captions(values: list[Any]) -> Any:

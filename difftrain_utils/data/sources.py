@@ -151,6 +151,17 @@ def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
     return path
 
 
+def caption_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
+    """The path to each caption column (`find_column`), and what `datasets` says that it holds."""
+    found = []
+    for column in caption_columns(source):
+        path, feature = find_column(data, column), data.features
+        for part in path:
+            feature = feature[part]
+        found.append((path, feature))
+    return found
+
+
 def draw_shapes(resolution: int) -> datasets.Dataset:
     """`builtin:shapes` as a data set of PNGs in memory, with the columns `image` and `text`."""
     images, captions = [], []

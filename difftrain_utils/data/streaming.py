@@ -20,12 +20,11 @@ import datasets
 import fsspec
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.rows import Row, follow, join_captions, map_in_threads, read_bytes
+from difftrain_utils.data.rows import Row, captions_in, map_in_threads, read_bytes
 from difftrain_utils.data.sources import (
     cannot_load,
-    caption_columns,
+    caption_features,
     check_columns,
-    find_column,
     load_arguments,
     sources_of,
     used_columns,
@@ -79,7 +78,7 @@ class StreamedRows:
     def __init__(self, data: datasets.IterableDataset, files: list[str], config: DataConfig, seed: int):
         self.data, self.files, self.config, self.seed = data, files, config, seed
         ((_, self.source),) = sources_of(config)
-        self.caption_paths = [find_column(data, column) for column in caption_columns(self.source)]
+        self.captions = caption_features(data, self.source)
         self.sha256 = files_digest(files)
         self.identity = hashlib.sha256(f"{self.sha256}/{seed}/{config.shuffle_buffer}".encode()).hexdigest()
         self._start = Place(0, 0, 0, 0)  # what the stream can be read from, besides its beginning
@@ -177,7 +176,7 @@ class StreamedRows:
                 for values in zip(*batch.values(), strict=True):
                     content = dict(zip(batch, values, strict=True))
                     image = content[self.source.image_column]
-                    caption = join_captions([follow(content, path) for path in self.caption_paths])
+                    caption = captions_in(content, self.captions)
                     yield Row((image or {}).get("path") or f"{name} row {row}", image, caption)
                     row += 1
         except Exception as error:  # of the file system, the network, or the file's format

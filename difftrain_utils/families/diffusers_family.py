@@ -67,6 +67,8 @@ class DiffusersFamily:
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells its sampler at which sigmas to sample, and a shift of them; few samplers take that."""
+    has_fixed_size: ClassVar[bool] = False
+    """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
 
     source: str
     """The folder or hub name of the checkpoint, at `revision` and `variant`."""
@@ -273,9 +275,15 @@ class DiffusersFamily:
                 )
 
     def check_size(self, height: int, width: int, name: str) -> None:
+        got = height if height == width else f"{height} x {width}"
+        if self.has_fixed_size:
+            size = self.config_of(self.denoiser_part).sample_size
+            sides = [side * self.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
+            if [height, width] != sides:
+                needed = " x ".join(map(str, sides))
+                raise InputError(f"{name}: {self.source} makes images of {needed} alone, got {got}")
         multiple = self.size_multiple
         if height % multiple or width % multiple:
-            got = height if height == width else f"{height} x {width}"
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
 
     def check_clip(self, tokenizer: str, text_encoder: str) -> None:

@@ -11,14 +11,18 @@ from difftrain_utils.builtins.checkpoints import BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
+from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import load_part
+from difftrain_utils.families.dit import DiT
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.flux import Flux
 from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.families.lumina2 import Lumina2
+from difftrain_utils.families.pixart_sigma import PixArtSigma
 from difftrain_utils.families.qwen_image import QwenImage
+from difftrain_utils.families.sana import Sana
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -38,6 +42,10 @@ FAMILIES: dict[str, type[Family]] = {
     "FluxPipeline": Flux,
     "Flux2KleinPipeline": Flux2Klein,
     "ChromaPipeline": Chroma,
+    "DiTPipeline": DiT,
+    "DDPMPipeline": DDPM,
+    "PixArtSigmaPipeline": PixArtSigma,
+    "SanaPipeline": Sana,
 }
 
 

@@ -131,6 +131,8 @@ def _try(sampler: SchedulerMixin, prediction_type: str, has_init_noise_sigma: bo
         sampler.set_timesteps(2, **_with_mu(sampler))
         if has_init_noise_sigma:
             latents = latents * sampler.init_noise_sigma
+        elif (sigma := getattr(sampler, "init_noise_sigma", 1.0)) != 1:
+            raise ValueError(f"it begins with noise times {sigma:.4g}, which the model's pipeline does not know of")
         for timestep in sampler.timesteps:
             scaled = latents if is_flow else sampler.scale_model_input(latents, timestep)
             latents = sampler.step(latents, timestep, scaled).prev_sample

@@ -104,6 +104,14 @@ def test_an_image_above_pillows_limit(folder, capsys, monkeypatch, limit):
     assert lines[0].endswith(f".png: an image of 1296 pixels; the limit is {limit} (Pillow's MAX_IMAGE_PIXELS)")
 
 
+def test_a_column_of_integers_is_captions(folder, capsys):
+    for number in range(1, 11):
+        set_line(folder, number, {"text": number})
+    assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)
+    set_line(folder, 3, {"text": "three"})
+    assert check(folder, capsys)[1] == 2
+
+
 def test_a_caption_that_just_fits(folder, capsys):
     set_line(folder, 3, {"text": "red " * 14})
     assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)

@@ -40,6 +40,24 @@ class TestMapRows:
         assert [captions for _, captions in rows] == [[str(i)] for i in range(7)]
         assert all(np.array_equal(row, image) for (row, _), image in zip(rows, images, strict=True))
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_column_of_class_labels_or_integers(self, tmp_path, streaming):
+        """Also in a stream, and beside captions. A label that is missing is none."""
+        images = [Image.new("RGB", (20, 16), (10 * i,) * 3) for i in range(4)]
+        data = make_data(images, [f"image {i}" for i in range(4)])
+        labels = datasets.ClassLabel(names=["tench, Tinca tinca", "crane"])
+        data = data.add_column("label", [1, 0, 1, -1], feature=labels).add_column("number", [7, 8, 9, 10])
+        data.to_parquet(tmp_path / "train.parquet")
+
+        def captions(column) -> list:
+            config = DataConfig(dataset=str(tmp_path), caption_column=column, streaming=streaming, shuffle_buffer=1)
+            rows = open_stream(config, 0) if streaming else map_rows(config)
+            return [rows[i].captions for i in range(4)]
+
+        assert captions("label") == ["crane", "tench, Tinca tinca", "crane", None]
+        assert captions("number") == ["7", "8", "9", "10"]
+        assert captions(["text", "label"])[2:] == [["image 2", "crane"], ["image 3"]]
+
     def test_a_folder_with_a_folder_for_each_split(self, image_folder, tmp_path):
         for split in ("train", "test"):
             (tmp_path / split).mkdir()
@@ -142,9 +160,9 @@ class TestFingerprint:
         with pytest.raises(InputError, match=r"cat.png: not an image"):
             as_rows(data).inspect(config)
         data = datasets.Dataset.from_dict(
-            {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3]}
+            {"image": [{"bytes": encode(Image.new("L", (2, 2))), "path": "cat.png"}], "text": [3.5]}
         )
-        with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3"):
+        with pytest.raises(InputError, match=r"cat.png: the caption must be a string or a list of strings, got 3\.5"):
             as_rows(data).inspect(config)
 
     def test_bad_rows_that_are_skipped_have_a_fingerprint_too(self, image_folder, tmp_path):
