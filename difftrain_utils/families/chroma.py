@@ -8,7 +8,7 @@ from diffusers import ChromaPipeline, DiffusionPipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.flux import check_sequence_length, packed_arguments, unpack
 
@@ -22,6 +22,7 @@ class Chroma(DiffusersFamily):
     it masks nothing. Here it is the bool that it is meant to be; `generate` is the pipeline as it is."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ChromaPipeline
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     gives_sigmas: ClassVar[bool] = True
 

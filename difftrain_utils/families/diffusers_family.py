@@ -34,6 +34,8 @@ from difftrain_utils.optimization.trained import is_trained_whole
 ENCODED_AT_ONCE = 16  # captions on a GPU
 DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 INNER_FIELDS = frozenset(
     (
         *("sample_size", "dropout", "act_fn", "activation_fn", "norm_eps", "norm_num_groups", "upcast_attention"),
@@ -58,7 +60,7 @@ class DiffusersFamily:
     denoiser_part: ClassVar[str] = "transformer"
     image_part: ClassVar[str | None] = "vae"
     text_parts: ClassVar[tuple[str, ...]] = ()
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
     """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and

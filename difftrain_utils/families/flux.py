@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
 MAX_SEQUENCE_LENGTH = 512  # that the pipeline allows
@@ -23,6 +23,7 @@ class Flux(DiffusersFamily):
     training, and the guidance scale in sampling; one that was not (schnell) has classifier-free guidance."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     gives_sigmas: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
 # A shift of this family depends on the number of steps, too, and training has none: it takes what the pipeline takes.
@@ -43,6 +43,13 @@ class Flux2Klein(DiffusersFamily):
     @property
     def pipeline_options(self) -> dict[str, Any]:
         return {"is_distilled": self.model_index.get("is_distilled", False)}
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The attention's, which in single blocks is one layer with the MLP; their `to_out` is a layer itself."""
+        numbers = range(self.config_of("transformer").num_single_layers)
+        outs = (f"single_transformer_blocks.{i}.attn.to_out" for i in numbers)
+        return (*JOINT_ATTENTION, "to_qkv_mlp_proj", *outs)
 
     @property
     def vae_scale_factor(self) -> int:

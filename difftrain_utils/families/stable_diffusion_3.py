@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
 SUFFIXES = ("", "_2", "_3")
@@ -21,6 +21,7 @@ class StableDiffusion3(DiffusersFamily):
     The T5 may be left out (`text_encoder_3` null in model_index.json), and counts as zeros then, as in its pipeline."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = tuple(
         f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in SUFFIXES
     )

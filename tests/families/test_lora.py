@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 
 import pytest
@@ -22,12 +23,25 @@ from difftrain_utils.optimization.trained import trained_weights
 from difftrain_utils.run import export
 
 SHORT = {"model.max_sequence_length": 24}
-FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT}
+FAMILIES = {
+    "tiny-stable-diffusion": {},
+    "tiny-sdxl": {},
+    "tiny-sd3": SHORT,
+    "tiny-z-image": {"model.max_sequence_length": 40},
+    "tiny-flux2-klein": {"model.max_sequence_length": 72},
+    "tiny-flux": SHORT,
+    "tiny-qwen-image": {"model.max_sequence_length": 32},
+    "tiny-sana": SHORT,
+    "tiny-lumina2": {"model.max_sequence_length": 80},
+    "tiny-chroma": SHORT,
+}
+QUICK = ("tiny-stable-diffusion", "tiny-sdxl", "tiny-z-image", "tiny-flux2-klein")
+MERGED = {"tiny-dit": {}, "tiny-pixart-sigma": SHORT}
 LORA = {"model.lora.rank": 4, "model.lora.alpha": 8, "optimizer.init_args.lr": 0.02, "ema.decay": 0.5}
 PROMPTS = ["a red circle", "a blue square"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in FAMILIES])
 def name(request) -> str:
     return request.param
 
@@ -45,6 +59,8 @@ def pictures(family, pipeline) -> list[bytes]:
         return [i.tobytes() for i in family.generate(pipeline, PROMPTS, 32, 32, 2, 3.0, 0.0, draws)]
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 32, "width": 32, "num_inference_steps": 2, "generator": draws} | family.text_options
+    if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
+        options["use_resolution_binning"] = False
     return [i.tobytes() for i in pipeline(**options, **family.call_options(PROMPTS, 3.0)).images]
 
 
@@ -97,6 +113,16 @@ def test_adapters_train_resume_and_are_loaded_by_plain_diffusers(lora_run, tmp_p
     fused = base_state(getattr(base, family.denoiser_part))
     for key in changed:
         torch.testing.assert_close(theirs[key], fused[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "tiny-dit" else [pytest.mark.slow]) for n in MERGED])
+def test_adapters_that_plain_diffusers_does_not_load_are_merged(name, short_run, tmp_path):
+    model = {"model.pretrained_model_name_or_path": f"builtin:{name}", "train.max_steps": 2, "train.batch_size": 2}
+    run = train([*short_run, *options(model | LORA | MERGED[name] | {"model.lora.merge": True})])
+    assert not (run / "lora").exists()
+    plain = load_family(parse_config([*short_run, *options(model)])).load_denoiser().state_dict()
+    merged = load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    assert merged.keys() == plain.keys() and any(not torch.equal(merged[key], plain[key]) for key in plain)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
