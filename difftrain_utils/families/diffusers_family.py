@@ -184,9 +184,8 @@ class DiffusersFamily:
         at = {"revision": self.revision}
         if name.startswith("tokenizer"):
             return load_part(self.source, self.model_index, name, **at)
-        at["variant"] = self.variant
-        if self.model_index[name][0] == "transformers":  # which loads in the checkpoint's precision else
-            at["dtype"] = torch.float32
+        at["variant"] = self.variant  # and at once in the run's precision: a large encoder would fill main memory twice
+        at["dtype" if self.model_index[name][0] == "transformers" else "torch_dtype"] = self.weight_dtype
         part = load_weights(self.source, self.model_index, name, **at).eval().requires_grad_(False)
         if name == self.image_part:
             part.use_slicing = self.vae_slicing
