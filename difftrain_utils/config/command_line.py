@@ -173,7 +173,7 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
             warn(f"--{name} is called --{RENAMED[name]} now")
             argv[position] = f"--{RENAMED[name]}{equals}{'' if has_next else value}"
         elif (
-            name not in [*known, "help", "print_config"]
+            name not in [*known, "help", "print_config", *(f"{nested}.help" for nested in NESTED)]
             and name.removesuffix("+") not in known
             and not name.startswith("optimizer.init_args.")
         ):

@@ -40,7 +40,8 @@ class ModelConfig:
     """The checkpoint to train."""
 
     pretrained_model_name_or_path: str
-    """A diffusers checkpoint: a folder, a hub name, or `builtin:tiny-stable-diffusion` (needs no download)."""
+    """A diffusers checkpoint: a folder, a hub name, or a built-in one such as `builtin:tiny-stable-diffusion` (needs no
+    download; docs/families.md lists them)."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     variant: str | None = None
@@ -49,7 +50,7 @@ class ModelConfig:
     """What the denoiser predicts; null: what the checkpoint's scheduler says."""
     train_from_scratch: bool = False
     """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
-    The builtin has no trained denoiser, so it always does."""
+    The built-in ones have no trained denoiser, so they always do."""
     max_sequence_length: int | None = None
     """Tokens that captions are cut and padded to, where the model leaves it open; null: its pipeline's default."""
     guidance: float | None = None

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, parse_config
+from helpers import ROOT, options, parse_config, train
 
 from difftrain_utils.config.command_line import field_names
 from difftrain_utils.config.config import RENAMED
@@ -244,8 +244,9 @@ def test_a_warm_up_that_would_be_ignored_is_refused():
 
 
 def test_help_explains_every_field(capsys):
-    with pytest.raises(SystemExit):
-        parse_config(["--help"])
+    for option in ("--help", "--model.lora.help"):
+        with pytest.raises(SystemExit):
+            parse_config([option])
     output = " ".join(capsys.readouterr().out.split())
     for section in dataclasses.fields(TextToImageConfig):
         assert all(f"--{section.name}.{f.name}" in output for f in dataclasses.fields(section.type))
@@ -299,3 +300,42 @@ def test_the_configs_are_valid_and_begin_with_their_command(path, monkeypatch):
     assert str(path.relative_to(ROOT)) in options
     monkeypatch.chdir(ROOT)
     parse_config(options)
+
+
+TINY = {
+    "sd15_finetune": "tiny-stable-diffusion",
+    "sdxl_lora": "tiny-sdxl",
+    "flux2_klein_lora": "tiny-flux2-klein",
+    "zimage_lora": "tiny-z-image",
+    "qwen_image_lora": "tiny-qwen-image",
+    "sd35_finetune": "tiny-sd3",
+}
+"""The configs of checkpoints on the hub, and the built-in ones that stand in for these."""
+
+
+def test_each_config_of_a_checkpoint_on_the_hub_is_run():
+    models = {path.stem: yaml.safe_load(path.read_text())["model"] for path in (ROOT / "configs").glob("*.yaml")}
+    names = {config: model["pretrained_model_name_or_path"] for config, model in models.items()}
+    assert TINY.keys() == {config for config, name in names.items() if not name.startswith("builtin:")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_the_configs_of_checkpoints_on_the_hub_run(name, image_folder, tmp_path):
+    """As they are, but for the checkpoint, sizes and numbers of steps."""
+    config = ROOT / f"configs/{name}.yaml"
+    fields = {
+        "model.pretrained_model_name_or_path": f"builtin:{TINY[name]}",
+        "data.dataset": image_folder,
+        "data.resolution": 32,
+        "data.num_workers": 0,
+        "data.cache_dir": tmp_path / "cache",
+        "train.output_dir": tmp_path / "run",
+        "train.max_steps": 2,
+        "train.eval_every": 2,
+        "train.cpu_threads": 1,
+        "evaluation.num_inference_steps": 2,
+    }
+    run = train(["--config", str(config), *options(fields)])
+    is_lora = "lora" in yaml.safe_load(config.read_text())["model"]
+    assert (run / "samples/step-000002.png").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()
