@@ -24,6 +24,7 @@ class Chroma(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ChromaPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     gives_sigmas: ClassVar[bool] = True
+    takes_gradient_checkpointing: ClassVar[bool] = False
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Chroma":
