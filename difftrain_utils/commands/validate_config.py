@@ -3,7 +3,8 @@
     difftrain validate-config --config configs/quickstart.yaml --output-dir runs/check
 
 Takes the options of train_text_to_image.py, and does what that does before it trains: what is fine here starts there.
-Where a run has left checkpoints, its record stays as it is.
+Where a run has left checkpoints, its record stays as it is. What a step will need of memory is printed, with what
+options would save of it.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
     from difftrain_utils.run.checkpoints import find_checkpoint
     from difftrain_utils.run.launch import launch, prepare
+    from difftrain_utils.run.memory import describe_memory
     from difftrain_utils.run.run_folder import holds_run
 
     accelerator = launch(config)
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     # ── The same, up to here, as in the script ───────────────────────────────────────────────────────────────
     output_dir = Path(config.train.output_dir)
     del lr_scheduler, evaluation  # they can be made
+    accelerator.print(describe_memory(accelerator, family, models, optimizer, data, config))
     if holds_run(output_dir):
         print(f"The config is fine; {output_dir} holds a run, whose record stays as it is")
     else:

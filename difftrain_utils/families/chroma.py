@@ -25,6 +25,7 @@ class Chroma(DiffusersFamily):
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     gives_sigmas: ClassVar[bool] = True
+    takes_gradient_checkpointing: ClassVar[bool] = False
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Chroma":

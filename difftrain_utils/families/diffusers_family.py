@@ -65,6 +65,8 @@ class DiffusersFamily:
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
     """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and
     all others what goes in and out."""
+    takes_gradient_checkpointing: ClassVar[bool] = True
+    """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
     has_init_noise_sigma: ClassVar[bool] = False
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
@@ -208,6 +210,22 @@ class DiffusersFamily:
         """A denoiser without weights, for what only looks at its config."""
         with torch.device("meta"):
             return part_class(self.model_index, self.denoiser_part).from_config(self.config_of(self.denoiser_part))
+
+    def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        return {name: self.part(name) for name in self.frozen_parts if not name.startswith("tokenizer")}
+
+    def on_meta(self, dtype: torch.dtype) -> "DiffusersFamily":
+        """See `Family`. Tokenizers are as they were."""
+        parts = {}
+        for name in self.frozen_parts:
+            if name.startswith("tokenizer"):
+                parts[name] = self.part(name)
+                continue
+            cls, config = part_class(self.model_index, name), self.config_of(name)
+            with torch.device("meta"):
+                part = cls(config) if self.model_index[name][0] == "transformers" else cls.from_config(config)
+            parts[name] = torch.nn.Module.to(part.eval().requires_grad_(False), dtype)
+        return dataclasses.replace(self, device="meta", weight_dtype=dtype, _parts=parts)
 
     def config_of(self, name: str) -> Any:
         """The config of a part with its defaults, without its weights."""

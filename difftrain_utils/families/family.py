@@ -40,6 +40,8 @@ class Family(Protocol):
     """Of the frozen parts."""
     lora_targets: tuple[str, ...]
     """The ends of the names of the denoiser's layers that adapters are for."""
+    takes_gradient_checkpointing: bool
+    """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
     lora: LoraConfig | None
     """Of the adapters that the denoiser has in training."""
 
@@ -68,6 +70,13 @@ class Family(Protocol):
 
     def free_cached(self) -> None:
         """Drop the frozen parts whose work is cached from memory; they are loaded again when they are used again."""
+
+    def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        """The frozen parts that have weights, by name, also those whose work is cached."""
+
+    def on_meta(self, dtype: torch.dtype) -> "Family":
+        """The same family with frozen parts of this dtype on the meta device, which have no weights: what they put out
+        has a shape and nothing else."""
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of what images are in latents, (batch, 2, *latent); 0 where there is no

@@ -1,0 +1,286 @@
+"""What a training step needs of the device's memory, counted before anything is trained."""
+
+import dataclasses
+import importlib.util
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils._pytree import tree_leaves
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.data.load import Data
+from difftrain_utils.devices import device_name
+from difftrain_utils.errors import InputError, one_line, shorten
+from difftrain_utils.families.lora import add_adapters
+from difftrain_utils.optimization.trained import round_frozen, trained_parameters
+from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED_AT = 2**16  # elements of the weight that an optimizer's state is measured with
+EIGHT_BIT = 1 / 4  # of float32
+
+
+@dataclasses.dataclass
+class Memory:
+    """Bytes that a training step needs."""
+
+    step: str
+    """Which step: of what, and on what."""
+    held: dict[str, int]
+    """What is held, by its name; "activations" is missing where they cannot be counted."""
+    while_caching: dict[str, int]
+    """Frozen parts that are there only while caches are made."""
+    saved: dict[str, int]
+    """By options, what each by itself would save."""
+    capacity: int | None
+    """Of a GPU; None: main memory, which others use, too."""
+    uncounted: str | None
+    """Why activations cannot be counted."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.held.values())
+
+    def __str__(self) -> str:
+        lines = [f"Memory of a step in 10⁹ bytes: {self.step}"]
+        lines += [_row(name, size) for name, size in self.held.items() if size]
+        lines.append(_row("sum" if self.uncounted is None else "sum without activations", self.total))
+        if self.uncounted is not None:
+            lines.append(f"  activations cannot be counted: {self.uncounted}")
+        if self.capacity is not None:
+            lines.append(_row("of the device", self.capacity))
+            if self.total > self.capacity:
+                lines.append("  it does not fit")
+        if self.while_caching:
+            lines.append(_row("besides, while caching", sum(self.while_caching.values())))
+        if self.saved:
+            lines.append("each of these by itself would save:")
+            ordered = sorted(self.saved.items(), key=lambda option: -option[1])
+            lines += [_row(option, size) for option, size in ordered]
+        return "\n".join(lines)
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<40} {size / 1e9:>8.3g}"
+
+
+def describe_memory(*run: Any) -> str:
+    """The `plan_memory` of a run in words. A plan that fails is no reason to refuse a run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries', about a step that is not made
+            return str(plan_memory(*run))
+    except Exception as error:
+        return f"Memory of a step: cannot be counted ({shorten(one_line(error), 100)})"
+
+
+def plan_memory(
+    accelerator: Accelerator,
+    family,
+    models: dict[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    config: Config,
+) -> Memory:
+    """What a step of the run that is about to start will need (docs/performance.md says what is counted). No weight is
+    touched, and nothing but shapes is computed. Of several buckets the largest counts, and all captions as if they
+    filled their length."""
+    planner = Planner(accelerator, family, models, optimizer, data, config)
+    held, saved = planner.held(config), {}
+    for option, changed in planner.options(config):
+        less = sum(held.values()) - sum(planner.held(changed).values())
+        if less > 0:
+            saved[option] = less
+    if float32 := planner.state_bytes(config)[torch.float32]:
+        saved["an optimizer with 8-bit states"] = round(float32 * (1 - EIGHT_BIT))
+    is_gpu = accelerator.device.type == "cuda"
+    height, width = planner.size(config)
+    sample = "sample" if planner.micro_batch(config) == 1 else "samples"
+    return Memory(
+        f"{planner.micro_batch(config)} {sample} of {width}x{height} at a time on {device_name(accelerator.device)}",
+        held,
+        planner.frozen(config, cached=True),
+        saved,
+        torch.cuda.get_device_properties(accelerator.device).total_memory if is_gpu else None,
+        planner.uncounted,
+    )
+
+
+class Planner:
+    """Counts, for a config and for others that differ from it in the fields of `options` alone."""
+
+    def __init__(self, accelerator: Accelerator, family, models, optimizer, data: Data, config: Config):
+        self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
+        self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
+        self.shapes, self.device, self.uncounted = Shapes(), accelerator.device, None
+        # each once
+        self._denoiser_of, self._count, self._on_meta = (
+            cache(self._denoiser_of),
+            cache(self._count),
+            cache(family.on_meta),
+        )
+
+    def held(self, config: Config) -> dict[str, int]:
+        """Bytes by what holds them."""
+        parameters = self.parameters(config)
+        trained, frozen = (num_bytes(p for p in parameters if p.requires_grad == which) for which in (True, False))
+        held = {"trained weights": trained, "frozen weights": frozen, "gradients": trained}
+        if self.accelerator.num_processes > 1:
+            held["gradients on their way (DDP)"] = trained
+        held["optimizer state"] = self.state_bytes(config).total()
+        is_here = config.ema.enabled and not (config.ema.on_cpu and self.device.type != "cpu")
+        of_denoiser = num_bytes(trained_parameters(self.denoiser(config)))
+        held["averages"] = of_denoiser * (is_here + len(config.ema.power_sigma_rels))
+        held |= self.frozen(config, cached=False)
+        if (activations := self.activations(config)) is not None:
+            held["activations"] = activations
+        return held
+
+    def options(self, config: Config) -> Iterator[tuple[str, Config]]:
+        """Configs of the same run that may need less, by what they change."""
+        train, data = config.train, config.data
+
+        def change(section: str, **fields: Any) -> Config:
+            changed = dataclasses.replace(getattr(config, section), **fields)
+            return dataclasses.replace(config, **{section: changed})
+
+        if not train.gradient_checkpointing and self.family.takes_gradient_checkpointing:
+            yield "train.gradient_checkpointing", change("train", gradient_checkpointing=True)
+        if self.micro_batch(config) % 2 == 0:
+            parts = 2 * train.gradient_accumulation_steps
+            yield f"train.gradient_accumulation_steps {parts}", change("train", gradient_accumulation_steps=parts)
+        if self.dtype(config) == torch.float32:
+            yield "train.precision bf16", change("train", precision="bf16")
+        if self.can_have_lora(config):
+            yield f"model.lora.rank {LoraConfig().rank}", change("model", lora=LoraConfig())
+        if config.ema.enabled and not config.ema.on_cpu:
+            yield "ema.on_cpu", change("ema", on_cpu=True)
+        if not data.cache_latents:
+            yield "data.cache_latents", change("data", cache_latents=True)
+        if not data.cache_text:
+            yield "data.cache_text", change("data", cache_text=True)
+
+    # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────
+    def dtype(self, config: Config) -> torch.dtype:
+        """Its precision."""
+        launched = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        return DTYPES[config.train.precision or launched]
+
+    def micro_batch(self, config: Config) -> int:
+        """Samples that a process computes at a time."""
+        return config.train.batch_size // (config.train.gradient_accumulation_steps * self.accelerator.num_processes)
+
+    def size(self, config: Config) -> tuple[int, int]:
+        """(height, width) of its largest images."""
+        sizes = [(config.data.resolution,) * 2] if self.data.buckets is None else self.data.buckets.sizes
+        return max(sizes, key=math.prod)
+
+    # ── The models ───────────────────────────────────────────────────────────────────────────────────────────
+    def denoiser(self, config: Config) -> torch.nn.Module:
+        """Its shapes, with the adapters that `model.lora` asks for."""
+        return self._denoiser_of(config.model.lora is not None and not self.has_lora, self.dtype(config))
+
+    def _denoiser_of(self, is_adapted: bool, dtype: torch.dtype) -> torch.nn.Module:
+        denoiser = without_values(self.models["denoiser"], torch.device("meta"))
+        if is_adapted:
+            add_adapters(denoiser, LoraConfig(), self.family.lora_targets, self.seed)
+        round_frozen(denoiser, dtype)
+        return without_values(denoiser, self.device, self.shapes)
+
+    def can_have_lora(self, config: Config) -> bool:
+        """Whether adapters could be trained instead of all weights."""
+        if self.has_lora or config.model.trainable is not None or importlib.util.find_spec("peft") is None:
+            return False
+        try:
+            self._denoiser_of(True, self.dtype(config))
+        except InputError:  # no layers that take them
+            return False
+        return True
+
+    def parameters(self, config: Config) -> list[torch.nn.Parameter]:
+        """Of all that a step trains or trains around."""
+        models = [model for name, model in self.models.items() if name != "denoiser"]
+        return [parameter for model in (self.denoiser(config), *models) for parameter in model.parameters()]
+
+    def frozen(self, config: Config, cached: bool) -> dict[str, int]:
+        """Bytes of the frozen parts that are in memory, or of those that caches stand in for."""
+        sizes = {}
+        for name, module in self._on_meta(self.dtype(config)).frozen_modules().items():
+            is_image_part = name == self.family.image_part
+            if cached == (config.data.cache_latents if is_image_part else config.data.cache_text):
+                sizes[name] = num_bytes((*module.parameters(), *module.buffers()))
+        return sizes
+
+    def state_bytes(self, config: Config) -> Counter[torch.dtype]:
+        """Of the optimizer's state, by their dtype."""
+        numbers, sizes = Counter(), Counter()
+        for parameter in self.parameters(config):
+            numbers[parameter.ndim] += parameter.numel() if parameter.requires_grad else 0
+        for ndim, number in numbers.items():
+            for dtype, size in state_per_element(type(self.optimizer), config.optimizer.init_args, ndim).items():
+                sizes[dtype] += round(size * number)
+        return sizes
+
+    # ── Activations ──────────────────────────────────────────────────────────────────────────────────────────
+    def activations(self, config: Config) -> int | None:
+        """Their bytes; None, and `uncounted` says why, where they cannot be counted."""
+        try:
+            counted = self._count(
+                self.denoiser(config), self.micro_batch(config), self.size(config), self.dtype(config)
+            )
+        except Exception as error:  # whatever libraries raise on tensors that have no values
+            self.uncounted = shorten(one_line(error), 100)
+            return None
+        if config.train.gradient_checkpointing and counted.checkpointed is not None:
+            return counted.checkpointed
+        return counted.kept
+
+    def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> Activations:
+        family = self._on_meta(dtype)
+        moments = family.encode_images(torch.empty(1, 3, *size, device="meta"))
+        latents = family.sample_latents(moments, torch.empty_like(moments[:, 0]))
+        try:
+            conditioning = family.null_conditioning()
+        except Exception:  # an encoder that asks for values
+            conditioning = self.family.null_conditioning()
+            self.family.free_cached()
+        time = torch.float32 if family.schedule.has_continuous_time else torch.int64
+
+        def drawn(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return torch.empty(batch, *tensor.shape[1:], dtype=dtype or tensor.dtype, device=self.device)
+
+        masks = {name: value for name, value in conditioning.items() if name.endswith("_mask")}
+        masks = {name: torch.ones(batch, *mask.shape[1:], dtype=mask.dtype) for name, mask in masks.items()}
+        is_mixed = dtype != torch.float32
+        with self.shapes, torch.autocast(self.device.type, dtype if is_mixed else None, enabled=is_mixed):
+            inputs = drawn(latents), torch.empty(batch, dtype=time, device=self.device)
+            conditioning = {name: masks.get(name, drawn(value)) for name, value in conditioning.items()}
+            return count_activations(denoiser, self.family.predict, *inputs, conditioning)
+
+
+def state_per_element(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], ndim: int) -> Counter[torch.dtype]:
+    """Bytes that an optimizer keeps for each element of a weight of this rank, by their dtype: those after one step of
+    a small one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # what some are made for
+    weight = torch.nn.Parameter(torch.ones([round(MEASURED_AT ** (1 / max(1, ndim)))] * max(1, ndim), device=device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = cls([{"name": "denoiser", "params": [weight]}], **init_args)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    optimizer.step()
+    sizes = Counter()
+    for value in tree_leaves(dict(optimizer.state[weight])):
+        if isinstance(value, torch.Tensor) and value.numel() > 1:  # one counts the steps
+            sizes[value.dtype] += value.nbytes / weight.numel()
+    return sizes
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,172 @@
+"""The plan of a step's memory against what steps really hold."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import last_wins, options, parse_config
+from torch.profiler import ProfilerActivity, profile
+
+from difftrain_utils.commands import validate_config
+from difftrain_utils.data.load import Data
+from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.families.stable_diffusion import StableDiffusion
+from difftrain_utils.optimization.averages import build_averages
+from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.optimization.trained import trained_parameters
+from difftrain_utils.run.memory import Planner, plan_memory, state_per_element
+
+SHORT = {"model.max_sequence_length": 24}
+FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT, "tiny-flux": SHORT}
+
+
+def config_of(short_run, name: str, **fields):
+    model = {"model.pretrained_model_name_or_path": f"builtin:{name}"}
+    return parse_config([*short_run, *options(model | FAMILIES.get(name, {}) | fields)])
+
+
+def run_of(config, buckets=None) -> tuple:
+    """What a plan is made of."""
+    family = load_family(config)
+    models = trained_models(family, config)
+    optimizer = build_optimizer(config.optimizer, models)
+    return Accelerator(cpu=True), family, models, optimizer, Data([], [], buckets=buckets), config
+
+
+def held(config) -> dict[str, int]:
+    return Planner(*run_of(config)).held(config)
+
+
+def allocated(step) -> tuple[int, int]:
+    """Bytes of main memory that `step` takes and has not given back, and the most that it had."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    size, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        size += event.nbytes()
+        most = max(most, size)
+    del kept
+    return size, most
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_of_a_real_step(short_run, name, precision):
+    config = config_of(short_run, name, **{"train.precision": precision})
+    family = load_family(config)
+    denoiser = trained_models(family, config)["denoiser"]
+    latents = family.encode_images(torch.zeros(config.train.batch_size, 3, 32, 32))[:, 0]
+    timesteps = torch.full((len(latents),), 500.0 if family.schedule.has_continuous_time else 500)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for module in family.frozen_modules().values():  # as `move_frozen_parts` does
+        module.to(dtype)
+    conditioning = family.encode_prompts([None] * len(latents))
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return family.predict(denoiser, latents, timesteps, conditioning)
+
+    def step() -> None:
+        forward().square().mean().backward()
+
+    step()  # from now on there are gradients
+    planned, (kept, _), (_, most) = held(config)["activations"], allocated(forward), allocated(step)
+    assert planned == pytest.approx(kept, rel=0.02)
+    assert planned == pytest.approx(most, rel=0.1)
+    denoiser.enable_gradient_checkpointing()
+    config.train.gradient_checkpointing = True
+    planned, (_, most) = held(config)["activations"], allocated(step)
+    assert planned == pytest.approx(most, rel=0.2)  # without the gradients that flow back
+
+
+@pytest.mark.parametrize("name", ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"])
+def test_a_model_may_ask_for_lengths(short_run, name):
+    assert held(config_of(short_run, name, **{"model.max_sequence_length": 80}))["activations"] > 0
+
+
+def test_of_buckets_the_largest_counts(short_run):
+    config = config_of(short_run, "tiny-stable-diffusion")
+    buckets = SimpleNamespace(sizes=[(32, 32), (24, 64), (40, 24)])
+    planners = [Planner(*run_of(config, buckets)), Planner(*run_of(config))]
+    assert [planner.size(config) for planner in planners] == [(24, 64), (32, 32)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_else_is_what_a_run_holds(short_run, precision):
+    fields = {"ema.power_sigma_rels": [0.05, 0.1], "train.precision": precision, "data.cache_text": True}
+    config = config_of(short_run, "tiny-sd3", **fields | {"data.center_crop": True})
+    accelerator, family, models, optimizer, data, _ = run_of(config)
+    planner = Planner(accelerator, family, models, optimizer, data, config)
+    planned, cached, denoiser = planner.held(config), planner.frozen(config, cached=True), models["denoiser"]
+    parameters = trained_parameters(denoiser)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    averages = build_averages(config.ema, parameters).values()
+    itemsize = 2 if precision == "bf16" else 4
+
+    def size(tensors) -> int:
+        return sum(tensor.nbytes for tensor in tensors)
+
+    assert planned["trained weights"] == planned["gradients"] == size(parameters)
+    assert planned["frozen weights"] == 0
+    states = size(value for state in optimizer.state.values() for value in state.values() if value.ndim)
+    assert planned["optimizer state"] == states
+    assert planned["averages"] == sum(size(average.state_tensors().values()) for average in averages)
+    assert planned["vae"] == itemsize / 4 * size(family.part("vae").state_dict().values())
+    assert cached.keys() == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    weights = family.part("text_encoder_3").parameters()
+    assert cached["text_encoder_3"] == pytest.approx(itemsize / 4 * size(weights), rel=0.01)
+
+
+def test_each_option_saves_what_it_says(short_run):
+    memory = plan_memory(*run_of(config_of(short_run, "tiny-stable-diffusion")))
+    fields = {
+        "train.gradient_checkpointing": True,
+        "train.gradient_accumulation_steps": 2,
+        "train.precision": "bf16",
+        "model.lora.rank": 16,
+        "data.cache_latents": True,
+        "data.cache_text": True,
+    }
+    saved = dict(memory.saved)
+    states = saved.pop("an optimizer with 8-bit states")
+    assert states == 0.75 * memory.held["optimizer state"]
+    for field, value in fields.items():
+        more = {"data.center_crop": True} if field.startswith("data") else {}
+        changed = held(config_of(short_run, "tiny-stable-diffusion", **{field: value} | more))
+        option = f"{field} {value}" if f"{field} {value}" in saved else field
+        assert memory.total - sum(changed.values()) == saved.pop(option) > 0, field
+    assert saved == {}  # on a CPU, ema.on_cpu saves nothing
+
+
+@pytest.mark.parametrize(
+    ("cls", "init_args", "of_bias", "of_matrix"),
+    [
+        (torch.optim.AdamW, {"lr": 1e-4}, 8, 8),
+        (torch.optim.SGD, {"lr": 1e-4}, 0, 0),
+        (torch.optim.SGD, {"lr": 1e-4, "momentum": 0.9}, 4, 4),
+        (torch.optim.Adafactor, {"lr": 1e-4}, 4, 2 * 4 / 256),
+    ],
+)
+def test_an_optimizers_state_is_measured(cls, init_args, of_bias, of_matrix):
+    of = {ndim: state_per_element(cls, init_args, ndim).total() for ndim in (1, 2)}
+    assert of == {1: of_bias, 2: pytest.approx(of_matrix)}
+
+
+def test_what_cannot_be_counted_is_said(short_run, tmp_path, capsys, monkeypatch):
+    def predict(self, denoiser, noisy_latents, timesteps, conditioning):
+        return noisy_latents * timesteps[0].item()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "predict", predict)
+        validate_config.main(last_wins([*short_run, "--output-dir", str(tmp_path / "values")]))
+    out = capsys.readouterr().out
+    assert "sum without activations" in out and "activations cannot be counted: " in out and "is fine" in out
+    with monkeypatch.context() as patch:
+        patch.setattr("difftrain_utils.run.memory.Planner.state_bytes", lambda self, config: 1 / 0)
+        validate_config.main(last_wins([*short_run, "--output-dir", str(tmp_path / "all")]))
+    out = capsys.readouterr().out
+    assert "Memory of a step: cannot be counted (division by zero)" in out and "is fine" in out
