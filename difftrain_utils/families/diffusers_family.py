@@ -109,18 +109,7 @@ class DiffusersFamily:
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
         schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma)
-        call = inspect.signature(cls.pipeline_class.__call__).parameters
-        for section, name in ((config.evaluation, "guidance_rescale"), (config.model, "max_sequence_length")):
-            if getattr(section, name) and name not in call:
-                field_name = f"{'evaluation' if section is config.evaluation else 'model'}.{name}"
-                raise InputError(
-                    f"{field_name}: a {cls.pipeline_class.__name__} has none, got {getattr(section, name)}"
-                )
-        if cls.gives_sigmas and not {"sigmas", "mu"} <= inspect.signature(sampler.set_timesteps).parameters.keys():
-            raise InputError(
-                f"scheduler.sampler: a {cls.pipeline_class.__name__} gives its sampler sigmas and a shift, which "
-                f"{type(sampler).__name__} does not take; try FlowMatchEulerDiscreteScheduler"
-            )
+        cls._check_fields(config, sampler)
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
         family = cls(
@@ -138,11 +127,6 @@ class DiffusersFamily:
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
-        if config.model.lora is not None and not config.model.lora.merge and not cls.loads_adapters():
-            name = cls.pipeline_class.__name__
-            raise InputError(
-                f"model.lora: a {name} of diffusers loads no adapters; model.lora.merge writes them merged"
-            )
         if config.model.guidance is not None and not family.has_guidance_embedding:
             raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
@@ -154,6 +138,23 @@ class DiffusersFamily:
             if part not in family.cached:
                 family.part(part)
         return family
+
+    @classmethod
+    def _check_fields(cls, config: Config, sampler: SchedulerMixin) -> None:
+        """Raise InputError for what this pipeline has not, or does not do."""
+        name, lora = cls.pipeline_class.__name__, config.model.lora
+        known = inspect.signature(cls.pipeline_class.__call__).parameters
+        for section, option in (("evaluation", "guidance_rescale"), ("model", "max_sequence_length")):
+            value = getattr(getattr(config, section), option)
+            if value and option not in known:
+                raise InputError(f"{section}.{option}: a {name} has none, got {value}")
+        if cls.gives_sigmas and not {"sigmas", "mu"} <= inspect.signature(sampler.set_timesteps).parameters.keys():
+            raise InputError(
+                f"scheduler.sampler: a {name} gives its sampler sigmas and a shift, which {type(sampler).__name__} "
+                "does not take; try FlowMatchEulerDiscreteScheduler"
+            )
+        if lora is not None and not lora.merge and not cls.loads_adapters():
+            raise InputError(f"model.lora: a {name} of diffusers loads no adapters; use model.lora.merge")
 
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
