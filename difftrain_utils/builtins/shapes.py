@@ -101,18 +101,23 @@ def _judge_shape(figure: np.ndarray) -> str | None:
     height, width = rows.std(), columns.std()
     y, x = np.mgrid[0 : figure.shape[0], 0 : figure.shape[1]]
     y, x = (y - rows.mean()) / height, (x - columns.mean()) / width
-    # Of standard deviation 1 along both axes.
-    shapes = {
-        "circle": x**2 + y**2 <= 4,
-        "square": np.maximum(np.abs(x), np.abs(y)) <= math.sqrt(3),
-        "triangle": (y <= math.sqrt(2)) & (math.sqrt(3) * np.abs(x) <= y + math.sqrt(8)),
-    }
+    shapes = _shapes(y, x)
     overlap = {name: (figure & shape).sum() / (figure | shape).sum() for name, shape in shapes.items()}
     _, second, best = sorted(overlap, key=overlap.get)
     min_overlap, min_margin, max_stretch = NEEDED[best]
     is_clear = overlap[best] >= min_overlap and overlap[best] - overlap[second] >= min_margin
     stretch = width / height / (math.sqrt(3 / 4) if best == "triangle" else 1)
-    return best if is_clear and 1 / max_stretch <= stretch <= max_stretch else None
+    has_no_hole = figure[_shapes(y / 0.7, x / 0.7)[best]].mean() > 0.99
+    return best if is_clear and has_no_hole and 1 / max_stretch <= stretch <= max_stretch else None
+
+
+def _shapes(y: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether points lie in the three shapes, of mean 0 and standard deviation 1 along both axes."""
+    return {
+        "circle": x**2 + y**2 <= 4,
+        "square": np.maximum(np.abs(x), np.abs(y)) <= math.sqrt(3),
+        "triangle": (y <= math.sqrt(2)) & (math.sqrt(3) * np.abs(x) <= y + math.sqrt(8)),
+    }
 
 
 def count_right(images: list[Image.Image], prompts: list[str]) -> int:

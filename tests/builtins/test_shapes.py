@@ -51,7 +51,7 @@ def test_the_judge_does_not_name_a_shape_or_colour_that_is_not_one_of_them():
     assert judge(stripe) == ("red", None)
     half = Image.new("RGB", (32, 32))
     half.paste(COLORS["red"], (8, 8, 16, 24))
-    half.paste(COLORS["cyan"], (16, 8, 24, 24))
+    half.paste(COLORS["magenta"], (16, 8, 24, 24))
     assert judge(half) == (None, "square")
 
 
@@ -99,16 +99,26 @@ def stain(image: Image.Image) -> Image.Image:
     return image
 
 
+def pierce(image: Image.Image) -> Image.Image:
+    """A hole of the ground's colour, of 2 × 2 pixels, in the middle of the figure."""
+    image, pixels = image.copy(), np.asarray(image.convert("HSV"))[..., 1] > 100
+    rows, columns = np.nonzero(pixels)
+    y, x = round(rows.mean()), round(columns.mean())
+    image.paste((30, 30, 30), (x - 1, y - 1, x + 1, y + 1))
+    return image
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda image: Image.merge("RGB", (image.split()[1], image.split()[2], image.split()[0])),
         spoil_color,
         stain,
+        pierce,
         lambda image: image.filter(ImageFilter.GaussianBlur(3)),
         lambda image: image.point(lambda value: value // 2),
     ],
-    ids=["recoloured", "half recoloured", "stained", "blurred", "dark"],
+    ids=["recoloured", "half recoloured", "stained", "pierced", "blurred", "dark"],
 )
 def test_the_judge_fails_what_is_spoiled(spoil):
     images, prompts = zip(*(draw_shape(index, 32) for index in range(90)), strict=True)
