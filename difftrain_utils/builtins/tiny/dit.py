@@ -7,8 +7,8 @@ from difftrain_utils.builtins.tiny.parts import shapes_vae
 
 
 def make() -> DiTPipeline:
-    """Its pipeline has 1000 classes and calls none of them number 1000; these are the first. A token is one
-    latent, with which it learns the shapes' edges sooner than with 2 × 2 of them."""
+    """Its pipeline has 1000 classes and calls none of them number 1000; these are the first. Its tokens are
+    single latents."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=24,
