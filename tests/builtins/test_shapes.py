@@ -1,12 +1,18 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from difftrain_utils.builtins.shapes import COLORS, PROMPTS, SHAPES, count_right, draw_shape, judge
+from difftrain_utils.builtins.tiny.parts import shapes_vae
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
+from difftrain_utils.media.image import to_pixel_values
+
+HERE = Path(__file__).parent
 
 
 def test_there_are_enough_colours_and_shapes():
@@ -45,8 +51,78 @@ def test_the_judge_does_not_name_a_shape_or_colour_that_is_not_one_of_them():
     assert judge(stripe) == ("red", None)
     half = Image.new("RGB", (32, 32))
     half.paste(COLORS["red"], (8, 8, 16, 24))
-    half.paste(COLORS["cyan"], (16, 8, 24, 24))
+    half.paste(COLORS["magenta"], (16, 8, 24, 24))
     assert judge(half) == (None, "square")
+
+
+def verdicts(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+    return np.array([count_right([image], [prompt]) == 1 for image, prompt in zip(images, prompts, strict=True)])
+
+
+def test_the_judge_is_as_strict_as_an_eye():
+    """On what Stable Diffusion and DiT drew when they had learned more or less: a row of the sheet has the 18 prompts,
+    and labelled.txt an x for each image that an eye, which had not seen the judge's verdict, found right."""
+    sheet = Image.open(HERE / "labelled.webp").convert("RGB")
+    labels = [mark == "x" for line in (HERE / "labelled.txt").read_text().split() for mark in line]
+    boxes = [(x, y, x + 32, y + 32) for y in range(0, sheet.height, 32) for x in range(0, sheet.width, 32)]
+    prompts = PROMPTS * (len(boxes) // len(PROMPTS))
+    found = verdicts([sheet.crop(box) for box in boxes], prompts)
+    assert len(labels) == 324 and (found == labels).mean() >= 0.95
+    assert abs(int(found.sum()) - sum(labels)) <= 5, "not stricter or milder as a whole"
+
+
+def test_the_judge_passes_what_the_vae_makes_of_the_data():
+    vae, images, prompts = shapes_vae(), *zip(*(draw_shape(index, 32, seed=3) for index in range(180)), strict=True)
+    pixels = torch.stack([to_pixel_values(image) for image in images])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert verdicts([Image.fromarray(image) for image in decoded], prompts).mean() >= 0.99
+
+
+def spoil_color(image: Image.Image) -> Image.Image:
+    """The figure's left half has another hue."""
+    figure = image.convert("HSV").getchannel("S").point(lambda saturation: 255 * (saturation > 100)).getbbox()
+    left, top, right, bottom = figure
+    half = (left, top, (left + right) // 2, bottom)
+    red, green, blue = image.crop(half).split()
+    image = image.copy()
+    image.paste(Image.merge("RGB", (green, blue, red)), half)
+    return image
+
+
+def stain(image: Image.Image) -> Image.Image:
+    """Light patches in all corners; a figure hides three at most."""
+    image = image.copy()
+    for x, y in ((0, 0), (28, 0), (0, 28), (28, 28)):
+        image.paste((120, 120, 120), (x, y, x + 4, y + 4))
+    return image
+
+
+def pierce(image: Image.Image) -> Image.Image:
+    """A hole of the ground's colour, of 2 × 2 pixels, in the middle of the figure."""
+    image, pixels = image.copy(), np.asarray(image.convert("HSV"))[..., 1] > 100
+    rows, columns = np.nonzero(pixels)
+    y, x = round(rows.mean()), round(columns.mean())
+    image.paste((30, 30, 30), (x - 1, y - 1, x + 1, y + 1))
+    return image
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda image: Image.merge("RGB", (image.split()[1], image.split()[2], image.split()[0])),
+        spoil_color,
+        stain,
+        pierce,
+        lambda image: image.filter(ImageFilter.GaussianBlur(3)),
+        lambda image: image.point(lambda value: value // 2),
+    ],
+    ids=["recoloured", "half recoloured", "stained", "pierced", "blurred", "dark"],
+)
+def test_the_judge_fails_what_is_spoiled(spoil):
+    images, prompts = zip(*(draw_shape(index, 32) for index in range(90)), strict=True)
+    assert verdicts([spoil(image) for image in images], prompts).mean() <= 0.02
 
 
 def test_wrong_images_are_not_counted():
