@@ -254,8 +254,12 @@ MODEL = {
         "model.pretrained_model_name_or_path: .*: vae has a shift_factor, 0.1, which a StableDiffusionPipeline",
     ),
     "another pipeline": (
+        lambda m: (m / "model_index.json").write_text('{"_class_name": "AmusedPipeline"}'),
+        "model.pretrained_model_name_or_path: .*it is of AmusedPipeline; known is StableDiffusionPipeline, ",
+    ),
+    "another pipeline without its parts": (
         lambda m: (m / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-        "model.pretrained_model_name_or_path: .*FluxPipeline",
+        "model.pretrained_model_name_or_path: .*: scheduler: model_index.json names no such part",
     ),
     "no weights": (
         lambda m: (m / "unet/diffusion_pytorch_model.safetensors").unlink(),

@@ -508,6 +508,8 @@ def part_class(model_index: dict[str, Any], name: str) -> type:
     """The class of a part, which model_index.json names. Raises ValueError if it is not of diffusers or
     transformers."""
     library, class_name = model_index.get(name) or (None, None)
+    if class_name is None:
+        raise ValueError("model_index.json names no such part")
     found = library in ("diffusers", "transformers") and getattr(importlib.import_module(library), class_name, None)
     if not found:
         raise ValueError(f"model_index.json: no such class of diffusers or transformers: {class_name} of {library}")
