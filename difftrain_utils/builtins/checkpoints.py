@@ -1,6 +1,5 @@
 """The built-in checkpoints, by name: one comes as files, and a tiny one of each family is made when it is asked for."""
 
-import contextlib
 import importlib
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import transformers
 from huggingface_hub.constants import HF_HOME
 
 from difftrain_utils.errors import writing
-from difftrain_utils.files import text_digest
+from difftrain_utils.files import file_digest, text_digest
 
 HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
@@ -36,9 +35,10 @@ def builtin_checkpoint(name: str) -> Path:
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]
-    sources = [path.read_text() for path in sorted((HERE / "tiny").glob("*.py"))]
-    versions = [module.__version__ for module in (torch, diffusers, transformers)]
-    folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(sources + versions))[:16]}"
+    patterns = ("tiny/*.py", "tiny_stable_diffusion/vae/*", "tiny_stable_diffusion/tokenizer/*")
+    made_of = [file_digest(path) for pattern in patterns for path in sorted(HERE.glob(pattern))]
+    made_of += [module.__version__ for module in (torch, diffusers, transformers)]
+    folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(made_of))[:16]}"
     if not folder.exists():
         module = name.removeprefix("tiny-").replace("-", "_")
         make = importlib.import_module(f"difftrain_utils.builtins.tiny.{module}").make
@@ -47,6 +47,9 @@ def builtin_checkpoint(name: str) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
                 make().save_pretrained(Path(aside) / name)
-                with contextlib.suppress(OSError):  # another process was sooner
+                try:
                     (Path(aside) / name).rename(folder)
+                except OSError:
+                    if not folder.exists():  # made by another process, which was sooner
+                        raise
     return folder
