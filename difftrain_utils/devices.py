@@ -5,12 +5,11 @@ import resource
 import sys
 
 import torch
-from accelerate import Accelerator
 
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What weights that are not trained are kept in: the precision of the run."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+def weight_dtype(precision: str) -> torch.dtype:
+    """What weights that are not trained are kept in: the precision of the run, "fp16", "bf16", or else float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def to_device(numbers: torch.Tensor, device=None) -> torch.Tensor:

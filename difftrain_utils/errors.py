@@ -73,8 +73,13 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "scipy": "immiscible", "torchmetrics": "metrics"}
-EXTRAS |= {"peft": "lora"}
+EXTRAS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "scipy": "immiscible",
+    "torchmetrics": "metrics",
+    "peft": "lora",
+}
 
 
 def not_installed(package: str) -> str:

@@ -10,19 +10,17 @@ from pathlib import Path
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import new_file
-from difftrain_utils.run.run_folder import LORA
-
-SOURCE, TARGET = "pytorch_lora_weights.safetensors", "kohya.safetensors"
+from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run with model.lora")
-    parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: RUN/{LORA}/{TARGET}")
+    parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: RUN/{LORA}/{KOHYA_FILE}")
     args = parser.parse_args(argv)
-    source = args.run / LORA / SOURCE
+    source = args.run / LORA / LORA_FILE
     if not source.is_file():
-        raise InputError(f"{args.run}: no {LORA}/{SOURCE}, which a finished run with model.lora has")
+        raise InputError(f"{args.run}: no {LORA}/{LORA_FILE}, which a finished run with model.lora has")
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
@@ -31,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             config = json.loads(file.metadata()["lora_adapter_metadata"])
         converted = with_alphas(tensors, config)
-    output = args.output or args.run / LORA / TARGET
+    output = args.output or args.run / LORA / KOHYA_FILE
     with new_file(output) as partial:
         save_file(converted, partial)
     print(f"{output} holds {len(converted)} tensors")

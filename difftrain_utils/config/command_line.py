@@ -81,8 +81,10 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         raise InputError("the command line: a value is nested too deep to be read") from None
     sections = {field.name: field.type(**vars(getattr(namespace, field.name))) for field in _sections(config_class)}
     config = config_class(**sections)
-    if config.model.lora is not None:
-        config.model.lora = LoraConfig(**vars(config.model.lora))
+    for name, cls in NESTED.items():
+        section, field = name.split(".")
+        if (given := getattr(sections[section], field)) is not None:
+            setattr(sections[section], field, cls(**vars(given)))
     if config.data.sources is not None:
         config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
     config.check()
@@ -180,7 +182,8 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
             raise InputError(f"--{_no_such_field(name, known, '--')}")
         elif name in NESTED and value.startswith("{"):
             with contextlib.suppress(yaml.YAMLError):
-                for unknown in _unknown_nested(*name.split(".")[:1], {name.split(".")[1]: yaml.safe_load(value)}):
+                section, field = name.split(".")
+                for unknown in _unknown_nested(section, {field: yaml.safe_load(value)}):
                     raise InputError(f"--{_no_such_field(unknown, known)}")
         elif name.removesuffix("+") == "data.sources":
             with contextlib.suppress(yaml.YAMLError):  # jsonargparse says what is wrong with it
@@ -282,9 +285,10 @@ def _one_line(message: str) -> str:
     if in_source := re.search(r"SourceConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
         problem = " ".join(in_source[1].replace("Parser key", "field").split())
         return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
-    if in_nested := re.search(r"LoraConfig':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
-        problem = " ".join(in_nested[1].split()).replace('Parser key "', "").replace('":', ":")
-        return f"model.lora.{problem}"
+    for name, cls in NESTED.items():
+        if within := re.search(rf"{cls.__name__}':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
+            problem = " ".join(within[1].split()).replace('Parser key "', "").replace('":', ":")
+            return f"{name}.{problem}"
     if message.startswith('Parser key "data.sources":'):
         return "data.sources: must be a list, each item of it {dataset: …}, or null"
     if "Union subtypes" in message:

@@ -24,7 +24,7 @@ from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
 from difftrain_utils.families.family import Conditioning
-from difftrain_utils.families.lora import LORA_FILE, base_state, save_adapters, with_trained
+from difftrain_utils.families.lora import base_state, save_adapters, with_trained
 from difftrain_utils.families.samplers import build_schedule
 from difftrain_utils.files import file_digest, part_digest, tensors_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
@@ -242,7 +242,7 @@ class DiffusersFamily:
 
     def move_frozen_parts(self, accelerator: Accelerator) -> None:
         """Those that are loaded, and those that will be."""
-        self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator)
+        self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator.mixed_precision)
         for part in self._parts.values():
             if isinstance(part, torch.nn.Module):
                 torch.nn.Module.to(part, self.device, self.weight_dtype)
@@ -482,7 +482,7 @@ class DiffusersFamily:
     def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`."""
         self.check_denoiser(denoiser)
-        save_adapters(folder / LORA_FILE, self.denoiser_part, denoiser)
+        save_adapters(folder, self.denoiser_part, denoiser)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import save_file
 
 from difftrain_utils.config.model import LoraConfig, ModelConfig
@@ -14,7 +15,6 @@ from difftrain_utils.errors import InputError, blame, some
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.optimization.trained import trained_weights
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # peft's and diffusers' name of the only one
 INITS = {"gaussian": "gaussian", "kaiming": True}
 
@@ -32,8 +32,11 @@ def choose_trained(denoiser: torch.nn.Module, config: ModelConfig, targets: Sequ
             raise InputError(f"model.trainable: {pattern!r} is of no weight; there is {some(list(weights))}")
     if patterns is None and config.lora is None:
         return
-    chosen = {name for name in weights if any(fnmatchcase(name, pattern) for pattern in patterns or ())}
-    trained = [weight for name, weight in weights.items() if name in chosen and weight.requires_grad]
+    trained = [
+        weight
+        for name, weight in weights.items()
+        if weight.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns or ())
+    ]
     if config.lora is not None:
         add_adapters(denoiser, config.lora, targets, seed)
     else:
@@ -80,17 +83,19 @@ def base_state(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer", ""): value for name, value in state if ".lora_" not in name}
 
 
-def save_adapters(path: Path, part: str, denoiser: torch.nn.Module) -> None:
-    """Write what the `save_lora_weights` of diffusers' pipelines writes, and they load, of the denoiser that is called
-    `part` there: the adapters' weights and, without which alpha would be lost, their config. Equal adapters are equal
-    bytes: safetensors puts several fields of metadata in any order, and so does Python the elements of a set."""
+def save_adapters(folder: Path, part: str, denoiser: torch.nn.Module) -> None:
+    """Write into the folder what the `save_lora_weights` of diffusers' pipelines writes, and they load, of the denoiser
+    that is called `part` there: the adapters' weights and, without which alpha would be lost, their config. Equal
+    adapters are equal bytes: safetensors puts several fields of metadata in any order, and so does Python the elements
+    of a set."""
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(denoiser)
     tensors = {f"{part}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     config = denoiser.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}  # diffusers would load it in training mode
     config = {f"{part}.{name}": value for name, value in config.items()}
-    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True, default=sorted)})
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True, default=sorted)}
+    save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
 def with_trained(base: torch.nn.Module, denoiser: torch.nn.Module) -> torch.nn.Module:

@@ -82,9 +82,10 @@ class EMA:
 @contextmanager
 def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
     """Give the denoiser its EMA weights (if there are any) and eval mode, for as long as the block runs."""
+    parameters = trained_parameters(denoiser)
     if ema is not None:
-        ema.store(trained_parameters(denoiser))
-        ema.copy_to(trained_parameters(denoiser))
+        ema.store(parameters)
+        ema.copy_to(parameters)
     denoiser.eval()
     try:
         # other batch sizes than in training: they are not worth a compilation (train.compile) each
@@ -93,4 +94,4 @@ def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[N
     finally:
         denoiser.train()
         if ema is not None:
-            ema.restore(trained_parameters(denoiser))
+            ema.restore(parameters)

@@ -16,13 +16,12 @@ from torch.utils._pytree import tree_leaves
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.data.load import Data
-from difftrain_utils.devices import device_name
+from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED_AT = 2**16  # elements of the weight that an optimizer's state is measured with
 EIGHT_BIT = 1 / 4  # of float32
 
@@ -170,8 +169,7 @@ class Planner:
     # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────
     def dtype(self, config: Config) -> torch.dtype:
         """Its precision."""
-        launched = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        return DTYPES[config.train.precision or launched]
+        return weight_dtype(config.train.precision or self.accelerator.mixed_precision)
 
     def micro_batch(self, config: Config) -> int:
         """Samples that a process computes at a time."""

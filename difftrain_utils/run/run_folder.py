@@ -12,6 +12,7 @@ CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
 EMA_SNAPSHOTS, PIPELINE, LORA = "ema_snapshots", "pipeline", "lora"
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"  # the first is diffusers' name
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
@@ -20,7 +21,7 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
-    LORA: ("pytorch_lora_weights.safetensors", "kohya.safetensors"),
+    LORA: (LORA_FILE, KOHYA_FILE),
     PIPELINE: ("model_index.json", *(f"*/{name}" for name in ("*.json", "*.safetensors", "*.txt", "*.model"))),
 }
 

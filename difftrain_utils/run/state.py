@@ -109,7 +109,7 @@ class TrainState:
     ):
         self.accelerator, self.record, self.config = accelerator, record, config
         for model in models.values():
-            round_frozen(model, weight_dtype(accelerator))
+            round_frozen(model, weight_dtype(accelerator.mixed_precision))
         prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
         *prepared, self.optimizer, self.lr_scheduler = prepared
         self.models = dict(zip(models, prepared, strict=True))
