@@ -72,8 +72,9 @@ def main(config: TextToImageConfig) -> int:
     family.move_frozen_parts(accelerator)
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
-    denoiser, uncertainty = state.models["denoiser"], state.models.get("uncertainty")
-    parameters = trained_parameters(denoiser)
+    denoiser, text_encoders = state.models["denoiser"], state.models.get("text_encoders")
+    uncertainty = state.models.get("uncertainty")
+    parameters = trained_parameters(denoiser, text_encoders)
     state.averages = build_averages(config.ema, parameters)
     state.load(checkpoint)
     begin_run(accelerator, record, state.step, checkpoint, config.train)
@@ -93,7 +94,7 @@ def main(config: TextToImageConfig) -> int:
                 keys = batch["keys"]
                 seed_device(seed_for(seed, "model", keys[0]), device)  # for what the model draws, such as dropout
                 with accelerator.accumulate(*state.models.values()):
-                    latents, conditioning = family.encode(batch, seed)
+                    latents, conditioning = family.encode(batch, seed, text_encoders)
                     predict = partial(family.predict, denoiser, conditioning=conditioning)
                     noise = sample_noise(config.noise, seed, keys, latents, config.train.group_size)
                     shift = family.shift(*latents.shape[2:])

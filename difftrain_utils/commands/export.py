@@ -36,14 +36,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_alphas(tensors: dict, config: dict) -> dict:
-    """The adapters of a UNet by the names of kohya's scripts, others by those of diffusers; each layer with an `alpha`,
-    so that what it adds is scaled by alpha / rank as in training. `tensors` and `config` are those of diffusers' file.
+    """The adapters of a UNet and its text encoders by the names of kohya's scripts, others by those of diffusers; each
+    layer with an `alpha`, so that what it adds is scaled by alpha / rank as in training. `tensors` and `config` are
+    those of diffusers' file.
 
     Raises:
         KeyError: the config does not say the rank of the part.
     """
     import torch
 
+    parts = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+    if any(name.startswith("text_encoder_2.") for name in tensors):  # SDXL
+        parts["text_encoder"] = "lora_te1"
+    parts = parts if any(name.startswith("unet.") for name in tensors) else {}
     renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
     converted = {}
     for name, tensor in tensors.items():
@@ -52,8 +57,11 @@ def with_alphas(tensors: dict, config: dict) -> dict:
         rank, alpha = config[f"{part}.r"], config[f"{part}.lora_alpha"]
         if config[f"{part}.use_rslora"]:  # alpha / sqrt(rank), as a fraction of the rank
             alpha *= math.sqrt(rank)
-        if part == "unet":
-            layer = "lora_" + layer.replace(".", "_")
+        if part in parts:
+            path = layer.removeprefix(f"{part}.")
+            if part != "unet" and not path.startswith("text_model."):  # which transformers 5 leaves out
+                path = f"text_model.{path}"
+            layer = f"{parts[part]}_{path.replace('.', '_')}"
             kind = "dora_scale" if kind.startswith("lora_magnitude") else renamed[kind]
         converted[f"{layer}.{kind}"] = tensor
         converted[f"{layer}.alpha"] = torch.tensor(float(alpha))

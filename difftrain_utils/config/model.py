@@ -61,6 +61,9 @@ class ModelConfig:
     trainable: list[str] | None = None
     """Patterns of the denoiser's weights that are trained, `["*.attn2.*", "conv_out.*"]`; null: all, or with
     `model.lora` none but its adapters."""
+    train_text_encoder: bool = False
+    """Train the text encoders, too (Stable Diffusion's and SDXL's): all their weights or, with `model.lora`, adapters
+    of their attention. In `optimizer.groups` they are `text_encoders.*`."""
     vae_slicing: bool = False
     """Encode and decode one image at a time: less memory, slower."""
 

@@ -38,11 +38,12 @@ class Evaluation:
         The validation loss is taken of the raw and of the EMA weights, all else of the EMA weights if there are any.
         """
         evaluation, logs, denoiser = self.config.evaluation, {}, self.accelerator.unwrap_model(denoiser)
+        models = denoiser, self.family.text_encoders
         if self.rows is not None:
             losses, num_bins = {}, evaluation.num_validation_bins
             weights = {"validation_loss": None} | ({"validation_loss_ema": ema} if ema is not None else {})
             for name, average in weights.items():
-                with evaluation_weights(denoiser, average):
+                with evaluation_weights(average, *models):
                     losses[name] = validation_losses(self.accelerator, self.family, denoiser, self.rows, self.config)
                 logs |= by_noise_level(name, losses[name], num_bins)
             if self.accelerator.is_main_process:
@@ -50,7 +51,7 @@ class Evaluation:
                 with go_on_without():
                     save_validation_losses(losses, len(self.rows), num_bins, path)
         if evaluation.prompts:
-            with evaluation_weights(denoiser, ema), self.accelerator.autocast():
+            with evaluation_weights(ema, *models), self.accelerator.autocast():
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
                 with go_on_without():
@@ -59,7 +60,7 @@ class Evaluation:
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
         if self.networks:
-            with evaluation_weights(denoiser, ema), self.accelerator.autocast():
+            with evaluation_weights(ema, *models), self.accelerator.autocast():
                 logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
         self.family.free_cached()
         return logs

@@ -44,7 +44,7 @@ def validation_losses(
             "captions": [captions[0] for _, captions in held_out],
             "sizes": torch.tensor([crop.sizes for crop in crops], device=accelerator.device),
         }
-        latents, conditioning = family.encode(batch, evaluation.seed, "validation_vae_noise")
+        latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
         noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
         timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
         noisy_latents = schedule.add_noise(latents, noise, timesteps)

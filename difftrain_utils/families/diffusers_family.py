@@ -26,6 +26,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, som
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.lora import base_state, save_adapters, with_trained
 from difftrain_utils.families.samplers import build_schedule
+from difftrain_utils.families.text_encoders import TextEncoders
 from difftrain_utils.files import file_digest, part_digest, tensors_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
@@ -62,6 +63,8 @@ class DiffusersFamily:
     text_parts: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
+    trained_text_parts: ClassVar[tuple[str, ...]] = ()
+    """The text encoders that `model.train_text_encoder` trains, where it can be."""
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
     """The fields of a denoiser's config in which it may differ from the checkpoint's: they say what is within it, and
     all others what goes in and out."""
@@ -96,6 +99,7 @@ class DiffusersFamily:
     """The VAE's; see `train.channels_last`."""
     cached: tuple[str, ...] = ()
     """The frozen parts that training does without: their work is cached."""
+    text_encoders: TextEncoders | None = None
     device: torch.device | str = "cpu"
     weight_dtype: torch.dtype = torch.float32
     _parts: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -153,6 +157,8 @@ class DiffusersFamily:
                 f"scheduler.sampler: a {name} gives its sampler sigmas and a shift, which {type(sampler).__name__} "
                 "does not take; try FlowMatchEulerDiscreteScheduler"
             )
+        if config.model.train_text_encoder and not cls.trained_text_parts:
+            raise InputError(f"model.train_text_encoder: the text encoders of a {name} stay frozen, got true")
         if lora is not None and not lora.merge and not cls.loads_adapters():
             raise InputError(f"model.lora: a {name} of diffusers loads no adapters; use model.lora.merge")
 
@@ -213,7 +219,8 @@ class DiffusersFamily:
             return part_class(self.model_index, self.denoiser_part).from_config(self.config_of(self.denoiser_part))
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
-        return {name: self.part(name) for name in self.frozen_parts if not name.startswith("tokenizer")}
+        names = [name for name in self.frozen_parts if name not in self.trained_parts]
+        return {name: self.part(name) for name in names if not name.startswith("tokenizer")}
 
     def on_meta(self, dtype: torch.dtype) -> "DiffusersFamily":
         """See `Family`. Tokenizers are as they were."""
@@ -240,11 +247,21 @@ class DiffusersFamily:
                         self._configs[name] = cls.from_config(cls.load_config(self.source, **at)).config
         return self._configs[name]
 
+    def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> TextEncoders:
+        parts = {name: self.part(name) for name in self.trained_text_parts}
+        self.text_encoders = TextEncoders(parts, self.encode_prompts, self.lora, seed, gradient_checkpointing).train()
+        return self.text_encoders
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The names of the parts besides the denoiser that are trained."""
+        return () if self.text_encoders is None else self.trained_text_parts
+
     def move_frozen_parts(self, accelerator: Accelerator) -> None:
         """Those that are loaded, and those that will be."""
         self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator.mixed_precision)
-        for part in self._parts.values():
-            if isinstance(part, torch.nn.Module):
+        for name, part in self._parts.items():
+            if isinstance(part, torch.nn.Module) and name not in self.trained_parts:
                 torch.nn.Module.to(part, self.device, self.weight_dtype)
 
     def free_cached(self) -> None:
@@ -342,7 +359,6 @@ class DiffusersFamily:
             latents = latents - config.shift_factor
         return latents * config.get("scaling_factor", 1.0)
 
-    @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
         """See `Family`. Libraries choose kernels by the shape, and each rounds in its own way. So a CPU, which is
         hardly slower then, encodes each caption alone, and a GPU always as many, copies filling the last lot up; equal
@@ -371,10 +387,17 @@ class DiffusersFamily:
     def null_conditioning(self) -> Conditioning:
         return self.encode_prompts([None])
 
-    def encode(self, batch: dict[str, Any], seed: int, purpose: str = "vae_noise") -> tuple[torch.Tensor, Conditioning]:
+    def encode(
+        self,
+        batch: dict[str, Any],
+        seed: int,
+        text_encoders: torch.nn.Module | None = None,
+        purpose: str = "vae_noise",
+    ) -> tuple[torch.Tensor, Conditioning]:
         moments = batch["moments"] if "moments" in batch else self.encode_images(batch["pixel_values"])
         noise = keyed_randn(seed, purpose, batch["keys"], moments.shape[2:], moments.device)
-        conditioning = batch["conditioning"] if "conditioning" in batch else self.encode_prompts(batch["captions"])
+        encode_prompts = text_encoders or self.encode_prompts
+        conditioning = batch["conditioning"] if "conditioning" in batch else encode_prompts(batch["captions"])
         return self.sample_latents(moments, noise), conditioning
 
     def shift(self, *size: int) -> float:
@@ -471,7 +494,11 @@ class DiffusersFamily:
         self.check_denoiser(denoiser)
         if not is_trained_whole(denoiser):
             denoiser = with_trained(self.load_denoiser(), denoiser)
-        fresh = dataclasses.replace(self, device="cpu", weight_dtype=torch.float32, channels_last=False, _parts={})
+        fresh = dataclasses.replace(
+            self, device="cpu", weight_dtype=torch.float32, channels_last=False, text_encoders=None, _parts={}
+        )
+        for name in self.trained_parts:
+            with_trained(fresh.part(name), self.part(name))
         fresh.pipeline(denoiser).save_pretrained(folder)
 
     @classmethod
@@ -482,7 +509,7 @@ class DiffusersFamily:
     def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`."""
         self.check_denoiser(denoiser)
-        save_adapters(folder, self.denoiser_part, denoiser)
+        save_adapters(folder, {self.denoiser_part: denoiser} | {name: self.part(name) for name in self.trained_parts})
 
 
 @contextlib.contextmanager

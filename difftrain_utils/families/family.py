@@ -44,6 +44,8 @@ class Family(Protocol):
     """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
     lora: LoraConfig | None
     """Of the adapters that the denoiser has in training."""
+    text_encoders: torch.nn.Module | None
+    """Those that encode captions as one module (captions -> conditioning), if they are trained, too."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Family":
@@ -64,6 +66,9 @@ class Family(Protocol):
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
         """All that decides what frozen parts put out, by name: digests of their weights, configs and vocabularies."""
+
+    def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> torch.nn.Module:
+        """Make `text_encoders`, in float32 on the CPU, with adapters if there is `lora`."""
 
     def move_frozen_parts(self, accelerator: Accelerator) -> None:
         """Bring the frozen parts onto the device, in its precision."""
@@ -92,9 +97,16 @@ class Family(Protocol):
     def null_conditioning(self) -> Conditioning:
         """The conditioning of one sample without a caption."""
 
-    def encode(self, batch: dict[str, Any], seed: int, purpose: str = "vae_noise") -> tuple[torch.Tensor, Conditioning]:
-        """The latents and the conditioning of a batch of samples, from the caches where the batch is from them;
-        `purpose` is that of the keyed noise that latents are drawn with."""
+    def encode(
+        self,
+        batch: dict[str, Any],
+        seed: int,
+        text_encoders: torch.nn.Module | None = None,
+        purpose: str = "vae_noise",
+    ) -> tuple[torch.Tensor, Conditioning]:
+        """The latents and the conditioning of a batch of samples, from the caches where the batch is from them, with
+        the `text_encoders`, which may be wrapped, if they are trained; `purpose` is that of the keyed noise that
+        latents are drawn with."""
 
     def predict(
         self,
@@ -130,8 +142,8 @@ class Family(Protocol):
         """Whether plain diffusers loads what `save_lora` writes."""
 
     def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
-        """Write the denoiser's adapters as its pipeline's `load_lora_weights(folder)` loads them, with rank and
-        alpha."""
+        """Write the adapters of the denoiser, and of the text encoders if they are trained, as its pipeline's
+        `load_lora_weights(folder)` loads them, with rank and alpha."""
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """Write a pipeline around `denoiser`, with the checkpoint's own frozen parts. Raises RunError if it would not

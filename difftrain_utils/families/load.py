@@ -68,8 +68,9 @@ def load_family(config: Config) -> Family:
 
 
 def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]:
-    """All that is trained, by name: the denoiser and, with `loss.learned_uncertainty`, EDM2's uncertainty. The weights
-    of a module that is made after it are a function of the seed, too.
+    """All that is trained, by name: the denoiser, with `model.train_text_encoder` the text encoders and with
+    `loss.learned_uncertainty` EDM2's uncertainty. The weights of a module that is made after it are a function of the
+    seed, too.
 
     Raises:
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled, or has no such weights
@@ -79,6 +80,8 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
     choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)
     models = {"denoiser": denoiser.train()}
+    if config.model.train_text_encoder:
+        models["text_encoders"] = family.train_text_encoders(config.train.seed, config.train.gradient_checkpointing)
     if config.loss.learned_uncertainty:
         models["uncertainty"] = LearnedUncertainty()
     torch.manual_seed(seed_for(config.train.seed, "weights", 1))

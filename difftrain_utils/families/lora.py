@@ -2,7 +2,7 @@
 arXiv:2106.09685), which are peft's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -38,16 +38,18 @@ def choose_trained(denoiser: torch.nn.Module, config: ModelConfig, targets: Sequ
         if weight.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns or ())
     ]
     if config.lora is not None:
-        add_adapters(denoiser, config.lora, targets, seed)
+        add_adapters(denoiser, config.lora, config.lora.target_modules or targets, seed)
     else:
         denoiser.requires_grad_(False)
     for weight in trained:
         weight.requires_grad_(True)
 
 
-def add_adapters(denoiser: torch.nn.Module, config: LoraConfig, targets: Sequence[str], seed: int) -> None:
-    """Give the denoiser adapters, in place; its own weights are frozen. The adapters are float32 and a function of the
-    seed, and add nothing before they are trained.
+def add_adapters(
+    model: torch.nn.Module, config: LoraConfig, targets: Sequence[str], seed: int, number: int = 2
+) -> None:
+    """Give a model adapters, in place; its own weights are frozen. The adapters are float32 and a function of the seed
+    and the `number` of the model, and add nothing before they are trained.
 
     Raises:
         InputError: it has no such layers, or they take no adapters.
@@ -57,22 +59,22 @@ def add_adapters(denoiser: torch.nn.Module, config: LoraConfig, targets: Sequenc
     own = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
-        target_modules=list(config.target_modules or targets),
+        target_modules=list(targets),
         init_lora_weights=INITS[config.init],
         lora_dropout=config.dropout,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
-    name = type(denoiser).__name__
+    name = type(model).__name__
     with blame(f"model.lora: not for a {name}", ValueError, TypeError), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "weights", 2))
-        peft.inject_adapter_in_model(own, denoiser, ADAPTER)
-    denoiser._hf_peft_config_loaded = True  # as the denoiser's own add_adapter, which not all have, leaves it
+        torch.manual_seed(seed_for(seed, "weights", number))
+        peft.inject_adapter_in_model(own, model, ADAPTER)
+    model._hf_peft_config_loaded = True  # as a model's own add_adapter, which not all have, leaves it
 
 
-def has_adapters(denoiser: torch.nn.Module) -> bool:
+def has_adapters(model: torch.nn.Module) -> bool:
     """Whether `add_adapters` was here."""
-    return bool(getattr(denoiser, "peft_config", None))
+    return bool(getattr(model, "peft_config", None))
 
 
 def base_state(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,30 +85,32 @@ def base_state(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer", ""): value for name, value in state if ".lora_" not in name}
 
 
-def save_adapters(folder: Path, part: str, denoiser: torch.nn.Module) -> None:
-    """Write into the folder what the `save_lora_weights` of diffusers' pipelines writes, and they load, of the denoiser
-    that is called `part` there: the adapters' weights and, without which alpha would be lost, their config. Equal
-    adapters are equal bytes: safetensors puts several fields of metadata in any order, and so does Python the elements
-    of a set."""
+def save_adapters(folder: Path, parts: Mapping[str, torch.nn.Module]) -> None:
+    """Write into the folder what the `save_lora_weights` of diffusers' pipelines writes, and they load, of the parts
+    that are called so there: the adapters' weights and, without which alpha would be lost, their config. Equal adapters
+    are equal bytes: safetensors puts several fields of metadata in any order, and so does Python the elements of a
+    set."""
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(denoiser)
-    tensors = {f"{part}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    config = denoiser.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}  # diffusers would load it in training mode
-    config = {f"{part}.{name}": value for name, value in config.items()}
+    tensors, config = {}, {}
+    for part, model in parts.items():
+        state = get_peft_model_state_dict(model)
+        tensors |= {f"{part}.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+        own = model.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}  # diffusers would load it in training mode
+        config |= {f"{part}.{name}": value for name, value in own.items()}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True, default=sorted)}
     save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
-def with_trained(base: torch.nn.Module, denoiser: torch.nn.Module) -> torch.nn.Module:
-    """`base`, the denoiser as it was before training, with what was trained of `denoiser`: its weights, and its
-    adapters merged into them, in float32; in place."""
-    trained = {name: weight.detach().cpu() for name, weight in trained_weights(denoiser).items()}
-    if has_adapters(denoiser):
+def with_trained(base: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Module:
+    """`base`, the model as it was before training, with what was trained of `model`: its weights, and its adapters
+    merged into them, in float32; in place."""
+    trained = {name: weight.detach().cpu() for name, weight in trained_weights(model).items()}
+    if has_adapters(model):
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        inject_adapter_in_model(denoiser.peft_config[ADAPTER], base, ADAPTER)
+        inject_adapter_in_model(model.peft_config[ADAPTER], base, ADAPTER)
         base.load_state_dict(trained, strict=False)
         for name, module in list(base.named_modules()):
             if isinstance(module, BaseTunerLayer):

@@ -18,6 +18,7 @@ class StableDiffusion(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     denoiser_part: ClassVar[str] = "unet"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod

@@ -21,6 +21,7 @@ class StableDiffusionXL(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     denoiser_part: ClassVar[str] = "unet"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod
@@ -47,9 +48,9 @@ class StableDiffusionXL(DiffusersFamily):
         zeros = self.pipeline_options["force_zeros_for_empty_prompt"]
         return {name: torch.zeros_like(value) for name, value in empty.items()} if zeros else empty
 
-    def encode(self, batch: dict[str, Any], seed: int, purpose: str = "vae_noise") -> tuple[torch.Tensor, Conditioning]:
+    def encode(self, batch: dict[str, Any], *how: Any, **more: Any) -> tuple[torch.Tensor, Conditioning]:
         """See `Family`; with the sizes of each sample."""
-        latents, conditioning = super().encode(batch, seed, purpose)
+        latents, conditioning = super().encode(batch, *how, **more)
         return latents, conditioning | {"time_ids": batch["sizes"]}
 
     def predict(

@@ -80,18 +80,22 @@ class EMA:
 
 
 @contextmanager
-def evaluation_weights(denoiser: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
-    """Give the denoiser its EMA weights (if there are any) and eval mode, for as long as the block runs."""
-    parameters = trained_parameters(denoiser)
+def evaluation_weights(ema: EMA | None, *models: torch.nn.Module | None) -> Iterator[None]:
+    """Give models their EMA weights (if there are any) and eval mode, for as long as the block runs. The average is of
+    the `trained_parameters` of these models."""
+    models = [model for model in models if model is not None]
+    parameters = trained_parameters(*models)
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)
-    denoiser.eval()
+    for model in models:
+        model.eval()
     try:
         # other batch sizes than in training: they are not worth a compilation (train.compile) each
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        denoiser.train()
+        for model in models:
+            model.train()
         if ema is not None:
             ema.restore(parameters)

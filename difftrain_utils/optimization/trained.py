@@ -8,9 +8,9 @@ def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The same without names, in the same order."""
-    return list(trained_weights(model).values())
+def trained_parameters(*models: torch.nn.Module | None) -> list[torch.nn.Parameter]:
+    """The same of several models, or none, without names, in the same order."""
+    return [parameter for model in models if model is not None for parameter in trained_weights(model).values()]
 
 
 def is_trained_whole(model: torch.nn.Module) -> bool:
@@ -26,8 +26,9 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen weights of a model that is trained in part in `dtype`, in place."""
+    """Keep frozen weights of a model that is trained in part in `dtype`, in place. Vectors, which are small, stay as
+    they are: some norms want scale and shift of one dtype, of which one may be trained."""
     if not is_trained_whole(model):
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():
+            if not parameter.requires_grad and parameter.is_floating_point() and parameter.ndim > 1:
                 parameter.data = parameter.data.to(dtype)

@@ -284,7 +284,7 @@ def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: E
         InputError: names the first model or average that is not there, is too many or has other weights.
     """
     with torch.device("meta"):
-        trained = trained_parameters(models["denoiser"])
+        trained = trained_parameters(models["denoiser"], models.get("text_encoders"))
         likes = [torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in trained]
     averages = build_averages(dataclasses.replace(config, on_cpu=False), likes)
     expected = {name: trained_state(model) for name, model in models.items()}

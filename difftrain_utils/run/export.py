@@ -14,17 +14,17 @@ from difftrain_utils.run.run_folder import LORA, PIPELINE
 def export_pipeline(
     accelerator: Accelerator, family, denoiser: torch.nn.Module, ema: EMA | None, output_dir: str
 ) -> dict[str, str]:
-    """Write `output_dir/pipeline`, with the EMA weights if there are any, and return the digests of the denoiser's
-    "raw" weights and of those in the "pipeline", as far as they are trained. Of adapters it is `output_dir/lora`, and
+    """Write `output_dir/pipeline`, with the EMA weights if there are any, and return the digests of the "raw" weights
+    and of those in the "pipeline", as far as they are trained. Of adapters it is `output_dir/lora`, and
     `pipeline` only if they are to be merged. All processes call it; one writes.
 
     Raises:
         RunError: it cannot be written, or would be none of this family's.
     """
-    denoiser = accelerator.unwrap_model(denoiser)
-    weights = {"raw": tensors_digest(trained_state(denoiser))}
-    with evaluation_weights(denoiser, ema):
-        weights["pipeline"] = tensors_digest(trained_state(denoiser))
+    denoiser, text_encoders = accelerator.unwrap_model(denoiser), family.text_encoders
+    weights = {"raw": trained_digest(denoiser, text_encoders)}
+    with evaluation_weights(ema, denoiser, text_encoders):
+        weights["pipeline"] = trained_digest(denoiser, text_encoders)
         if accelerator.is_main_process:
             if family.lora is not None and family.loads_adapters():
                 with new_folder(Path(output_dir) / LORA) as folder:
@@ -33,3 +33,9 @@ def export_pipeline(
                 with new_folder(Path(output_dir) / PIPELINE) as folder:
                     family.save_pipeline(folder, denoiser)
     return weights
+
+
+def trained_digest(denoiser: torch.nn.Module, text_encoders: torch.nn.Module | None) -> str:
+    """SHA-256 of what is trained."""
+    of_encoders = {} if text_encoders is None else trained_state(text_encoders)
+    return tensors_digest(trained_state(denoiser) | {f"text_encoders.{n}": value for n, value in of_encoders.items()})

@@ -135,8 +135,8 @@ class Planner:
             held["gradients on their way (DDP)"] = trained
         held["optimizer state"] = self.state_bytes(config).total()
         is_here = config.ema.enabled and not (config.ema.on_cpu and self.device.type != "cpu")
-        of_denoiser = num_bytes(trained_parameters(self.denoiser(config)))
-        held["averages"] = of_denoiser * (is_here + len(config.ema.power_sigma_rels))
+        averaged = num_bytes(trained_parameters(self.denoiser(config), self.models.get("text_encoders")))
+        held["averages"] = averaged * (is_here + len(config.ema.power_sigma_rels))
         held |= self.frozen(config, cached=False)
         if (activations := self.activations(config)) is not None:
             held["activations"] = activations
@@ -204,8 +204,10 @@ class Planner:
 
     def parameters(self, config: Config) -> list[torch.nn.Parameter]:
         """Of all that a step trains or trains around."""
-        models = [model for name, model in self.models.items() if name != "denoiser"]
-        return [parameter for model in (self.denoiser(config), *models) for parameter in model.parameters()]
+        others = [p for name, model in self.models.items() if name != "denoiser" for p in model.parameters()]
+        held = {"device": "meta", "dtype": self.dtype(config)}  # what is frozen
+        others = [p if p.requires_grad else torch.nn.Parameter(torch.empty_like(p, **held), False) for p in others]
+        return [*self.denoiser(config).parameters(), *others]
 
     def frozen(self, config: Config, cached: bool) -> dict[str, int]:
         """Bytes of the frozen parts that are in memory, or of those that caches stand in for."""

@@ -44,7 +44,7 @@ def test_evaluation_uses_the_ema_weights_and_gives_the_others_back():
         for parameter in denoiser.parameters():
             parameter.add_(1)
     before = weights_digest(denoiser)
-    with evaluation_weights(denoiser, ema_model):
+    with evaluation_weights(ema_model, denoiser):
         assert not denoiser.training
         assert all(torch.equal(p, e) for p, e in zip(denoiser.parameters(), ema_weights, strict=True))
     assert denoiser.training and weights_digest(denoiser) == before

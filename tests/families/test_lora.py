@@ -207,6 +207,11 @@ def test_some_weights_train_and_the_others_stay(short_run, tmp_path):
     assert changed == chosen == load_file(unbroken / "checkpoint-4/denoiser.safetensors").keys()
 
 
+def test_some_weights_train_in_half_precision(short_run):
+    """A norm's scale may be frozen and its shift not."""
+    train([*short_run, *options({"model.trainable": ["*bias"], "train.precision": "bf16", "train.max_steps": 1})])
+
+
 def test_adapters_and_some_weights_train_together(short_run, tmp_path):
     argv = [*short_run, *options(LORA | {"model.trainable": ["conv_out.*"], "model.lora.merge": True})]
     run = train(argv)
