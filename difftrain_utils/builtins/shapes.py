@@ -1,6 +1,7 @@
-"""The built-in captioned data set: one coloured shape on a dark ground, and a judge that names both."""
+"""The built-in captioned data sets: one coloured shape on a dark ground, and a judge that names both."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -17,19 +18,25 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle")
 PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
+DIAMONDS = [f"a {color} diamond" for color in COLORS]
+SHAPE_SETS = {"builtin:shapes": PROMPTS, "builtin:diamonds": DIAMONDS}
+"""The captions of each built-in data set. A model that has learned the first has something new in the second."""
 SUPERSAMPLING = 8
 CANVAS = 128  # px, that images are judged at
 NEEDED = {"circle": (0.935, 0.05, 1.15), "square": (0.9, 0.05, 1.2), "triangle": (0.84, 0.12, 1.3)}
+NEEDED["diamond"] = NEEDED["square"]
 """Of each shape: the least overlap with it, how much more that is than with another, and how far it may be stretched.
 Set on generated images that were labelled by eye (tests/builtins/labelled.webp)."""
 
 
-def draw_shape(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image, str]:
+def draw_shape(
+    index: int, image_size: int, seed: int = 0, captions: Sequence[str] = PROMPTS
+) -> tuple[Image.Image, str]:
     """Image `index` of the data set (RGB, image_size × image_size) and its caption, e.g. "a red circle".
 
-    The 18 captions take turns; size, place and ground come from (seed, index).
+    The captions take turns; size, place and ground come from (seed, index).
     """
-    caption = PROMPTS[index % len(PROMPTS)]
+    caption = captions[index % len(captions)]
     _, color, shape = caption.split()
     scale, x, y, ground = generator_for(seed, "shape", index).random(4).tolist()
     size = (0.45 + 0.25 * scale) * image_size
@@ -43,6 +50,9 @@ def draw_shape(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image,
         draw.ellipse(box, fill=COLORS[color])
     elif shape == "square":
         draw.rectangle(box, fill=COLORS[color])
+    elif shape == "diamond":
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        draw.polygon([(x, box[1]), (box[2], y), (x, box[3]), (box[0], y)], fill=COLORS[color])
     else:
         draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
     return large.reduce(SUPERSAMPLING), caption
@@ -52,7 +62,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     """Name the (color, shape) that a square image shows as clearly as an eye asks for; None for what it does not.
 
     The coloured pixels are the figure. It has a colour if nearly all of its pixels have that hue, and a shape if it
-    covers one of the three shapes, laid over its centre in its size, well, and clearly better than the other two. A
+    covers one of the four shapes, laid over its centre in its size, well, and clearly better than the others. A
     figure with a blurred edge, or on a ground that is not clean, has neither.
     """
     image = image.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)  # edges between pixels count, too
@@ -95,7 +105,7 @@ def _hue(pixels: np.ndarray) -> np.ndarray:
 
 
 def _judge_shape(figure: np.ndarray) -> str | None:
-    """By the overlap (intersection over union) with the three shapes, laid over the figure's centre of mass and as wide
+    """By the overlap (intersection over union) with the four shapes, laid over the figure's centre of mass and as wide
     and as high as it: their standard deviations along x and y are those of the figure."""
     rows, columns = np.nonzero(figure)
     height, width = rows.std(), columns.std()
@@ -103,7 +113,7 @@ def _judge_shape(figure: np.ndarray) -> str | None:
     y, x = (y - rows.mean()) / height, (x - columns.mean()) / width
     shapes = _shapes(y, x)
     overlap = {name: (figure & shape).sum() / (figure | shape).sum() for name, shape in shapes.items()}
-    _, second, best = sorted(overlap, key=overlap.get)
+    *_, second, best = sorted(overlap, key=overlap.get)
     min_overlap, min_margin, max_stretch = NEEDED[best]
     is_clear = overlap[best] >= min_overlap and overlap[best] - overlap[second] >= min_margin
     stretch = width / height / (math.sqrt(3 / 4) if best == "triangle" else 1)
@@ -112,10 +122,11 @@ def _judge_shape(figure: np.ndarray) -> str | None:
 
 
 def _shapes(y: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether points lie in the three shapes, of mean 0 and standard deviation 1 along both axes."""
+    """Whether points lie in the four shapes, of mean 0 and standard deviation 1 along both axes."""
     return {
         "circle": x**2 + y**2 <= 4,
         "square": np.maximum(np.abs(x), np.abs(y)) <= math.sqrt(3),
+        "diamond": np.abs(x) + np.abs(y) <= math.sqrt(6),
         "triangle": (y <= math.sqrt(2)) & (math.sqrt(3) * np.abs(x) <= y + math.sqrt(8)),
     }
 

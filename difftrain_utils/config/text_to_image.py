@@ -29,8 +29,10 @@ class TextToImageConfig(Config):
 
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
-        rule = f"needs data.dataset builtin:shapes (it is {data.dataset!r})"
-        require(not self.evaluation.shapes_judge or data.dataset == "builtin:shapes", "shapes_judge", rule)
+        names = [data.dataset] if data.sources is None else [source.dataset for source in data.sources]
+        are_builtin = all(str(name).startswith("builtin:") for name in names)
+        rule = f"needs data.dataset builtin:shapes or builtin:diamonds (it is {', '.join(map(repr, names))})"
+        require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         for name in ("fid_features", "clip_score_model"):
             held_out = data.validation_split or data.validation_dataset
             rule = "needs held-out images: data.validation_split or data.validation_dataset"

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from difftrain_utils.builtins.shapes import draw_shape
+from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
@@ -53,10 +53,10 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
     name = source.dataset
-    if name == "builtin:shapes":
-        data = draw_shapes(config.resolution)
+    if name in SHAPE_SETS:
+        data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is builtin:shapes")
+        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
     else:
         folder = local_path(name)
         with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
@@ -162,11 +162,11 @@ def caption_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
     return found
 
 
-def draw_shapes(resolution: int) -> datasets.Dataset:
-    """`builtin:shapes` as a data set of PNGs in memory, with the columns `image` and `text`."""
+def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
+    """A built-in data set as PNGs in memory, with the columns `image` and `text`."""
     images, captions = [], []
     for index in range(NUM_BUILTIN_SHAPES):
-        image, caption = draw_shape(index, resolution)
+        image, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from difftrain_utils.builtins.shapes import COLORS, PROMPTS, SHAPES, count_right, draw_shape, judge
+from difftrain_utils.builtins.shapes import COLORS, DIAMONDS, PROMPTS, SHAPES, count_right, draw_shape, judge
 from difftrain_utils.builtins.tiny.parts import shapes_vae
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
@@ -23,7 +23,7 @@ def test_there_are_enough_colours_and_shapes():
 @pytest.mark.parametrize("image_size", [24, 32, 64, 128])
 def test_the_judge_names_what_was_drawn(image_size):
     for index in range(180):
-        image, caption = draw_shape(index, image_size, seed=5)
+        image, caption = draw_shape(index, image_size, seed=5, captions=PROMPTS + DIAMONDS)
         assert "a {} {}".format(*judge(image)) == caption
 
 
