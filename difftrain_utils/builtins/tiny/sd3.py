@@ -1,4 +1,5 @@
-"""`builtin:tiny-sd3`: Stable Diffusion 3, an MMDiT of 2 million weights on the VAE of the shapes."""
+"""`builtin:tiny-sd3`: Stable Diffusion 3, an MMDiT of 2 million weights on the VAE of the shapes, whose single latents are
+its tokens."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -16,7 +17,7 @@ def make() -> StableDiffusion3Pipeline:
     """The T5's states are as wide as those of the two CLIPs side by side."""
     transformer = SD3Transformer2DModel(
         sample_size=8,
-        patch_size=2,
+        patch_size=1,
         in_channels=4,
         out_channels=4,
         num_layers=4,
@@ -25,7 +26,7 @@ def make() -> StableDiffusion3Pipeline:
         joint_attention_dim=2 * WIDTH,
         caption_projection_dim=128,
         pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=16,
+        pos_embed_max_size=32,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
