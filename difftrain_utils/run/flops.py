@@ -51,7 +51,10 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     """
 
     def to_meta(value):
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
+        def move(tensor: torch.Tensor) -> torch.Tensor:  # autocast, under which types may differ, is not of this device
+            return tensor.to("meta", torch.float32 if tensor.is_floating_point() else None)
+
+        return tree_map_only(torch.Tensor, move, value)
 
     state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
     # eager: the counter sees torch's own operations only
