@@ -25,6 +25,9 @@ class LoraConfig:
     """Train the length of each weight's columns, too (Liu et al. 2024, arXiv:2402.09353)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Keep the frozen linear layers in 8 bits (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339) or 4 (QLoRA, 2023,
+    arXiv:2305.14314). Needs the extra `quantization`."""
     merge: bool = False
     """Write `pipeline/`, too, with the adapters merged into its denoiser."""
 
@@ -33,6 +36,8 @@ class LoraConfig:
         require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "must be above 0 and finite, or null")
         require(self.target_modules is None or len(self.target_modules) > 0, "target_modules", "must not be empty")
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
+        rule = "not with use_dora, for which peft does not find the weights; nf4 goes with it"
+        require(not (self.use_dora and self.quantization == "int8"), "quantization", rule)
 
 
 @dataclass

@@ -61,7 +61,8 @@ class TextToImageConfig(Config):
 
     def needed_packages(self) -> dict[str, str]:
         """The optional packages that the config asks for, by the fields that do."""
-        fields = {"noise.immiscible": ("scipy", self.noise.immiscible)}
-        fields |= {"model.lora": ("peft", self.model.lora is not None)}
+        lora, fields = self.model.lora, {"noise.immiscible": ("scipy", self.noise.immiscible)}
+        fields |= {"model.lora": ("peft", lora is not None)}
+        fields |= {"model.lora.quantization": ("bitsandbytes", lora is not None and lora.quantization)}
         fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features)}
         return {name: package for name, (package, is_used) in fields.items() if is_used}

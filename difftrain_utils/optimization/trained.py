@@ -2,6 +2,8 @@
 
 import torch
 
+from difftrain_utils.optimization.quantized import quantize_frozen
+
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by name."""
@@ -25,10 +27,14 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in trained_weights(model).items()}
 
 
-def round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen weights of a model that is trained in part in `dtype`, in place. Vectors, which are small, stay as
-    they are: some norms want scale and shift of one dtype, of which one may be trained."""
-    if not is_trained_whole(model):
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point() and parameter.ndim > 1:
-                parameter.data = parameter.data.to(dtype)
+def round_frozen(model: torch.nn.Module, dtype: torch.dtype, quantization: str | None = None) -> None:
+    """Keep frozen weights of a model that is trained in part in `dtype`, in place, and those of linear layers in fewer
+    bits (`quantize_frozen`). Vectors, which are small, stay as they are: some norms want scale and shift of one dtype,
+    of which one may be trained."""
+    if is_trained_whole(model):
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+    if quantization is not None:
+        quantize_frozen(model, quantization, dtype)

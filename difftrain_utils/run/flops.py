@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.optimization.quantized import is_quantized, quantized_flops
 
 # Dense TFLOP/s in (fp16 and bf16 with float32 sums, TF32, float32), by torch.cuda.get_device_name(). From NVIDIA's data
 # sheets of H100, H200, A100, L40S and L4 (figures with sparsity halved), and its white papers of the Ada and the GA102
@@ -44,27 +45,35 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     attention.
 
     They are counted in a forward pass on the meta device, which computes nothing and draws nothing; where values are
-    asked for, such as lengths in a mask, it is a pass on the device itself, with the lengths of these inputs. The
-    backward pass takes as many for the activations' gradients, and as many again for those of the weights, of which
-    those that are trained get their share. What is computed once more (gradient checkpointing) or besides (VAE, text
-    encoder, DREAM's probe) does not count.
+    asked for, such as lengths in a mask, or weights are quantised, it is a pass on the device itself, with the lengths
+    of these inputs. The backward pass takes as many for the activations' gradients, and as many again for those of the
+    weights, of which those that are trained get their share. What is computed once more (gradient checkpointing) or
+    besides (VAE, text encoder, DREAM's probe) does not count.
     """
 
     def to_meta(value):
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), value)
+        def move(tensor: torch.Tensor) -> torch.Tensor:  # autocast, under which types may differ, is not of this device
+            return tensor.to("meta", torch.float32 if tensor.is_floating_point() else None)
 
-    state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
-    # eager: the counter sees torch's own operations only
-    with torch.compiler.set_stance("force_eager"):
+        return tree_map_only(torch.Tensor, move, value)
+
+    def count(denoiser, inputs: tuple, more: dict, operations: dict | None = None) -> int:
+        counter = FlopCounterMode(display=False, custom_mapping=operations)
+        with torch.compiler.set_stance("force_eager"), counter:  # eager: it sees torch's own operations only
+            predict(denoiser, *inputs, **more)
+        return counter.get_total_flops()
+
+    if is_quantized(denoiser):
+        flops = count(denoiser, inputs, more, quantized_flops())
+    else:
+        state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
         try:
-            with FlopCounterMode(display=False) as counter:
-                predict(_WithState(denoiser, state), *to_meta(inputs), **to_meta(more))
+            flops = count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
         except NotImplementedError:  # "no data": what torch says of a value that is asked for
-            with FlopCounterMode(display=False) as counter:
-                predict(denoiser, *inputs, **more)
+            flops = count(denoiser, inputs, more)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
     trained_share = sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
-    return round((2 + trained_share) * counter.get_total_flops())
+    return round((2 + trained_share) * flops)
 
 
 class _WithState:

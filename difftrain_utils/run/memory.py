@@ -19,6 +19,7 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
 from difftrain_utils.families.lora import add_adapters
+from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
 
@@ -130,6 +131,9 @@ class Planner:
         """Bytes by what holds them."""
         parameters = self.parameters(config)
         trained, frozen = (num_bytes(p for p in parameters if p.requires_grad == which) for which in (True, False))
+        if config.model.lora is not None and (quantization := config.model.lora.quantization):
+            for _, layer in frozen_linears(self.denoiser(config)):
+                frozen += quantized_bytes(layer, quantization) - layer.weight.nbytes
         held = {"trained weights": trained, "frozen weights": frozen, "gradients": trained}
         if self.accelerator.num_processes > 1:
             held["gradients on their way (DDP)"] = trained
@@ -159,6 +163,11 @@ class Planner:
             yield "train.precision bf16", change("train", precision="bf16")
         if self.can_have_lora(config):
             yield f"model.lora.rank {LoraConfig().rank}", change("model", lora=LoraConfig())
+        lora = config.model.lora
+        if lora is not None and lora.quantization is None and importlib.util.find_spec("bitsandbytes") is not None:
+            for kind in ("int8", "nf4"):
+                change_lora = dataclasses.replace(lora, quantization=kind)
+                yield f"model.lora.quantization {kind}", change("model", lora=change_lora)
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
         if not data.cache_latents:

@@ -15,7 +15,13 @@ from difftrain_utils.data.samples import Samples
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, RunError, blame, go_on_without
 from difftrain_utils.optimization.averages import Averages
-from difftrain_utils.optimization.trained import is_trained_whole, round_frozen, trained_state, trained_weights
+from difftrain_utils.optimization.trained import (
+    is_trained_whole,
+    round_frozen,
+    trained_parameters,
+    trained_state,
+    trained_weights,
+)
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name, list_checkpoints
@@ -108,8 +114,9 @@ class TrainState:
         config: TrainConfig,
     ):
         self.accelerator, self.record, self.config = accelerator, record, config
+        lora = record.config.model.lora
         for model in models.values():
-            round_frozen(model, weight_dtype(accelerator.mixed_precision))
+            round_frozen(model, weight_dtype(accelerator.mixed_precision), lora and lora.quantization)
         prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
         *prepared, self.optimizer, self.lr_scheduler = prepared
         self.models = dict(zip(models, prepared, strict=True))
@@ -152,7 +159,7 @@ class TrainState:
 
     def _blame_the_update(self) -> None:
         """Raise RunError if the weights themselves are ruined: it is not the samples then, and not to be saved."""
-        weights = [parameter.detach() for model in self.models.values() for parameter in model.parameters()]
+        weights = [weight.detach() for model in self.models.values() for weight in trained_parameters(model)]
         largest = torch.nn.utils.get_total_norm(weights, torch.inf).item()
         if not largest < RUINED:  # or nan
             newest = list_checkpoints(Path(self.config.output_dir))

@@ -14,7 +14,7 @@ from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_optimizer
-from difftrain_utils.optimization.trained import trained_parameters
+from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.memory import Planner, plan_memory, state_per_element
 
 SHORT = {"model.max_sequence_length": 24}
@@ -140,6 +140,27 @@ def test_each_option_saves_what_it_says(short_run):
         option = f"{field} {value}" if f"{field} {value}" in saved else field
         assert memory.total - sum(changed.values()) == saved.pop(option) > 0, field
     assert saved == {}  # on a CPU, ema.on_cpu saves nothing
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_is_as_large_as_it_says(short_run, quantization):
+    QuantState = pytest.importorskip("bitsandbytes").functional.QuantState
+    config = config_of(short_run, "tiny-flux", **{"model.lora.rank": 4, "train.precision": "bf16"})
+    run = run_of(config)
+    memory, denoiser = plan_memory(*run), run[2]["denoiser"]
+    config.model.lora.quantization = quantization
+    planned = held(config)
+    assert memory.saved[f"model.lora.quantization {quantization}"] == memory.total - sum(planned.values()) > 0
+    round_frozen(denoiser, torch.bfloat16, quantization)
+    denoiser.to("cpu")
+    frozen = sum(parameter.nbytes for parameter in denoiser.parameters() if not parameter.requires_grad)
+    for parameter in denoiser.parameters():
+        if isinstance(state := getattr(parameter, "quant_state", None), QuantState):
+            constants = state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code
+            frozen += sum(tensor.nbytes for tensor in constants)
+        elif (scales := getattr(parameter, "SCB", None)) is not None:
+            frozen += scales.nbytes
+    assert planned["frozen weights"] == frozen
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.load import load_family
+from difftrain_utils.optimization.trained import round_frozen
 from difftrain_utils.run.flops import peak_tflops, training_flops
 from difftrain_utils.run.meter import StepTimer
 from difftrain_utils.run.metrics import TIMES
@@ -61,6 +62,10 @@ def test_flops_of_forward_and_backward(checkpoint_folder):
     # by hand: 2 (multiply and add) × outputs × inputs of each, three passes
     convolution, latents = torch.nn.Conv2d(4, 8, 3, padding=1), torch.zeros(2, 4, 10, 10)
     by_hand = 3 * 2 * (2 * 8 * 10 * 10) * (4 * 3 * 3)
+    # what is frozen may be of another type, of which only its gradient is not computed
+    denoiser.conv_in.requires_grad_(False)
+    round_frozen(denoiser, torch.bfloat16)
+    assert training_flops(denoiser, family.predict, *inputs) == pytest.approx(flops, rel=0.01)
     # a family may look at what else the denoiser has
     assert training_flops(convolution, lambda denoiser, x: denoiser(x) * denoiser.in_channels, latents) == by_hand
 
