@@ -15,7 +15,7 @@ from difftrain_utils.files import file_digest, text_digest
 HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
 MADE = (
-    *("tiny-sdxl", "tiny-sd3", "tiny-z-image", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
+    *("tiny-sdxl", "tiny-sd3", "tiny-zimage", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
     *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma"),
 )
 """By `make` of the module in tiny/ that is called so."""

@@ -306,7 +306,7 @@ TINY = {
     "sd15_finetune": "tiny-stable-diffusion",
     "sdxl_lora": "tiny-sdxl",
     "flux2_klein_lora": "tiny-flux2-klein",
-    "zimage_lora": "tiny-z-image",
+    "zimage_lora": "tiny-zimage",
     "qwen_image_lora": "tiny-qwen-image",
     "sd35_finetune": "tiny-sd3",
 }

@@ -24,7 +24,7 @@ FAMILIES = {
     "tiny-stable-diffusion": {},
     "tiny-sdxl": {},
     "tiny-sd3": SHORT,
-    "tiny-z-image": {"model.max_sequence_length": 40},
+    "tiny-zimage": {"model.max_sequence_length": 40},
     "tiny-flux2-klein": CHAT,
     "tiny-flux": SHORT,
     "tiny-qwen-image": {"model.max_sequence_length": 32},
@@ -38,9 +38,9 @@ FAMILIES = {
 """Each built-in checkpoint, and the fields of its runs."""
 REFUSED = {"tiny-chroma": ["train.gradient_checkpointing"]}
 """Fields that a family refuses, which a test of its own sees."""
-MASKED = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2", "tiny-pixart-sigma", "tiny-sana", "tiny-chroma"]
+MASKED = ["tiny-zimage", "tiny-qwen-image", "tiny-lumina2", "tiny-pixart-sigma", "tiny-sana", "tiny-chroma"]
 """Those whose denoiser is told which tokens count."""
-GIVES_SIGMAS = ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2", "tiny-flux", "tiny-flux2-klein", "tiny-chroma"]
+GIVES_SIGMAS = ["tiny-zimage", "tiny-qwen-image", "tiny-lumina2", "tiny-flux", "tiny-flux2-klein", "tiny-chroma"]
 """Those whose pipeline tells its sampler where to sample, and a shift."""
 CAPTIONS = ["a red circle", "a blue square of another kind", "a third one"]
 CLASSES = ["a red circle", "a blue square", "a cyan triangle"]
