@@ -79,6 +79,7 @@ EXTRAS = {
     "scipy": "immiscible",
     "torchmetrics": "metrics",
     "peft": "lora",
+    "ftfy": "prx",
 }
 
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
 MADE = (
     *("tiny-sdxl", "tiny-sd3", "tiny-zimage", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
-    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma"),
+    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel"),
 )
 """By `make` of the module in tiny/ that is called so."""
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
