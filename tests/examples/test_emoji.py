@@ -1,4 +1,4 @@
-"""The script that makes a data set of the emoji of an npm package."""
+"""The scripts that make a data set of the emoji of an npm package, and a checkpoint for its words."""
 
 import io
 import json
@@ -7,8 +7,11 @@ import sys
 import tarfile
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, options, parse_config
 from PIL import Image
+
+from difftrain_utils.families.load import load_family
 
 EMOJI = [
     {"name": "RED HEART", "image": "2764-fe0f.png", "category": "Smileys & Emotion", "has_img_google": True},
@@ -39,9 +42,9 @@ def package(tmp_path):
     return write
 
 
-def make(*arguments) -> subprocess.CompletedProcess:
-    script = ROOT / "examples/emoji/make.py"
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True)
+def make(*arguments, script="make.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "examples/emoji" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_it_makes_an_image_folder_with_captions(package, tmp_path):
@@ -82,3 +85,20 @@ def test_a_folder_that_is_there_is_left_as_it_is(package, tmp_path):
     made = make(package(EMOJI), tmp_path / "emoji")
     assert made.returncode == 1 and "File exists" in made.stderr
     assert not list((tmp_path / "emoji").iterdir())
+
+
+def test_the_checkpoint_knows_the_words_of_the_captions(package, tmp_path):
+    make(package(EMOJI), tmp_path / "emoji")
+    made = make(tmp_path / "emoji", tmp_path / "model", script="model.py")
+    assert made.returncode == 0, made.stderr
+    model = {"model.pretrained_model_name_or_path": tmp_path / "model", "data.resolution": 64}
+    argv = options(model | {"data.dataset": tmp_path / "emoji", "train.output_dir": tmp_path / "run"})
+    encoded = load_family(parse_config(argv)).encode_prompts(["red heart", "réunion flag", "a cat", "one dog", None])
+    assert encoded["prompt_embeds_mask"].sum(1).tolist() == [2, 2, 2, 2, 0]
+    red, reunion, cat, dog = encoded["prompt_embeds"][:4, :2]
+    assert torch.equal(cat, dog) and not torch.allclose(red, reunion, atol=0.1)
+
+
+def test_a_checkpoint_of_no_captions_is_refused_in_one_line(tmp_path):
+    made = make(tmp_path, tmp_path / "model", script="model.py")
+    assert made.returncode == 1 and made.stderr.count("\n") == 1 and "No such file" in made.stderr
