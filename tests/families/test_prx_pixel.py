@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from diffusers import PRXPixelPipeline
+from diffusers import PRXPixelPipeline, PRXTransformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import options, parse_config, train
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.builtins.tiny.parts import fill_zeros
 from difftrain_utils.errors import InputError
 from difftrain_utils.families import prx_pixel
 from difftrain_utils.families.load import load_family
@@ -91,6 +92,22 @@ def test_several_guided_images_are_those_that_are_made_alone():
 
     captions = ["a red circle", "a blue square", "a cyan triangle"]
     assert made(captions, range(3)) == [made([caption], [k])[0] for k, caption in enumerate(captions)]
+
+
+def test_adapters_are_merged_into_the_layers_that_they_are_for(tmp_path, short_run):
+    """Of a transformer that is trained: a new one's blocks are gated off, and adapters in them have no gradient."""
+    folder = checkpoint(tmp_path / "model")
+    torch.manual_seed(0)
+    fill_zeros(PRXTransformer2DModel.from_pretrained(folder / "transformer")).save_pretrained(folder / "transformer")
+    model = {"model.pretrained_model_name_or_path": folder, "train.batch_size": 2, "optimizer.init_args.lr": 0.02}
+    run = train([*short_run, *options(model | {"model.lora.rank": 4, "model.lora.merge": True, "ema.decay": 0.5})])
+    assert (run / "pipeline").is_dir() and not (run / "lora").exists()
+    plain, merged = (
+        PRXTransformer2DModel.from_pretrained(path / "transformer").state_dict() for path in (folder, run / "pipeline")
+    )
+    changed = {key for key in plain if not torch.equal(plain[key], merged[key])}
+    depth, layers = load(folder).config_of("transformer").depth, ("img_qkv_proj", "txt_kv_proj", "to_out.0")
+    assert changed == {f"blocks.{i}.attention.{layer}.weight" for i in range(depth) for layer in layers}
 
 
 @pytest.mark.parametrize(
