@@ -80,6 +80,7 @@ EXTRAS = {
     "torchmetrics": "metrics",
     "peft": "lora",
     "bitsandbytes": "quantization",
+    "ftfy": "prx",
 }
 
 

@@ -15,8 +15,8 @@ from difftrain_utils.files import file_digest, text_digest
 HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
 MADE = (
-    *("tiny-sdxl", "tiny-sd3", "tiny-z-image", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
-    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma"),
+    *("tiny-sdxl", "tiny-sd3", "tiny-zimage", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
+    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel"),
 )
 """By `make` of the module in tiny/ that is called so."""
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))

@@ -122,9 +122,9 @@ class LossConfig:
     """Threshold of the huber losses, between quadratic and linear."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
     """How the threshold falls with the noise level: from 1 to huber_c, or not."""
-    weighting: Literal["uniform", "snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "sigma_sqrt", "cosmap"] = (
-        "uniform"
-    )
+    weighting: Literal[
+        "uniform", "snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "flow", "sigma_sqrt", "cosmap"
+    ] = "uniform"
     """Weight of a noise level; see `loss_weights` in `difftrain_utils/objective/loss.py`."""
     learned_uncertainty: bool = False
     """EDM2's: learn how large the loss of each noise level is, and divide by it (on top of `weighting`)."""

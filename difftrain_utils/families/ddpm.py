@@ -41,9 +41,6 @@ class DDPM(DiffusersFamily):
             raise InputError(f"scheduler.sampler: not for a DDPMPipeline, try DDIMScheduler, got {name}")
         return family
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return torch.stack([pixel_values, torch.zeros_like(pixel_values)], 1)
-
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
 

@@ -335,7 +335,10 @@ class DiffusersFamily:
     # ── Images and captions ──────────────────────────────────────────────────────────────────────────────────
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The moments of the VAE's posterior: (batch, 2, channels, height, width)."""
+        """The moments of the VAE's posterior: (batch, 2, channels, height, width); in pixel space the images
+        themselves and 0."""
+        if self.image_part is None:
+            return torch.stack([pixel_values, torch.zeros_like(pixel_values)], 1)
         vae = self.part(self.image_part)
         posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1)

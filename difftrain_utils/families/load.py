@@ -21,6 +21,7 @@ from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.families.lumina2 import Lumina2
 from difftrain_utils.families.pixart_sigma import PixArtSigma
+from difftrain_utils.families.prx_pixel import PRXPixel
 from difftrain_utils.families.qwen_image import QwenImage
 from difftrain_utils.families.sana import Sana
 from difftrain_utils.families.stable_diffusion import StableDiffusion
@@ -46,6 +47,7 @@ FAMILIES: dict[str, type[Family]] = {
     "DDPMPipeline": DDPM,
     "PixArtSigmaPipeline": PixArtSigma,
     "SanaPipeline": Sana,
+    "PRXPixelPipeline": PRXPixel,
 }
 
 

@@ -79,6 +79,7 @@ def loss_weights(config: LossConfig, schedule: Schedule, timesteps: torch.Tensor
     - `edm`: (σ² + σ_d²) / (σ·σ_d)², `edm_sigma_data` (Karras et al. 2022, arXiv:2206.00364, table 1)
     - `sigma_sqrt`, `cosmap`: σ_f⁻² and 2 / (π(1 - 2σ_f + 2σ_f²)) on the flow loss, σ_f = s/(a + s) (Esser et al. 2024,
       arXiv:2403.03206, as diffusers has them; but σ_f⁻² is 10⁶ at most)
+    - `flow`: σ_f⁻², which is uniform for flow, but 400 at most (Li and He 2025, arXiv:2511.13720, for x_0 predictions)
 
     Those that vanish with the SNR (`VANISHING`) are 1 at a timestep without any signal, which would not be trained
     otherwise; so the code of Min-SNR has it.
@@ -104,6 +105,7 @@ def clean_weight(config: LossConfig, snr: torch.Tensor) -> torch.Tensor:
         "p2": lambda: snr / (config.p2_k + snr) ** config.p2_gamma,
         "debiased": lambda: snr.sqrt(),
         "edm": lambda: (sigmas**2 + config.edm_sigma_data**2) / (sigmas * config.edm_sigma_data) ** 2,
+        "flow": lambda: flow_sigmas.clamp(min=0.05) ** -2,
         "sigma_sqrt": lambda: flow_sigmas.clamp(min=1e-3) ** -2 * flow_scale,
         "cosmap": lambda: 2 / (math.pi * (1 - 2 * flow_sigmas + 2 * flow_sigmas**2)) * flow_scale,
     }[config.weighting]()

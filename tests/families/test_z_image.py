@@ -10,7 +10,7 @@ from difftrain_utils.keyed_random import torch_generator_for
 
 
 def load(**fields):
-    argv = ["--data.dataset", "builtin:shapes", "--model.pretrained_model_name_or_path", "builtin:tiny-z-image"]
+    argv = ["--data.dataset", "builtin:shapes", "--model.pretrained_model_name_or_path", "builtin:tiny-zimage"]
     argv += ["--train.output_dir", "unused", "--data.resolution", "32"]
     return load_family(parse_config([*argv, *(part for item in fields.items() for part in item)]))
 

@@ -17,7 +17,7 @@ from difftrain_utils.objective.loss import (
 )
 from difftrain_utils.objective.schedule import PREDICTION_TYPES, Schedule, append_dims
 
-WEIGHTINGS = ["snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "sigma_sqrt", "cosmap"]
+WEIGHTINGS = ["snr", "min_snr", "soft_min_snr", "p2", "debiased", "edm", "flow", "sigma_sqrt", "cosmap"]
 
 
 def schedule_of(prediction_type: str, **fields) -> Schedule:
@@ -96,6 +96,16 @@ def test_sigma_sqrt_is_bounded_near_the_clean_end():
     flow, timesteps = schedule_of("flow_prediction"), torch.tensor([0.01, 0.1, 0.999, 1.0, 10.0])
     weights = loss_weights(LossConfig(weighting="sigma_sqrt"), flow, timesteps)
     torch.testing.assert_close(weights, torch.tensor([1e6, 1e6, 1e6, 1e6, 1e4]), rtol=1e-3, atol=0)
+
+
+def test_flow_weighs_clean_latents_as_the_velocity_is():
+    """(x_t - x̂_0) / σ is a velocity, with σ at least 0.05: 1 on its own loss, 1 / σ² on that of x_0."""
+    sigmas = torch.tensor([0.02, 0.05, 0.3, 0.9])
+    timesteps, linear = 1000 * sigmas, Schedule("linear", "sample")
+    weights = loss_weights(LossConfig(weighting="flow"), linear, timesteps)
+    torch.testing.assert_close(weights, sigmas.clamp(min=0.05) ** -2)
+    velocities = loss_weights(LossConfig(weighting="flow"), schedule_of("flow_prediction"), timesteps)
+    torch.testing.assert_close(velocities, torch.tensor([0.16, 1.0, 1.0, 1.0]))
 
 
 def test_edm_gives_unit_weight_to_edms_own_parametrisation():

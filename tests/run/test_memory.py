@@ -81,7 +81,7 @@ def test_activations_are_those_of_a_real_step(short_run, name, precision):
     assert planned == pytest.approx(most, rel=0.2)  # without the gradients that flow back
 
 
-@pytest.mark.parametrize("name", ["tiny-z-image", "tiny-qwen-image", "tiny-lumina2"])
+@pytest.mark.parametrize("name", ["tiny-zimage", "tiny-qwen-image", "tiny-lumina2"])
 def test_a_model_may_ask_for_lengths(short_run, name):
     assert held(config_of(short_run, name, **{"model.max_sequence_length": 80}))["activations"] > 0
 

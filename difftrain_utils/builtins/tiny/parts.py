@@ -19,6 +19,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
     T5Config,
     T5EncoderModel,
 )
@@ -126,6 +128,22 @@ def qwen3_text_encoder(
         initializer_range=width**-0.5,
     )
     return (Qwen3ForCausalLM if with_head else Qwen3Model)(config).eval()
+
+
+def qwen3_vl_text_encoder(width: int = WIDTH) -> Qwen3VLTextModel:
+    """For `qwen_tokenizer`."""
+    config = Qwen3VLTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 5e6},
+        initializer_range=width**-0.5,
+    )
+    return Qwen3VLTextModel(config).eval()
 
 
 def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:

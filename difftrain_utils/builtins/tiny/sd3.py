@@ -1,5 +1,5 @@
-"""`builtin:tiny-sd3`: Stable Diffusion 3, an MMDiT of 2 million weights on the VAE of the shapes, whose single latents are
-its tokens."""
+"""`builtin:tiny-sd3`: Stable Diffusion 3, an MMDiT of 2 million weights on the VAE of the shapes, whose single latents
+are its tokens."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 

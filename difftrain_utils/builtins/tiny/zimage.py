@@ -1,4 +1,4 @@
-"""`builtin:tiny-z-image`: Z-Image, a transformer of a million weights on the VAE of the shapes."""
+"""`builtin:tiny-zimage`: Z-Image, a transformer of a million weights on the VAE of the shapes."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
