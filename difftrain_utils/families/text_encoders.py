@@ -39,9 +39,10 @@ class TextEncoders(torch.nn.Module):
         gradients = torch.autograd.grad(total, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
-        if gradient_checkpointing:
-            for part in parts.values():
-                part.gradient_checkpointing_enable({"use_reentrant": False})
+        for part in parts.values() if gradient_checkpointing else ():
+            # transformers 5 calls it otherwise
+            name = next(name for name in ("activation", "gradient") if hasattr(part, f"{name}_checkpointing_enable"))
+            getattr(part, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
     def forward(self, captions: Sequence[str | None]) -> Conditioning:
         """See `Family.encode_prompts`. Each weight that is trained gets a gradient, if only of 0: no caption at all may
