@@ -38,8 +38,8 @@ from difftrain_utils.media.text import captions_of
 from difftrain_utils.processes import main_process_first
 
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
-# bits depended on each other
-FORMATS = {"latents": 2, "text": 3}
+# bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision
+FORMATS = {"latents": 2, "text": 4}
 
 
 def load_caches(

@@ -200,8 +200,7 @@ class DiffusersFamily:
             part.use_slicing = self.vae_slicing
             if self.channels_last:
                 torch.nn.Module.to(part, memory_format=torch.channels_last)
-        # diffusers' own `to` warns of an empty list of modules
-        return torch.nn.Module.to(part, self.device, self.weight_dtype)
+        return move_part(part, self.device, self.weight_dtype)
 
     def load_denoiser(self) -> torch.nn.Module:
         """See `Family`. Random weights are a function of the seed."""
@@ -262,7 +261,7 @@ class DiffusersFamily:
         self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator.mixed_precision)
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module) and name not in self.trained_parts:
-                torch.nn.Module.to(part, self.device, self.weight_dtype)
+                move_part(part, self.device, self.weight_dtype)
 
     def free_cached(self) -> None:
         for part in self.cached:
@@ -527,6 +526,15 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def move_part(part: torch.nn.Module, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
+    """Bring a part onto the device and into `dtype`, as `from_pretrained` does: what is not saved, such as the
+    frequencies of rotary embeddings, stays as it is."""
+    for tensor in part.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return torch.nn.Module.to(part, device)  # diffusers' own warns of an empty list of modules
 
 
 def as_json(value: Any) -> Any:

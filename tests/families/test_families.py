@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,20 @@ def gradients(family, denoiser, batch) -> dict[str, torch.Tensor]:
     denoiser.zero_grad()
     family.predict(denoiser, *batch).square().mean().backward()
     return {name: parameter.grad for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+def test_frozen_parts_in_bf16_are_those_of_diffusers(family):
+    """Rotary frequencies stay in float32."""
+    denoiser = {family.denoiser_part: None}
+    theirs = DiffusionPipeline.from_pretrained(family.source, torch_dtype=torch.bfloat16, **denoiser)
+    family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    for part, module in family.frozen_modules().items():
+        ours = dict([*module.named_parameters(), *module.named_buffers()])
+        plain = getattr(theirs, part)
+        plain = dict([*plain.named_parameters(), *plain.named_buffers()])
+        assert ours.keys() == plain.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor.to(plain[key].dtype), plain[key]), f"{part}.{key}"
 
 
 def test_every_weight_that_is_trained_has_a_gradient(name, family, denoiser, captions):
