@@ -66,6 +66,9 @@ class ModelConfig:
     trainable: list[str] | None = None
     """Patterns of the denoiser's weights that are trained, `["*.attn2.*", "conv_out.*"]`; null: all, or with
     `model.lora` none but its adapters."""
+    offload_text_encoders: bool = False
+    """Leave the text encoders' weights on the disk, from which each layer's come to the device when it computes: for
+    encoders that are larger than memory. Slower, and with `data.cache_text` only."""
     vae_slicing: bool = False
     """Encode and decode one image at a time: less memory, slower."""
 
