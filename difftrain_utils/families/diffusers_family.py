@@ -130,6 +130,7 @@ class DiffusersFamily:
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
+        family.check_text_length()
         if config.model.guidance is not None and not family.has_guidance_embedding:
             raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
@@ -313,6 +314,20 @@ class DiffusersFamily:
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
+
+    @property
+    def text_lengths(self) -> tuple[int, int | float]:
+        """The fewest and the most tokens that `text_length` may be."""
+        return 1, math.inf
+
+    def check_text_length(self) -> None:
+        """Raise InputError unless `text_length`, where the pipeline has one, is of `text_lengths`."""
+        (least, most), name = self.text_lengths, self.pipeline_class.__name__
+        has_length = "max_sequence_length" in inspect.signature(self.pipeline_class.__call__).parameters
+        if has_length and not least <= self.text_length <= most:
+            raise InputError(
+                f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
+            )
 
     def check_clip(self, tokenizer: str, text_encoder: str) -> None:
         """Raise ValueError unless these two parts, a tokenizer and a text encoder of CLIP, are of each other."""
