@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -158,23 +158,39 @@ def weights_digest(module: "torch.nn.Module") -> str:
 
 def tensors_digest(tensors: "dict[str, torch.Tensor]") -> str:
     """The same over any named tensors."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return _tensors_digest(tensors, tensors.__getitem__)
 
 
 def part_digest(folder: Path, variant: str | None = None) -> str:
-    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone."""
+    """What `weights_digest` gives for a part of a model in float32, from the files in its folder alone, of which one
+    tensor at a time is in memory."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     paths = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    tensors = {}
-    for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
-        is_bin = path.suffix == ".bin"
-        tensors |= torch.load(path, "cpu", weights_only=True, mmap=True) if is_bin else load_file(path)
-    return tensors_digest({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
+    readers: dict[str, Callable[[str], torch.Tensor]] = {}
+    with contextlib.ExitStack() as files:
+        for path in [p for p in paths if p.name.split(".")[1:-1] == ([variant] if variant else [])] or paths:
+            if path.suffix == ".bin":
+                tensors = torch.load(path, "cpu", weights_only=True, mmap=True)
+                readers |= dict.fromkeys(tensors, tensors.__getitem__)
+            else:
+                file = files.enter_context(safe_open(path, "pt"))
+                readers |= dict.fromkeys(file.keys(), file.get_tensor)
+
+        def in_float32(name: str) -> torch.Tensor:
+            tensor = readers[name](name)
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        return _tensors_digest(readers, in_float32)
+
+
+def _tensors_digest(names: Iterable[str], tensor_of: "Callable[[str], torch.Tensor]") -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensor_of(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

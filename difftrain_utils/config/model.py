@@ -69,6 +69,9 @@ class ModelConfig:
     train_text_encoder: bool = False
     """Train the text encoders, too (Stable Diffusion's and SDXL's): all their weights or, with `model.lora`, adapters
     of their attention. In `optimizer.groups` they are `text_encoders.*`."""
+    offload_text_encoders: bool = False
+    """Leave the text encoders' weights on the disk, from which each layer's come to the device when it computes: for
+    encoders that are larger than memory. Slower, and with `data.cache_text` only."""
     vae_slicing: bool = False
     """Encode and decode one image at a time: less memory, slower."""
 

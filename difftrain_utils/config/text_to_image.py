@@ -37,6 +37,8 @@ class TextToImageConfig(Config):
             held_out = data.validation_split or data.validation_dataset
             rule = "needs held-out images: data.validation_split or data.validation_dataset"
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
+        rule = "needs data.cache_text, or each step would read all of them"
+        requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
         if self.model.train_text_encoder:

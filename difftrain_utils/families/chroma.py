@@ -10,7 +10,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
-from difftrain_utils.families.flux import check_sequence_length, packed_arguments, unpack
+from difftrain_utils.families.flux import TEXT_LENGTHS, packed_arguments, unpack
 
 
 @dataclass
@@ -29,14 +29,16 @@ class Chroma(DiffusersFamily):
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Chroma":
-        check_sequence_length(config, cls.pipeline_class)
         if config.train.gradient_checkpointing:
             raise InputError(
                 "train.gradient_checkpointing: must be false for a ChromaPipeline, whose denoiser drops the mask of "
                 "the captions then, got true"
             )
-        family = super().load(source, model_index, config, from_scratch)
-        return family
+        return super().load(source, model_index, config, from_scratch)
+
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        return TEXT_LENGTHS
 
     @property
     def patch_size(self) -> int:

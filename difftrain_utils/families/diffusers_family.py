@@ -94,6 +94,8 @@ class DiffusersFamily:
     """What a denoiser with an embedding of guidance is told."""
     lora: LoraConfig | None = None
     """Of the adapters that the denoiser has in training."""
+    offload_text_encoders: bool = False
+    """Leave the text encoders' weights on the disk."""
     vae_slicing: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
@@ -127,10 +129,12 @@ class DiffusersFamily:
             max_sequence_length=config.model.max_sequence_length,
             guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,
             lora=config.model.lora,
+            offload_text_encoders=config.model.offload_text_encoders,
             vae_slicing=config.model.vae_slicing,
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
+        family.check_text_length()
         if config.model.guidance is not None and not family.has_guidance_embedding:
             raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
@@ -195,7 +199,12 @@ class DiffusersFamily:
             return load_part(self.source, self.model_index, name, **at)
         at["variant"] = self.variant  # and at once in the run's precision: a large encoder would fill main memory twice
         at["dtype" if self.model_index[name][0] == "transformers" else "torch_dtype"] = self.weight_dtype
+        is_offloaded = self.offload_text_encoders and name in self.text_parts
+        if is_offloaded:
+            at["device_map"] = {"": "disk"}
         part = load_weights(self.source, self.model_index, name, **at).eval().requires_grad_(False)
+        if is_offloaded:
+            return compute_on(part, self.device)
         if name == self.image_part:
             part.use_slicing = self.vae_slicing
             if self.channels_last:
@@ -258,6 +267,7 @@ class DiffusersFamily:
 
     def move_frozen_parts(self, accelerator: Accelerator) -> None:
         """Those that are loaded, and those that will be."""
+        self.free_cached()  # an offloaded one cannot be moved
         self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator.mixed_precision)
         for name, part in self._parts.items():
             if isinstance(part, torch.nn.Module) and name not in self.trained_parts:
@@ -321,6 +331,20 @@ class DiffusersFamily:
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
+
+    @property
+    def text_lengths(self) -> tuple[int, int | float]:
+        """The fewest and the most tokens that `text_length` may be."""
+        return 1, math.inf
+
+    def check_text_length(self) -> None:
+        """Raise InputError unless `text_length`, where the pipeline has one, is of `text_lengths`."""
+        (least, most), name = self.text_lengths, self.pipeline_class.__name__
+        has_length = "max_sequence_length" in inspect.signature(self.pipeline_class.__call__).parameters
+        if has_length and not least <= self.text_length <= most:
+            raise InputError(
+                f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
+            )
 
     def check_clip(self, tokenizer: str, text_encoder: str) -> None:
         """Raise ValueError unless these two parts, a tokenizer and a text encoder of CLIP, are of each other."""
@@ -448,7 +472,10 @@ class DiffusersFamily:
     def _pipeline_of(self, names: Sequence[str], denoiser: torch.nn.Module | None) -> DiffusionPipeline:
         parts = dict.fromkeys([*([self.image_part] if self.image_part else []), *self.text_parts])
         parts |= {name: self.part(name) for name in names} | {self.denoiser_part: denoiser}
-        return self.pipeline_class(**parts, scheduler=self.sampler, **self.pipeline_options)
+        cls = self.pipeline_class
+        if self.offload_text_encoders:  # it would take the device of their weights, which they have not, for its own
+            cls = type(cls.__name__, (cls,), {"device": torch.device(self.device)})
+        return cls(**parts, scheduler=self.sampler, **self.pipeline_options)
 
     @property
     def text_options(self) -> dict[str, Any]:
@@ -496,9 +523,8 @@ class DiffusersFamily:
         self.check_denoiser(denoiser)
         if not is_trained_whole(denoiser):
             denoiser = with_trained(self.load_denoiser(), denoiser)
-        fresh = dataclasses.replace(
-            self, device="cpu", weight_dtype=torch.float32, channels_last=False, text_encoders=None, _parts={}
-        )
+        plain = {"weight_dtype": torch.float32, "channels_last": False, "offload_text_encoders": False}
+        fresh = dataclasses.replace(self, device="cpu", text_encoders=None, _parts={}, **plain)
         for name in self.trained_parts:
             with_trained(fresh.part(name), self.part(name))
         fresh.pipeline(denoiser).save_pretrained(folder)
@@ -535,6 +561,18 @@ def move_part(part: torch.nn.Module, device: torch.device | str, dtype: torch.dt
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return torch.nn.Module.to(part, device)  # diffusers' own warns of an empty list of modules
+
+
+def compute_on(part: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """Let a part whose weights are on the disk compute on the device, where accelerate's own choice would be the CPU;
+    what is not saved is there for good."""
+    for module in part.modules():
+        if hasattr(module, "_hf_hook"):
+            module._hf_hook.execution_device = device
+    for buffer in part.buffers():
+        if not buffer.is_meta:
+            buffer.data = buffer.data.to(device)
+    return part
 
 
 def as_json(value: Any) -> Any:

@@ -7,11 +7,10 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
-MAX_SEQUENCE_LENGTH = 512  # that the pipeline allows
+TEXT_LENGTHS = 1, 512  # that the pipelines of Flux.1 and its kin allow
 
 
 @dataclass
@@ -29,10 +28,13 @@ class Flux(DiffusersFamily):
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Flux":
-        check_sequence_length(config, cls.pipeline_class)
         family = super().load(source, model_index, config, from_scratch)
         family.check_clip("tokenizer", "text_encoder")
         return family
+
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        return TEXT_LENGTHS
 
     @property
     def patch_size(self) -> int:
@@ -69,14 +71,6 @@ class Flux(DiffusersFamily):
         if self.has_guidance_embedding:
             return {"prompt": prompts, "guidance_scale": guidance_scale}
         return {"prompt": prompts, "negative_prompt": [""] * len(prompts), "true_cfg_scale": guidance_scale}
-
-
-def check_sequence_length(config: Config, pipeline_class: type[DiffusionPipeline]) -> None:
-    """Raise InputError if `model.max_sequence_length` is more than the pipelines of Flux.1 and its kin allow."""
-    length = config.model.max_sequence_length
-    if length is not None and length > MAX_SEQUENCE_LENGTH:
-        name = pipeline_class.__name__
-        raise InputError(f"model.max_sequence_length: must be at most {MAX_SEQUENCE_LENGTH} for a {name}, got {length}")
 
 
 def packed_arguments(

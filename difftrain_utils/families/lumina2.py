@@ -7,7 +7,6 @@ import torch
 from diffusers import DiffusionPipeline, Lumina2Pipeline
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
@@ -29,19 +28,18 @@ class Lumina2(DiffusersFamily):
         family = super().load(source, model_index, config, from_scratch)
         if family.vae_scale_factor != 8:
             raise ValueError(f"vae makes 1/{family.vae_scale_factor} of the size, and a Lumina2Pipeline takes 1/8")
-        # the caption has as many places as tokens, and the image the one after them
-        shortest, longest = family.num_system_tokens + 1, family.config_of("transformer").axes_lens[0] - 1
-        if not shortest <= family.text_length <= longest:
-            raise InputError(
-                f"model.max_sequence_length: must be from {shortest}, one more than the system prompt has, to "
-                f"{longest}, which the transformer takes, got {family.text_length}"
-            )
         return family
+
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        """More than the system prompt has; and a caption has as many of the transformer's places, and the image the one
+        after them."""
+        return self.num_system_tokens + 1, self.config_of("transformer").axes_lens[0] - 1
 
     @property
     def num_system_tokens(self) -> int:
         """The tokens before a caption's."""
-        return len(self.part("tokenizer")(f"{self.text_pipeline().system_prompt} <Prompt Start>").input_ids)
+        return len(self.part("tokenizer")(f"{self._pipeline_of([], None).system_prompt} <Prompt Start>").input_ids)
 
     def num_tokens(self, *size: int) -> int:
         """The pipeline takes the channels for the tokens when it asks for a dynamic shift: so that of any size is

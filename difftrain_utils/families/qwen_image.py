@@ -11,7 +11,7 @@ from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
-LONGEST = 1024  # tokens, says the pipeline
+TEXT_LENGTHS = 1, 1024  # that the pipeline allows
 
 
 @dataclass
@@ -32,10 +32,6 @@ class QwenImage(DiffusersFamily):
         if config.train.channels_last:
             raise InputError("train.channels_last: not for the weights of a VAE for videos, got true; leave it false")
         family = super().load(source, model_index, config, from_scratch)
-        if family.text_length > LONGEST:
-            raise InputError(
-                f"model.max_sequence_length: a QwenImagePipeline takes at most {LONGEST}, got {family.text_length}"
-            )
         if family.has_guidance_embedding:
             raise ValueError("transformer: guidance_embeds is true, which its class takes and cannot run")
         family.trims_captions = config.train.compile is None
@@ -49,6 +45,10 @@ class QwenImage(DiffusersFamily):
         for module in (last.attn.to_add_out, last.txt_mlp):
             module.requires_grad_(False)
         return denoiser
+
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        return TEXT_LENGTHS
 
     @property
     def vae_scale_factor(self) -> int:

@@ -47,7 +47,7 @@ class StableDiffusion(DiffusersFamily):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        return {"prompt_embeds": text_encoder(input_ids.to(text_encoder.device)).last_hidden_state}
+        return {"prompt_embeds": text_encoder(input_ids.to(self.device)).last_hidden_state}
 
     def predict(
         self,

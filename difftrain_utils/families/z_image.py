@@ -7,8 +7,6 @@ import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
-from difftrain_utils.config.config import Config
-from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
@@ -25,15 +23,11 @@ class ZImage(DiffusersFamily):
     }
     gives_sigmas: ClassVar[bool] = True
 
-    @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "ZImage":
-        family = super().load(source, model_index, config, from_scratch)
-        # captions, rounded up, have the places from 1 on, and the image the one after them
-        places, length = family.config_of("transformer").axes_lens[0], family.text_length
-        if -(-length // SEQ_MULTI_OF) * SEQ_MULTI_OF + 2 > places:
-            longest = (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
-            raise InputError(f"model.max_sequence_length: the transformer takes at most {longest}, got {length}")
-        return family
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        """Captions, rounded up, have the transformer's places from 1 on, and the image the one after them."""
+        places = self.config_of("transformer").axes_lens[0]
+        return 1, (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
 
     @property
     def patch_size(self) -> int:

@@ -219,10 +219,13 @@ class Planner:
         return [*self.denoiser(config).parameters(), *others]
 
     def frozen(self, config: Config, cached: bool) -> dict[str, int]:
-        """Bytes of the frozen parts that are in memory, or of those that caches stand in for."""
+        """Bytes of the frozen parts that are in memory, or of those that caches stand in for; none of what
+        stays on the disk."""
         sizes = {}
         for name, module in self._on_meta(self.dtype(config)).frozen_modules().items():
             is_image_part = name == self.family.image_part
+            if config.model.offload_text_encoders and not is_image_part:
+                continue
             if cached == (config.data.cache_latents if is_image_part else config.data.cache_text):
                 sizes[name] = num_bytes((*module.parameters(), *module.buffers()))
         return sizes

@@ -66,7 +66,7 @@ def test_gradient_checkpointing_is_refused(chroma_run, capsys):
 
 
 def test_longer_captions_than_the_pipelines_are_refused(chroma_run, capsys):
-    message = "model.max_sequence_length: must be at most 512 for a ChromaPipeline, got 513"
+    message = "model.max_sequence_length: must be from 1 to 512 for this ChromaPipeline, got 513"
     assert_one_line([*chroma_run, *options({"model.max_sequence_length": 513})], message, capsys)
 
 

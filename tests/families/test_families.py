@@ -1,6 +1,7 @@
 """Every family against the real pipeline of its own, with tiny real parts: `builtin:tiny-…`."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -254,6 +255,15 @@ def gradients(family, denoiser, batch) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("tiny-dit", "tiny-ddpm")])
+def test_encoders_whose_weights_stay_on_the_disk(family, captions):
+    offloaded = dataclasses.replace(family, offload_text_encoders=True, _parts={})
+    wanted, found = (made.encode_prompts([*captions[:2], None]) for made in (family, offloaded))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and found.keys() == wanted.keys()
+    for part, module in offloaded.frozen_modules().items():
+        assert part == family.image_part or all(weight.is_meta for weight in module.parameters())
+
+
 def test_frozen_parts_in_bf16_are_those_of_diffusers(family):
     """Rotary frequencies stay in float32."""
     denoiser = {family.denoiser_part: None}
@@ -382,3 +392,19 @@ def test_strategies_train_and_resume(family_run, name, tmp_path):
     resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-2")]
     train([*argv, *resumed])
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
+
+
+@pytest.mark.parametrize("name", ["tiny-sdxl"])
+def test_a_run_whose_encoders_stay_on_the_disk(family_run, captions, tmp_path):
+    pictures = {"train.eval_every": 1, "evaluation.prompts": captions[:2]}
+    argv = [*family_run, *options(CACHES | pictures | {"train.max_steps": 2})]
+    runs = []
+    for where in ("memory", "disk"):
+        fields = {"data.cache_dir": tmp_path / where / "cache", "train.output_dir": tmp_path / where}
+        runs.append(train([*argv, *options(fields | {"model.offload_text_encoders": where == "disk"})]))
+    assert pipeline_bytes(runs[0]) == pipeline_bytes(runs[1])
+    assert metrics_without_times(runs[0]) == metrics_without_times(runs[1])
+    grids = [[path.read_bytes() for path in sorted(run.rglob("*.png"))] for run in runs]
+    assert grids[0] == grids[1] != []
+    with pytest.raises(InputError, match=r"^model.offload_text_encoders: needs data.cache_text, .*, got True"):
+        parse_config([*family_run, "--model.offload_text_encoders", "true"])

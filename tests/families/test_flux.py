@@ -78,7 +78,7 @@ def test_another_sampler_of_flow_matching_is_not(flux_run):
 
 
 def test_what_it_cannot_do_is_refused(flux_run, schnell_run, capsys):
-    message = "model.max_sequence_length: must be at most 512 for a FluxPipeline, got 513"
+    message = "model.max_sequence_length: must be from 1 to 512 for this FluxPipeline, got 513"
     assert_one_line([*flux_run, *options({"model.max_sequence_length": 513})], message, capsys)
     message = "model.guidance: the transformer of .*schnell has no embedding of guidance"
     assert_one_line([*schnell_run, *options({"model.guidance": 2.0})], message, capsys)

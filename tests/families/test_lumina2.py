@@ -40,7 +40,7 @@ def test_captions_are_padded_to_256_tokens(lumina_run):
 @pytest.mark.parametrize("length", [41, 300])
 def test_lengths_without_a_place_for_captions_are_refused(lumina_run, length):
     """The system prompt would be all of each caption, or the transformer would look for places that it has not."""
-    with pytest.raises(InputError, match=rf"^model.max_sequence_length: must be from \d+, .*to 299, .*got {length}$"):
+    with pytest.raises(InputError, match=rf"^model.max_sequence_length: must be from \d+ to 299 for .*, got {length}$"):
         load_family(parse_config([*lumina_run, *options({"model.max_sequence_length": length})]))
 
 

@@ -77,7 +77,11 @@ def test_captions_are_as_long_as_in_a_call_of_the_pipeline(qwen_run):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model.max_sequence_length", 1025, r"^model.max_sequence_length: a QwenImagePipeline takes at most 1024, got"),
+        (
+            "model.max_sequence_length",
+            1025,
+            r"^model.max_sequence_length: must be from 1 to 1024 for this QwenImagePipeline, got 1025",
+        ),
         (
             "evaluation.num_inference_steps",
             1,

@@ -119,6 +119,8 @@ def test_all_else_is_what_a_run_holds(short_run, precision):
     assert cached.keys() == {"text_encoder", "text_encoder_2", "text_encoder_3"}
     weights = family.part("text_encoder_3").parameters()
     assert cached["text_encoder_3"] == pytest.approx(itemsize / 4 * size(weights), rel=0.01)
+    config.model.offload_text_encoders = True
+    assert planner.frozen(config, cached=True) == {}
 
 
 def test_each_option_saves_what_it_says(short_run):
