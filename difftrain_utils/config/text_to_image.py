@@ -41,10 +41,11 @@ class TextToImageConfig(Config):
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
+        for name in ("lora", "trainable", "train_text_encoder"):
+            rule = f"cannot be with model.{name}: difftrain posthoc-ema makes averages of whole denoisers"
+            requires["ema"](not (getattr(self.model, name) and self.ema.power_sigma_rels), "power_sigma_rels", rule)
         if self.model.train_text_encoder:
             requires["data"](not data.cache_text, "cache_text", "cannot be with model.train_text_encoder")
-            rule = "cannot be with model.train_text_encoder: difftrain posthoc-ema makes averages of denoisers"
-            requires["ema"](not self.ema.power_sigma_rels, "power_sigma_rels", rule)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut

@@ -278,6 +278,17 @@ def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.
     return np.frombuffer(digests, ">u8") / 2**64 < config.validation_split
 
 
+def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[str]:
+    """The captions of all rows, without the images. Raises RowError if one cannot be read, unless such are skipped."""
+    for index in range(len(rows)):
+        row = rows[index]
+        try:
+            yield from captions_of(row.captions, row.name)
+        except RowError:
+            if config.on_bad_row == "stop":
+                raise
+
+
 def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
     """The decoded image and the captions of a row.
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -346,6 +346,9 @@ class DiffusersFamily:
                 f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
             )
 
+    def check_captions(self, captions: Iterable[str]) -> None:
+        """See `Family`: any text is one."""
+
     def check_clip(self, tokenizer: str, text_encoder: str) -> None:
         """Raise ValueError unless these two parts, a tokenizer and a text encoder of CLIP, are of each other."""
         config, vocabulary = self.config_of(text_encoder), self.part(tokenizer)
@@ -573,6 +576,14 @@ def compute_on(part: torch.nn.Module, device: torch.device | str) -> torch.nn.Mo
         if not buffer.is_meta:
             buffer.data = buffer.data.to(device)
     return part
+
+
+def caption_start(tokenizer: Any, **template: Any) -> int:
+    """How many tokens a chat's template, of these options, has before a caption."""
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True, **template) for c in chats]
+    pairs = zip(*(tokenizer(text).input_ids for text in texts), strict=False)
+    return next(number for number, (a, b) in enumerate(pairs) if a != b)
 
 
 def as_json(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """DiT: a transformer on VAE latents that is told a class, whose captions are its classes' names or numbers."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -73,6 +74,10 @@ class DiT(DiffusersFamily):
             there = f"numbers below {NO_CLASS}" + (f" and {some(list(labels))}" if labels else "")
             raise InputError(f"{field}: no class is called {caption!r}; there is {there}")
         return min(numbers)
+
+    def check_captions(self, captions: Iterable[str]) -> None:
+        for caption in set(captions):
+            self.class_number(caption, "data.caption_column")
 
     def load_denoiser(self) -> torch.nn.Module:
         """See `Family`. In training it would drop labels by itself, besides `data.caption_dropout`."""

@@ -1,6 +1,6 @@
 """What a model family is: the contract that scripts, data and evaluation rely on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,9 @@ class Family(Protocol):
 
     def check_size(self, height: int, width: int, name: str) -> None:
         """Raise InputError, about the field `name`, unless the model can take images of this size."""
+
+    def check_captions(self, captions: Iterable[str]) -> None:
+        """Raise InputError for captions that the model cannot be told."""
 
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """SHA-256 of the weights of all parts (`weights_digest`), by their names."""

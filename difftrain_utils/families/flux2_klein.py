@@ -1,6 +1,7 @@
 """Flux.2 klein: an MMDiT on VAE latents in 2 × 2 patches, normalised by a batch norm, and states of a Qwen3."""
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
+from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily, caption_start
 from difftrain_utils.families.family import Conditioning
 
 # A shift of this family depends on the number of steps, too, and training has none: it takes what the pipeline takes.
@@ -39,6 +40,11 @@ class Flux2Klein(DiffusersFamily):
         family._statistics = mean, (variance + eps).sqrt()
         family.free_cached()
         return family
+
+    @property
+    def text_lengths(self) -> tuple[int, float]:
+        """More than there are before a caption."""
+        return caption_start(self.part("tokenizer"), enable_thinking=False) + 1, math.inf
 
     @property
     def pipeline_options(self) -> dict[str, Any]:

@@ -28,8 +28,11 @@ def choose_trained(denoiser: torch.nn.Module, config: ModelConfig, targets: Sequ
     """
     patterns, weights = config.trainable, dict(denoiser.named_parameters())
     for pattern in patterns or ():
-        if not any(fnmatchcase(name, pattern) for name in weights):
+        of_pattern = [weight for name, weight in weights.items() if fnmatchcase(name, pattern)]
+        if not of_pattern:
             raise InputError(f"model.trainable: {pattern!r} is of no weight; there is {some(list(weights))}")
+        if not any(weight.requires_grad for weight in of_pattern):
+            raise InputError(f"model.trainable: {pattern!r} is of weights that nothing depends on, which stay frozen")
     if patterns is None and config.lora is None:
         return
     trained = [
@@ -38,6 +41,11 @@ def choose_trained(denoiser: torch.nn.Module, config: ModelConfig, targets: Sequ
         if weight.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns or ())
     ]
     if config.lora is not None:
+        layers = list(dict(denoiser.named_modules()))
+        for target in config.lora.target_modules or ():
+            if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+                name = type(denoiser).__name__
+                raise InputError(f"model.lora.target_modules: a {name} has no layer {target!r}; try {some(targets)}")
         add_adapters(denoiser, config.lora, config.lora.target_modules or targets, seed)
     else:
         denoiser.requires_grad_(False)
@@ -49,17 +57,21 @@ def add_adapters(
     model: torch.nn.Module, config: LoraConfig, targets: Sequence[str], seed: int, number: int = 2
 ) -> None:
     """Give a model adapters, in place; its own weights are frozen. The adapters are float32 and a function of the seed
-    and the `number` of the model, and add nothing before they are trained.
+    and the `number` of the model, and add nothing before they are trained. Layers that are frozen already get none:
+    nothing depends on them.
 
     Raises:
         InputError: it has no such layers, or they take no adapters.
     """
     import peft  # an extra
 
+    modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
+    frozen = [name for name, own in modules.items() if own and not any(weight.requires_grad for weight in own)]
     own = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         target_modules=list(targets),
+        exclude_modules=frozen or None,
         init_lora_weights=INITS[config.init],
         lora_dropout=config.dropout,
         use_dora=config.use_dora,

@@ -32,9 +32,9 @@ class Lumina2(DiffusersFamily):
 
     @property
     def text_lengths(self) -> tuple[int, int]:
-        """More than the system prompt has; and a caption has as many of the transformer's places, and the image the one
-        after them."""
-        return self.num_system_tokens + 1, self.config_of("transformer").axes_lens[0] - 1
+        """More than the system prompt has, and as many as the pipeline allows; and a caption has as many of the
+        transformer's places, and the image the one after them."""
+        return self.num_system_tokens + 1, min(512, self.config_of("transformer").axes_lens[0] - 1)
 
     @property
     def num_system_tokens(self) -> int:

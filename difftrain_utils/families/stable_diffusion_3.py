@@ -33,6 +33,11 @@ class StableDiffusion3(DiffusersFamily):
             family.check_clip(f"tokenizer{suffix}", f"text_encoder{suffix}")
         return family
 
+    @property
+    def text_lengths(self) -> tuple[int, int]:
+        """Those that the pipeline allows."""
+        return 1, 512
+
     def encode_texts(self, texts: list[str]) -> Conditioning:
         pipeline = self.text_pipeline()
         if pipeline.text_encoder_3 is None:  # it asks the transformer how wide the T5's states would be

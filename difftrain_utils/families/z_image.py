@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
-from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily
+from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily, caption_start
 from difftrain_utils.families.family import Conditioning
 
 
@@ -25,9 +25,11 @@ class ZImage(DiffusersFamily):
 
     @property
     def text_lengths(self) -> tuple[int, int]:
-        """Captions, rounded up, have the transformer's places from 1 on, and the image the one after them."""
+        """More than there are before a caption; and captions, rounded up, have the transformer's places from 1 on, and
+        the image the one after them."""
+        start = caption_start(self.part("tokenizer"), enable_thinking=True)
         places = self.config_of("transformer").axes_lens[0]
-        return 1, (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
+        return start + 1, (places - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF
 
     @property
     def patch_size(self) -> int:

@@ -14,9 +14,9 @@ OUTLIER = 6.0  # LLM.int8() multiplies features of the input above it in 16 bits
 
 
 def frozen_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The layers that can be quantised, by name."""
+    """The layers that can be quantised, by name; adapters, of which some may be frozen, too, are not."""
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and not module.weight.requires_grad:
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad and ".lora_" not in name:
             yield name, module
 
 

@@ -29,12 +29,13 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def round_frozen(model: torch.nn.Module, dtype: torch.dtype, quantization: str | None = None) -> None:
     """Keep frozen weights of a model that is trained in part in `dtype`, in place, and those of linear layers in fewer
-    bits (`quantize_frozen`). Vectors, which are small, stay as they are: some norms want scale and shift of one dtype,
-    of which one may be trained."""
+    bits (`quantize_frozen`). Adapters stay as they are, also frozen ones, and so do vectors, which are small: some
+    norms want scale and shift of one dtype, of which one may be trained."""
     if is_trained_whole(model):
         return
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point() and parameter.ndim > 1:
+    for name, parameter in model.named_parameters():
+        is_base = not parameter.requires_grad and ".lora_" not in name
+        if is_base and parameter.is_floating_point() and parameter.ndim > 1:
             parameter.data = parameter.data.to(dtype)
     if quantization is not None:
         quantize_frozen(model, quantization, dtype)

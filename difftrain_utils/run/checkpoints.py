@@ -55,7 +55,8 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch
 # What may change when a run goes on in its folder: it says where, how long and how often, not what is trained. Whether
 # another folder holds the same data or the same base model, their digests say.
 FREE_FIELDS = {
-    *("model.pretrained_model_name_or_path", "model.revision", "model.variant"),
+    *("model.pretrained_model_name_or_path", "model.revision", "model.variant", "model.lora.merge"),
+    "model.offload_text_encoders",
     *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir"),
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
@@ -244,6 +245,8 @@ def _check_settings(folder: Path, config: Config) -> None:
     for section, fields in dataclasses.asdict(config).items():
         for name, value in fields.items():
             was = saved.get(section, {}).get(name, value)
+            if dataclasses.is_dataclass(getattr(getattr(config, section), name)) and isinstance(was, dict):
+                was = value | {key: old for key, old in was.items() if f"{section}.{name}.{key}" not in FREE_FIELDS}
             if name == "sources" and was and value and _without_places(was) == _without_places(value):
                 continue
             if was != value and section != "evaluation" and f"{section}.{name}" not in FREE_FIELDS:

@@ -16,6 +16,7 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
+from difftrain_utils.data.rows import MappedRows, read_captions
 from difftrain_utils.errors import InputError, blame, not_installed
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
@@ -89,7 +90,7 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
 
     Raises:
         InputError: the checkpoint has other models or averages, or is of a run with another base model, other data or
-            another precision; an image or a caption cannot be read.
+            another precision; an image or a caption cannot be read, or the model not be told a caption.
         RunError: no pipeline of this family could have this denoiser.
     """
     family.check_denoiser(models["denoiser"])
@@ -97,6 +98,9 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
         check_weights(checkpoint, models, config.ema)
 
     def read_all() -> tuple[dict, dict]:
+        for rows in (data.rows if config.data.caption_dropout < 1 else None, data.validation_rows):
+            if isinstance(rows, MappedRows):  # a stream is not read twice
+                family.check_captions(read_captions(rows, config.data))
         return family.digests(models["denoiser"]), inspect_splits(data.rows, data.validation_rows, config.data)
 
     digests, fingerprints = on_main_process(accelerator, read_all)

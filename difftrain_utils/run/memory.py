@@ -132,8 +132,10 @@ class Planner:
         parameters = self.parameters(config)
         trained, frozen = (num_bytes(p for p in parameters if p.requires_grad == which) for which in (True, False))
         if config.model.lora is not None and (quantization := config.model.lora.quantization):
-            for _, layer in frozen_linears(self.denoiser(config)):
-                frozen += quantized_bytes(layer, quantization) - layer.weight.nbytes
+            itemsize = self.dtype(config).itemsize
+            for model in filter(None, (self.denoiser(config), self.models.get("text_encoders"))):
+                for _, layer in frozen_linears(model):
+                    frozen += quantized_bytes(layer, quantization) - layer.weight.numel() * itemsize
         held = {"trained weights": trained, "frozen weights": frozen, "gradients": trained}
         if self.accelerator.num_processes > 1:
             held["gradients on their way (DDP)"] = trained

@@ -22,7 +22,7 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
     LORA: (LORA_FILE, KOHYA_FILE),
-    PIPELINE: ("model_index.json", *(f"*/{name}" for name in ("*.json", "*.safetensors", "*.txt", "*.model"))),
+    PIPELINE: ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja"))),
 }
 
 

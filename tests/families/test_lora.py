@@ -227,7 +227,13 @@ def test_adapters_and_some_weights_train_together(short_run, tmp_path):
     [
         ({"model.trainable": ["conv_uot.*"]}, r"^model.trainable: 'conv_uot.\*' is of no weight; there is conv_in"),
         ({"model.trainable": []}, r"^model.trainable: must not be empty, got \[\]"),
-        ({"model.lora": {"target_modules": ["to_z"]}}, r"^model.lora: not for a UNet2DConditionModel: .*to_z"),
+        ({"model.lora": {"target_modules": ["to_z"]}}, r"^model.lora.target_modules: a UNet2DCondi.* no layer 'to_z'"),
+        (
+            {"model.lora.rank": 3, "model.lora.target_modules": ["to_q", "nope"]},
+            r"^model.lora.target_modules: a UNet2D",
+        ),
+        ({"model.lora.rank": 3, "ema.power_sigma_rels": [0.1]}, r"^ema.power_sigma_rels: cannot be with model.lora"),
+        ({"model.trainable": ["*"], "ema.power_sigma_rels": [0.1]}, r"^ema.power_sigma_rels: cannot be with model.tra"),
         ({"model.lora.rank": 0}, r"^model.lora.rank: must be from 1 to 4096, got 0"),
         ({"model.lora.rank": "many"}, r"^model.lora.rank: Expected a <class 'int'>. Got value: many"),
         ({"model.lora": {"rnk": 3}}, r"^--model.lora.rnk: no such field; did you mean model.lora.rank\?"),

@@ -6,7 +6,7 @@ from helpers import launch_two, metrics_without_times, options, parse_config, pi
 from safetensors.torch import load_file
 
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.load import load_family
+from difftrain_utils.families.load import load_family, trained_models
 
 FIELDS = {"model.pretrained_model_name_or_path": "builtin:tiny-qwen-image", "model.max_sequence_length": 32}
 
@@ -40,6 +40,20 @@ def test_what_is_frozen_stays_through_training_averages_and_a_resume(qwen_run, f
     assert len(frozen) == 6 and all(torch.equal(saved[name], weight) for name, weight in frozen.items())
     again = load_family(parse_config([*qwen_run, "--model.pretrained_model_name_or_path", str(run / "pipeline")]))
     assert {name for name, p in again.load_denoiser().named_parameters() if not p.requires_grad} == set(frozen)
+
+
+def test_adapters_are_for_layers_that_something_depends_on(qwen_run):
+    targets = ["to_q", "to_add_out"]
+    config = parse_config([*qwen_run, *options({"model.lora.target_modules": targets, "model.lora.rank": 2})])
+    denoiser = trained_models(load_family(config), config)["denoiser"]
+    adapted = {name.split(".lora_")[0] for name, p in denoiser.named_parameters() if p.requires_grad}
+    of_text = {int(name.split(".")[1]) for name in adapted if "to_add_out" in name}
+    assert of_text == set(range(len(denoiser.transformer_blocks) - 1))
+    with pytest.raises(
+        InputError, match=r"^model.trainable: 'transformer_blocks.2.txt_mlp.\*' is of weights that noth"
+    ):
+        config = parse_config([*qwen_run, *options({"model.trainable": ["transformer_blocks.2.txt_mlp.*"]})])
+        trained_models(load_family(config), config)
 
 
 @pytest.mark.slow

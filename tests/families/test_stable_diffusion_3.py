@@ -47,6 +47,7 @@ def test_captions_have_the_length_that_is_asked_for(short_run, length):
     [
         ("builtin:tiny-stable-diffusion", {"model.max_sequence_length": 9},
          r"^model.max_sequence_length: a StableDiffusionPipeline has none, got 9"),
+        (NAME, {"model.max_sequence_length": 513}, r"^model.max_sequence_length: must be from 1 to 512 for this Stab"),
         (NAME, {"model.max_sequence_length": 0}, r"^model.max_sequence_length: must be from 1 to 4096, or null, got 0"),
         (NAME, {"model.guidance": 3.5}, r"^model.guidance: the transformer of .* has no embedding of guidance"),
         (NAME, {"evaluation.guidance_rescale": 0.5}, r"^evaluation.guidance_rescale: a StableDiffusion3"),

@@ -186,6 +186,18 @@ def test_half_precision_and_checkpointing(short_run, lora):
     assert metrics_without_times(run)[-1]["validation_loss_ema"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_adapters_that_nothing_depends_on_are_neither_rounded_nor_quantised(short_run, quantization):
+    pytest.importorskip("bitsandbytes")
+    fields = LORA | {"model.pretrained_model_name_or_path": XL, "model.lora.quantization": quantization}
+    argv = [*short_run, *options(FIELDS | fields | {"train.precision": "bf16", "train.max_steps": 1})]
+    run, family = train(argv), load_family(parse_config(argv))
+    tensors = load_file(run / "lora/pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    family.pipeline(family.load_denoiser()).load_lora_weights(run / "lora")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

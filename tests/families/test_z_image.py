@@ -51,7 +51,7 @@ def test_guidance_is_that_of_other_families(family, monkeypatch, scale):
 
 def test_captions_longer_than_the_transformer_takes_are_refused():
     with pytest.raises(
-        InputError, match=r"^model.max_sequence_length: must be from 1 to 992 for this ZImagePipeline, got 1000$"
+        InputError, match=r"^model.max_sequence_length: must be from 7 to 992 for this ZImagePipeline, got 1000$"
     ):
         load(**{"--model.max_sequence_length": "1000"})
     longest = load(**{"--model.max_sequence_length": "992"})
