@@ -17,14 +17,14 @@ COLORS = {
     "magenta": (215, 50, 205),
 }
 SHAPES = ("circle", "square", "triangle")
+SIDES = ("left", "right")
 PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
-DIAMONDS = [f"a {color} diamond" for color in COLORS]
-SHAPE_SETS = {"builtin:shapes": PROMPTS, "builtin:diamonds": DIAMONDS}
-"""The captions of each built-in data set. A model that has learned the first has something new in the second."""
+PLACED = [f"{prompt} on the {side}" for prompt in PROMPTS for side in SIDES]
+SHAPE_SETS = {"builtin:shapes": PROMPTS, "builtin:placed-shapes": PLACED}
+"""The captions of each data set. A model that has learned the first has something new in the second: where."""
 SUPERSAMPLING = 8
 CANVAS = 128  # px, that images are judged at
 NEEDED = {"circle": (0.935, 0.05, 1.15), "square": (0.9, 0.05, 1.2), "triangle": (0.84, 0.12, 1.3)}
-NEEDED["diamond"] = NEEDED["square"]
 """Of each shape: the least overlap with it, how much more that is than with another, and how far it may be stretched.
 Set on generated images that were labelled by eye (tests/builtins/labelled.webp)."""
 
@@ -34,11 +34,14 @@ def draw_shape(
 ) -> tuple[Image.Image, str]:
     """Image `index` of the data set (RGB, image_size × image_size) and its caption, e.g. "a red circle".
 
-    The captions take turns; size, place and ground come from (seed, index).
+    The captions take turns; size, place and ground come from (seed, index), but for the side that a caption names, on
+    which the shape has at most a tenth of the free width.
     """
     caption = captions[index % len(captions)]
-    _, color, shape = caption.split()
+    _, color, shape, *place = caption.split()
     scale, x, y, ground = generator_for(seed, "shape", index).random(4).tolist()
+    if place:
+        x = 0.1 * x if place[-1] == "left" else 1 - 0.1 * x
     size = (0.45 + 0.25 * scale) * image_size
     left, top = x * (image_size - size), y * (image_size - size)
     ground = int(16 + 48 * ground)
@@ -50,9 +53,6 @@ def draw_shape(
         draw.ellipse(box, fill=COLORS[color])
     elif shape == "square":
         draw.rectangle(box, fill=COLORS[color])
-    elif shape == "diamond":
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        draw.polygon([(x, box[1]), (box[2], y), (x, box[3]), (box[0], y)], fill=COLORS[color])
     else:
         draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
     return large.reduce(SUPERSAMPLING), caption
@@ -62,7 +62,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     """Name the (color, shape) that a square image shows as clearly as an eye asks for; None for what it does not.
 
     The coloured pixels are the figure. It has a colour if nearly all of its pixels have that hue, and a shape if it
-    covers one of the four shapes, laid over its centre in its size, well, and clearly better than the others. A
+    covers one of the three shapes, laid over its centre in its size, well, and clearly better than the other two. A
     figure with a blurred edge, or on a ground that is not clean, has neither.
     """
     image = image.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)  # edges between pixels count, too
@@ -105,7 +105,7 @@ def _hue(pixels: np.ndarray) -> np.ndarray:
 
 
 def _judge_shape(figure: np.ndarray) -> str | None:
-    """By the overlap (intersection over union) with the four shapes, laid over the figure's centre of mass and as wide
+    """By the overlap (intersection over union) with the three shapes, laid over the figure's centre of mass and as wide
     and as high as it: their standard deviations along x and y are those of the figure."""
     rows, columns = np.nonzero(figure)
     height, width = rows.std(), columns.std()
@@ -113,7 +113,7 @@ def _judge_shape(figure: np.ndarray) -> str | None:
     y, x = (y - rows.mean()) / height, (x - columns.mean()) / width
     shapes = _shapes(y, x)
     overlap = {name: (figure & shape).sum() / (figure | shape).sum() for name, shape in shapes.items()}
-    *_, second, best = sorted(overlap, key=overlap.get)
+    _, second, best = sorted(overlap, key=overlap.get)
     min_overlap, min_margin, max_stretch = NEEDED[best]
     is_clear = overlap[best] >= min_overlap and overlap[best] - overlap[second] >= min_margin
     stretch = width / height / (math.sqrt(3 / 4) if best == "triangle" else 1)
@@ -122,17 +122,31 @@ def _judge_shape(figure: np.ndarray) -> str | None:
 
 
 def _shapes(y: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether points lie in the four shapes, of mean 0 and standard deviation 1 along both axes."""
+    """Whether points lie in the three shapes, of mean 0 and standard deviation 1 along both axes."""
     return {
         "circle": x**2 + y**2 <= 4,
         "square": np.maximum(np.abs(x), np.abs(y)) <= math.sqrt(3),
-        "diamond": np.abs(x) + np.abs(y) <= math.sqrt(6),
         "triangle": (y <= math.sqrt(2)) & (math.sqrt(3) * np.abs(x) <= y + math.sqrt(8)),
     }
 
 
+def judge_side(image: Image.Image) -> str | None:
+    """Name the side ("left") that the figure of an image is on: it has at most a quarter of the free width there."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    columns = np.nonzero((pixels.max(axis=2) - pixels.min(axis=2) > 0.3).any(axis=0))[0]
+    if not len(columns):
+        return None
+    left, right = columns[0], image.width - 1 - columns[-1]
+    free = left + right
+    return "left" if left <= free / 4 and left < right else "right" if right <= free / 4 and right < left else None
+
+
 def count_right(images: list[Image.Image], prompts: list[str]) -> int:
-    """How many images show the colour and the shape that their prompts ("a red circle") ask for."""
-    return sum(
-        " ".join(["a", *map(str, judge(image))]) == prompt for image, prompt in zip(images, prompts, strict=True)
-    )
+    """How many images show the colour and the shape, and on which side, that their prompts ("a red circle", "a red
+    circle on the left") ask for."""
+    right = 0
+    for image, prompt in zip(images, prompts, strict=True):
+        what, _, side = prompt.partition(" on the ")
+        is_there = not side or judge_side(image) == side
+        right += is_there and " ".join(["a", *map(str, judge(image))]) == what
+    return right

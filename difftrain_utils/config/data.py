@@ -46,7 +46,7 @@ class DataConfig:
 
     dataset: str | None = None
     """A folder of images with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:shapes` or `builtin:diamonds` (need no download)."""
+    `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
     split: str = "train"
     """The split of the data set to train on."""
     streaming: bool = False

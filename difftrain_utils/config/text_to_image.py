@@ -31,7 +31,7 @@ class TextToImageConfig(Config):
         data, require = self.data, requires["evaluation"]
         names = [data.dataset] if data.sources is None else [source.dataset for source in data.sources]
         are_builtin = all(str(name).startswith("builtin:") for name in names)
-        rule = f"needs data.dataset builtin:shapes or builtin:diamonds (it is {', '.join(map(repr, names))})"
+        rule = f"needs data.dataset builtin:shapes or builtin:placed-shapes (it is {', '.join(map(repr, names))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         for name in ("fid_features", "clip_score_model"):
             held_out = data.validation_split or data.validation_dataset

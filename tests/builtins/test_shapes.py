@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from difftrain_utils.builtins.shapes import COLORS, DIAMONDS, PROMPTS, SHAPES, count_right, draw_shape, judge
+from difftrain_utils.builtins.shapes import COLORS, PLACED, PROMPTS, SHAPES, SIDES, count_right, draw_shape, judge
 from difftrain_utils.builtins.tiny.parts import shapes_vae
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
@@ -23,8 +23,18 @@ def test_there_are_enough_colours_and_shapes():
 @pytest.mark.parametrize("image_size", [24, 32, 64, 128])
 def test_the_judge_names_what_was_drawn(image_size):
     for index in range(180):
-        image, caption = draw_shape(index, image_size, seed=5, captions=PROMPTS + DIAMONDS)
+        image, caption = draw_shape(index, image_size, seed=5)
         assert "a {} {}".format(*judge(image)) == caption
+
+
+def test_the_judge_names_the_side():
+    images, captions = zip(*(draw_shape(index, 32, captions=PLACED) for index in range(180)), strict=True)
+    assert count_right(images, captions) == 180
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+    assert count_right(mirrored, captions) == 0
+    anywhere = [draw_shape(index, 32)[0] for index in range(180)]
+    for side in SIDES:  # by chance
+        assert count_right(anywhere, [f"{prompt} on the {side}" for prompt in PROMPTS * 10]) < 70
 
 
 def test_the_judge_bears_a_little_blur_and_noise():

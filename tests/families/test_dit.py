@@ -69,7 +69,7 @@ def test_a_caption_that_is_no_class_is_refused_in_one_line(dit_run, named, capti
 
 
 def test_a_caption_that_is_no_class_is_found_before_anything_is_written(dit_run, tmp_path, capsys):
-    argv = [*dit_run, *options({"data.dataset": "builtin:diamonds", "train.output_dir": tmp_path / "run"})]
+    argv = [*dit_run, *options({"data.dataset": "builtin:placed-shapes", "train.output_dir": tmp_path / "run"})]
     assert_one_line(argv, "data.caption_column: no class is called 'a ", capsys)
     assert not (tmp_path / "run/config.resolved.yaml").exists()
 
