@@ -1,4 +1,4 @@
-"""`builtin:tiny-pixel`: PRXPixel, a transformer of two million weights on pixels, which learns the shapes."""
+"""`builtin:tiny-pixel`: PRXPixel, a transformer of a million weights on pixels."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
 
@@ -12,10 +12,9 @@ def make() -> PRXPixelPipeline:
         in_channels=3,
         patch_size=4,
         context_in_dim=WIDTH,
-        hidden_size=128,
-        mlp_ratio=3.5,
-        num_heads=4,
-        depth=6,
+        hidden_size=96,
+        num_heads=3,
+        depth=5,
         axes_dim=[16, 16],
         bottleneck_size=32,
         resolution_embeds=True,
