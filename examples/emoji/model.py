@@ -1,4 +1,4 @@
-"""Make the checkpoint that configs/emoji.yaml trains from scratch: a PRXPixel of two million weights.
+"""Make the checkpoint that configs/emoji.yaml trains from scratch: a PRXPixel of two and a half million weights.
 
     python examples/emoji/model.py data/emoji data/emoji-model
 
@@ -53,6 +53,7 @@ def make(captions: list[str], max_length: int = 16) -> PRXPixelPipeline:
         num_heads=5,
         depth=4,
         axes_dim=[16, 16],
+        theta=10,  # for few places
         bottleneck_size=64,
         resolution_embeds=True,
     )

@@ -1,4 +1,4 @@
-"""`builtin:tiny-pixel`: PRXPixel, a transformer of two million weights on pixels, which learns the shapes."""
+"""`builtin:tiny-pixel`: PRXPixel, a transformer of a million weights on pixels."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
 
@@ -7,15 +7,14 @@ from difftrain_utils.builtins.tiny.parts import WIDTH, add_words, qwen3_vl_text_
 
 
 def make() -> PRXPixelPipeline:
-    """Its tokens are patches of 4 x 4 pixels, and each word of the shapes."""
+    """Its tokens are patches of 2 x 2 pixels, and each word of the shapes."""
     transformer = PRXTransformer2DModel(
         in_channels=3,
-        patch_size=4,
+        patch_size=2,
         context_in_dim=WIDTH,
-        hidden_size=128,
-        mlp_ratio=3.5,
-        num_heads=4,
-        depth=6,
+        hidden_size=96,
+        num_heads=3,
+        depth=5,
         axes_dim=[16, 16],
         bottleneck_size=32,
         resolution_embeds=True,
@@ -27,6 +26,6 @@ def make() -> PRXPixelPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=qwen3_vl_text_encoder(),
         tokenizer=tokenizer,
-        default_sample_size=32,
+        default_sample_size=16,
         prompt_max_tokens=64,
     )
