@@ -1,68 +1,117 @@
-"""Write a run's adapters with the names that ComfyUI, AUTOMATIC1111 and others know.
+"""Write a run's adapters as ComfyUI, AUTOMATIC1111 and others read them.
 
-difftrain export RUN [--output FILE]
+    difftrain export runs/sdxl-lora
+
+A UNet's adapters and those of its text encoders get the names of kohya's scripts, and each an `alpha`. A transformer's
+keep diffusers' names, by which it is loaded there, too; what they are scaled by is in their weights.
 """
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import new_file
-from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE
+from difftrain_utils.run.run_folder import CONFIG_FILE, KOHYA_FILE, LORA, LORA_FILE, PIPELINE
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA = "lora_adapter_metadata"  # diffusers' name of the adapters' config
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # and peft's of their weights
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run with model.lora")
-    parser.add_argument("--output", metavar="FILE", type=Path, help=f"default: RUN/{LORA}/{KOHYA_FILE}")
+    parser.add_argument("--output", metavar="FILE", help=f"a new .safetensors; default: RUN/{LORA}/{KOHYA_FILE}")
     args = parser.parse_args(argv)
-    source = args.run / LORA / LORA_FILE
+    source, default = args.run / LORA / LORA_FILE, args.run / LORA / KOHYA_FILE
     if not source.is_file():
+        if _is_merged(args.run):
+            raise InputError(f"{args.run}: no {LORA}/{LORA_FILE}: its adapters are in {PIPELINE}/ alone, merged")
         raise InputError(f"{args.run}: no {LORA}/{LORA_FILE}, which a finished run with model.lora has")
-    from safetensors import SafetensorError, safe_open
+    output = default if args.output is None else Path(args.output)
+    if output.suffix != ".safetensors":
+        raise InputError(f"--output: must end in .safetensors, got {args.output!r}")
+    if os.path.lexists(output) and output.resolve() != default.resolve():
+        raise InputError(f"--output: {output} is there already")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise InputError(f"--output: {output.parent} is no folder that can be written to")
     from safetensors.torch import save_file
 
-    with blame(str(source), OSError, SafetensorError, ValueError, KeyError):
-        with safe_open(source, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            config = json.loads(file.metadata()["lora_adapter_metadata"])
-        converted = with_alphas(tensors, config)
-    output = args.output or args.run / LORA / KOHYA_FILE
+    exported = for_others(*_read_adapters(source))
     with new_file(output) as partial:
-        save_file(converted, partial)
-    print(f"{output} holds {len(converted)} tensors")
+        save_file(exported, partial)
+    print(f"{output} holds {len(exported)} tensors")
 
 
-def with_alphas(tensors: dict, config: dict) -> dict:
-    """The adapters of a UNet and its text encoders by the names of kohya's scripts, others by those of diffusers; each
-    layer with an `alpha`, so that what it adds is scaled by alpha / rank as in training. `tensors` and `config` are
-    those of diffusers' file.
+def for_others(tensors: "dict[str, torch.Tensor]", config: dict[str, Any]) -> "dict[str, torch.Tensor]":
+    """The tensors and config of diffusers' file as others read them.
 
-    Raises:
-        KeyError: the config does not say the rank of the part.
+    An adapter adds scale · up (out, rank) · down (rank, in), where scale is alpha / rank or with rsLoRA alpha / √rank.
+    Kohya's names have `alpha` for it, which is divided by the rank. With an `alpha` beside diffusers' names six of its
+    loaders of eight transformers refuse the file, so that `up` is multiplied by it.
     """
     import torch
 
     parts = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
     if any(name.startswith("text_encoder_2.") for name in tensors):  # SDXL
         parts["text_encoder"] = "lora_te1"
-    parts = parts if any(name.startswith("unet.") for name in tensors) else {}
-    renamed = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
-    converted = {}
+    is_unet = any(name.startswith("unet.") for name in tensors)
+    exported = {}
     for name, tensor in tensors.items():
-        part = name.partition(".")[0]
-        layer, kind = name.split(".lora_")[0], "lora_" + name.split(".lora_")[1]
+        part, _, path = name.partition(".")
         rank, alpha = config[f"{part}.r"], config[f"{part}.lora_alpha"]
-        if config[f"{part}.use_rslora"]:  # alpha / sqrt(rank), as a fraction of the rank
-            alpha *= math.sqrt(rank)
-        if part in parts:
-            path = layer.removeprefix(f"{part}.")
-            if part != "unet" and not path.startswith("text_model."):  # which transformers 5 leaves out
-                path = f"text_model.{path}"
-            layer = f"{parts[part]}_{path.replace('.', '_')}"
-            kind = "dora_scale" if kind.startswith("lora_magnitude") else renamed[kind]
-        converted[f"{layer}.{kind}"] = tensor
-        converted[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    return converted
+        scale = alpha / (math.sqrt(rank) if config[f"{part}.use_rslora"] else rank)
+        is_down = name.endswith(DOWN)
+        if not is_unet:
+            exported[name] = tensor if is_down else scale * tensor
+            continue
+        path = path.removesuffix(DOWN).removesuffix(UP)
+        if part != "unet" and not path.startswith("text_model."):  # which transformers 5 leaves out
+            path = f"text_model.{path}"
+        layer = f"{parts[part]}_{path.replace('.', '_')}"
+        exported[f"{layer}.lora_{'down' if is_down else 'up'}.weight"] = tensor
+        exported[f"{layer}.alpha"] = torch.tensor(float(scale * rank))
+    return exported
+
+
+def _read_adapters(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
+    """Tensors and config of diffusers' file of adapters.
+
+    Raises:
+        InputError: it is damaged, or they have a kind that others read in another way.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with blame(str(path), OSError, SafetensorError), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    with blame(f"{path}: {METADATA}: no JSON", ValueError):
+        config = json.loads(metadata.get(METADATA, "{}"))
+    for part in sorted({name.partition(".")[0] for name in tensors}):
+        for field, kind in {"r": int, "lora_alpha": int | float, "use_rslora": bool, "use_dora": bool}.items():
+            value = config.get(f"{part}.{field}") if isinstance(config, dict) else None
+            if not isinstance(value, kind) or (field == "r" and value < 1):
+                raise InputError(f"{path}: {METADATA}: {part}.{field} is needed to know the scale, got {value!r:.80}")
+        if config[f"{part}.use_dora"]:
+            raise InputError(f"{path}: use_dora: others read it in another way; use model.lora.merge")
+    for name in tensors:
+        if not name.endswith((DOWN, UP)):
+            raise InputError(f"{path}: {name}: must end in {DOWN} or {UP}")
+    return tensors, config
+
+
+def _is_merged(run: Path) -> bool:
+    """Whether the run has written its adapters into a pipeline."""
+    try:
+        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+        return (run / PIPELINE).is_dir() and config["model"]["lora"]["merge"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return False

@@ -138,10 +138,11 @@ def _build_parser(config_class: type[Config], prog: str | None) -> ArgumentParse
 
 def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     """--output-dir is --train.output_dir, and a switch without a value (--train.overwrite) means true."""
+    classes = {section.name: section.type for section in _sections(config_class)} | NESTED
     switches = [
-        f"{section.name}.{field.name}"
-        for section in _sections(config_class)
-        for field in dataclasses.fields(section.type)
+        f"{name}.{field.name}"
+        for name, cls in classes.items()
+        for field in dataclasses.fields(cls)
         if field.type in (bool, bool | None, bool | int)
     ]
     expanded = []
@@ -156,7 +157,8 @@ def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
 def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     """The arguments with today's names for fields that were renamed. Names are looked at before values: an unknown one
     gets a suggestion, which jsonargparse does not give."""
-    known, argv = [*field_names(config_class), *_nested_names()], list(argv)
+    top_level, argv = field_names(config_class), list(argv)
+    known = [*top_level, *_nested_names()]
     for position, arg in enumerate(argv):
         if not arg.startswith("--"):
             continue
@@ -176,7 +178,7 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
             argv[position] = f"--{RENAMED[name]}{equals}{'' if has_next else value}"
         elif (
             name not in [*known, "help", "print_config", *(f"{nested}.help" for nested in NESTED)]
-            and name.removesuffix("+") not in known
+            and name.removesuffix("+") not in top_level
             and not name.startswith("optimizer.init_args.")
         ):
             raise InputError(f"--{_no_such_field(name, known, '--')}")
@@ -286,9 +288,11 @@ def _one_line(message: str) -> str:
         problem = " ".join(in_source[1].replace("Parser key", "field").split())
         return f"data.sources: an item: {re.sub(r'Does not .* Errors: ', '', problem)}"
     for name, cls in NESTED.items():
-        if within := re.search(rf"{cls.__name__}':(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
-            problem = " ".join(within[1].split()).replace('Parser key "', "").replace('":', ":")
-            return f"{name}.{problem}"
+        if within := re.search(rf"{cls.__name__}':\n(.*?)\n    - Expected a <class 'NoneType'>", message, re.DOTALL):
+            message = within[1].strip().replace('Parser key "', f'Parser key "{name}.', 1)
+        elif message.startswith(f'Parser key "{name}":'):
+            value = message.rsplit("Given value: ", 1)[-1]
+            return shorten(f"{name}: must be fields, {{{dataclasses.fields(cls)[0].name}: …}}, or null, got {value}")
     if message.startswith('Parser key "data.sources":'):
         return "data.sources: must be a list, each item of it {dataset: …}, or null"
     if "Union subtypes" in message:
@@ -299,5 +303,5 @@ def _one_line(message: str) -> str:
         value = message.rsplit("Given value: ", 1)[-1]
         message = f"{name}: Expected {' or '.join(expected)}. Got value: {value}"
     message = message.replace('Parser key "', "").replace('":', ":")
-    message = message.replace("typing.Literal", "one of ").replace("<class 'NoneType'>", "null")
+    message = re.sub("(a )?typing.Literal", "one of ", message).replace("<class 'NoneType'>", "null")
     return shorten(" ".join(message.split()))

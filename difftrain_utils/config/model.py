@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from difftrain_utils.config.config import Require, require_of
+from difftrain_utils.config.config import Require, refuse_null, require_of
 
 
 @dataclass
@@ -79,6 +79,7 @@ class ModelConfig:
         require(self.pretrained_model_name_or_path != "", "pretrained_model_name_or_path", "must not be empty")
         require(self.trainable is None or len(self.trainable) > 0, "trainable", "must not be empty")
         if self.lora is not None:
+            refuse_null(self.lora, "model.lora")
             self.lora.check(require_of(self.lora, "model.lora"))
             both = self.trainable is not None and not self.lora.merge
             require(not both, "trainable", "with model.lora needs model.lora.merge: adapters hold no other weights")

@@ -164,6 +164,29 @@ def test_bad_options_are_refused_in_one_line(argv, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (".quantization", "int4", "model.lora.quantization: Expected one of ['int8', 'nf4'] or null. Got value: int4"),
+        ("", "{rank: 3, quantization: x}", "model.lora.quantization: Expected one of ['int8', 'nf4'] or null. Got "),
+        (".init", "x", "model.lora.init: Expected one of ['gaussian', 'kaiming']. Got value: x"),
+        (".alpha", "nan", "model.lora.alpha: Expected <class 'float'> or null. Got value: nan"),
+        (".target_modules", "to_q", "model.lora.target_modules: Expected <class 'list'> or null. Got value: to_q"),
+        (".rank", "null", "model.lora.rank: must not be null"),
+        ("", "{init: null}", "model.lora.init: must not be null"),
+        ("", "true", "model.lora: must be fields, {rank: …}, or null, got true"),
+        ("", "[1]", "model.lora: must be fields, {rank: …}, or null, got [1]"),
+        (".rank+", "3", "--model.lora.rank+: no such field; did you mean --model.lora.rank?"),
+    ],
+)
+def test_bad_fields_of_a_field_are_refused_in_one_line(name, value, message):
+    assert refusal(f"--model.lora{name}", value).startswith(message)
+
+
+def test_a_switch_of_a_field_needs_no_value():
+    assert parse_config([*REQUIRED, "--model.lora.merge", "--model.lora.rank", "3"]).model.lora.merge is True
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("train:\n  max_step: 3\n", "{file}: train.max_step: no such field; did you mean train.max_steps?"),
