@@ -65,4 +65,5 @@ if __name__ == "__main__":
     try:
         print(f"{make(arguments.package, arguments.folder)} emoji in {arguments.folder}")
     except (ValueError, OSError) as error:
-        sys.exit(f"make.py: {error}")
+        print(f"make.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -77,5 +77,6 @@ if __name__ == "__main__":
         torch.manual_seed(0)
         make([json.loads(line)["text"] for line in lines]).save_pretrained(arguments.checkpoint)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"model.py: {error}")
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"a checkpoint in {arguments.checkpoint}")

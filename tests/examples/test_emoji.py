@@ -66,7 +66,7 @@ def test_it_makes_an_image_folder_with_captions(package, tmp_path):
 def test_another_package_is_refused_in_one_line(package, tmp_path):
     def refusal(path) -> str:
         made = make(path, tmp_path / "emoji")
-        assert made.returncode == 1 and made.stderr.count("\n") == 1 and not (tmp_path / "emoji").exists()
+        assert made.returncode == 2 and made.stderr.count("\n") == 1 and not (tmp_path / "emoji").exists()
         return made.stderr
 
     other = "not the npm package emoji-datasource-google"
@@ -83,7 +83,7 @@ def test_another_package_is_refused_in_one_line(package, tmp_path):
 def test_a_folder_that_is_there_is_left_as_it_is(package, tmp_path):
     (tmp_path / "emoji").mkdir()
     made = make(package(EMOJI), tmp_path / "emoji")
-    assert made.returncode == 1 and "File exists" in made.stderr
+    assert made.returncode == 2 and "File exists" in made.stderr
     assert not list((tmp_path / "emoji").iterdir())
 
 
@@ -101,4 +101,4 @@ def test_the_checkpoint_knows_the_words_of_the_captions(package, tmp_path):
 
 def test_a_checkpoint_of_no_captions_is_refused_in_one_line(tmp_path):
     made = make(tmp_path, tmp_path / "model", script="model.py")
-    assert made.returncode == 1 and made.stderr.count("\n") == 1 and "No such file" in made.stderr
+    assert made.returncode == 2 and made.stderr.count("\n") == 1 and "No such file" in made.stderr
