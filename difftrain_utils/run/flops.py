@@ -1,6 +1,7 @@
 """Floating-point operations: how many a step takes, and how many a device could do."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,41 +40,59 @@ def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
     return peaks and peaks[0 if accelerator.mixed_precision in ("bf16", "fp16") else 1 if config.tf32 else 2]
 
 
-@torch.no_grad()
 def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inputs: Any, **more: Any) -> int:
-    """FLOPs of forward and backward pass of `predict(denoiser, *inputs, **more)`: matrix products, convolutions and
-    attention.
+    """FLOPs of forward and backward pass of `predict(denoiser, *inputs, **more)`, a tensor: matrix products,
+    convolutions and attention.
 
-    They are counted in a forward pass on the meta device, which computes nothing and draws nothing; where values are
-    asked for, such as lengths in a mask, or weights are quantised, it is a pass on the device itself, with the lengths
-    of these inputs. The backward pass takes as many for the activations' gradients, and as many again for those of the
-    weights, of which those that are trained get their share. What is computed once more (gradient checkpointing) or
-    besides (VAE, text encoder, DREAM's probe) does not count.
+    Both passes are made on the meta device, which computes nothing and draws nothing; what frozen weights spare does
+    not count. Where values are asked for, such as lengths in a mask, or weights are quantised, there is a forward pass
+    alone, on the device itself, with the lengths of these inputs (on a CPU torch does not count its own kernel of
+    attention). The backward pass then takes as many for the activations' gradients, and as many again for those of the
+    weights, of which those that are trained get their share: too many where the first layers are frozen. What is
+    computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's probe) does not count.
     """
 
     def to_meta(value):
         def move(tensor: torch.Tensor) -> torch.Tensor:  # autocast, under which types may differ, is not of this device
-            return tensor.to("meta", torch.float32 if tensor.is_floating_point() else None)
+            moved = tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else None)
+            return moved.requires_grad_(tensor.requires_grad)
 
         return tree_map_only(torch.Tensor, move, value)
 
     def count(denoiser, inputs: tuple, more: dict, operations: dict | None = None) -> int:
         counter = FlopCounterMode(display=False, custom_mapping=operations)
         with torch.compiler.set_stance("force_eager"), counter:  # eager: it sees torch's own operations only
-            predict(denoiser, *inputs, **more)
+            output = predict(denoiser, *inputs, **more)
+            if torch.is_grad_enabled():
+                output.sum().backward()
         return counter.get_total_flops()
 
-    if is_quantized(denoiser):
-        flops = count(denoiser, inputs, more, quantized_flops())
-    else:
+    if not is_quantized(denoiser):
         state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
         try:
-            flops = count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
-        except NotImplementedError:  # "no data": what torch says of a value that is asked for
-            flops = count(denoiser, inputs, more)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in denoiser.parameters()]
-    trained_share = sum(size for size, is_trained in sizes if is_trained) / max(1, sum(size for size, _ in sizes))
+            with torch.enable_grad(), _without_checkpointing(denoiser):
+                return count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
+        except RuntimeError:  # what torch says of a value that is asked for; it may be a NotImplementedError
+            pass
+    with torch.no_grad():
+        flops = count(denoiser, inputs, more, quantized_flops() if is_quantized(denoiser) else None)
+    # a byte holds two weights of 4 bits
+    sizes = {p: p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in denoiser.parameters()}
+    trained_share = sum(size for p, size in sizes.items() if p.requires_grad) / max(1, sum(sizes.values()))
     return round((2 + trained_share) * flops)
+
+
+@contextlib.contextmanager
+def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Without gradient checkpointing, and then with it as it was, so that nothing is compiled anew."""
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in modules:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
 
 
 class _WithState:

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import metrics_without_times, options, pipeline_bytes, train
+from helpers import metrics_without_times, options, parse_config, pipeline_bytes, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
-from difftrain_utils.families.load import load_family
+from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.optimization.trained import round_frozen
 from difftrain_utils.run.flops import peak_tflops, training_flops
 from difftrain_utils.run.meter import StepTimer
@@ -54,20 +54,61 @@ def test_flops_of_forward_and_backward(checkpoint_folder):
     assert torch.equal(state, torch.get_rng_state())
     # torch does not count the CPU's own kernel of attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        prediction = family.predict(denoiser, *inputs)
-    assert flops == 3 * counter.get_total_flops()
-    with counter:
-        prediction.sum().backward()
-    assert counter.get_total_flops() == pytest.approx(flops * 2 / 3, rel=0.05)
-    # by hand: 2 (multiply and add) × outputs × inputs of each, three passes
+        family.predict(denoiser, *inputs)
+    assert flops == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
+    # by hand: 2 (multiply and add) × outputs × inputs of each, and as many for the gradient of the weights
     convolution, latents = torch.nn.Conv2d(4, 8, 3, padding=1), torch.zeros(2, 4, 10, 10)
-    by_hand = 3 * 2 * (2 * 8 * 10 * 10) * (4 * 3 * 3)
-    # what is frozen may be of another type, of which only its gradient is not computed
-    denoiser.conv_in.requires_grad_(False)
-    round_frozen(denoiser, torch.bfloat16)
-    assert training_flops(denoiser, family.predict, *inputs) == pytest.approx(flops, rel=0.01)
+    by_hand = 2 * 2 * (2 * 8 * 10 * 10) * (4 * 3 * 3)
     # a family may look at what else the denoiser has
     assert training_flops(convolution, lambda denoiser, x: denoiser(x) * denoiser.in_channels, latents) == by_hand
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model.trainable": ["conv_out.*"]},
+        {"model.trainable": ["up_blocks.*"], "train.gradient_checkpointing": True},
+        {"model.lora": {"rank": 4}},
+    ],
+    ids=str,
+)
+def test_flops_are_those_of_what_is_computed(short_run, fields):
+    """What frozen weights spare does not count, nor what checkpointing computes once more."""
+    config = parse_config([*short_run, *options(fields)])
+    family = load_family(config)
+    denoiser = trained_models(family, config)["denoiser"]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), {"prompt_embeds": torch.randn(2, 16, 64)}
+    flops = training_flops(denoiser, family.predict, *inputs)
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+    assert denoiser.is_gradient_checkpointing == config.train.gradient_checkpointing
+    # what is frozen may be of another type
+    round_frozen(denoiser, torch.bfloat16)
+    assert training_flops(denoiser, family.predict, *inputs) == flops
+    denoiser.float().disable_gradient_checkpointing()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        family.predict(denoiser, *inputs).sum().backward()
+    assert flops == counter.get_total_flops()
+
+
+def test_flops_where_values_are_asked_for():
+    """The passes cannot be made on the meta device: a forward pass, and as much of a backward pass as can be needed."""
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    forward, inputs = 2 * 2 * 3 * 4 * 4, torch.ones(3, 4)  # of two layers
+
+    def predict(denoiser, x):
+        return denoiser(x[: int(x.sum())])
+
+    for layer, thirds in zip(layers, (3, 2.5), strict=True):
+        assert training_flops(layers, predict, inputs) == thirds * forward
+        layer.requires_grad_(False)
+    packed = torch.nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)  # two weights of 4 bits each
+    layers[1].register_parameter("packed", packed)
+    layers[0].requires_grad_(True)
+    layers[1].weight = None
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("difftrain_utils.run.flops.quantized_flops", dict)
+        assert training_flops(layers, lambda denoiser, x: denoiser[0](x), inputs) == 2.5 * forward / 2
 
 
 def test_utilisation_is_reported_where_the_peak_is_known(short_run, monkeypatch):
