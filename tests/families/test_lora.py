@@ -127,7 +127,7 @@ def test_adapters_that_plain_diffusers_does_not_load_are_merged(name, short_run,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_base_stays_as_it_was(short_run, tmp_path, precision):
-    """Its bytes are those of the checkpoint, matrices in the run's precision; the record names its digest in float32."""
+    """Its bytes are those of the checkpoint, matrices in the run's precision; its digest is of them in float32."""
     argv = [*short_run, *options(LORA | {"train.precision": precision, "train.save_every": 0})]
     kept = {}
 
