@@ -28,13 +28,12 @@ from difftrain_utils.data.encoded import (
 )
 from difftrain_utils.data.fingerprint import cache_folder
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import read_row
+from difftrain_utils.data.rows import read_captions, read_row
 from difftrain_utils.data.samples import size_of
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.media.image import crop_of, resize_and_crop
-from difftrain_utils.media.text import captions_of
 from difftrain_utils.processes import main_process_first
 
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
@@ -150,14 +149,7 @@ def _number_captions(rows, config: DataConfig) -> dict[str, list]:
     """The different captions, after the null for no caption, and their numbers row after row; row i's from starts[i]
     on."""
     numbers, of_rows, starts = {None: TextCache.NULL}, [], [0]
-    for index in range(len(rows)):
-        row = rows[index]
-        try:
-            captions = captions_of(row.captions, row.name)
-        except RowError:
-            if config.on_bad_row == "stop":
-                raise
-            captions = []
+    for captions in read_captions(rows, config):
         of_rows += [numbers.setdefault(caption, len(numbers)) for caption in captions]
         starts.append(len(of_rows))
     return {"captions": list(numbers), "starts": starts, "numbers": of_rows}

@@ -278,15 +278,17 @@ def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.
     return np.frombuffer(digests, ">u8") / 2**64 < config.validation_split
 
 
-def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[str]:
-    """The captions of all rows, without the images. Raises RowError if one cannot be read, unless such are skipped."""
+def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[list[str]]:
+    """The captions of row after row, without the images. Raises RowError if they cannot be read, unless such rows are
+    skipped: then they have none."""
     for index in range(len(rows)):
         row = rows[index]
         try:
-            yield from captions_of(row.captions, row.name)
+            yield captions_of(row.captions, row.name)
         except RowError:
             if config.on_bad_row == "stop":
                 raise
+            yield []
 
 
 def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:

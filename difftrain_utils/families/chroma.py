@@ -10,7 +10,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
-from difftrain_utils.families.flux import TEXT_LENGTHS, packed_arguments, unpack
+from difftrain_utils.families.flux import packed_arguments, unpack
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Chroma(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ChromaPipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
     takes_gradient_checkpointing: ClassVar[bool] = False
 
@@ -35,10 +36,6 @@ class Chroma(DiffusersFamily):
                 "the captions then, got true"
             )
         return super().load(source, model_index, config, from_scratch)
-
-    @property
-    def text_lengths(self) -> tuple[int, int]:
-        return TEXT_LENGTHS
 
     @property
     def patch_size(self) -> int:

@@ -63,6 +63,8 @@ class DiffusersFamily:
     text_parts: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
+    text_lengths: ClassVar[tuple[int, float]] = (1, math.inf)
+    """The fewest and the most tokens that `text_length` may be."""
     trained_text_parts: ClassVar[tuple[str, ...]] = ()
     """The text encoders that `model.train_text_encoder` trains, where it can be."""
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS
@@ -331,11 +333,6 @@ class DiffusersFamily:
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
-
-    @property
-    def text_lengths(self) -> tuple[int, int | float]:
-        """The fewest and the most tokens that `text_length` may be."""
-        return 1, math.inf
 
     def check_text_length(self) -> None:
         """Raise InputError unless `text_length`, where the pipeline has one, is of `text_lengths`."""

@@ -10,8 +10,6 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
-TEXT_LENGTHS = 1, 512  # that the pipelines of Flux.1 and its kin allow
-
 
 @dataclass
 class Flux(DiffusersFamily):
@@ -24,6 +22,7 @@ class Flux(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
 
     @classmethod
@@ -31,10 +30,6 @@ class Flux(DiffusersFamily):
         family = super().load(source, model_index, config, from_scratch)
         family.check_clip("tokenizer", "text_encoder")
         return family
-
-    @property
-    def text_lengths(self) -> tuple[int, int]:
-        return TEXT_LENGTHS
 
     @property
     def patch_size(self) -> int:

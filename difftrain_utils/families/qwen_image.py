@@ -11,8 +11,6 @@ from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Conditioning
 
-TEXT_LENGTHS = 1, 1024  # that the pipeline allows
-
 
 @dataclass
 class QwenImage(DiffusersFamily):
@@ -22,6 +20,7 @@ class QwenImage(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    text_lengths: ClassVar[tuple[int, float]] = (1, 1024)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
 
     trims_captions: bool = True
@@ -45,10 +44,6 @@ class QwenImage(DiffusersFamily):
         for module in (last.attn.to_add_out, last.txt_mlp):
             module.requires_grad_(False)
         return denoiser
-
-    @property
-    def text_lengths(self) -> tuple[int, int]:
-        return TEXT_LENGTHS
 
     @property
     def vae_scale_factor(self) -> int:

@@ -22,6 +22,7 @@ class StableDiffusion3(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
+    text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     text_parts: ClassVar[tuple[str, ...]] = tuple(
         f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in SUFFIXES
     )
@@ -32,11 +33,6 @@ class StableDiffusion3(DiffusersFamily):
         for suffix in SUFFIXES[:2]:
             family.check_clip(f"tokenizer{suffix}", f"text_encoder{suffix}")
         return family
-
-    @property
-    def text_lengths(self) -> tuple[int, int]:
-        """Those that the pipeline allows."""
-        return 1, 512
 
     def encode_texts(self, texts: list[str]) -> Conditioning:
         pipeline = self.text_pipeline()

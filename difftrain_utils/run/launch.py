@@ -7,6 +7,7 @@ import os
 import time
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
     def read_all() -> tuple[dict, dict]:
         for rows in (data.rows if config.data.caption_dropout < 1 else None, data.validation_rows):
             if isinstance(rows, MappedRows):  # a stream is not read twice
-                family.check_captions(read_captions(rows, config.data))
+                family.check_captions(chain.from_iterable(read_captions(rows, config.data)))
         return family.digests(models["denoiser"]), inspect_splits(data.rows, data.validation_rows, config.data)
 
     digests, fingerprints = on_main_process(accelerator, read_all)
