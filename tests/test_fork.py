@@ -119,7 +119,7 @@ def test_the_walk_of_the_docs(short_run, tmp_path):
     indented = [" " * 4 + line for line in field.splitlines(keepends=True)]
     edit(
         "config/objective.py",
-        ('Literal["uniform", "snr", "min_snr"', 'Literal["uniform", "snr", "truncated_snr", "min_snr"'),
+        ('"uniform", "snr", "min_snr"', '"uniform", "snr", "truncated_snr", "min_snr"'),
         ("    immiscible: bool = False\n", f"{''.join(indented)}    immiscible: bool = False\n"),
     )
     edit("objective/loss.py", ('        "snr": lambda: snr,\n', f'        "snr": lambda: snr,\n        {weight}'))
