@@ -5,15 +5,19 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import datasets
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from warm import Run
 
 from difftrain_utils.config import command_line
 from difftrain_utils.config.data import SourceConfig
@@ -120,10 +124,35 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
     return Path(config.train.output_dir)
 
 
-def launch(argv: list[str], *, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
-    """Run the script as its own process, like `accelerate launch` does on one device."""
-    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
-    return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, **kwargs)
+def start(
+    argv: list[str], script: Path = SCRIPT, environment: Mapping[str, str] = MappingProxyType({}), **kwargs
+) -> Run:
+    """Start the script as a process of its own, as `accelerate launch` does on one device."""
+    return Run(script, last_wins(argv), launch_environment() | environment, **kwargs)
+
+
+def launch(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+    """Start the script as `start` does, and wait for its end."""
+    return start(argv, **kwargs).completed()
+
+
+def start_two(argv: list[str], **kwargs) -> list[Run]:
+    """Two processes that find each other, as under srun, which kills neither where the other one fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [start(argv, environment=world | rank, **kwargs) for rank in ranks]
+
+
+def launch_two(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+    """Both of `start_two` to their end, as if they were one."""
+    first, second = [run.completed() for run in start_two(argv, **kwargs)]
+    assert first.returncode == second.returncode, first.stderr + second.stderr
+    return subprocess.CompletedProcess(
+        first.args, first.returncode, first.stdout + second.stdout, first.stderr + second.stderr
+    )
 
 
 def difftrain(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
@@ -154,13 +183,6 @@ def without_dropout(short_run, tmp_path) -> Path:
     return folder
 
 
-def launch_two(argv: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
-    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def assert_refused(result: subprocess.CompletedProcess, message: str, code: int = 2) -> None:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
@@ -168,17 +190,7 @@ def assert_refused(result: subprocess.CompletedProcess, message: str, code: int 
     assert len(errors) == 1 and re.match(message, errors[0].removeprefix("error: ")), result.stderr
 
 
-def start(argv: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *last_wins(argv)],
-        cwd=ROOT,
-        env=launch_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, run: Run, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"

@@ -14,6 +14,7 @@ from helpers import (
     SCRIPT,
     assert_refused,
     last_wins,
+    launch,
     launch_environment,
     metrics_without_times,
     options,
@@ -31,6 +32,8 @@ def change(text: str, *changes: tuple[str, str]) -> str:
 
 
 def run(script: Path, *argv: str, package: Path = ROOT) -> subprocess.CompletedProcess:
+    if package == ROOT:
+        return launch(list(argv), script=script)
     environment = launch_environment() | {"PYTHONPATH": str(package)}
     return subprocess.run(
         [sys.executable, str(script), *last_wins(argv)],

@@ -2,7 +2,6 @@
 
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import psutil  # accelerate brings it
 import pytest
+import warm
 from helpers import (
     BUCKETS,
     CACHES,
@@ -23,8 +23,10 @@ from helpers import (
     options,
     parse_config,
     pipeline_bytes,
+    start,
     train,
 )
+from warm import Run
 
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import PARTIAL
@@ -35,12 +37,10 @@ HERE = Path(__file__).parent
 ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them
 
 
-@pytest.fixture(scope="session")
-def faults_library(tmp_path_factory) -> Path:
-    if sys.platform != "linux" or shutil.which("cc") is None:
+@pytest.fixture
+def faults_library() -> Path:
+    if (library := warm.faults_library()) is None:
         pytest.skip("needs Linux and a C compiler")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"], check=True)
     return library
 
 
@@ -49,18 +49,16 @@ def fault(library: Path, path: str, at: int, error: int) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "FAULT_PATH": path, "FAULT_AT": str(at), "FAULT_ERROR": str(error)}
 
 
-def start(argv: list[str], num_processes: int, environment: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
-    if num_processes > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-        command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
-        environment = environment | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=launch_environment() | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def start_processes(argv: list[str], num_processes: int, environment: dict[str, str]) -> Run | subprocess.Popen:
+    if num_processes == 1:
+        return start(argv, environment=environment)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
+    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"} | environment
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def kill(run: subprocess.Popen) -> None:
+def kill(run: Run | subprocess.Popen) -> None:
     """SIGKILL for the launcher and all that it started."""
     for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
         process.kill()
@@ -75,7 +73,7 @@ def run_with_kills(argv, output_dir, kills, num_processes, faults_library, seed)
     while done < kills:
         in_save = done % 3 == 2
         environment = fault(faults_library, PARTIAL, chance.randint(1, 300), KILL) if in_save else {}
-        run, metrics = start(command, num_processes, environment), output_dir / "metrics.jsonl"
+        run, metrics = start_processes(command, num_processes, environment), output_dir / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         while not in_save and run.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
             time.sleep(0.005)
@@ -90,7 +88,7 @@ def run_with_kills(argv, output_dir, kills, num_processes, faults_library, seed)
         assert not (output_dir / "pipeline").exists(), "the run is too short for so many kills"
         inside_a_save += bool(list(output_dir.glob(f"checkpoint-*{PARTIAL}")))
         done += 1
-    run = start(command, num_processes, {})
+    run = start_processes(command, num_processes, {})
     assert run.wait() == 0
     return inside_a_save
 
@@ -120,7 +118,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     # epochs of 10 images are crossed, and the loss of a line is that of 3 steps while every second is saved
     fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1} | data
     argv = [*short_run, *options(fields)]
-    unbroken = start([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
+    unbroken = start_processes([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
     assert unbroken.wait() == 0
     inside = run_with_kills(argv, tmp_path / "killed", kills, num_processes, faults_library, seed=accumulation)
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
@@ -130,8 +128,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
 @pytest.mark.parametrize("error", [ENOSPC, EIO])
 def test_a_write_that_fails_anywhere_in_a_save_loses_nothing(tmp_path, faults_library, error):
     environment = launch_environment() | fault(faults_library, PARTIAL, -1, error)
-    command = [sys.executable, str(HERE / "saves.py"), str(tmp_path), str(error)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = Run(HERE / "saves.py", [str(tmp_path), str(error)], environment).completed()
     assert result.returncode == 0, result.stderr
     failed, operations = (int(word) for word in result.stdout.split() if word.isdigit())
     assert failed >= operations - 1 > 40
@@ -141,7 +138,7 @@ def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults_library):
     """The first save fails; the run goes on, and ends like one that had no such trouble."""
     unbroken = train([*short_run, "--output-dir", str(tmp_path / "unbroken")])
     run = tmp_path / "run"
-    result = launch_with(fault(faults_library, "checkpoint-2.partial", 9, ENOSPC), short_run)
+    result = launch(short_run, environment=fault(faults_library, "checkpoint-2.partial", 9, ENOSPC))
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 1 and f"cannot save {run}/checkpoint-2: " in lines[0]
@@ -166,7 +163,7 @@ def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library, p
     fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
     argv = [*short_run, *options(fields), "--evaluation.num_inference_steps", "1"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
-    result = launch_with(fault(faults_library, path, at, ENOSPC), argv)
+    result = launch(argv, environment=fault(faults_library, path, at, ENOSPC))
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     run = tmp_path / "run"
@@ -185,18 +182,13 @@ def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library, p
     ],
 )
 def test_where_a_run_cannot_go_on_it_says_so_in_a_line(short_run, tmp_path, faults_library, path, message):
-    result = launch_with(fault(faults_library, path, 7, ENOSPC), short_run)
+    result = launch(short_run, environment=fault(faults_library, path, 7, ENOSPC))
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.fullmatch(message, errors[0]) and "Traceback" not in result.stderr, result.stderr
     # and the same command, with room again, ends like a run that had no such trouble
     assert launch([*short_run, "--resume-from", "latest"]).returncode == 0
     assert_same_end(tmp_path / "run", train([*short_run, "--output-dir", str(tmp_path / "unbroken")]))
-
-
-def launch_with(environment: dict[str, str], argv: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
-    return subprocess.run(command, cwd=ROOT, env=launch_environment() | environment, capture_output=True, text=True)
 
 
 def test_a_byte_that_flips_in_a_checkpoint_is_noticed(short_run, tmp_path):

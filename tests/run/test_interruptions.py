@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,9 +11,7 @@ from accelerate import Accelerator
 from helpers import (
     SCRIPT,
     last_step,
-    last_wins,
     launch,
-    launch_environment,
     launch_two,
     metrics_without_times,
     pipeline_bytes,
@@ -107,8 +103,7 @@ def test_stopped_by_every_signal_a_run_ends_like_an_unbroken_one(short_run, tmp_
 def test_a_signal_to_all_processes_finds_the_workers_at_work(short_run, tmp_path, number):
     """As Slurm sends it to all that belongs to a step, and a terminal to all in the foreground."""
     argv = [*short_run, "--train.max_steps", "100000", "--train.save_every", "0", "--data.num_workers", "2"]
-    command = [sys.executable, str(SCRIPT), *last_wins(argv)]
-    run = subprocess.Popen(command, env=launch_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    run = start(argv, new_session=True)
     try:
         wait_for(lambda: last_step(tmp_path / "run") > 2, run)
         os.killpg(run.pid, number)
@@ -123,11 +118,11 @@ def test_who_reads_what_is_printed_may_go_away(short_run, tmp_path):
     argv = [*short_run, "--train.max_steps", "30", "--train.save_every", "0"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     for more in ([], ["--resume-from", "latest"]):
-        reader, writer = os.pipe()
-        command = [sys.executable, str(SCRIPT), *last_wins([*argv, *more])]
-        run = subprocess.Popen(command, env=launch_environment(), stdout=writer, stderr=writer)
-        os.close(writer)
-        wait_for(lambda: last_step(tmp_path / "run") > 1, run)
+        pipe, before = tmp_path / f"pipe{len(more)}", last_step(tmp_path / "run")
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        run = start([*argv, *more], output=pipe)
+        wait_for(lambda: last_step(tmp_path / "run") > before + 1, run)  # noqa: B023
         os.close(reader)
         if not more:
             run.send_signal(signal.SIGINT)
@@ -145,9 +140,7 @@ def test_a_signal_before_and_after_training_ends_in_one_line(short_run, tmp_path
     indent = place[: len(place) - len(place.lstrip())]
     script.write_text(text.replace(place, f"{indent}import os\n{indent}os.kill(os.getpid(), {int(number)})\n{place}"))
     argv = [*short_run, "--train.max_steps", "2", "--train.save_every", "1"]
-    result = subprocess.run(
-        [sys.executable, str(script), *last_wins(argv)], env=launch_environment(), capture_output=True, text=True
-    )
+    result = launch(argv, script=script)
     assert result.returncode == STOPPED and "Traceback" not in result.stderr
     assert f"\nstopped by {number.name}: run the same command again\n" in result.stderr
     assert not (tmp_path / "run/pipeline").exists()

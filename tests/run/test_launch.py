@@ -1,13 +1,12 @@
 """What accelerate does without a word is refused."""
 
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 from accelerate import Accelerator
-from helpers import ROOT, SCRIPT, assert_refused, last_wins, launch_environment
+from helpers import ROOT, SCRIPT, assert_refused, launch, launch_environment, launch_two
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
@@ -63,23 +62,10 @@ def test_what_stops_the_main_process_stops_all_without_a_launcher(
     """As under srun, which kills nobody."""
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / name).write_text(content)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *last_wins([*short_run, "--data.dataset", str(folder)])],
-            env=launch_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], printed
-    errors = [line for text in printed for line in text.splitlines() if "rror" in line]
-    assert len(errors) == 1 and message in errors[0], printed
+    result = launch_two([*short_run, "--data.dataset", str(folder)])
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "rror" in line]
+    assert len(errors) == 1 and message in errors[0], result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -109,10 +95,5 @@ def test_a_thread_ends_its_work_before_python_does():
 
 
 def test_fsdp_on_a_cpu_is_refused(short_run, tmp_path):
-    environment = launch_environment() | {"ACCELERATE_USE_FSDP": "true"}
-    command = [sys.executable, str(SCRIPT), *short_run]
-    assert_refused(
-        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True),
-        "accelerate launch: asked for FSDP",
-    )
+    assert_refused(launch(short_run, environment={"ACCELERATE_USE_FSDP": "true"}), "accelerate launch: asked for FSDP")
     assert not (tmp_path / "run").exists()
