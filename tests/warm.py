@@ -72,6 +72,7 @@ class Run:
 def _run(
     args: list[str], environment: dict[str, str], cwd: str, outputs: list[Path], new_session: bool
 ) -> None:  # in the new process
+    multiprocessing.set_start_method(None, force=True)  # the default again, for workers of its own
     if new_session:
         os.setsid()
     for descriptor, path in enumerate(outputs, start=1):
