@@ -33,6 +33,10 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_text_to_image.py"
 BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
 CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
+ACCELERATE_LAUNCH_TWO = [
+    *("env", "ACCELERATE_USE_CPU=true", sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+    *("--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml")),
+]
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
 
 
@@ -155,10 +159,9 @@ def launch_two(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def difftrain(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+def difftrain(*arguments: str) -> subprocess.CompletedProcess:
     """Run the command `difftrain` as its own process."""
-    command = [sys.executable, "-m", "difftrain_utils", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, **kwargs)
+    return Run(ROOT / "difftrain_utils/__main__.py", arguments, launch_environment()).completed()
 
 
 def launch_environment() -> dict[str, str]:

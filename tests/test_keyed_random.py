@@ -2,6 +2,7 @@ import hashlib
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from difftrain_utils import keyed_random
@@ -88,6 +89,7 @@ def test_the_numbers_are_normal_and_uniform():
     assert ((torch.bincount(uniform, minlength=10) - expected) ** 2 / expected).sum() < 27.9
 
 
+@pytest.mark.slow
 def test_a_million_keys_of_several_purposes_do_not_collide():
     # torch's generator, of whose seed 32 bits are kept, gave some of them the same numbers
     purposes = ("noise", "timestep", "crop", "caption")

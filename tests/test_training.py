@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from helpers import (
+    ACCELERATE_LAUNCH_TWO,
     BUCKETS,
     CACHES,
     DREAM,
@@ -206,7 +207,13 @@ def test_exactness_survives_what_makes_a_step_faster(short_run, mixed_folder, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize(
+    "prediction_type",
+    [
+        "epsilon",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v_prediction", "sample", "flow_prediction")),
+    ],
+)
 def test_every_prediction_type_learns(short_run, prediction_type):
     fields = {
         "model.prediction_type": prediction_type,
@@ -414,7 +421,8 @@ def test_what_only_the_second_process_sees_is_reported(short_run, image_folder, 
     row = data_of(map_rows(config.data)).order[2]  # the second process's first sample
     image = folder / f"{row:06d}.png"
     image.write_bytes(image.read_bytes()[:120])
-    result = launch_two([*short_run, "--data.dataset", str(folder)])
+    command = [*ACCELERATE_LAUNCH_TWO, str(SCRIPT), *last_wins([*short_run, "--data.dataset", str(folder)])]
+    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"{image}: cannot decode the image" in lines[0], result.stderr

@@ -85,7 +85,6 @@ def _run(
     if "FAULT_AT" in environment:
         ctypes.CDLL(None).fault_at(ctypes.c_long(int(environment["FAULT_AT"])), int(environment["FAULT_ERROR"]))
     sys.argv = args
-    sys.path.insert(0, str(Path(args[0]).parent))
     try:
         runpy.run_path(args[0], run_name="__main__")
     finally:

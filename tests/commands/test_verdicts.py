@@ -38,7 +38,7 @@ def test_so_many_seeds_detect_the_gap():
     assert seeds_needed(1.0, 1e-6) is None
 
 
-@pytest.mark.parametrize("settings", [1, 11])
+@pytest.mark.parametrize("settings", [1, pytest.param(11, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("looks", [1, 2])
 def test_equal_settings_are_told_apart_in_at_most_5_percent(settings, n, looks):

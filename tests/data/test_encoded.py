@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from helpers import (
+    ACCELERATE_LAUNCH_TWO,
     ROOT,
     as_rows,
     assert_one_line,
@@ -665,15 +666,12 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     (tmp_path / "small_shards.py").write_text("\n".join(line[8:] for line in script.splitlines()[1:]))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(tmp_path / "small_shards.py")]
+    command = [*ACCELERATE_LAUNCH_TWO, str(tmp_path / "small_shards.py")]
 
     def run(name: str) -> subprocess.CompletedProcess:
         fields = {"train.output_dir": tmp_path / name, "data.cache_dir": tmp_path / "cache-two"}
-        environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
-        result = subprocess.run(
-            [*command, *last_wins([*argv, *options(fields)])], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        more = last_wins([*argv, *options(fields)])
+        result = subprocess.run([*command, *more], cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result
 

@@ -3,13 +3,13 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 
 import pytest
 import torch
-from helpers import ROOT, options, parse_config
+from helpers import ROOT, launch_environment, options, parse_config
 from PIL import Image
+from warm import Run
 
 from difftrain_utils.families.load import load_family
 
@@ -43,8 +43,7 @@ def package(tmp_path):
 
 
 def make(*arguments, script="make.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples/emoji" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return Run(ROOT / "examples/emoji" / script, arguments, launch_environment()).completed()
 
 
 def test_it_makes_an_image_folder_with_captions(package, tmp_path):

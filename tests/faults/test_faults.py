@@ -3,7 +3,6 @@
 import random
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import psutil  # accelerate brings it
 import pytest
 import warm
 from helpers import (
+    ACCELERATE_LAUNCH_TWO,
     BUCKETS,
     CACHES,
     ROOT,
@@ -52,9 +52,8 @@ def fault(library: Path, path: str, at: int, error: int) -> dict[str, str]:
 def start_processes(argv: list[str], num_processes: int, environment: dict[str, str]) -> Run | subprocess.Popen:
     if num_processes == 1:
         return start(argv, environment=environment)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT), *last_wins(argv)]
-    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"} | environment
+    command = [*ACCELERATE_LAUNCH_TWO, str(SCRIPT), *last_wins(argv)]
+    environment = launch_environment() | environment
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -147,30 +146,30 @@ def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults_library):
     assert [step for step, _ in list_checkpoints(run)] == [4, 6]
 
 
-@pytest.mark.parametrize(
-    ("path", "at", "missing"),
-    [
-        ("samples/", 3, "samples/step-000002.png"),
-        ("validation/", 3, "validation/step-000002.safetensors"),
-        ("ema_snapshots/", 3, "ema_snapshots/step-000002-0.100.safetensors"),
-        ("profile/", 3, "profile/trace.json.gz"),
-        ("events.out.tfevents", 12, None),
-    ],
-)
-def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library, path, at, missing):
+BESIDE = {
+    "samples/": (3, "samples/step-000002.png"),
+    "validation/": (3, "validation/step-000002.safetensors"),
+    "ema_snapshots/": (3, "ema_snapshots/step-000002-0.100.safetensors"),
+    "profile/": (3, "profile/trace.json.gz"),
+    "events.out.tfevents": (12, None),
+}
+
+
+def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library):
     """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
     fields = {"train.eval_every": 2, "train.profile": 1, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
     fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
     argv = [*short_run, *options(fields), "--evaluation.num_inference_steps", "1"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
-    result = launch(argv, environment=fault(faults_library, path, at, ENOSPC))
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
-    run = tmp_path / "run"
-    named = f"cannot write {run / missing}: " if missing else "train.report_to: tensorboard: "
-    assert len(warnings) == 1 and named in warnings[0] and "; training goes on without it" in warnings[0], warnings
-    assert missing is None or not (run / missing).exists()
-    assert_same_end(run, unbroken)
+    for number, (path, (at, missing)) in enumerate(BESIDE.items()):
+        run = tmp_path / f"run-{number}"
+        result = launch([*argv, "--output-dir", str(run)], environment=fault(faults_library, path, at, ENOSPC))
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+        warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        named = f"cannot write {run / missing}: " if missing else "train.report_to: tensorboard: "
+        assert len(warnings) == 1 and named in warnings[0] and "; training goes on without it" in warnings[0], warnings
+        assert missing is None or not (run / missing).exists()
+        assert_same_end(run, unbroken)
 
 
 @pytest.mark.parametrize(
