@@ -105,6 +105,7 @@ def test_a_trained_module_on_the_denoisers_features(short_run, tmp_path, fields)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_walk_of_the_docs(short_run, tmp_path):
     """The weighting and the strategy of docs/fork.md, word for word, in a copy of the package."""
     text = (ROOT / "docs/fork.md").read_text()

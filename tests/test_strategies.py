@@ -105,7 +105,10 @@ COVERING = {
 }
 
 
-@pytest.mark.parametrize("name", COVERING)
+QUICK = ("dream-flow-logit-normal", "flow-cosmap-range", "learned-uncertainty", "muon", "schedule-free")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in COVERING])
 def test_it_trains_resumes_and_splits_exactly(short_run, tmp_path, name):
     model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
     common = [*short_run, *model, *options(COVERING[name])]

@@ -178,10 +178,10 @@ def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers
 @pytest.mark.parametrize(
     "fields",
     [
-        CACHES,
+        pytest.param(CACHES, marks=pytest.mark.slow),
         CACHES | BUCKETS | {"data.num_workers": 1},
-        {"train.channels_last": True} | BUCKETS,
-        {"ema.update_every": 3},
+        pytest.param({"train.channels_last": True} | BUCKETS, marks=pytest.mark.slow),
+        pytest.param({"ema.update_every": 3}, marks=pytest.mark.slow),
         CACHES | BUCKETS | {"train.channels_last": True, "ema.update_every": 3, "train.gradient_checkpointing": True},
         pytest.param({"train.compile": "regional"} | CACHES | BUCKETS, marks=pytest.mark.slow),
         pytest.param(
@@ -395,8 +395,9 @@ def test_bad_rows_to_validate_on_are_skipped_too(short_run, spoilt_folder):
     assert json.loads((output_dir / "run_manifest.json").read_text())["data"]["validation"]["num_images"] == 10
 
 
-def test_a_worker_that_is_killed_is_reported_in_one_line(short_run):
-    script = """if True:
+def test_a_worker_that_is_killed_is_reported_in_one_line(short_run, tmp_path):
+    script = tmp_path / "killed.py"
+    text = """if True:
         import os, runpy, signal
         from difftrain_utils.data.samples import Samples
 
@@ -408,8 +409,8 @@ def test_a_worker_that_is_killed_is_reported_in_one_line(short_run):
         Samples.__getitem__ = get_or_die
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
-    command = [sys.executable, "-c", script, *short_run, "--data.num_workers", "1"]
-    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120)
+    script.write_text(text)
+    result = launch([*short_run, "--data.num_workers", "1"], script=script)
     message = r"a data-loading worker \(data.num_workers\) died, most likely for want of memory: fewer .*Killed\)"
     assert_refused(result, message, code=1)
 

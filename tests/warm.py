@@ -111,7 +111,7 @@ def faults_library() -> Path | None:
 @functools.cache
 def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_text_to_image"])
+    context.set_forkserver_preload(["train_text_to_image", "torch.utils.tensorboard"])
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = str(ROOT)
     if library := faults_library():

@@ -29,6 +29,7 @@ def test_holms_correction_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
+@pytest.mark.slow
 def test_so_many_seeds_detect_the_gap():
     """Simulated: of experiments whose gap is the detectable one, four of five find it."""
     random, n = np.random.default_rng(0), seeds_needed(1.0, 1.0)  # sd 1, gap 1

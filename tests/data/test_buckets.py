@@ -197,7 +197,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("auto", "weights-buckets")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES])
 def test_whole_runs(short_run, mixed_folder, image_folder, tmp_path, name):
     """Stopped and resumed is unbroken, byte for byte; and the batch may be split."""
     data = source_fields(mixed_folder, image_folder) if "weights" in name else {"data.dataset": mixed_folder}

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +15,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from helpers import (
-    ACCELERATE_LAUNCH_TWO,
-    ROOT,
     as_rows,
     assert_one_line,
     data_of,
-    last_wins,
-    launch_environment,
+    launch,
+    launch_two,
     make_data,
     metrics_without_times,
     options,
@@ -531,7 +528,12 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+QUICK = ("both", "workers-accumulation", "bad-rows-buckets", "no-flip")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in COMBINATIONS]
+)
 def test_training_from_caches_is_training(cached_run, varied_folder, tmp_path, name):
     dataset = {"data.dataset": varied_folder / ("bad" if "bad" in name else "good")}
     model = {"model.pretrained_model_name_or_path": without_dropout(cached_run, tmp_path)}
@@ -658,20 +660,17 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
     model = {"model.pretrained_model_name_or_path": without_dropout(cached_run, tmp_path)}
     fields = model | {"data.dataset": varied_folder / "bad", "data.on_bad_row": "skip"}
     argv = [*cached_run, *options(fields)]
-    script = """if True:
-        import runpy, sys
-        import difftrain_utils.data.encoded as cache
-        cache.SHARD_BYTES, cache.ENTRIES_PER_BATCH = 20_000, 2
-        sys.argv = ["train_text_to_image.py", *sys.argv[1:]]
-        runpy.run_path("train_text_to_image.py", run_name="__main__")
-    """
-    (tmp_path / "small_shards.py").write_text("\n".join(line[8:] for line in script.splitlines()[1:]))
-    command = [*ACCELERATE_LAUNCH_TWO, str(tmp_path / "small_shards.py")]
+    small_shards = tmp_path / "small_shards.py"
+    small_shards.write_text(
+        "import runpy\n"
+        "import difftrain_utils.data.encoded as cache\n"
+        "cache.SHARD_BYTES, cache.ENTRIES_PER_BATCH = 20_000, 2\n"
+        'runpy.run_path("train_text_to_image.py", run_name="__main__")\n'
+    )
 
     def run(name: str) -> subprocess.CompletedProcess:
         fields = {"train.output_dir": tmp_path / name, "data.cache_dir": tmp_path / "cache-two"}
-        more = last_wins([*argv, *options(fields)])
-        result = subprocess.run([*command, *more], cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+        result = launch_two([*argv, *options(fields)], script=small_shards)
         assert result.returncode == 0, result.stderr
         return result
 
@@ -696,8 +695,9 @@ def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path)
 
 
 def test_a_build_that_is_killed_goes_on(cached_run, tmp_path):
-    script = """if True:
-        import os, runpy, signal, sys
+    script = tmp_path / "killed.py"
+    text = """if True:
+        import os, runpy, signal
         import difftrain_utils.data.encoded as cache
         from difftrain_utils.families.stable_diffusion import StableDiffusion
         cache.SHARD_BYTES, cache.ENTRIES_PER_BATCH = 20_000, 2
@@ -710,11 +710,10 @@ def test_a_build_that_is_killed_goes_on(cached_run, tmp_path):
             return encode(self, pixel_values)
 
         StableDiffusion.encode_images = encode_images
-        sys.argv = ["train_text_to_image.py", *sys.argv[1:]]
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
-    command = [sys.executable, "-c", script, *cached_run]
-    killed = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    script.write_text(text)
+    killed = launch(cached_run, script=script)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     shards = list((tmp_path / "cache").glob("latents-*/*.safetensors"))
     assert [path.name for path in shards] == ["shard-00000.safetensors"]

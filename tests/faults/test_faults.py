@@ -104,7 +104,7 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
 @pytest.mark.parametrize(
     ("kills", "num_processes", "accumulation", "data"),
     [
-        (5, 1, 4, {}),
+        (3, 1, 4, {}),
         *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
         *(pytest.param(9, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
     ],

@@ -55,7 +55,7 @@ def test_the_variance_of_enlarged_noise_is_what_it_comes_to():
 
 def test_pyramid_levels_weigh_as_in_the_original():
     """Of a field that has one coarser level only, of one place: 2 parts of full size, and discount² of the mean."""
-    noise = draw((20_000, 1, 2, 2), pyramid_discount=0.5)
+    noise = draw((5_000, 1, 2, 2), pyramid_discount=0.5)
     mean = noise.mean((1, 2, 3)).var()  # 2 / 4 of the full size, and 0.25 of the level
     assert mean == pytest.approx((2 / 4 + 0.25) / (2 + 0.25), rel=0.05)
 

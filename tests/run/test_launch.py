@@ -79,6 +79,7 @@ def test_two_processes_that_are_each_alone_are_refused(short_run, tmp_path):
     assert "launched were 2 processes, accelerate runs 1" in errors[0] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_thread_ends_its_work_before_python_does():
     script = """if True:
         import sys, threading

@@ -53,7 +53,7 @@ def fresh_compiler():
     "fields",
     [
         {"train.channels_last": True, "ema.power_sigma_rels": [0.1]},
-        {"model.vae_slicing": True},
+        pytest.param({"model.vae_slicing": True}, marks=pytest.mark.slow),
         {"train.compile": "regional"},
         pytest.param({"train.compile": "regional", "train.gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"train.compile": "whole"} | DREAM, marks=pytest.mark.slow),
