@@ -140,14 +140,14 @@ def launch(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
     return start(argv, **kwargs).completed()
 
 
-def start_two(argv: list[str], **kwargs) -> list[Run]:
+def start_two(argv: list[str], environment: Mapping[str, str] = MappingProxyType({}), **kwargs) -> list[Run]:
     """Two processes that find each other, as under srun, which kills neither where the other one fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [start(argv, environment=world | rank, **kwargs) for rank in ranks]
+    return [start(argv, environment=world | rank | environment, **kwargs) for rank in ranks]
 
 
 def launch_two(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
