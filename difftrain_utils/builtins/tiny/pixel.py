@@ -1,4 +1,4 @@
-"""`builtin:tiny-pixel`: PRXPixel, a transformer of a million weights on pixels."""
+"""`builtin:tiny-pixel`: PRXPixel, a transformer of two million weights on pixels."""
 
 from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline, PRXTransformer2DModel
 
@@ -7,15 +7,16 @@ from difftrain_utils.builtins.tiny.parts import WIDTH, add_words, qwen3_vl_text_
 
 
 def make() -> PRXPixelPipeline:
-    """Its tokens are patches of 2 x 2 pixels, and each word of the shapes."""
+    """Its tokens are patches of 4 x 4 pixels, and each word of the shapes."""
     transformer = PRXTransformer2DModel(
         in_channels=3,
-        patch_size=2,
+        patch_size=4,
         context_in_dim=WIDTH,
-        hidden_size=96,
-        num_heads=3,
+        hidden_size=128,
+        num_heads=4,
         depth=5,
         axes_dim=[16, 16],
+        theta=10,
         bottleneck_size=32,
         resolution_embeds=True,
     )
@@ -26,6 +27,6 @@ def make() -> PRXPixelPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=qwen3_vl_text_encoder(),
         tokenizer=tokenizer,
-        default_sample_size=16,
-        prompt_max_tokens=64,
+        default_sample_size=20,
+        prompt_max_tokens=8,
     )
