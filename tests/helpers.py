@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from warm import Run
+from warm import ROOT, Run
 
 from difftrain_utils.config import command_line
 from difftrain_utils.config.data import SourceConfig
@@ -29,14 +28,9 @@ from difftrain_utils.errors import one_line_errors
 from difftrain_utils.run import lock
 from difftrain_utils.run.metrics import TIMES
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_text_to_image.py"
 BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
 CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
-ACCELERATE_LAUNCH_TWO = [
-    *("env", "ACCELERATE_USE_CPU=true", sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-    *("--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml")),
-]
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
 
 
@@ -135,9 +129,9 @@ def start(
     return Run(script, last_wins(argv), launch_environment() | environment, **kwargs)
 
 
-def launch(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+def launch(argv: list[str], timeout: float | None = None, **kwargs) -> subprocess.CompletedProcess:
     """Start the script as `start` does, and wait for its end."""
-    return start(argv, **kwargs).completed()
+    return start(argv, **kwargs).completed(timeout)
 
 
 def start_two(argv: list[str], environment: Mapping[str, str] = MappingProxyType({}), **kwargs) -> list[Run]:
@@ -150,9 +144,14 @@ def start_two(argv: list[str], environment: Mapping[str, str] = MappingProxyType
     return [start(argv, environment=world | rank | environment, **kwargs) for rank in ranks]
 
 
-def launch_two(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+def launch_two(argv: list[str], timeout: float | None = None, **kwargs) -> subprocess.CompletedProcess:
     """Both of `start_two` to their end, as if they were one."""
-    first, second = [run.completed() for run in start_two(argv, **kwargs)]
+    runs = start_two(argv, **kwargs)
+    try:
+        first, second = [run.completed(timeout) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert first.returncode == second.returncode, first.stderr + second.stderr
     return subprocess.CompletedProcess(
         first.args, first.returncode, first.stdout + second.stdout, first.stderr + second.stderr

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from helpers import (
-    ACCELERATE_LAUNCH_TWO,
     BUCKETS,
     CACHES,
     DREAM,
@@ -410,7 +409,7 @@ def test_a_worker_that_is_killed_is_reported_in_one_line(short_run, tmp_path):
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     script.write_text(text)
-    result = launch([*short_run, "--data.num_workers", "1"], script=script)
+    result = launch([*short_run, "--data.num_workers", "1"], script=script, timeout=120)
     message = r"a data-loading worker \(data.num_workers\) died, most likely for want of memory: fewer .*Killed\)"
     assert_refused(result, message, code=1)
 
@@ -422,8 +421,11 @@ def test_what_only_the_second_process_sees_is_reported(short_run, image_folder, 
     row = data_of(map_rows(config.data)).order[2]  # the second process's first sample
     image = folder / f"{row:06d}.png"
     image.write_bytes(image.read_bytes()[:120])
-    command = [*ACCELERATE_LAUNCH_TWO, str(SCRIPT), *last_wins([*short_run, "--data.dataset", str(folder)])]
-    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml"), str(SCRIPT)]
+    command += last_wins([*short_run, "--data.dataset", str(folder)])
+    environment = launch_environment() | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"{image}: cannot decode the image" in lines[0], result.stderr

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,8 +65,12 @@ class Run:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def completed(self) -> subprocess.CompletedProcess:
-        code = self.wait()
+    def completed(self, timeout: float | None = None) -> subprocess.CompletedProcess:
+        """Wait for its end, and kill it where that takes longer than `timeout` seconds."""
+        try:
+            code = self.wait(timeout)
+        finally:
+            self.kill()
         return subprocess.CompletedProcess(self.args, code, *(path.read_text() for path in self._outputs))
 
 
@@ -112,13 +117,9 @@ def faults_library() -> Path | None:
 def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_text_to_image", "torch.utils.tensorboard"])
-    before = dict(os.environ)
-    os.environ["PYTHONPATH"] = str(ROOT)
-    if library := faults_library():
-        os.environ["LD_PRELOAD"] = str(library)
-    try:
+    environment = {"PYTHONPATH": str(ROOT)}
+    if library := faults_library():  # which does nothing until it is asked to
+        environment["LD_PRELOAD"] = str(library)
+    with mock.patch.dict(os.environ, environment):
         multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     return context

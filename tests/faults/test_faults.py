@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil  # accelerate brings it
 import pytest
-import warm
 from helpers import (
     BUCKETS,
     CACHES,
@@ -22,7 +21,7 @@ from helpers import (
     start_two,
     train,
 )
-from warm import Run
+from warm import Run, faults_library
 
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import PARTIAL
@@ -34,15 +33,14 @@ ENOSPC, EIO, KILL = 28, 5, 0  # as faults.c takes them
 
 
 @pytest.fixture
-def faults_library() -> Path:
-    if (library := warm.faults_library()) is None:
+def faults() -> None:
+    if faults_library() is None:
         pytest.skip("needs Linux and a C compiler")
-    return library
 
 
-def fault(library: Path, path: str, at: int, error: int) -> dict[str, str]:
+def fault(path: str, at: int, error: int) -> dict[str, str]:
     """Environment variables that let the `at`-th operation on files named like `path` fail."""
-    return {"LD_PRELOAD": str(library), "FAULT_PATH": path, "FAULT_AT": str(at), "FAULT_ERROR": str(error)}
+    return {"FAULT_PATH": path, "FAULT_AT": str(at), "FAULT_ERROR": str(error)}
 
 
 def start_processes(argv: list[str], num_processes: int, environment: dict[str, str]) -> list[Run]:
@@ -60,14 +58,14 @@ def kill(runs: list[Run]) -> None:
             run.wait()
 
 
-def run_with_kills(argv, output_dir, kills, num_processes, faults_library, seed) -> int:
+def run_with_kills(argv, output_dir, kills, num_processes, seed) -> int:
     """Start again and again, killed at random moments and, every third time, at a random file operation of a save, then
     let it end. Returns how many kills left half a checkpoint behind."""
     chance, inside_a_save, done = random.Random(seed), 0, 0
     command = [*argv, "--output-dir", str(output_dir), "--resume-from", "latest"]
     while done < kills:
         in_save = done % 3 == 2
-        environment = fault(faults_library, PARTIAL, chance.randint(1, 300), KILL) if in_save else {}
+        environment = fault(PARTIAL, chance.randint(1, 300), KILL) if in_save else {}
         metrics = output_dir / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         runs = start_processes(command, num_processes, environment)
@@ -98,14 +96,14 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
 @pytest.mark.parametrize(
     ("kills", "num_processes", "accumulation", "data"),
     [
-        (3, 1, 4, {}),
+        (5, 1, 4, {}),
         *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
         *(pytest.param(5, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
     ],
     ids=str,
 )
 def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
-    short_run, tmp_path, faults_library, kills, num_processes, accumulation, data
+    short_run, tmp_path, faults, kills, num_processes, accumulation, data
 ):
     fields = {"train.max_steps": 15 * kills, "train.batch_size": 8, "train.gradient_accumulation_steps": accumulation}
     # epochs of 10 images are crossed, and the loss of a line is that of 3 steps while every second is saved
@@ -113,25 +111,25 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
     argv = [*short_run, *options(fields)]
     unbroken = start_processes([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
     assert [run.wait() for run in unbroken] == [0] * num_processes
-    inside = run_with_kills(argv, tmp_path / "killed", kills, num_processes, faults_library, seed=accumulation)
+    inside = run_with_kills(argv, tmp_path / "killed", kills, num_processes, seed=accumulation)
     assert_same_end(tmp_path / "killed", tmp_path / "unbroken")
     assert inside >= 1
 
 
 @pytest.mark.parametrize("error", [ENOSPC, EIO])
-def test_a_write_that_fails_anywhere_in_a_save_loses_nothing(tmp_path, faults_library, error):
-    environment = launch_environment() | fault(faults_library, PARTIAL, -1, error)
+def test_a_write_that_fails_anywhere_in_a_save_loses_nothing(tmp_path, faults, error):
+    environment = launch_environment() | fault(PARTIAL, -1, error)
     result = Run(HERE / "saves.py", [str(tmp_path), str(error)], environment).completed()
     assert result.returncode == 0, result.stderr
     failed, operations = (int(word) for word in result.stdout.split() if word.isdigit())
     assert failed >= operations - 1 > 40
 
 
-def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults_library):
+def test_a_run_outlives_a_full_disk(short_run, tmp_path, faults):
     """The first save fails; the run goes on, and ends like one that had no such trouble."""
     unbroken = train([*short_run, "--output-dir", str(tmp_path / "unbroken")])
     run = tmp_path / "run"
-    result = launch(short_run, environment=fault(faults_library, "checkpoint-2.partial", 9, ENOSPC))
+    result = launch(short_run, environment=fault("checkpoint-2.partial", 9, ENOSPC))
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 1 and f"cannot save {run}/checkpoint-2: " in lines[0]
@@ -149,7 +147,7 @@ BESIDE = {
 }
 
 
-def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library):
+def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults):
     """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
     fields = {"train.eval_every": 2, "train.profile": 1, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
     fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
@@ -157,7 +155,7 @@ def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library):
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     for number, (path, (at, missing)) in enumerate(BESIDE.items()):
         run = tmp_path / f"run-{number}"
-        result = launch([*argv, "--output-dir", str(run)], environment=fault(faults_library, path, at, ENOSPC))
+        result = launch([*argv, "--output-dir", str(run)], environment=fault(path, at, ENOSPC))
         assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
         warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
         named = f"cannot write {run / missing}: " if missing else "train.report_to: tensorboard: "
@@ -174,8 +172,8 @@ def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults_library):
         ("pipeline.partial", "error: cannot write .*pipeline: .*No space left on device.*"),
     ],
 )
-def test_where_a_run_cannot_go_on_it_says_so_in_a_line(short_run, tmp_path, faults_library, path, message):
-    result = launch(short_run, environment=fault(faults_library, path, 7, ENOSPC))
+def test_where_a_run_cannot_go_on_it_says_so_in_a_line(short_run, tmp_path, faults, path, message):
+    result = launch(short_run, environment=fault(path, 7, ENOSPC))
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.fullmatch(message, errors[0]) and "Traceback" not in result.stderr, result.stderr

@@ -62,7 +62,7 @@ def test_what_stops_the_main_process_stops_all_without_a_launcher(
     """As under srun, which kills nobody."""
     folder = shutil.copytree(image_folder, tmp_path / "images")
     (folder / name).write_text(content)
-    result = launch_two([*short_run, "--data.dataset", str(folder)])
+    result = launch_two([*short_run, "--data.dataset", str(folder)], timeout=120)
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if "rror" in line]
     assert len(errors) == 1 and message in errors[0], result.stderr
