@@ -1,5 +1,6 @@
 """What a run was: its config, code, machine, base model and data, written before its first step."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -167,7 +168,6 @@ def describe_versions() -> dict[str, str]:
 
 def describe_environment() -> dict[str, Any]:
     """The machine and all installed packages."""
-    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -180,8 +180,15 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
+        "packages": _packages(),
     }
+
+
+@functools.cache  # to read them takes a third of a second
+def _packages() -> dict[str, str]:
+    found = [dist.metadata for dist in importlib.metadata.distributions()]
+    packages = {metadata["Name"]: metadata["Version"] for metadata in found}
+    return dict(sorted(packages.items(), key=lambda item: str(item[0]).lower()))
 
 
 def _now() -> str:
