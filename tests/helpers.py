@@ -70,6 +70,7 @@ def short_options(checkpoint_folder: Path, image_folder: Path, output_dir: Path)
             "train.eval_every": 0,
             "train.save_every": 2,
             "train.cpu_threads": 1,
+            "evaluation.num_validation_samples": 8,
             "optimizer.init_args.lr": 1e-3,
             "lr_scheduler.name": "cosine",
             "lr_scheduler.num_warmup_steps": 2,

@@ -216,10 +216,10 @@ def test_exactness_survives_what_makes_a_step_faster(short_run, mixed_folder, tm
 def test_every_prediction_type_learns(short_run, prediction_type):
     fields = {
         "model.prediction_type": prediction_type,
-        "train.max_steps": 150,
+        "train.max_steps": 75,
         "train.batch_size": 8,
         "train.save_every": 0,
-        "train.log_every": 50,
+        "train.log_every": 25,
         "optimizer.init_args.lr": 3e-3,
         "ema.enabled": False,
     }
@@ -414,6 +414,7 @@ def test_a_worker_that_is_killed_is_reported_in_one_line(short_run, tmp_path):
     assert_refused(result, message, code=1)
 
 
+@pytest.mark.slow
 def test_what_only_the_second_process_sees_is_reported(short_run, image_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(image_folder, folder)

@@ -116,8 +116,8 @@ def faults_library() -> Path | None:
 @functools.cache
 def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_text_to_image", "torch.utils.tensorboard"])
-    environment = {"PYTHONPATH": str(ROOT)}
+    context.set_forkserver_preload(["train_text_to_image", "torch.utils.tensorboard", "preloaded"])
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     if library := faults_library():  # which does nothing until it is asked to
         environment["LD_PRELOAD"] = str(library)
     with mock.patch.dict(os.environ, environment):

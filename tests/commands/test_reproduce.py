@@ -4,12 +4,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT, SCRIPT, launch_two, metrics_without_times, pipeline_bytes, short_options, train
 from PIL import Image
 from safetensors.torch import save_file
+from warm import Run
 
 from difftrain_utils.commands.compare import load_run, read_mapping
 from difftrain_utils.commands.repetition import (
@@ -61,6 +63,13 @@ def again(resumed_run) -> tuple[Path, int]:
 
 
 @pytest.fixture
+def warm(monkeypatch):
+    """The re-run starts without python's seconds."""
+    warm = SimpleNamespace(Popen=lambda command, env: Run(Path(command[1]), command[2:], env))
+    monkeypatch.setattr("difftrain_utils.commands.reproduce.subprocess", warm)
+
+
+@pytest.fixture
 def copied_run(resumed_run, tmp_path) -> Path:
     return shutil.copytree(resumed_run, tmp_path / "run")
 
@@ -80,7 +89,7 @@ def test_a_resumed_run_comes_out_the_same_in_one_piece(resumed_run, again):
     assert len(read_mapping(folder / "run_manifest.json")["segments"]) == 1
 
 
-def test_the_first_steps_alone_and_what_is_reported(resumed_run, tmp_path, capfd):
+def test_the_first_steps_alone_and_what_is_reported(warm, resumed_run, tmp_path, capfd):
     # checkpoint-4 is there: metrics and weights are compared, and the re-run stops before its end
     assert main([str(resumed_run), "--steps", "4", "--output-dir", str(tmp_path / "new")]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line]
@@ -93,7 +102,7 @@ def test_the_first_steps_alone_and_what_is_reported(resumed_run, tmp_path, capfd
     assert read_mapping(tmp_path / "new/run_manifest.json").get("final") is None or (tmp_path / "new/pipeline").exists()
 
 
-def test_one_pixel_makes_another_run_and_the_data_is_named(resumed_run, images, tmp_path, capfd):
+def test_one_pixel_makes_another_run_and_the_data_is_named(warm, resumed_run, images, tmp_path, capfd):
     path = images / "000003.png"
     before = path.read_bytes()
     with Image.open(path) as image:

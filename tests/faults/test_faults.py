@@ -96,7 +96,7 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
 @pytest.mark.parametrize(
     ("kills", "num_processes", "accumulation", "data"),
     [
-        (5, 1, 4, {}),
+        (3, 1, 4, {}),
         *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
         *(pytest.param(5, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
     ],
@@ -149,13 +149,14 @@ BESIDE = {
 
 def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults):
     """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
-    fields = {"train.eval_every": 2, "train.profile": 1, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
+    fields = {"train.eval_every": 2, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
     fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
     argv = [*short_run, *options(fields), "--evaluation.num_inference_steps", "1"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
     for number, (path, (at, missing)) in enumerate(BESIDE.items()):
         run = tmp_path / f"run-{number}"
-        result = launch([*argv, "--output-dir", str(run)], environment=fault(path, at, ENOSPC))
+        command = [*argv, "--output-dir", str(run), *(["--train.profile", "1"] if path == "profile/" else [])]
+        result = launch(command, environment=fault(path, at, ENOSPC))
         assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
         warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
         named = f"cannot write {run / missing}: " if missing else "train.report_to: tensorboard: "

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from accelerate import Accelerator
-from helpers import ROOT, SCRIPT, assert_refused, launch, launch_environment, launch_two
+from helpers import ROOT, assert_refused, launch, launch_two
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
@@ -71,11 +71,9 @@ def test_what_stops_the_main_process_stops_all_without_a_launcher(
 
 def test_two_processes_that_are_each_alone_are_refused(short_run, tmp_path):
     """`accelerate launch --multi_gpu` without GPUs starts two that do not know of each other."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", str(SCRIPT), *short_run]
-    result = subprocess.run(command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True)
+    result = launch_two(short_run, environment={"ACCELERATE_USE_CPU": "false"})
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode != 0 and len(errors) == 1, result.stderr
+    assert result.returncode == 2 and len(errors) == 1, result.stderr
     assert "launched were 2 processes, accelerate runs 1" in errors[0] and not (tmp_path / "run").exists()
 
 

@@ -51,8 +51,10 @@ def allocated(step) -> tuple[int, int]:
     return size, most
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp32") for name in FAMILIES), ("tiny-stable-diffusion", "bf16"), ("tiny-sd3", "bf16")],
+)
 def test_activations_are_those_of_a_real_step(short_run, name, precision):
     config = config_of(short_run, name, **{"train.precision": precision})
     family = load_family(config)
