@@ -81,6 +81,7 @@ EXTRAS = {
     "peft": "lora",
     "bitsandbytes": "quantization",
     "ftfy": "prx",
+    "sentencepiece": "sentencepiece",
 }
 
 

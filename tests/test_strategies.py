@@ -94,6 +94,7 @@ COVERING = {
         "optimizer.init_args.adjust_lr_fn": "match_rms_adamw",
         "optimizer.groups": {"*.bias": {"weight_decay": 0.0}},
     },
+    "adamw-8bit": {"optimizer.class_path": "bitsandbytes.optim.AdamW8bit", "optimizer.init_args.min_8bit_size": 1},
     "schedule-free": {
         "optimizer.class_path": "schedulefree.AdamWScheduleFree",
         "ema.enabled": False,

@@ -37,8 +37,9 @@ from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.processes import main_process_first
 
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
-# bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision
-FORMATS = {"latents": 2, "text": 4}
+# bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 the same
+# for both conditionings of no caption that Stable Diffusion XL may have
+FORMATS = {"latents": 2, "text": 5}
 
 
 def load_caches(
@@ -141,7 +142,14 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
             write_with_digest(captions_file, json.dumps(_number_captions(data.rows, config.data)).encode())
         content = read_json(captions_file)
     captions, groups = content["captions"], np.zeros(len(content["captions"]), np.int16)
-    cache = build_cache(accelerator, folder, groups, captions, family.encode_prompts, "Caching prompts", num_workers=0)
+
+    def encode(captions: list[str | None]) -> Entry:
+        conditioning = family.encode_prompts(captions)
+        if not all(value.isfinite().all() for value in conditioning.values()):
+            raise RunError(f"data.cache_text: the text encoders' output is not finite in {family.weight_dtype}")
+        return conditioning
+
+    cache = build_cache(accelerator, folder, groups, captions, encode, "Caching prompts", num_workers=0)
     return TextCache(cache, np.array(content["starts"]), np.array(content["numbers"], np.int32))
 
 

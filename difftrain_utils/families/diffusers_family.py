@@ -22,9 +22,9 @@ from PIL import Image
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, some
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, not_installed, some
 from difftrain_utils.families.family import Conditioning
-from difftrain_utils.families.lora import base_state, save_adapters, with_trained
+from difftrain_utils.families.lora import base_state, has_adapters, save_adapters, with_trained
 from difftrain_utils.families.samplers import build_schedule
 from difftrain_utils.families.text_encoders import TextEncoders
 from difftrain_utils.files import file_digest, part_digest, tensors_digest
@@ -163,6 +163,9 @@ class DiffusersFamily:
                 f"scheduler.sampler: a {name} gives its sampler sigmas and a shift, which {type(sampler).__name__} "
                 "does not take; try FlowMatchEulerDiscreteScheduler"
             )
+        for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
+            if getattr(config.model, option) and not parts:
+                raise InputError(f"model.{option}: a {name} has no such part, got true")
         if config.model.train_text_encoder and not cls.trained_text_parts:
             raise InputError(f"model.train_text_encoder: the text encoders of a {name} stay frozen, got true")
         if lora is not None and not lora.merge and not cls.loads_adapters():
@@ -385,6 +388,12 @@ class DiffusersFamily:
             latents = latents - config.shift_factor
         return latents * config.get("scaling_factor", 1.0)
 
+    def refuse_shift(self) -> None:
+        """Raise ValueError if the VAE has a `shift_factor`, for families whose pipeline does not undo it."""
+        if shift := self.config_of("vae").get("shift_factor"):
+            name = self.pipeline_class.__name__
+            raise ValueError(f"vae has a shift_factor, {shift}, which a {name} does not undo")
+
     def encode_prompts(self, captions: Sequence[str | None]) -> Conditioning:
         """See `Family`. Libraries choose kernels by the shape, and each rounds in its own way. So a CPU, which is
         hardly slower then, encodes each caption alone, and a GPU always as many, copies filling the last lot up; equal
@@ -521,7 +530,7 @@ class DiffusersFamily:
         """See `Family`: the frozen parts in float32 and unused (a tokenizer that has padded would be saved with its
         padding); so are frozen weights of the denoiser, around which what was trained is put, adapters merged."""
         self.check_denoiser(denoiser)
-        if not is_trained_whole(denoiser):
+        if has_adapters(denoiser) or not is_trained_whole(denoiser):
             denoiser = with_trained(self.load_denoiser(), denoiser)
         plain = {"weight_dtype": torch.float32, "channels_last": False, "offload_text_encoders": False}
         fresh = dataclasses.replace(self, device="cpu", text_encoders=None, _parts={}, **plain)
@@ -556,9 +565,10 @@ def quiet() -> Iterator[None]:
 
 def move_part(part: torch.nn.Module, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
     """Bring a part onto the device and into `dtype`, as `from_pretrained` does: what is not saved, such as the
-    frequencies of rotary embeddings, stays as it is."""
-    for tensor in part.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
+    frequencies of rotary embeddings, stays as it is, and so does in fp16 what would overflow, as in T5."""
+    kept = set(getattr(part, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    for name, tensor in part.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
             tensor.data = tensor.data.to(dtype)
     return torch.nn.Module.to(part, device)  # diffusers' own warns of an empty list of modules
 
@@ -603,7 +613,12 @@ def part_class(model_index: dict[str, Any], name: str) -> type:
 def load_part(source: str, model_index: dict[str, Any], name: str, method: str = "from_pretrained", **kwargs) -> Any:
     """Load a part of a checkpoint by its class's `method`. Raises InputError if that fails."""
     with blame_part(source, name):
-        return getattr(part_class(model_index, name), method)(source, subfolder=name, **kwargs)
+        try:
+            return getattr(part_class(model_index, name), method)(source, subfolder=name, **kwargs)
+        except (ImportError, ValueError) as error:
+            if "`tiktoken`" in str(error) or "`sentencepiece`" in str(error):  # transformers names either
+                raise ValueError(not_installed("sentencepiece")) from error
+            raise
 
 
 def load_weights(source: str, model_index: dict[str, Any], name: str, **kwargs) -> torch.nn.Module:

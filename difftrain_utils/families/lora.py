@@ -77,8 +77,8 @@ def add_adapters(
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
-    name = type(model).__name__
-    with blame(f"model.lora: not for a {name}", ValueError, TypeError), torch.random.fork_rng(devices=[]):
+    field = "model.lora" if config.target_modules is None else "model.lora.target_modules"
+    with blame(f"{field}: not for a {type(model).__name__}", ValueError, TypeError), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights", number))
         peft.inject_adapter_in_model(own, model, ADAPTER)
     model._hf_peft_config_loaded = True  # as a model's own add_adapter, which not all have, leaves it
@@ -87,6 +87,11 @@ def add_adapters(
 def has_adapters(model: torch.nn.Module) -> bool:
     """Whether `add_adapters` was here."""
     return bool(getattr(model, "peft_config", None))
+
+
+def trains_adapters_alone(model: torch.nn.Module) -> bool:
+    """Whether the model's own weights are those that it had before training."""
+    return all(".lora_" in name for name in trained_weights(model))
 
 
 def base_state(denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -25,8 +25,7 @@ class StableDiffusion(DiffusersFamily):
     def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "StableDiffusion":
         family = super().load(source, model_index, config, from_scratch)
         family.check_clip("tokenizer", "text_encoder")
-        if shift := family.config_of("vae").get("shift_factor"):
-            raise ValueError(f"vae has a shift_factor, {shift}, which a StableDiffusionPipeline does not undo")
+        family.refuse_shift()
         return family
 
     @property
@@ -40,14 +39,16 @@ class StableDiffusion(DiffusersFamily):
     def encode_texts(self, texts: list[str]) -> Conditioning:
         """Longer captions are cut."""
         tokenizer, text_encoder = self.part("tokenizer"), self.part("text_encoder")
-        input_ids = tokenizer(
+        tokens = tokenizer(
             texts,
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
-        return {"prompt_embeds": text_encoder(input_ids.to(self.device)).last_hidden_state}
+        ).to(self.device)
+        has_mask = getattr(text_encoder.config, "use_attention_mask", False)
+        states = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if has_mask else None)
+        return {"prompt_embeds": states.last_hidden_state}
 
     def predict(
         self,

@@ -31,12 +31,16 @@ class StableDiffusionXL(DiffusersFamily):
         family = super().load(source, model_index, config, from_scratch)
         for suffix in ("", "_2"):
             family.check_clip(f"tokenizer{suffix}", f"text_encoder{suffix}")
+        family.refuse_shift()
         return family
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
         zeros = self.model_index.get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+
+    def describe_parts(self, *parts: str) -> dict[str, str]:
+        return super().describe_parts(*parts) | {name: str(value) for name, value in self.pipeline_options.items()}
 
     def encode_texts(self, texts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.text_pipeline().encode_prompt(texts, do_classifier_free_guidance=False)

@@ -348,7 +348,9 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
         final = read_manifest(output_dir).get("final", {})
     except (OSError, ValueError):  # the end of the run is made again
         return False
-    return read_state(checkpoint)["global_step"] == final.get("global_step") == config.train.max_steps
+    left = PIPELINE if config.model.lora is None or config.model.lora.merge else LORA  # both fields are free to change
+    is_last = read_state(checkpoint)["global_step"] == final.get("global_step") == config.train.max_steps
+    return is_last and (output_dir / left).is_dir()
 
 
 def begin_run(

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from difftrain_utils.families.lora import trains_adapters_alone
 from difftrain_utils.files import new_folder, tensors_digest
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.optimization.trained import trained_state
@@ -15,8 +16,8 @@ def export_pipeline(
     accelerator: Accelerator, family, denoiser: torch.nn.Module, ema: EMA | None, output_dir: str
 ) -> dict[str, str]:
     """Write `output_dir/pipeline`, with the EMA weights if there are any, and return the digests of the "raw" weights
-    and of those in the "pipeline", as far as they are trained. Of adapters it is `output_dir/lora`, and
-    `pipeline` only if they are to be merged. All processes call it; one writes.
+    and of those in the "pipeline", as far as they are trained. Of adapters it is `output_dir/lora`, unless others are
+    trained beside them, and `pipeline` only if they are to be merged. All processes call it; one writes.
 
     Raises:
         RunError: it cannot be written, or would be none of this family's.
@@ -26,7 +27,7 @@ def export_pipeline(
     with evaluation_weights(ema, denoiser, text_encoders):
         weights["pipeline"] = trained_digest(denoiser, text_encoders)
         if accelerator.is_main_process:
-            if family.lora is not None and family.loads_adapters():
+            if family.lora is not None and family.loads_adapters() and trains_adapters_alone(denoiser):
                 with new_folder(Path(output_dir) / LORA) as folder:
                     family.save_lora(folder, denoiser)
             if family.lora is None or family.lora.merge:

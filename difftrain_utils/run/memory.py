@@ -63,7 +63,10 @@ class Memory:
         if self.saved:
             lines.append("each of these by itself would save:")
             ordered = sorted(self.saved.items(), key=lambda option: -option[1])
-            lines += [_row(option, size) for option, size in ordered]
+            is_short = self.capacity is not None and self.total > self.capacity
+            for option, size in ordered:
+                is_enough = is_short and self.total - size <= self.capacity
+                lines.append(_row(option, size) + ("  then it fits" if is_enough else ""))
         return "\n".join(lines)
 
 
@@ -95,6 +98,10 @@ def plan_memory(
     planner = Planner(accelerator, family, models, optimizer, data, config)
     held, saved = planner.held(config), {}
     for option, changed in planner.options(config):
+        try:
+            changed.check()
+        except InputError:  # it does not go with the others
+            continue
         less = sum(held.values()) - sum(planner.held(changed).values())
         if less > 0:
             saved[option] = less
@@ -164,7 +171,9 @@ class Planner:
         if self.dtype(config) == torch.float32:
             yield "train.precision bf16", change("train", precision="bf16")
         if self.can_have_lora(config):
-            yield f"model.lora.rank {LoraConfig().rank}", change("model", lora=LoraConfig())
+            merge = not self.family.loads_adapters()
+            option = f"model.lora.rank {LoraConfig().rank}" + (" and model.lora.merge" if merge else "")
+            yield option, change("model", lora=LoraConfig(merge=merge))
         lora = config.model.lora
         if lora is not None and lora.quantization is None and importlib.util.find_spec("bitsandbytes") is not None:
             for kind in ("int8", "nf4"):
@@ -173,7 +182,8 @@ class Planner:
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
         if not data.cache_latents:
-            yield "data.cache_latents", change("data", cache_latents=True)
+            option = "data.cache_latents" + ("" if data.center_crop else " and data.center_crop")
+            yield option, change("data", cache_latents=True, center_crop=True)
         if not data.cache_text:
             yield "data.cache_text", change("data", cache_text=True)
 

@@ -9,16 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, DiffusionPipeline
+from diffusers import ChromaPipeline, DDPMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from helpers import CACHES, DREAM, metrics_without_times, options, parse_config, pipeline_bytes, train
+from helpers import CACHES, DREAM, data_of, metrics_without_times, options, parse_config, pipeline_bytes, train
 
 from difftrain_utils.builtins.tiny.parts import fill_zeros
+from difftrain_utils.data.rows import map_rows
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.families.prx_pixel import PRXPixel
-from difftrain_utils.keyed_random import torch_generator_for
+from difftrain_utils.keyed_random import keyed_randn, seed_for, torch_generator_for
 from difftrain_utils.media.image import to_pixel_values
+from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.run.flops import training_flops
 
 SHORT = {"model.max_sequence_length": 24}
@@ -264,11 +267,12 @@ def test_encoders_whose_weights_stay_on_the_disk(family, captions):
         assert part == family.image_part or all(weight.is_meta for weight in module.parameters())
 
 
-def test_frozen_parts_in_bf16_are_those_of_diffusers(family):
-    """Rotary frequencies stay in float32."""
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_frozen_parts_in_half_precision_are_those_of_diffusers(family, precision, dtype):
+    """Rotary frequencies stay in float32, and in fp16 what of T5 would overflow."""
     denoiser = {family.denoiser_part: None}
-    theirs = DiffusionPipeline.from_pretrained(family.source, torch_dtype=torch.bfloat16, **denoiser)
-    family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    theirs = DiffusionPipeline.from_pretrained(family.source, torch_dtype=dtype, **denoiser)
+    family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
     for part, module in family.frozen_modules().items():
         ours = dict([*module.named_parameters(), *module.named_buffers()])
         plain = getattr(theirs, part)
@@ -276,6 +280,49 @@ def test_frozen_parts_in_bf16_are_those_of_diffusers(family):
         assert ours.keys() == plain.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor.to(plain[key].dtype), plain[key]), f"{part}.{key}"
+
+
+def test_the_first_loss_and_gradient_are_the_textbooks(name, family_run, family):
+    """By hand from the keyed draws, the VAE's posterior and the objective's formula, the whole batch at once."""
+    argv = [*family_run, "--train.max_steps", "1"]
+    config, schedule = parse_config(argv), family.schedule
+    logged = metrics_without_times(train(argv))[0]
+    samples = Samples(data_of(map_rows(config.data)), config.data, 0, 2)
+    batch = collate([samples[k] for k in range(2)])
+    latents = batch["pixel_values"]
+    if family.image_part is not None:
+        vae = family.part(family.image_part)
+        pixels = latents[:, :, None] if name == "tiny-qwen-image" else latents  # a video of one frame
+        encoded = vae.encode(pixels)
+        if hasattr(encoded, "latent_dist"):
+            draw = keyed_randn(0, "vae_noise", range(2), family.encode_images(latents).shape[2:])
+            latents = encoded.latent_dist.mean + encoded.latent_dist.std * draw.view_as(encoded.latent_dist.mean)
+        else:
+            latents = encoded.latent  # Sana's VAE draws nothing
+        latents = latents[:, :, 0] if name == "tiny-qwen-image" else latents
+    latents = family.normalise(latents)
+    noise = keyed_randn(0, "noise", range(2), latents.shape[1:])
+    shift = family.shift(*latents.shape[2:])
+    timesteps = sample_timesteps(config.timesteps, schedule, 0, range(2), 2, shift)
+    if schedule.path == "linear":
+        sigmas = (timesteps / 1000).view(-1, 1, 1, 1)
+        noisy, target = (1 - sigmas) * latents + sigmas * noise, noise - latents
+        target = latents if name == "tiny-pixel" else target
+    else:
+        plain = DDPMScheduler.from_config(family.sampler.config)
+        noisy = plain.add_noise(latents, noise, timesteps)
+        is_v = plain.config.prediction_type == "v_prediction"
+        target = plain.get_velocity(latents, noise, timesteps) if is_v else noise
+    denoiser = family.load_denoiser().train()
+    torch.manual_seed(seed_for(0, "model", 0))
+    conditioning = family.encode_prompts(batch["captions"])
+    if name == "tiny-sdxl":
+        conditioning["time_ids"] = batch["sizes"]
+    loss = (family.predict(denoiser, noisy, timesteps, conditioning) - target).square().mean()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in denoiser.parameters() if p.grad is not None]).norm()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_every_weight_that_is_trained_has_a_gradient(name, family, denoiser, captions):

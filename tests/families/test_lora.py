@@ -169,6 +169,16 @@ def test_kinds_of_adapters_round_trip(short_run, tmp_path, fields):
     assert run_bytes(unbroken / "lora") == run_bytes(resumed / "lora")
     family = load_family(parse_config(argv))
     denoiser = trained_models(family, parse_config(argv))["denoiser"].eval()
+    adapted = next(module for module in denoiser.modules() if hasattr(module, "lora_A"))
+    down = adapted.lora_A["default"].weight
+    if (
+        fields.get("init") == "kaiming"
+    ):  # uniform, by the width of what goes in; gaussian: of standard deviation 1 / rank
+        assert down.abs().max() <= down.shape[1] ** -0.5
+    else:
+        assert down.std().item() == pytest.approx(1 / 4, rel=0.2)
+    assert adapted.scaling["default"] == pytest.approx(8 / 4**0.5 if "use_rslora" in fields else 8 / 4)
+    assert getattr(adapted.lora_dropout["default"], "p", 0.0) == fields.get("dropout", 0.0)
     ema = load_file(unbroken / "checkpoint-6/ema.safetensors")
     with torch.no_grad():
         for i, weight in enumerate(trained_weights(denoiser).values()):
@@ -213,9 +223,42 @@ def test_some_weights_train_in_half_precision(short_run):
     train([*short_run, *options({"model.trainable": ["*bias"], "train.precision": "bf16", "train.max_steps": 1})])
 
 
+def test_adapters_and_all_weights_train_together(short_run):
+    """What is exported has neither adapters nor names of them, and adapters alone would be no model."""
+    argv = [*short_run, *options(LORA | {"model.trainable": ["*"], "model.lora.merge": True, "ema.enabled": False})]
+    run = train(argv)
+    assert not (run / "lora").exists()
+    family = load_family(parse_config(argv))
+    merged = load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    assert merged.keys() == family.load_denoiser().state_dict().keys()
+    denoiser = trained_models(family, parse_config(argv))["denoiser"].eval()
+    denoiser.load_state_dict(load_file(run / "checkpoint-6/denoiser.safetensors"))
+    output = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])]
+    exported = DiffusionPipeline.from_pretrained(run / "pipeline").unet
+    with torch.no_grad():
+        predicted = [family.predict(model, *output, family.null_conditioning()) for model in (denoiser, exported)]
+    torch.testing.assert_close(*predicted, rtol=0, atol=1e-4)
+
+
+def test_a_finished_run_is_merged_on_request(short_run, capsys):
+    """`model.lora.merge` may change, and what was asked for and is not there is made; then there is nothing to do."""
+    argv = [*short_run, *options(LORA)]
+    run = train(argv)
+    before = run_bytes(run / "lora")
+    again = [*argv, "--model.lora.merge", "true", "--resume-from", "latest"]
+    assert not (run / "pipeline").exists()
+    train(again)
+    assert run_bytes(run / "lora") == before and run_bytes(run / "pipeline")
+    assert [line["step"] for line in metrics_without_times(run)] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    train(again)
+    assert "Nothing to do" in capsys.readouterr().out
+
+
 def test_adapters_and_some_weights_train_together(short_run, tmp_path):
     argv = [*short_run, *options(LORA | {"model.trainable": ["conv_out.*"], "model.lora.merge": True})]
     run = train(argv)
+    assert not (run / "lora").exists()
     plain = load_family(parse_config(argv)).load_denoiser().state_dict()
     merged = load_file(run / "pipeline/unet/diffusion_pytorch_model.safetensors")
     changed = {key for key in plain if not torch.equal(plain[key], merged[key])}

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 
@@ -6,6 +7,7 @@ import torch
 from helpers import options, parse_config
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 
 NAME = "builtin:tiny-pixart-sigma"
@@ -45,3 +47,17 @@ def test_a_transformer_that_is_told_sizes_is_refused(pixart_run, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_additional_conditions": True}))
     with pytest.raises(ValueError, match="transformer: use_additional_conditions: a PixArtSigmaPipeline tells"):
         load_family(parse_config([*pixart_run, *options({"model.pretrained_model_name_or_path": folder})]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_tokenizer_of_sentencepiece_alone_names_the_extra(tmp_path):
+    folder = shutil.copytree(builtin_checkpoint("builtin:tiny-pixart-sigma"), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "T5Tokenizer"]}))
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    (folder / "tokenizer/spiece.model").write_bytes(b"")
+    message = r"tokenizer: sentencepiece is not installed \(pip install -c constraints.txt -e '.\[sentencepiece\]'\)"
+    with pytest.raises(InputError, match=message):
+        load_family(parse_config(["--model.pretrained_model_name_or_path", str(folder), "--data.dataset", "d"]))

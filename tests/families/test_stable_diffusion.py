@@ -95,6 +95,15 @@ def test_prompts_are_encoded_as_the_pipeline_does(builtin, denoiser):
     torch.testing.assert_close(builtin.encode_prompts(prompts), {"prompt_embeds": expected})
 
 
+def test_a_text_encoder_that_asks_for_a_mask_is_told_it(builtin, denoiser):
+    plain = builtin.encode_prompts(["a red circle"])["prompt_embeds"]
+    builtin.part("text_encoder").config.use_attention_mask = True
+    expected, _ = builtin.pipeline(denoiser).encode_prompt(["a red circle"], "cpu", 1, False)
+    told = builtin.encode_prompts(["a red circle"])["prompt_embeds"]
+    assert not torch.equal(told, plain)
+    torch.testing.assert_close(told, expected)
+
+
 def test_a_caption_is_encoded_the_same_whatever_is_beside_it(builtin):
     captions = [f"a {color} {shape}" for color in ("red", "blue", "teal") for shape in ("circle", "square of mine")]
     alone = torch.cat([builtin.encode_prompts([caption])["prompt_embeds"] for caption in captions])

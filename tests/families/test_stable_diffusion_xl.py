@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CACHES, options, parse_config, train
+from helpers import CACHES, metrics_without_times, options, parse_config, train
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.errors import InputError
@@ -55,6 +55,31 @@ def test_the_denoiser_is_told_the_sizes_of_each_sample(xl_run, mixed_folder, tmp
         assert top == 0 if width > height else left == 0
     places = set(sizes[sizes[:, 1] == 60][:, 3].tolist())  # of wide images, where the crop begins
     assert (len(places) == 1) == ("data.center_crop" in fields)
+
+
+def test_caches_know_which_conditioning_of_no_caption_they_hold(xl_run, altered, tmp_path):
+    """Two checkpoints that differ in nothing else share no cache."""
+    other = {"model.pretrained_model_name_or_path": altered(force_zeros_for_empty_prompt=False)}
+    caches = CACHES | {"data.cache_dir": tmp_path / "cache", "data.caption_dropout": 1.0}
+    losses = {}
+    for name, fields in {
+        "zeros": caches,
+        "cached": caches | other,
+        "drawn": other | {"data.caption_dropout": 1.0},
+    }.items():
+        run = train([*xl_run, "--data.center_crop", "true", *options(fields | {"train.output_dir": tmp_path / name})])
+        losses[name] = [line["loss"] for line in metrics_without_times(run)]
+    assert losses["cached"] == losses["drawn"] != losses["zeros"]
+
+
+def test_a_vae_with_a_shift_is_refused(altered):
+    folder = altered()
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {"shift_factor": 0.25}))
+    with pytest.raises(
+        InputError, match=r"vae has a shift_factor, 0\.25, which a StableDiffusionXLPipeline does not undo"
+    ):
+        load_family(parse_config(["--model.pretrained_model_name_or_path", str(folder), "--data.dataset", "d"]))
 
 
 def test_the_sizes_matter(xl_run):

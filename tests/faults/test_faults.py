@@ -94,20 +94,25 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
 
 
 @pytest.mark.parametrize(
-    ("kills", "num_processes", "accumulation", "data"),
+    ("kills", "num_processes", "accumulation", "fields"),
     [
         (3, 1, 4, {}),
         *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
         *(pytest.param(5, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
+        pytest.param(3, 1, 2, {"model.lora.rank": 4, "model.lora.merge": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_killed_again_and_again_a_run_ends_with_the_same_bytes(
-    short_run, tmp_path, faults, kills, num_processes, accumulation, data
+    short_run, tmp_path, faults, kills, num_processes, accumulation, fields
 ):
-    fields = {"train.max_steps": 15 * kills, "train.batch_size": 8, "train.gradient_accumulation_steps": accumulation}
+    fields = fields | {
+        "train.max_steps": 15 * kills,
+        "train.batch_size": 8,
+        "train.gradient_accumulation_steps": accumulation,
+    }
     # epochs of 10 images are crossed, and the loss of a line is that of 3 steps while every second is saved
-    fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1} | data
+    fields |= {"lr_scheduler.num_warmup_steps": 9, "train.log_every": 3, "data.num_workers": 1}
     argv = [*short_run, *options(fields)]
     unbroken = start_processes([*argv, "--output-dir", str(tmp_path / "unbroken")], num_processes, {})
     assert [run.wait() for run in unbroken] == [0] * num_processes

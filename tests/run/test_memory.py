@@ -1,5 +1,6 @@
 """The plan of a step's memory against what steps really hold."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,18 @@ def test_each_option_saves_what_it_says(short_run):
         option = f"{field} {value}" if f"{field} {value}" in saved else field
         assert memory.total - sum(changed.values()) == saved.pop(option) > 0, field
     assert saved == {}  # on a CPU, ema.on_cpu saves nothing
+
+
+def test_what_is_proposed_can_be_asked_for(short_run):
+    """With what it needs beside it, and where the run's other options let it; and it says what is enough."""
+    plain = plan_memory(*run_of(config_of(short_run, "tiny-dit")))
+    assert {"data.cache_latents and data.center_crop", "model.lora.rank 16 and model.lora.merge"} < plain.saved.keys()
+    averages = {"ema.power_sigma_rels": [0.1]}
+    assert not any("lora" in name for name in plan_memory(*run_of(config_of(short_run, "tiny-sd3", **averages))).saved)
+    option, size = max(plain.saved.items(), key=lambda item: item[1])
+    lines = str(dataclasses.replace(plain, capacity=plain.total - size)).splitlines()
+    assert "  it does not fit" in lines
+    assert [line.split("  ")[1] for line in lines if line.endswith("then it fits")] == [option]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
