@@ -76,7 +76,11 @@ ALIGNMENT = [
 ]
 
 
-@pytest.mark.parametrize("fields", [{}, CACHES | {"train.gradient_checkpointing": True}], ids=["plain", "caches"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, pytest.param(CACHES | {"train.gradient_checkpointing": True}, marks=pytest.mark.slow)],
+    ids=["plain", "caches"],
+)
 def test_a_trained_module_on_the_denoisers_features(short_run, tmp_path, fields):
     """It uses the batch's pixels beside cached latents, `dropped`, `sizes` and a second time, and has its own group,
     clipping and file; the run resumes to the bit and does not mind how a batch is split."""

@@ -153,7 +153,7 @@ def test_evaluating_and_saving_change_nothing(short_run, image_folder, tmp_path)
     assert len(list(busy.glob("checkpoint-*"))) == 6 and len(list(quiet.glob("checkpoint-*"))) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers):
     def losses(accumulation: int) -> torch.Tensor:
         fields = {
@@ -178,7 +178,7 @@ def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers
     "fields",
     [
         pytest.param(CACHES, marks=pytest.mark.slow),
-        CACHES | BUCKETS | {"data.num_workers": 1},
+        pytest.param(CACHES | BUCKETS | {"data.num_workers": 1}, marks=pytest.mark.slow),
         pytest.param({"train.channels_last": True} | BUCKETS, marks=pytest.mark.slow),
         pytest.param({"ema.update_every": 3}, marks=pytest.mark.slow),
         CACHES | BUCKETS | {"train.channels_last": True, "ema.update_every": 3, "train.gradient_checkpointing": True},
@@ -206,13 +206,8 @@ def test_exactness_survives_what_makes_a_step_faster(short_run, mixed_folder, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "prediction_type",
-    [
-        "epsilon",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v_prediction", "sample", "flow_prediction")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_every_prediction_type_learns(short_run, prediction_type):
     fields = {
         "model.prediction_type": prediction_type,
@@ -352,7 +347,7 @@ def spoilt_folder(image_folder, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_bad_rows_that_are_skipped_are_counted_and_resume_exactly(short_run, spoilt_folder, tmp_path, workers):
     argv = [*short_run, "--data.dataset", str(spoilt_folder), "--data.on_bad_row", "skip"]
     argv += ["--train.max_steps", "8", "--train.log_every", "3", "--data.num_workers", workers, "--train.seed", "1"]
@@ -459,6 +454,7 @@ def test_two_processes_see_the_same_samples(short_run, spoilt_folder, tmp_path):
     assert metrics_without_times(resumed) == metrics[1][1:]
 
 
+@pytest.mark.slow
 def test_dream_under_autocast(short_run, tmp_path):
     """In bf16 the probe is part of the run: it resumes to the same bytes, and the losses are about those of fp32."""
     losses = {}

@@ -48,6 +48,7 @@ def test_a_wheel_has_all_modules_and_the_scripts(installed):
     assert all("/tiny_stable_diffusion/" in name for name in added)  # the built-in checkpoint
 
 
+@pytest.mark.slow
 def test_the_scripts_run_where_the_package_is_installed(installed, tmp_path):
     environment = launch_environment() | {"PYTHONPATH": str(installed / "site"), "HF_HUB_OFFLINE": "1"}
 

@@ -59,12 +59,18 @@ def resumed_run(checkpoint_folder, images, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def again(resumed_run) -> tuple[Path, int]:
     """The re-run, and reproduce's exit code."""
-    return Path(f"{resumed_run}-reproduced"), main([str(resumed_run)])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        start_warm(monkeypatch)
+        return Path(f"{resumed_run}-reproduced"), main([str(resumed_run)])
 
 
 @pytest.fixture
 def warm(monkeypatch):
-    """The re-run starts without python's seconds."""
+    start_warm(monkeypatch)
+
+
+def start_warm(monkeypatch) -> None:
+    """Re-runs start without python's seconds."""
     warm = SimpleNamespace(Popen=lambda command, env: Run(Path(command[1]), command[2:], env))
     monkeypatch.setattr("difftrain_utils.commands.reproduce.subprocess", warm)
 
@@ -163,6 +169,7 @@ def test_what_cannot_be_run_again_is_refused(copied_run, tmp_path):
     refused("not the output folder of a run: it has no env.json")
 
 
+@pytest.mark.slow
 def test_the_scripts_own_refusal_is_passed_on(copied_run, tmp_path, capfd):
     config = copied_run / "config.resolved.yaml"
     config.write_text(

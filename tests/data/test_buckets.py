@@ -197,7 +197,7 @@ CASES = {
 }
 
 
-QUICK = ("auto", "weights-buckets")
+QUICK = ("weights-buckets",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES])

@@ -393,7 +393,7 @@ class TestRefusals:
                 open_stream(config, 0)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_with_the_bytes_of_an_unbroken_one(short_run, folders, tmp_path, reads, kind):
     argv = [*short_run, "--data.dataset", str(folders[kind]), "--data.streaming", "--data.shuffle_buffer", "5"]
     argv += ["--data.num_workers", "1" if kind == "parquet" else "0", "--train.keep_checkpoints", "0"]

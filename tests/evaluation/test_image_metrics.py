@@ -213,6 +213,7 @@ def test_a_run_logs_them_resumes_exactly_and_is_otherwise_the_same(measured_run,
     assert float(row[header.index("fid")]) == pytest.approx(logged[6]["fid"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(measured_run, tmp_path):
     """Three images do not split evenly over them."""
     argv = [*measured_run, "--train.max_steps", "1", "--lr_scheduler.num_warmup_steps", "0"]

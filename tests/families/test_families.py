@@ -282,6 +282,12 @@ def test_frozen_parts_in_half_precision_are_those_of_diffusers(family, precision
             assert torch.equal(tensor.to(plain[key].dtype), plain[key]), f"{part}.{key}"
 
 
+BY_HAND = ("tiny-sdxl", "tiny-sd3", "tiny-flux2-klein", "tiny-pixel")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in BY_HAND else [pytest.mark.slow]) for n in FAMILIES], indirect=True
+)
 def test_the_first_loss_and_gradient_are_the_textbooks(name, family_run, family):
     """By hand from the keyed draws, the VAE's posterior and the objective's formula, the whole batch at once."""
     argv = [*family_run, "--train.max_steps", "1"]

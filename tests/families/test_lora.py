@@ -35,7 +35,7 @@ FAMILIES = {
     "tiny-lumina2": {"model.max_sequence_length": 80},
     "tiny-chroma": SHORT,
 }
-QUICK = ("tiny-stable-diffusion", "tiny-sdxl", "tiny-zimage", "tiny-flux2-klein")
+QUICK = ("tiny-sdxl", "tiny-zimage", "tiny-flux2-klein")
 MERGED = {"tiny-dit": {}, "tiny-pixart-sigma": SHORT}
 LORA = {"model.lora.rank": 4, "model.lora.alpha": 8, "optimizer.init_args.lr": 0.02, "ema.decay": 0.5}
 PROMPTS = ["a red circle", "a blue square"]

@@ -142,7 +142,7 @@ def test_each_option_saves_what_it_says(short_run):
     for field, value in fields.items():
         more = {"data.center_crop": True} if field.startswith("data") else {}
         changed = held(config_of(short_run, "tiny-stable-diffusion", **{field: value} | more))
-        option = f"{field} {value}" if f"{field} {value}" in saved else field
+        option = next(name for name in saved if name.startswith(field))
         assert memory.total - sum(changed.values()) == saved.pop(option) > 0, field
     assert saved == {}  # on a CPU, ema.on_cpu saves nothing
 

@@ -130,6 +130,7 @@ def test_utilisation_is_reported_where_the_peak_is_known(short_run, monkeypatch)
         assert [peak_tflops(accelerator, TrainConfig(tf32=tf32)) for tf32 in (False, True)] == peaks
 
 
+@pytest.mark.slow
 def test_a_trace_that_changes_nothing(short_run, tmp_path, capfd):
     plain = train([*short_run, "--output-dir", str(tmp_path / "plain")])
     traced = train([*short_run, "--output-dir", str(tmp_path / "traced"), "--train.profile", "2"])
