@@ -245,7 +245,7 @@ class DiffusersFamily:
             cls, config = part_class(self.model_index, name), self.config_of(name)
             with torch.device("meta"):
                 part = cls(config) if self.model_index[name][0] == "transformers" else cls.from_config(config)
-            parts[name] = torch.nn.Module.to(part.eval().requires_grad_(False), dtype)
+            parts[name] = move_part(part.eval().requires_grad_(False), "meta", dtype)
         return dataclasses.replace(self, device="meta", weight_dtype=dtype, _parts=parts)
 
     def config_of(self, name: str) -> Any:
