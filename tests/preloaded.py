@@ -7,5 +7,6 @@ from difftrain_utils.run.manifest import describe_environment
 parse_config(
     TextToImageConfig,
     ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion", "--data.dataset", "builtin:shapes"],
+    prog="train_text_to_image.py",
 )
 describe_environment()

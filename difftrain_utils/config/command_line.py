@@ -71,7 +71,7 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
     if not argv:
         raise InputError("--config: needs a YAML file, such as configs/quickstart.yaml; --help shows all fields")
     argv = _expand(config_class, argv)
-    parser = _build_parser(config_class, prog)
+    parser = _build_parser(config_class, prog or os.path.basename(sys.argv[0]))
     try:
         argv = _check_names(config_class, argv)
         _refuse_lost(argv)
@@ -103,10 +103,10 @@ def _sections(config_class: type[Config]) -> tuple[dataclasses.Field, ...]:
 
 
 @functools.cache  # it takes a fifth of a second
-def _build_parser(config_class: type[Config], prog: str | None) -> ArgumentParser:
+def _build_parser(config_class: type[Config], prog: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=prog or os.path.basename(sys.argv[0]),
+        prog=prog,
         description="Every field of the config, by its dotted name. --output-dir and --resume-from are short "
         "for --train.output_dir and --train.resume_from.",
         exit_on_error=False,

@@ -37,8 +37,8 @@ from difftrain_utils.media.image import crop_of, resize_and_crop
 from difftrain_utils.processes import main_process_first
 
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
-# bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 the same
-# for both conditionings of no caption that Stable Diffusion XL may have
+# bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 of
+# a T5 that was rounded wholly in fp16, and the same for both of Stable Diffusion XL's conditionings of no caption
 FORMATS = {"latents": 2, "text": 5}
 
 

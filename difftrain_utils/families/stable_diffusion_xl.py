@@ -40,7 +40,10 @@ class StableDiffusionXL(DiffusersFamily):
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
-        return super().describe_parts(*parts) | {name: str(value) for name, value in self.pipeline_options.items()}
+        described = super().describe_parts(*parts)
+        if "text_encoder" in parts:  # latents do not depend on it
+            described["force_zeros_for_empty_prompt"] = str(self.pipeline_options["force_zeros_for_empty_prompt"])
+        return described
 
     def encode_texts(self, texts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.text_pipeline().encode_prompt(texts, do_classifier_free_guidance=False)

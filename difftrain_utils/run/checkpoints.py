@@ -348,7 +348,7 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
         final = read_manifest(output_dir).get("final", {})
     except (OSError, ValueError):  # the end of the run is made again
         return False
-    left = PIPELINE if config.model.lora is None or config.model.lora.merge else LORA  # both fields are free to change
+    left = PIPELINE if config.model.lora is None or config.model.lora.merge else LORA  # merging may be asked for later
     is_last = read_state(checkpoint)["global_step"] == final.get("global_step") == config.train.max_steps
     return is_last and (output_dir / left).is_dir()
 

@@ -54,16 +54,16 @@ class Memory:
         lines.append(_row("sum" if self.uncounted is None else "sum without activations", self.total))
         if self.uncounted is not None:
             lines.append(f"  activations cannot be counted: {self.uncounted}")
+        is_short = self.capacity is not None and self.total > self.capacity
         if self.capacity is not None:
             lines.append(_row("of the device", self.capacity))
-            if self.total > self.capacity:
-                lines.append("  it does not fit")
+        if is_short:
+            lines.append("  it does not fit")
         if self.while_caching:
             lines.append(_row("besides, while caching", sum(self.while_caching.values())))
         if self.saved:
             lines.append("each of these by itself would save:")
             ordered = sorted(self.saved.items(), key=lambda option: -option[1])
-            is_short = self.capacity is not None and self.total > self.capacity
             for option, size in ordered:
                 is_enough = is_short and self.total - size <= self.capacity
                 lines.append(_row(option, size) + ("  then it fits" if is_enough else ""))

@@ -171,11 +171,9 @@ def test_kinds_of_adapters_round_trip(short_run, tmp_path, fields):
     denoiser = trained_models(family, parse_config(argv))["denoiser"].eval()
     adapted = next(module for module in denoiser.modules() if hasattr(module, "lora_A"))
     down = adapted.lora_A["default"].weight
-    if (
-        fields.get("init") == "kaiming"
-    ):  # uniform, by the width of what goes in; gaussian: of standard deviation 1 / rank
+    if fields.get("init") == "kaiming":  # uniform, by the width of what goes in
         assert down.abs().max() <= down.shape[1] ** -0.5
-    else:
+    else:  # of standard deviation 1 / rank
         assert down.std().item() == pytest.approx(1 / 4, rel=0.2)
     assert adapted.scaling["default"] == pytest.approx(8 / 4**0.5 if "use_rslora" in fields else 8 / 4)
     assert getattr(adapted.lora_dropout["default"], "p", 0.0) == fields.get("dropout", 0.0)
