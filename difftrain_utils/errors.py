@@ -82,6 +82,7 @@ EXTRAS = {
     "bitsandbytes": "quantization",
     "ftfy": "prx",
     "sentencepiece": "sentencepiece",
+    "shtab": "completion",
 }
 
 

@@ -22,7 +22,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(TextToImageConfig, argv, prog="difftrain check-data")
+    config = parse_config(TextToImageConfig, argv, prog="difftrain check-data", about=__doc__)
 
     # after the config, so that a typo is reported at once
     from difftrain_utils.data.problems import check_rows, list_rows

@@ -2,15 +2,20 @@
 
 difftrain COMMAND [OPTIONS]
 difftrain COMMAND --help
+difftrain --print_shtab bash
 """
 
+import argparse
 import importlib
 import sys
 
+from difftrain_utils.config.completion import add_fields, check_installed, completion
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, one_line_errors
 
 COMMANDS = {  # each is the function `main` of the module of that name
     "init": "copy the training scripts and configs into a folder, to use and to change",
+    "train": "start the training script on all GPUs of this machine, or on its CPU",
     "validate-config": "check a config, its model and its data without training",
     "check-data": "find all that is wrong with the images and captions of a config",
     "compare": "compare runs: their results, whether one won, and whether that is fair",
@@ -19,6 +24,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
     "draw-shapes": "write the built-in data set as a folder of images",
 }
+TAKE_CONFIG = ("train", "validate-config", "check-data")
 
 
 def main() -> None:
@@ -34,7 +40,23 @@ def run(argv: list[str]) -> int | None:
         lines = [f"  {command:{width}}  {what}" for command, what in COMMANDS.items()]
         print("\n".join(["usage: difftrain COMMAND [OPTIONS]    (difftrain COMMAND --help)", "", *lines]))
         return 0
+    option, _, shell = name.partition("=")
+    if option == "--print_shtab":
+        check_installed()
+        print(completion(_parser(), shell or "".join(arguments)))
+        return 0
     if name not in COMMANDS:
         raise InputError(f"difftrain: no command {name!r}; there is {', '.join(COMMANDS)}")
     module = importlib.import_module(f"difftrain_utils.commands.{name.replace('-', '_')}")
     return module.main(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All commands, with the options of those that take a config."""
+    parser = argparse.ArgumentParser("difftrain")
+    commands = parser.add_subparsers()
+    for command, what in COMMANDS.items():
+        of_command = commands.add_parser(command, help=what)
+        if command in TAKE_CONFIG:
+            add_fields(of_command, TextToImageConfig)
+    return parser

@@ -14,7 +14,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(TextToImageConfig, argv, prog="difftrain validate-config")
+    config = parse_config(TextToImageConfig, argv, prog="difftrain validate-config", about=__doc__)
 
     # after the config, so that a typo is reported at once
     from difftrain_utils.data.load import load_data

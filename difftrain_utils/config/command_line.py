@@ -11,21 +11,22 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
+from difftrain_utils.config.completion import add_fields, check_installed, completion
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network
-from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError, blame, shorten, warn
 
-ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-NESTED = {"model.lora": LoraConfig}  # fields that have fields of their own
+ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
 
 C = TypeVar("C", bound=Config)
 SHORT = {"lr": "optimizer.init_args.lr", "learning_rate": "optimizer.init_args.lr"}
@@ -60,18 +61,21 @@ for tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", _StrictLoader.construct_number)
 
 
-def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str | None = None) -> C:
-    """Read a config of `config_class` from a command line (`sys.argv` if None), and check it.
+def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str = "", about: str = "") -> C:
+    """Read a config of `config_class` from a command line (`sys.argv` if None), and check it. `prog` and `about`, the
+    program's name and its docstring, are for `--help`.
 
     Raises:
         InputError: a field or option does not exist, or a value is not allowed.
-        SystemExit: after --help or --print_config.
+        SystemExit: after --help, --print_config or --print_shtab.
     """
     argv = sys.argv[1:] if argv is None else argv
+    prog = prog or os.path.basename(sys.argv[0])
+    _print_and_stop(config_class, argv, prog, about or sys.modules["__main__"].__doc__ or "")
     if not argv:
         raise InputError("--config: needs a YAML file, such as configs/quickstart.yaml; --help shows all fields")
     argv = _expand(config_class, argv)
-    parser = _build_parser(config_class, prog or os.path.basename(sys.argv[0]))
+    parser = _build_parser(config_class, prog)
     try:
         argv = _check_names(config_class, argv)
         _refuse_lost(argv)
@@ -93,6 +97,22 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
     return config
 
 
+def _print_and_stop(config_class: type[Config], argv: Sequence[str], prog: str, about: str) -> None:
+    """What is asked for by --help or --print_shtab, without reading anything else."""
+    for position, arg in enumerate(argv):
+        option, _, value = arg.partition("=")
+        following = value or next((a for a in argv[position + 1 : position + 2] if not a.startswith("-")), None)
+        if option in ("--help", "-h"):
+            print(help_text(config_class, following and following.removeprefix("--"), prog, about))
+            raise SystemExit(0)
+        if option == "--print_shtab":
+            check_installed()
+            parser = argparse.ArgumentParser(prog)
+            add_fields(parser, config_class)
+            print(completion(parser, following or ""))
+            raise SystemExit(0)
+
+
 def field_names(config_class: type[Config]) -> list[str]:
     """The dotted names of all fields, in order."""
     return [f"{s.name}.{f.name}" for s in _sections(config_class) for f in dataclasses.fields(s.type)]
@@ -103,12 +123,12 @@ def _sections(config_class: type[Config]) -> tuple[dataclasses.Field, ...]:
 
 
 @functools.cache  # it takes a fifth of a second
-def _build_parser(config_class: type[Config], prog: str) -> ArgumentParser:
+def _build_parser(config_class: type[Config], prog: str) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser, set_parsing_settings  # --help does without
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
-        description="Every field of the config, by its dotted name. --output-dir and --resume-from are short "
-        "for --train.output_dir and --train.resume_from.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -179,7 +199,7 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
             warn(f"--{name} is called --{RENAMED[name]} now")
             argv[position] = f"--{RENAMED[name]}{equals}{'' if has_next else value}"
         elif (
-            name not in [*known, "help", "print_config", *(f"{nested}.help" for nested in NESTED)]
+            name not in [*known, "print_config"]
             and name.removesuffix("+") not in top_level
             and not name.startswith("optimizer.init_args.")
         ):

@@ -1,0 +1,44 @@
+"""Completion of options and their values in a shell, by shtab."""
+
+import argparse
+import importlib.util
+
+from difftrain_utils.config.config import Config
+from difftrain_utils.config.help import NESTED, choices, sections
+from difftrain_utils.errors import InputError, not_installed
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_fields(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
+    """The options of a script with this config, with the values that those have which have few."""
+    import shtab
+
+    for option in ("--config", "--output-dir", "--resume-from"):
+        parser.add_argument(option).complete = shtab.FILE
+    for option in ("--print_config", "--print_shtab"):
+        parser.add_argument(option)
+    for title, fields in sections(config_class).values():
+        for field in fields:
+            if field.name not in NESTED:
+                parser.add_argument(f"--{field.name}", choices=choices(field.kind) or None, help=title)
+
+
+def completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The shell's script, to be sourced or put where the shell looks for completions.
+
+    Raises:
+        InputError: shtab is not installed, or does not know the shell.
+    """
+    if shell not in SHELLS:
+        raise InputError(f"--print_shtab: must be {', '.join(SHELLS)}, got {shell!r}")
+    check_installed()
+    import shtab
+
+    return shtab.complete(parser, shell)
+
+
+def check_installed() -> None:
+    """Raise InputError unless shtab is installed."""
+    if importlib.util.find_spec("shtab") is None:
+        raise InputError(f"--print_shtab: {not_installed('shtab')}")
