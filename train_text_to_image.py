@@ -13,10 +13,12 @@ a run can be stopped and resumed anywhere, or split over other numbers of proces
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import one_line_errors
+from difftrain_utils.terminal import STOPPED, announce
 
 if __name__ == "__main__":  # before the slow imports, so that a typo is reported at once
     with one_line_errors():
         config = parse_config(TextToImageConfig)
+    announce("Importing torch and diffusers")
 
 import sys
 import time
@@ -43,7 +45,7 @@ from difftrain_utils.run.launch import launch, prepare
 from difftrain_utils.run.meter import Meter
 from difftrain_utils.run.profiler import Profiler
 from difftrain_utils.run.state import TrainState
-from difftrain_utils.terminal import STOPPED
+from difftrain_utils.run.summary import describe_run
 
 
 def main(config: TextToImageConfig) -> int:
@@ -66,6 +68,7 @@ def main(config: TextToImageConfig) -> int:
     data = load_data(accelerator, family, config)
     evaluation = Evaluation(accelerator, family, data.validation_rows, config)
     record = prepare(accelerator, family, models, data, checkpoint, config)
+    accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     schedule, device = family.schedule, accelerator.device
@@ -86,7 +89,7 @@ def main(config: TextToImageConfig) -> int:
     with (
         Interruptions(accelerator, started, config.train) as interruptions,
         Profiler(accelerator, config.train) as profiler,
-        Meter(accelerator, state, config) as meter,
+        Meter(accelerator, state, data, config) as meter,
     ):
         while not state.is_finished and not interruptions.stop:
             # ── One step: the gradient of a batch, in parts ──────────────────────────────────────────────────

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from difftrain_utils.terminal import outlast_readers, printable, stop_in_one_line
+from difftrain_utils.terminal import is_main_process, outlast_readers, printable, stop_in_one_line
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 LOAD_ERRORS = (  # what libraries raise on files of models and checkpoints that are damaged, or somebody's
@@ -104,7 +104,7 @@ def some(names: Sequence[str]) -> str:
 
 def warn(message: str) -> None:
     """Print a line on stderr, once for all processes, on a line of its own whatever progress bar is shown."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
 
 
@@ -170,7 +170,7 @@ def _report_unless_disk(args: threading.ExceptHookArgs) -> None:
 
 def _exit(message: str, everywhere: bool, code: int) -> None:
     message = printable(message)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     elif everywhere:
         print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the bar is another process's

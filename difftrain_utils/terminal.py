@@ -4,10 +4,46 @@ import multiprocessing
 import os
 import signal
 import sys
-from typing import TextIO
+import time
+from collections.abc import Iterable, Iterator
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+QUIET = 20  # seconds after which a log wants to hear of what goes on
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks for all; to be asked before there is an `Accelerator`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def announce(text: str) -> None:
+    """Say what is being done that may take a while."""
+    if is_main_process():
+        print(f"{text} ...", flush=True)
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, and how far it has come with them: a bar where there is a terminal, else a line now and then; nothing
+    where it takes less than a second."""
+    if not is_main_process():
+        yield from items
+    elif sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False, delay=1, dynamic_ncols=True)
+    else:
+        last = time.monotonic()
+        for done, item in enumerate(items):
+            if time.monotonic() - last > QUIET:
+                last = time.monotonic()
+                print(f"{what}: {done} of {total}", flush=True)
+            yield item
 
 
 def printable(text: str) -> str:
@@ -75,6 +111,6 @@ def end_workers() -> None:
 
 
 def _stop(number: int, frame) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(f"\nstopped by {signal.Signals(number).name}: run the same command again", file=sys.stderr, flush=True)
     raise SystemExit(130 if number == signal.SIGINT else STOPPED)

@@ -21,9 +21,16 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.families.load import load_family
+from difftrain_utils.run import summary
 from difftrain_utils.terminal import SIGNALS
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def quick_summary(monkeypatch):
+    """The plan of memory in the summary of each run takes half a second."""
+    monkeypatch.setattr(summary, "summarise_memory", lambda *run: "not counted here")
 
 
 @pytest.fixture(autouse=True)

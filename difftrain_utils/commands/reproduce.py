@@ -172,7 +172,8 @@ def rerun(command: list[str], environment: dict[str, str], output_dir: Path, ste
             on_start()
         saved = steps is not None and wait_for(output_dir / checkpoint_name(steps), process)
         if saved:
-            process.terminate()  # all that is compared is on the disk
+            say(f"\nThe re-run has saved {checkpoint_name(steps)}, all that is compared: stopping it")
+            process.terminate()
         code = process.wait()
     finally:
         if process.poll() is None:

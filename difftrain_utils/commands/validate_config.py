@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.run.launch import launch, prepare
     from difftrain_utils.run.memory import describe_memory
     from difftrain_utils.run.run_folder import holds_run
+    from difftrain_utils.run.summary import describe_run
 
     accelerator = launch(config)
     checkpoint = find_checkpoint(config)
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(accelerator, family, config)
     evaluation = Evaluation(accelerator, family, data.validation_rows, config)
     record = prepare(accelerator, family, models, data, checkpoint, config)
+    accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
 
     # ── The same, up to here, as in the script ───────────────────────────────────────────────────────────────
     output_dir = Path(config.train.output_dir)

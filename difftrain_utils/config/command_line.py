@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.completion import add_fields, check_installed, completion
+from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save
 
 from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import file_digest, write_file
 from difftrain_utils.processes import main_process_first
+from difftrain_utils.terminal import progress
 
 SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
 LAYOUT_FILE = "layout.json"
@@ -160,14 +161,12 @@ def build_cache(
     batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
     batches = list(itertools.chain(*batches_of))
     loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=sum(map(len, batches)), desc=what, disable=not batches or not accelerator.is_main_process) as bar:
-        loaded = iter(loader)
-        for shard, of_shard in zip(missing, batches_of, strict=True):
-            entries = []
-            for batch in itertools.islice(loaded, len(of_shard)):
-                entries += _entries(encode(batch), len(batch))
-                bar.update(len(batch))
-            write_with_digest(cache.path(shard), save(pack(entries)))
+    loaded = progress(loader, len(batches), f"{what}, batches")
+    for shard, of_shard in zip(missing, batches_of, strict=True):
+        entries = []
+        for batch in itertools.islice(loaded, len(of_shard)):
+            entries += _entries(encode(batch), len(batch))
+        write_with_digest(cache.path(shard), save(pack(entries)))
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
         _check_is_there(cache.path(shard))

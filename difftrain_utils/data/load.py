@@ -8,8 +8,10 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, load_buckets
 from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
+from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.processes import main_process_first
+from difftrain_utils.terminal import announce
 
 
 @dataclass
@@ -21,6 +23,11 @@ class Data:
     validation_rows: MappedRows | None = None
     buckets: Buckets | None = None
 
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """How many samples a pass over the data has; None of a stream, whose length is not known."""
+        return getattr(self.order, "epoch_length", None)
+
 
 def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     """The data that the section `data` names. No image is decoded yet.
@@ -30,6 +37,8 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             the model cannot take images of this size, or no bucket has a batch of images.
     """
     resolution, seed = config.data.resolution, config.train.seed
+    names = [source.dataset for _, source in sources_of(config.data)]
+    announce(f"Opening the data, {', '.join(names)}")
     family.check_size(resolution, resolution, "data.resolution")
     with main_process_first(accelerator):
         rows = open_stream(config.data, seed) if config.data.streaming else map_rows(config.data)

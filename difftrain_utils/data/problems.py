@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
-from tqdm import tqdm
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.rows import MappedRows, Row, SourceRows, follow, join_captions, map_in_threads, read_bytes
@@ -20,6 +19,7 @@ from difftrain_utils.data.sources import (
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
 from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.terminal import progress
 
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
@@ -84,7 +84,7 @@ def check_rows(
     """Decode every image and count the tokens of every caption; the problems come in the order of the rows."""
     limit = None if tokenizer is None else tokenizer.model_max_length
     checked = map_in_threads(lambda index: check_row(row_at(index), config), range(length))
-    for name, captions, problems in tqdm(checked, total=length, desc=title, unit=" images"):
+    for name, captions, problems in progress(checked, length, f"Decoding the images of {title}"):
         yield from problems
         for caption in captions if tokenizer is not None else ():
             num_tokens = len(tokenizer(caption, verbose=False).input_ids)

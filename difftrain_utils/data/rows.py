@@ -27,6 +27,7 @@ from difftrain_utils.errors import InputError, RowError, one_line
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import open_image, open_image_header
 from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.terminal import progress
 
 BATCH = 65536  # rows whose paths are in memory at a time
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
@@ -186,7 +187,7 @@ class MappedRows(Sequence):
 
         def compute() -> bytes:
             total = hashlib.sha256()
-            for row_digest in map_in_threads(digest, range(len(self))):
+            for row_digest in progress(map_in_threads(digest, range(len(self))), len(self), "Reading the images"):
                 total.update(row_digest)
             return json.dumps({"num_images": len(self), "sha256": total.hexdigest()}).encode()
 

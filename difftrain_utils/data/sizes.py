@@ -12,6 +12,7 @@ from difftrain_utils.data.fingerprint import remembered
 from difftrain_utils.data.rows import MappedRows, Row, map_in_threads, read_bytes
 from difftrain_utils.errors import RowError
 from difftrain_utils.media.image import open_image_header
+from difftrain_utils.terminal import progress
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
 
@@ -36,8 +37,9 @@ def image_sizes(rows: MappedRows, config: DataConfig) -> np.ndarray:
 
     def compute() -> bytes:
         sizes = np.zeros((len(rows), 2), np.int32)
-        for index, found in enumerate(map_in_threads(size, range(len(rows)))):
-            sizes[index] = found
+        found = progress(map_in_threads(size, range(len(rows))), len(rows), "Reading the images' sizes")
+        for index, of_image in enumerate(found):
+            sizes[index] = of_image
         buffer = io.BytesIO()
         np.save(buffer, sizes)
         return buffer.getvalue()

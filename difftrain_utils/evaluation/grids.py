@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import torch_generator_for
+from difftrain_utils.terminal import progress
 
 
 @torch.no_grad()
@@ -23,7 +24,8 @@ def generate(
 ) -> list[Image.Image]:
     """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone."""
     images = []
-    for start in range(0, len(prompts), config.batch_size):
+    starts = range(0, len(prompts), config.batch_size)
+    for start in progress(starts, len(starts), "Drawing, batches"):
         some = slice(start, start + config.batch_size)
         images += family.generate(
             denoiser,

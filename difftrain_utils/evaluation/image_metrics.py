@@ -23,6 +23,7 @@ from difftrain_utils.data.samples import read_row_or_substitute
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.grids import generate
 from difftrain_utils.media.image import to_square
+from difftrain_utils.terminal import announce
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
@@ -38,6 +39,8 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
     wanted, networks = config.evaluation.num_metric_images, {}
     if (features or clip) and wanted > len(rows):
         raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out images, got {wanted}")
+    if features or clip:
+        announce(f"Loading {' and '.join(filter(None, (features, clip)))}, for the image metrics")
     blank = [Image.new("RGB", (config.data.resolution, config.data.resolution))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):

@@ -17,6 +17,7 @@ from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
 from difftrain_utils.media.image import to_square
 from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.terminal import progress
 
 
 @torch.no_grad()
@@ -34,7 +35,8 @@ def validation_losses(
     evaluation, schedule = config.evaluation, family.schedule
     found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
     mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
-    for start in range(0, len(mine), evaluation.batch_size):
+    starts = range(0, len(mine), evaluation.batch_size)
+    for start in progress(starts, len(starts), "Validating, batches"):
         keys = mine[start : start + evaluation.batch_size]
         held_out = [read_row_or_substitute(rows, j % len(rows), config.data, evaluation.seed, j) for j in keys]
         pixel_values, crops = zip(*(to_square(image, config.data) for image, _ in held_out), strict=True)

@@ -31,6 +31,7 @@ from difftrain_utils.families.z_image import ZImage
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.loss import LearnedUncertainty
+from difftrain_utils.terminal import announce
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
 FAMILIES: dict[str, type[Family]] = {
@@ -60,6 +61,7 @@ def load_family(config: Config) -> Family:
             schedule cannot be what the config asks for.
     """
     name = config.model.pretrained_model_name_or_path
+    announce(f"Loading the frozen parts of {name}")
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, config.model.revision)
         family_class = FAMILIES[model_index["_class_name"]]
@@ -78,6 +80,7 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled, or has no such weights
             (`model.trainable`) or layers (`model.lora`).
     """
+    announce(f"Loading its {family.denoiser_part}")
     denoiser = family.load_denoiser()
     choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)

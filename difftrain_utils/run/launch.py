@@ -26,6 +26,7 @@ from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_de
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import TRACKERS
 from difftrain_utils.run.tracking import check_trackers
+from difftrain_utils.terminal import announce
 
 LONGEST_WAIT = timedelta(hours=12)  # of a process for another: the main process reads all data before the first step
 # who says how many processes were started, innermost first: torchrun, Open MPI, other MPIs, Slurm
@@ -94,6 +95,7 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
             another precision; an image or a caption cannot be read, or the model not be told a caption.
         RunError: no pipeline of this family could have this denoiser.
     """
+    announce("Checking the images, the captions and the weights")
     family.check_denoiser(models["denoiser"])
     if checkpoint is not None:
         check_weights(checkpoint, models, config.ema)

@@ -5,7 +5,7 @@ import importlib.util
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -48,16 +48,28 @@ class Memory:
     def total(self) -> int:
         return sum(self.held.values())
 
+    @property
+    def is_short(self) -> bool:
+        return self.capacity is not None and self.total > self.capacity
+
+    @property
+    def summary(self) -> str:
+        largest = sorted(((size, name) for name, size in self.held.items() if size), reverse=True)[:3]
+        parts = ", ".join(f"{name} {size / 1e9:.2g}" for size, name in largest)
+        missing = "" if self.uncounted is None else "; activations cannot be counted"
+        of = "" if self.capacity is None else f" of {self.capacity / 1e9:.3g}"
+        advice = "; this does not fit: difftrain validate-config says what would" if self.is_short else ""
+        return f"{self.total / 1e9:.2g}{of} GB a step (largest: {parts}{missing}){advice}"
+
     def __str__(self) -> str:
         lines = [f"Memory of a step in 10⁹ bytes: {self.step}"]
         lines += [_row(name, size) for name, size in self.held.items() if size]
         lines.append(_row("sum" if self.uncounted is None else "sum without activations", self.total))
         if self.uncounted is not None:
             lines.append(f"  activations cannot be counted: {self.uncounted}")
-        is_short = self.capacity is not None and self.total > self.capacity
         if self.capacity is not None:
             lines.append(_row("of the device", self.capacity))
-        if is_short:
+        if self.is_short:
             lines.append("  it does not fit")
         if self.while_caching:
             lines.append(_row("besides, while caching", sum(self.while_caching.values())))
@@ -65,7 +77,7 @@ class Memory:
             lines.append("each of these by itself would save:")
             ordered = sorted(self.saved.items(), key=lambda option: -option[1])
             for option, size in ordered:
-                is_enough = is_short and self.total - size <= self.capacity
+                is_enough = self.is_short and self.total - size <= self.capacity
                 lines.append(_row(option, size) + ("  then it fits" if is_enough else ""))
         return "\n".join(lines)
 
@@ -76,12 +88,21 @@ def _row(name: str, size: int) -> str:
 
 def describe_memory(*run: Any) -> str:
     """The `plan_memory` of a run in words. A plan that fails is no reason to refuse a run."""
+    return _unless_it_fails(lambda: str(plan_memory(*run)), "Memory of a step: ")
+
+
+def summarise_memory(*run: Any) -> str:
+    """Its sum and its largest parts, in a line."""
+    return _unless_it_fails(lambda: plan_memory(*run, with_savings=False).summary)
+
+
+def _unless_it_fails(describe: Callable[[], str], what: str = "") -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries', about a step that is not made
-            return str(plan_memory(*run))
+            return describe()
     except Exception as error:
-        return f"Memory of a step: cannot be counted ({shorten(one_line(error), 100)})"
+        return f"{what}cannot be counted ({shorten(one_line(error), 100)})"
 
 
 def plan_memory(
@@ -91,13 +112,14 @@ def plan_memory(
     optimizer: torch.optim.Optimizer,
     data: Data,
     config: Config,
+    with_savings: bool = True,
 ) -> Memory:
     """What a step of the run that is about to start will need (docs/performance.md says what is counted). No weight is
     touched, and nothing but shapes is computed. Of several buckets the largest counts, and all captions as if they
     filled their length."""
     planner = Planner(accelerator, family, models, optimizer, data, config)
     held, saved = planner.held(config), {}
-    for option, changed in planner.options(config):
+    for option, changed in planner.options(config) if with_savings else ():
         try:
             changed.check()
         except InputError:  # it does not go with the others
@@ -105,7 +127,7 @@ def plan_memory(
         less = sum(held.values()) - sum(planner.held(changed).values())
         if less > 0:
             saved[option] = less
-    if float32 := planner.state_bytes(config)[torch.float32]:
+    if with_savings and (float32 := planner.state_bytes(config)[torch.float32]):
         saved["an optimizer with 8-bit states"] = round(float32 * (1 - EIGHT_BIT))
     is_gpu = accelerator.device.type == "cuda"
     height, width = planner.size(config)

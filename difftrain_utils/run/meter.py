@@ -1,6 +1,7 @@
 """How a run goes, and how fast: its losses, times of its steps, share of waiting, memory, model FLOPs utilisation."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -9,28 +10,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.data.load import Data
 from difftrain_utils.devices import peak_memory
+from difftrain_utils.errors import warn
 from difftrain_utils.run.flops import peak_tflops, training_flops
 from difftrain_utils.run.state import TrainState
 from difftrain_utils.run.tracking import Metrics
 
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BUSY = 3  # times as long as the first steps
+
 
 class Meter:
-    """What is shown and logged of a run: times, losses, progress bar and the lines of metrics."""
+    """What is shown and logged of a run: times, losses, a progress bar (without a terminal a line for each line of
+    metrics) and the lines of metrics."""
 
-    def __init__(self, accelerator: Accelerator, state: TrainState, config: Config):
+    def __init__(self, accelerator: Accelerator, state: TrainState, data: Data, config: Config):
         self.accelerator, self.state, self.config = accelerator, state, config
+        self.samples_per_epoch, self.first_step_time = data.samples_per_epoch, None
+        self.slow_lines, self.said_busy = 0, False
         self.metrics = Metrics(accelerator, config, state.step)
         self.timer = StepTimer(accelerator, config.train)
 
     def __enter__(self) -> "Meter":
         state, train = self.state, self.config.train
-        self.bar = tqdm(total=train.max_steps, initial=state.step, desc="Steps", smoothing=0.05, mininterval=1)
+        self.has_bar = self.accelerator.is_main_process and sys.stderr.isatty()
+        shape = {"bar_format": BAR, "dynamic_ncols": True, "disable": not self.has_bar}
+        self.bar = tqdm(total=train.max_steps, initial=state.step, smoothing=0.05, mininterval=1, **shape)
+        self.begun = state.step, time.monotonic()
         return self
 
     def __exit__(self, *error) -> None:
@@ -65,8 +77,32 @@ class Meter:
         if self.state.skipped_steps:
             logs["skipped_steps"] = self.state.skipped_steps
         logs |= self.timer.take()
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in logs.items()}, refresh=False)
+        self._show(logs)
         return logs
+
+    def _show(self, logs: dict[str, Any]) -> None:
+        """Where the run is, for whoever looks on."""
+        step, max_steps = self.state.step, self.config.train.max_steps
+        shown = [f"loss {logs['loss']:.3g}", f"{logs['samples_per_second']:.3g} samples/s"]
+        if self.samples_per_epoch is not None:
+            shown.insert(0, f"epoch {step * self.config.train.batch_size / self.samples_per_epoch:.1f}")
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        if not self.has_bar:
+            first, start = self.begun
+            left = tqdm.format_interval((time.monotonic() - start) / (step - first) * (max_steps - step))
+            self.accelerator.print(f"step {step}/{max_steps}, {', '.join(shown)}, {left} left", flush=True)
+        self._notice_busy(logs["step_time_median"])
+
+    def _notice_busy(self, step_time: float) -> None:
+        """Say once that steps have become slow: two lines of metrics in a row, as one may be chance."""
+        self.first_step_time = self.first_step_time or step_time
+        self.slow_lines = self.slow_lines + 1 if step_time > BUSY * self.first_step_time else 0
+        if self.slow_lines == 2 and not self.said_busy:
+            self.said_busy = True
+            warn(
+                f"step {self.state.step}: steps take {step_time:.2g} s, the first ones took {self.first_step_time:.2g} "
+                "s; is the machine busy with something else?"
+            )
 
     def log(self, logs: dict[str, Any]) -> None:
         """Write a line of metrics for this step, if there is anything in it."""

@@ -1,6 +1,9 @@
 import gzip
+import io
 import json
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from accelerate import Accelerator
 from helpers import metrics_without_times, options, parse_config, pipeline_bytes, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
@@ -16,7 +20,7 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.optimization.trained import round_frozen
 from difftrain_utils.run.flops import peak_tflops, training_flops
-from difftrain_utils.run.meter import StepTimer
+from difftrain_utils.run.meter import BAR, Meter, StepTimer
 from difftrain_utils.run.metrics import TIMES
 
 
@@ -145,3 +149,34 @@ def test_a_trace_that_changes_nothing(short_run, tmp_path, capfd):
     short = [*short_run, "--output-dir", str(tmp_path / "short"), "--train.profile", "--train.max_steps", "2"]
     assert not (train(short) / "profile").exists()
     assert "warning: train.profile: no trace" in capfd.readouterr().err
+
+
+class TestBusy:
+    def lines(self, times):
+        meter = object.__new__(Meter)
+        meter.first_step_time, meter.slow_lines, meter.said_busy = None, 0, False
+        meter.state = SimpleNamespace(step=7)
+        for step_time in times:
+            meter._notice_busy(step_time)
+
+    def test_it_is_said_once(self, capsys):
+        self.lines([0.1, 0.2, 0.4, 0.4, 0.5, 0.1, 0.4, 0.4])
+        said = capsys.readouterr().err
+        assert said.count("warning: ") == 1
+        assert "step 7: steps take 0.4 s, the first ones took 0.1 s; is the machine busy" in said
+
+    def test_one_slow_line_may_be_chance(self, capsys):
+        self.lines([0.1, 0.4, 0.1, 0.4, 0.29, 0.29])
+        assert capsys.readouterr().err == ""
+
+
+def test_the_bar_fits_80_columns(monkeypatch):
+    """With the longest that it has to show."""
+    output = io.StringIO()
+    bar = tqdm(
+        total=200_000, initial=100_000, bar_format=BAR, ncols=80, file=output, postfix="epoch 123.4, loss 0.000123"
+    )
+    bar.set_postfix_str("epoch 123.4, loss 0.000123, 1.23e+03 samples/s")
+    bar.close()
+    assert all(len(line) <= 80 for line in re.split("[\r\n]", output.getvalue()))
+    assert "1.23e+03 samples/s]" in output.getvalue()
