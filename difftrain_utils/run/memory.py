@@ -72,7 +72,7 @@ class Memory:
         if self.is_short:
             lines.append("  it does not fit")
         if self.while_caching:
-            lines.append(_row("besides, while caching", sum(self.while_caching.values())))
+            lines.append(_row("before it, while caching", sum(self.while_caching.values())))
         if self.saved:
             lines.append("each of these by itself would save:")
             ordered = sorted(self.saved.items(), key=lambda option: -option[1])

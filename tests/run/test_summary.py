@@ -48,7 +48,9 @@ def test_of_a_whole_model(describe, short_run):
 
 def test_of_adapters_parts_caches_and_buckets(describe, short_run, tmp_path):
     fields = {"model.lora.rank": 2, "train.gradient_accumulation_steps": 2, "data.validation_split": 0.2}
-    said = describe([*short_run, *options(fields | CACHES | {"data.buckets": [[32, 32]]})], checkpoint=tmp_path / "checkpoint-4")
+    said = describe(
+        [*short_run, *options(fields | CACHES | {"data.buckets": [[32, 32]]})], checkpoint=tmp_path / "checkpoint-4"
+    )
     assert said["model"].endswith(": 4.61 k of 266 k parameters of unet are trained, adapters of rank 2")
     assert " held out, 1 sizes of about 32x32 pixels; cached: latents and text" in said["data"]
     assert said["batch"] == "4 samples = 1 processes x 2 parts x 2"
