@@ -7,7 +7,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import LossConfig, NoiseConfig, SchedulerConfig, StrategyConfig, TimestepsConfig
-from difftrain_utils.config.training import EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
+from difftrain_utils.config.training import DEFAULT_STEPS, EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass
@@ -27,6 +27,10 @@ class TextToImageConfig(Config):
     ema: EmaConfig = field(default_factory=EmaConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.max_steps is None and self.data.epochs is None:
+            self.train.max_steps = DEFAULT_STEPS
+
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
         names = [data.dataset] if data.sources is None else [source.dataset for source in data.sources]
@@ -39,6 +43,8 @@ class TextToImageConfig(Config):
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
         rule = "needs data.cache_text, or each step would read all of them"
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
+        rule = f"is train.max_steps in other words, which is {self.train.max_steps}: give null for one of them"
+        requires["data"](None in (data.epochs, self.train.max_steps), "epochs", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
         for name in ("lora", "trainable", "train_text_encoder"):

@@ -1,13 +1,16 @@
 """The run, its optimizer and learning rate, and the averages of the weights."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from difftrain_utils.config.config import Require
 from difftrain_utils.errors import InputError
 
 MAX_BATCH = 2**20  # samples of a step; more is a slip
+DEFAULT_STEPS = 1000
 
 
 @dataclass
@@ -23,8 +26,8 @@ class TrainConfig:
     """Delete the run that `output_dir` holds and start afresh."""
     seed: int = 0
     """Everything random about a run is a function of this and of the number of the sample."""
-    max_steps: int = 1000
-    """Optimizer steps."""
+    max_steps: int | None = None
+    """Optimizer steps; null: as many as `data.epochs` are, or else 1000."""
     max_hours: float | None = None
     """Save and stop after this time, to be resumed; null: no limit."""
     batch_size: int = 16
@@ -91,8 +94,9 @@ class TrainConfig:
         require(self.seed >= 0, "seed", "must be 0 or more")
         rule = f"must be at most {MAX_BATCH} (MAX_BATCH in difftrain_utils/config/training.py)"
         require(self.batch_size <= MAX_BATCH, "batch_size", rule)
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        for name in ("batch_size", "gradient_accumulation_steps", "log_every"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1")
         for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "must be above 0, or null")
@@ -103,9 +107,13 @@ class TrainConfig:
             require(value is None or value >= 1, name, "must be at least 1, or null")
         require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
         require(self.profile >= 0, "profile", "must be true, false or a number of steps")
-        fits = self.max_steps * self.batch_size < 2**63
+        fits = (self.max_steps or 0) * self.batch_size < 2**63
         require(fits, "max_steps", f"times train.batch_size, {self.batch_size}, must be below 2^63")
         self.check_split(num_processes=1)
+
+    def steps_of(self, epochs: float, samples_per_epoch: int) -> int:
+        """The optimizer steps that so many epochs are, the last one full; of 0.1 epochs exactly a tenth."""
+        return math.ceil(Fraction(str(epochs)) * samples_per_epoch / self.batch_size)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes."""

@@ -21,6 +21,11 @@ class Data:
     validation_rows: MappedRows | None = None
     buckets: Buckets | None = None
 
+    @property
+    def samples_per_epoch(self) -> int | None:
+        """How many samples go through the data once; None of a stream, whose length nobody knows."""
+        return getattr(self.order, "epoch_length", None)
+
 
 def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     """The data that the section `data` names. No image is decoded yet.
