@@ -139,6 +139,7 @@ def main(config: TextToImageConfig) -> int:
             meter.log(logs)
             if state.is_due(config.ema.snapshot_every):
                 state.save_ema_snapshot()
+            state.save_weights(logs)
             if state.is_due(config.train.save_every) or state.is_finished or interruptions.stop or interruptions.save:
                 state.save(required=state.is_finished or interruptions.stop is not None)
                 interruptions.saved()

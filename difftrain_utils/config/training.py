@@ -11,6 +11,10 @@ from difftrain_utils.errors import InputError
 
 MAX_BATCH = 2**20  # samples of a step; more is a slip
 DEFAULT_STEPS = 1000
+BEST_IS = {  # of the metrics of an evaluation
+    **dict.fromkeys(("validation_loss", "validation_loss_ema", "fid", "kid"), "lowest"),
+    **dict.fromkeys(("clip_score", "shapes_right"), "highest"),
+}
 
 
 @dataclass
@@ -77,6 +81,11 @@ class TrainConfig:
     """Minutes after which a checkpoint is written besides; null: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
+    save_weights_every: int = 0
+    """Steps between two files of the trained weights alone, in `weights/`, all of which are kept; 0: none."""
+    keep_best: str | None = None
+    """Keep the weights of the best evaluation as `weights/best.safetensors`: by `validation_loss` (of the raw weights),
+    `validation_loss_ema`, `fid`, `kid`, `clip_score` or `shapes_right`; null: none."""
     record_diff: Literal["full", "redacted", "digest"] = "redacted"
     """What `run_manifest.json` records of changes that are not committed: all, or without what looks like a secret, or
     their SHA-256."""
@@ -100,11 +109,13 @@ class TrainConfig:
         for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "must be above 0, or null")
-        for name in ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps"):
+        for name in ("eval_every", "save_every", "keep_checkpoints", "save_weights_every", "max_skipped_steps"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
         for name in ("cpu_threads", "group_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "must be at least 1, or null")
+        rule = f"must be one of {', '.join(BEST_IS)}, or null"
+        require(self.keep_best is None or self.keep_best in BEST_IS, "keep_best", rule)
         require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
         require(self.profile >= 0, "profile", "must be true, false or a number of steps")
         fits = (self.max_steps or 0) * self.batch_size < 2**63

@@ -30,6 +30,7 @@ from difftrain_utils.run.run_folder import (
     is_checkpoint_of,
     read_manifest,
 )
+from difftrain_utils.run.weights import describe_best
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow")
 ENVIRONMENT = (
@@ -142,6 +143,7 @@ class Record:
         if weights is not None:
             names = {LORA: "the trained adapters", PIPELINE: "the trained pipeline"}
             made = [f"{output_dir / name} holds {what}" for name, what in names.items() if (output_dir / name).is_dir()]
+            made += [best] if (best := describe_best(output_dir)) else []
             print(f"Done: {', '.join(made)}")
         else:
             print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")
