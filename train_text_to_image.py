@@ -38,7 +38,7 @@ from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
 from difftrain_utils.optimization.trained import trained_parameters
-from difftrain_utils.run.checkpoints import begin_run, find_checkpoint, is_finished
+from difftrain_utils.run.checkpoints import begin_run, count_epochs, find_checkpoint, is_finished
 from difftrain_utils.run.export import export_pipeline
 from difftrain_utils.run.interruptions import Interruptions
 from difftrain_utils.run.launch import launch, prepare
@@ -57,15 +57,16 @@ def main(config: TextToImageConfig) -> int:
     accelerator = launch(config)
     checkpoint = find_checkpoint(config)
     if is_finished(config, checkpoint):
-        accelerator.print(f"Nothing to do: {config.train.output_dir} is finished, at step {config.train.max_steps}")
+        accelerator.print(f"Nothing to do: {config.train.output_dir} is finished, at {checkpoint.name}")
         return 0
 
     # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
     family = load_family(config)
     models = trained_models(family, config)
     optimizer = build_optimizer(config.optimizer, models)
-    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
     data = load_data(accelerator, family, config)
+    count_epochs(config, data.samples_per_epoch, checkpoint)
+    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
     evaluation = Evaluation(accelerator, family, data.validation_rows, config)
     record = prepare(accelerator, family, models, data, checkpoint, config)
     accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
@@ -141,6 +142,7 @@ def main(config: TextToImageConfig) -> int:
             meter.log(logs)
             if state.is_due(config.ema.snapshot_every):
                 state.save_ema_snapshot()
+            state.save_weights(logs)
             if state.is_due(config.train.save_every) or state.is_finished or interruptions.stop or interruptions.save:
                 state.save(required=state.is_finished or interruptions.stop is not None)
                 interruptions.saved()

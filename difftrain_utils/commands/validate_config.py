@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.evaluation.evaluate import Evaluation
     from difftrain_utils.families.load import load_family, trained_models
     from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
-    from difftrain_utils.run.checkpoints import find_checkpoint
+    from difftrain_utils.run.checkpoints import count_epochs, find_checkpoint
     from difftrain_utils.run.launch import launch, prepare
     from difftrain_utils.run.memory import describe_memory
     from difftrain_utils.run.run_folder import holds_run
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     family = load_family(config)
     models = trained_models(family, config)
     optimizer = build_optimizer(config.optimizer, models)
-    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
     data = load_data(accelerator, family, config)
+    count_epochs(config, data.samples_per_epoch, checkpoint)
+    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
     evaluation = Evaluation(accelerator, family, data.validation_rows, config)
     record = prepare(accelerator, family, models, data, checkpoint, config)
     accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)

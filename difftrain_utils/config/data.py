@@ -64,6 +64,8 @@ class DataConfig:
     text, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's
     share of the samples (for all sources or none; they are scaled to add up to 1); without weights every row comes once
     an epoch. `loss_weight` is a factor of the loss of its samples."""
+    epochs: float | None = None
+    """How often the data is gone through, 2.5 times, say: `train.max_steps` in other words, which is then left out."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
     center_crop: bool = False
@@ -102,6 +104,7 @@ class DataConfig:
         require(0 <= self.validation_split < 1, "validation_split", "must be at least 0 and below 1")
         both = self.validation_split and self.validation_dataset
         require(not both, "validation_dataset", "cannot go with validation_split")
+        require(self.epochs is None or self.epochs > 0, "epochs", "must be above 0, or null")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", "must be at least 1")
         has_one_crop = not self.cache_latents or self.center_crop
         require(has_one_crop, "cache_latents", "needs data.center_crop (one crop is kept)")
@@ -117,6 +120,8 @@ class DataConfig:
             require(not self.validation_split, "validation_split", "cannot go with streaming (validation_dataset can)")
             is_builtin = self.dataset is not None and self.dataset.startswith("builtin:")
             require(not is_builtin, "dataset", "streaming is for folders and the hub")
+            rule = "cannot go with data.streaming, of which nobody knows how long it is; give train.max_steps"
+            require(self.epochs is None, "epochs", rule)
             for name in ("buckets", "cache_latents", "cache_text", "sources"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
 

@@ -7,7 +7,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import LossConfig, NoiseConfig, SchedulerConfig, StrategyConfig, TimestepsConfig
-from difftrain_utils.config.training import EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
+from difftrain_utils.config.training import DEFAULT_STEPS, EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass
@@ -27,18 +27,24 @@ class TextToImageConfig(Config):
     ema: EmaConfig = field(default_factory=EmaConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.max_steps is None and self.data.epochs is None:
+            self.train.max_steps = DEFAULT_STEPS
+
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
         names = [data.dataset] if data.sources is None else [source.dataset for source in data.sources]
         are_builtin = all(str(name).startswith("builtin:") for name in names)
         rule = f"needs data.dataset builtin:shapes or builtin:placed-shapes (it is {', '.join(map(repr, names))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
+        held_out = bool(data.validation_split or data.validation_dataset)
         for name in ("fid_features", "clip_score_model"):
-            held_out = data.validation_split or data.validation_dataset
             rule = "needs held-out images: data.validation_split or data.validation_dataset"
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
         rule = "needs data.cache_text, or each step would read all of them"
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
+        rule = f"is train.max_steps in other words, which is {self.train.max_steps}: give null for one of them"
+        requires["data"](None in (data.epochs, self.train.max_steps), "epochs", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
         for name in ("lora", "trainable", "train_text_encoder"):
@@ -46,6 +52,22 @@ class TextToImageConfig(Config):
             requires["ema"](not (getattr(self.model, name) and self.ema.power_sigma_rels), "power_sigma_rels", rule)
         if self.model.train_text_encoder:
             requires["data"](not data.cache_text, "cache_text", "cannot be with model.train_text_encoder")
+
+        if self.train.keep_best is not None:
+            evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
+            is_evaluated, what = {
+                "validation_loss": (held_out, images),
+                "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
+                "fid": (evaluation.fid_features, "evaluation.fid_features"),
+                "kid": (evaluation.fid_features, "evaluation.fid_features"),
+                "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
+                "shapes_right": (
+                    evaluation.shapes_judge and evaluation.prompts,
+                    "evaluation.shapes_judge and evaluation.prompts",
+                ),
+            }[self.train.keep_best]
+            rule = f"needs {what}, and train.eval_every above 0"
+            requires["train"](bool(is_evaluated and self.train.eval_every), "keep_best", rule)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut

@@ -1,13 +1,20 @@
 """The run, its optimizer and learning rate, and the averages of the weights."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from difftrain_utils.config.config import Require
 from difftrain_utils.errors import InputError
 
 MAX_BATCH = 2**20  # samples of a step; more is a slip
+DEFAULT_STEPS = 1000
+BEST_IS = {  # of the metrics of an evaluation
+    **dict.fromkeys(("validation_loss", "validation_loss_ema", "fid", "kid"), "lowest"),
+    **dict.fromkeys(("clip_score", "shapes_right"), "highest"),
+}
 
 
 @dataclass
@@ -23,8 +30,8 @@ class TrainConfig:
     """Delete the run that `output_dir` holds and start afresh."""
     seed: int = 0
     """Everything random about a run is a function of this and of the number of the sample."""
-    max_steps: int = 1000
-    """Optimizer steps."""
+    max_steps: int | None = None
+    """Optimizer steps; null: as many as `data.epochs` are, or else 1000."""
     max_hours: float | None = None
     """Save and stop after this time, to be resumed; null: no limit."""
     batch_size: int = 16
@@ -74,6 +81,11 @@ class TrainConfig:
     """Minutes after which a checkpoint is written besides; null: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
+    save_weights_every: int = 0
+    """Steps between two files of the trained weights alone, in `weights/`, all of which are kept; 0: none."""
+    keep_best: str | None = None
+    """Keep the weights of the best evaluation as `weights/best.safetensors`: by `validation_loss` (of the raw weights),
+    `validation_loss_ema`, `fid`, `kid`, `clip_score` or `shapes_right`; null: none."""
     record_diff: Literal["full", "redacted", "digest"] = "redacted"
     """What `run_manifest.json` records of changes that are not committed: all, or without what looks like a secret, or
     their SHA-256."""
@@ -91,21 +103,28 @@ class TrainConfig:
         require(self.seed >= 0, "seed", "must be 0 or more")
         rule = f"must be at most {MAX_BATCH} (MAX_BATCH in difftrain_utils/config/training.py)"
         require(self.batch_size <= MAX_BATCH, "batch_size", rule)
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        for name in ("batch_size", "gradient_accumulation_steps", "log_every"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1")
         for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "must be above 0, or null")
-        for name in ("eval_every", "save_every", "keep_checkpoints", "max_skipped_steps"):
+        for name in ("eval_every", "save_every", "keep_checkpoints", "save_weights_every", "max_skipped_steps"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
         for name in ("cpu_threads", "group_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "must be at least 1, or null")
+        rule = f"must be one of {', '.join(BEST_IS)}, or null"
+        require(self.keep_best is None or self.keep_best in BEST_IS, "keep_best", rule)
         require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
         require(self.profile >= 0, "profile", "must be true, false or a number of steps")
-        fits = self.max_steps * self.batch_size < 2**63
+        fits = (self.max_steps or 0) * self.batch_size < 2**63
         require(fits, "max_steps", f"times train.batch_size, {self.batch_size}, must be below 2^63")
         self.check_split(num_processes=1)
+
+    def steps_of(self, epochs: float, samples_per_epoch: int) -> int:
+        """The optimizer steps that so many epochs are, the last one full; of 0.1 epochs exactly a tenth."""
+        return math.ceil(Fraction(str(epochs)) * samples_per_epoch / self.batch_size)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes."""

@@ -57,10 +57,11 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch
 FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant", "model.lora.merge"),
     "model.offload_text_encoders",
-    *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir"),
+    *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir", "data.epochs"),
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
+    "train.save_weights_every",
     *(
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
@@ -251,9 +252,7 @@ def _check_settings(folder: Path, config: Config) -> None:
                 continue
             if was != value and section != "evaluation" and f"{section}.{name}" not in FREE_FIELDS:
                 differences[f"{section}.{name}"] = f"{section}.{name} was {was!r} and is {value!r}"
-    step = read_state(folder)["global_step"]
-    if step > config.train.max_steps:
-        raise InputError(f"train.resume_from: {folder} is past train.max_steps, which is {config.train.max_steps}")
+    _refuse_past(folder, config)
     is_branch = not is_checkpoint_of(folder, Path(config.train.output_dir))
     fatal = [text for name, text in differences.items() if not is_branch or name == "optimizer.class_path"]
     if fatal:
@@ -261,6 +260,13 @@ def _check_settings(folder: Path, config: Config) -> None:
         raise InputError(f"train.resume_from: {folder} is of another run: {', '.join(fatal)}{hint}")
     if differences:
         warn(f"branching off from {folder} with other settings: {', '.join(differences.values())}")
+
+
+def _refuse_past(folder: Path, config: Config) -> None:
+    """Refuse a checkpoint of a later step than the last one, where that is known already."""
+    last = config.train.max_steps
+    if last is not None and read_state(folder)["global_step"] > last:
+        raise InputError(f"train.resume_from: {folder} is past train.max_steps, which is {last}")
 
 
 def _check_stream(folder: Path) -> None:
@@ -345,12 +351,31 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
     if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         return False
     try:
-        final = read_manifest(output_dir).get("final", {})
+        manifest = read_manifest(output_dir)
     except (OSError, ValueError):  # the end of the run is made again
         return False
+    final = manifest.get("final", {})
     left = PIPELINE if config.model.lora is None or config.model.lora.merge else LORA  # merging may be asked for later
-    is_last = read_state(checkpoint)["global_step"] == final.get("global_step") == config.train.max_steps
+    last, samples_per_epoch = config.train.max_steps, manifest.get("samples_per_epoch")
+    if last is None and samples_per_epoch is not None:
+        last = config.train.steps_of(config.data.epochs, samples_per_epoch)
+    is_last = read_state(checkpoint)["global_step"] == final.get("global_step") == last
     return is_last and (output_dir / left).is_dir()
+
+
+def count_epochs(config: Config, samples_per_epoch: int | None, checkpoint: Path | None) -> None:
+    """Say `data.epochs`, where they are given, as `train.max_steps`: from here on it is as if that had been given, for
+    the learning rate as for the record of the run.
+
+    Raises:
+        InputError: that are too many steps, or fewer than the checkpoint has made.
+    """
+    if config.data.epochs is not None:
+        config.train.max_steps = config.train.steps_of(config.data.epochs, samples_per_epoch)
+        config.data.epochs = None
+        config.check()
+        if checkpoint is not None:
+            _refuse_past(checkpoint, config)
 
 
 def begin_run(

@@ -107,7 +107,7 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
         return family.digests(models["denoiser"]), inspect_splits(data.rows, data.validation_rows, config.data)
 
     digests, fingerprints = on_main_process(accelerator, read_all)
-    record = Record(config, accelerator, family.denoiser_part, digests, fingerprints)
+    record = Record(config, accelerator, family.denoiser_part, digests, fingerprints, data.samples_per_epoch)
     if checkpoint is not None:
         check_origin(checkpoint, record, config)
     return record

@@ -30,6 +30,7 @@ from difftrain_utils.run.run_folder import (
     is_checkpoint_of,
     read_manifest,
 )
+from difftrain_utils.run.weights import describe_best
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "datasets", "safetensors", "numpy", "pillow")
 ENVIRONMENT = (
@@ -54,9 +55,10 @@ class Record:
         denoiser_part: str,
         digests: dict[str, str],
         fingerprints: dict[str, dict[str, Any]],
+        samples_per_epoch: int | None = None,
     ):
         """`digests` are those of the base model's parts, of which one is the denoiser; `fingerprints` are those of the
-        data (`inspect_splits`)."""
+        data (`inspect_splits`), and `samples_per_epoch` is how many go through it once."""
         self.accelerator, self.config, self.fingerprints = accelerator, config, fingerprints
         script = Path(sys.argv[0]).resolve()
         self.manifest = {
@@ -80,6 +82,7 @@ class Record:
                 "sha256": digests,
             },
             "data": fingerprints,
+            "samples_per_epoch": samples_per_epoch,
             "segments": [],
         }
         self.environment = describe_environment()
@@ -115,7 +118,7 @@ class Record:
                 segment["differs"] = {
                     name: value
                     for name, value in self.manifest.items()
-                    if name not in segment and name != "segments" and value != first.get(name)
+                    if name not in segment and name != "segments" and value != first.get(name, value)
                 }
         self.manifest = first | {"segments": [*first["segments"], segment]}
         self.write(output_dir)
@@ -140,6 +143,7 @@ class Record:
         if weights is not None:
             names = {LORA: "the trained adapters", PIPELINE: "the trained pipeline"}
             made = [f"{output_dir / name} holds {what}" for name, what in names.items() if (output_dir / name).is_dir()]
+            made += [best] if (best := describe_best(output_dir)) else []
             print(f"Done: {', '.join(made)}")
         else:
             print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")

@@ -11,7 +11,8 @@ from difftrain_utils.files import find_damage
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
-EMA_SNAPSHOTS, PIPELINE, LORA = "ema_snapshots", "pipeline", "lora"
+EMA_SNAPSHOTS, WEIGHTS, PIPELINE, LORA = "ema_snapshots", "weights", "pipeline", "lora"
+BEST_FILE = "best.safetensors"  # of WEIGHTS
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"  # the first is diffusers' name
 
 
@@ -21,6 +22,7 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
+    WEIGHTS: ("step-*.safetensors", BEST_FILE),
     LORA: (LORA_FILE, KOHYA_FILE),
     PIPELINE: ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja"))),
 }

@@ -24,7 +24,8 @@ from difftrain_utils.optimization.trained import (
 )
 from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
 from difftrain_utils.run.manifest import Record
-from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, checkpoint_name, list_checkpoints
+from difftrain_utils.run.run_folder import BEST_FILE, EMA_SNAPSHOTS, WEIGHTS, checkpoint_name, list_checkpoints
+from difftrain_utils.run.weights import is_best, save_weights
 
 RUINED = 1e8  # no weight of a model that learns is as large
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
@@ -241,6 +242,22 @@ class TrainState:
         if self.accelerator.is_main_process:
             with go_on_without():
                 self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
+
+    def save_weights(self, logs: dict[str, Any]) -> None:
+        """Keep the trained weights every `train.save_weights_every` steps, and as the best ones if `logs`, this step's
+        line of metrics, which is written, have the best `train.keep_best` so far."""
+        folder, metric, files = Path(self.config.output_dir), self.config.keep_best, {}
+        if not self.accelerator.is_main_process:
+            return
+        if self.is_due(self.config.save_weights_every):
+            files[f"step-{self.step:06d}.safetensors"] = {"step": self.step}
+        if metric in logs and is_best(folder, self.step, metric, logs[metric]):
+            files[BEST_FILE] = {"step": self.step, "metric": metric, "value": logs[metric]}
+        for name, about in files.items():
+            ema = None if about.get("metric") == "validation_loss" else self.averages.get("ema")  # what it is of
+            with go_on_without(), self.evaluation_mode():
+                models = {part: self._plain(part) for part in self.models}
+                save_weights(folder / WEIGHTS / name, models, ema, about)
 
     def _plain(self, name: str) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.models[name])

@@ -27,7 +27,7 @@ def refusal(*argv: str) -> str:
 
 @pytest.mark.parametrize(
     "field",
-    ["train.max_steps", "train.on_nonfinite", "data.on_bad_row", "data.image_column", "loss.type", "loss.snr_gamma",
+    ["train.batch_size", "train.on_nonfinite", "data.on_bad_row", "data.image_column", "loss.type", "loss.snr_gamma",
      "timesteps.min", "ema.power_sigma_rels", "evaluation.seed", "optimizer.init_args", "lr_scheduler.name"],
 )  # fmt: skip
 def test_null_is_refused_where_there_has_to_be_a_value(tmp_path, field):
@@ -138,7 +138,7 @@ def test_the_resolved_config_is_the_same_config(tmp_path):
         (["--max_steps", "3"], "--max_steps: no such field; did you mean --train.max_steps?"),
         (["--seed", "3"], "--seed: no such field; did you mean --train.seed or --evaluation.seed?"),
         (["--qwertyuiop"], "--qwertyuiop: no such field; see --help"),
-        (["--train.max_steps", "many"], "train.max_steps: Expected a <class 'int'>. Got value: many"),
+        (["--train.max_steps", "many"], "train.max_steps: Expected <class 'int'> or null. Got value: many"),
         (["--train.max_steps", "0"], "train.max_steps: must be at least 1, got 0"),
         (["--train.max_steps"], "argument --train.max_steps: expected one argument"),
         (
@@ -194,7 +194,7 @@ def test_a_switch_of_a_field_needs_no_value():
         ("train: 3\n", "{file}: train: must hold fields, got 3"),
         ("- 3\n", "--config {file}: must hold sections (model, data, train, "),
         ("train:\n  - a\n b: 3\n", "--config {file}: not YAML: "),
-        ("train:\n  max_steps: x\n", "train.max_steps: Expected a <class 'int'>. Got value: x"),
+        ("train:\n  max_steps: x\n", "train.max_steps: Expected <class 'int'> or null. Got value: x"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, content, message):
