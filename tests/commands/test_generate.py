@@ -172,19 +172,6 @@ def test_axes_make_grids(run, adapted, tmp_path, draw_all):
             large = Image.frombytes("RGB", (32, 32), next(pictures)).resize((128, 128), Image.Resampling.NEAREST)
             assert grid.crop((left, top, left + 128, top + 128)).tobytes() == large.tobytes()
     axes = ["--checkpoint", "2", "3", "--seed", "0", "1", "--lora-scale", "0", "1", "--steps", "1"]
-    argv = [str(run), "a red circle", "--seed", "0", "1", "2", "--checkpoint", "4", "6"]
-    main([*argv, "--output", f"{tmp_path}/xy.png"])
-    grid = Image.open(tmp_path / "xy.png")
-    columns, rows = 3, 2
-    assert grid.width == columns * (128 + 6) + 6 and grid.text["step"] == "4\n6" and grid.text["seed"] == "0\n1\n2"
-    line = (grid.height - rows * (128 + 6) - 6) // (rows + 1)
-    pictures = iter(draw_all(*argv))
-    for row in range(rows):
-        for column in range(columns):
-            left, top = 6 + column * 134, 6 + line + row * (line + 134) + line
-            large = Image.frombytes("RGB", (32, 32), next(pictures)).resize((128, 128), Image.Resampling.NEAREST)
-            assert grid.crop((left, top, left + 128, top + 128)).tobytes() == large.tobytes()
-    axes = ["--checkpoint", "2", "3", "--seed", "0", "1", "--lora-scale", "0", "1", "--steps", "1"]
     main([str(adapted), "a red circle", *axes, "--output", f"{tmp_path}/xyz.png"])
     first, second = (Image.open(tmp_path / f"xyz-{number}.png") for number in (1, 2))
     assert not (tmp_path / "xyz.png").exists() and first.text["lora_scale"] == "0.0\n1.0"
