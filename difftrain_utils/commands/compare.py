@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors.numpy import load_file
 
 from difftrain_utils.commands import compare_html as html
@@ -45,6 +44,7 @@ from difftrain_utils.run.run_folder import (
     METRICS_FILE,
     PIPELINE,
     VALIDATION,
+    read_mapping,
 )
 from difftrain_utils.terminal import printable
 
@@ -101,16 +101,6 @@ def load_run(folder: Path, name: str) -> Run:
         if not isinstance(config.get(field, 0), int):
             raise InputError(f"{folder / CONFIG_FILE}: {field}: must be a whole number, got {config[field]!r:.60}")
     return Run(folder, name, config, facts, load_metrics(folder / METRICS_FILE))
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file."""
-    parse, kind = (yaml.safe_load, "YAML") if path.suffix == ".yaml" else (json.loads, "JSON")
-    with blame(f"{path}: not {kind}", yaml.YAMLError, ValueError), blame(str(path), OSError):
-        content = parse(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a mapping of names to values")
-    return content
 
 
 def load_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "check-data": "find all that is wrong with the images and captions of a config",
     "compare": "compare runs: their results, whether one won, and whether that is fair",
     "reproduce": "run a run again, and say whether it comes out the same",
+    "generate": "draw with a run, a checkpoint of it or any pipeline",
     "export": "write a run's adapters with the names that other programs know",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
     "draw-shapes": "write the built-in data set as a folder of images",

@@ -8,10 +8,14 @@ The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; 
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, PIPELINE
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_RESIDUAL = 0.05
 
@@ -60,6 +64,42 @@ def check_same_parameters(tensors: dict, others: dict, name: str, other_name: st
             raise InputError(f"{name}: {parameter} is {shape}, but {other} in {other_name}")
 
 
+def average_of_width(
+    run: Path, sigma_rel: float, step: int | None, fields: tuple[str, str] = ("--sigma-rel", "--step")
+) -> "dict[str, torch.Tensor]":
+    """The denoiser's parameters of the width `sigma_rel` at `step` (None: the last snapshot) by name; says from how
+    many snapshots, and warns of a bad fit. `fields` are what the two are called on the command line.
+
+    Raises:
+        InputError: there is no such width or step, or the snapshots are too few or damaged.
+    """
+    from difftrain_utils.optimization.power_ema import gamma_of, reconstruction_weights, relative_residual
+
+    with blame(fields[0], ValueError):
+        gamma = gamma_of(sigma_rel)
+    snapshots = find_snapshots(run)
+    first, last = snapshots[0][2], snapshots[-1][2]
+    step = last if step is None else step
+    if not first <= step <= last:
+        raise InputError(f"{fields[1]}: must be from {first} to {last}, the first and the last snapshot, got {step}")
+    profiles = [(snapshot_gamma, end) for _, snapshot_gamma, end in snapshots]
+    weights = reconstruction_weights(profiles, gamma, step)
+    weights_sum = sum(weights)
+    weights = [weight / weights_sum for weight in weights]  # what never changed stays what it was
+    residual = relative_residual(profiles, weights, gamma, step)
+    print(
+        f"sigma_rel {sigma_rel} at step {step} from {len(snapshots)} snapshots: weights' sum {weights_sum:.6f} "
+        f"(then divided by it), relative residual {residual:.2g}"
+    )
+    if residual > MAX_RESIDUAL:
+        print(
+            f"warning: the residual is above {MAX_RESIDUAL}: the snapshots do not add up to this average; steps at "
+            "which there are snapshots, and widths near the stored ones, fit better",
+            file=sys.stderr,
+        )
+    return weighted_sum([path for path, *_ in snapshots], weights)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain posthoc-ema", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -80,34 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     import transformers
 
     from difftrain_utils.files import new_folder
-    from difftrain_utils.optimization.power_ema import gamma_of, reconstruction_weights, relative_residual
-
-    # ── How much of each snapshot ────────────────────────────────────────────────────────────────────────────
-    with blame("--sigma-rel", ValueError):
-        gamma = gamma_of(args.sigma_rel)
-    snapshots = find_snapshots(args.run)
-    first, last = snapshots[0][2], snapshots[-1][2]
-    step = last if args.step is None else args.step
-    if not first <= step <= last:
-        raise InputError(f"--step: must be from {first} to {last}, the first and the last snapshot, got {step}")
-    profiles = [(snapshot_gamma, end) for _, snapshot_gamma, end in snapshots]
-    weights = reconstruction_weights(profiles, gamma, step)
-    weights_sum = sum(weights)
-    weights = [weight / weights_sum for weight in weights]  # what never changed stays what it was
-    residual = relative_residual(profiles, weights, gamma, step)
-    print(
-        f"sigma_rel {args.sigma_rel} at step {step} from {len(snapshots)} snapshots: weights' sum {weights_sum:.6f} "
-        f"(then divided by it), relative residual {residual:.2g}"
-    )
-    if residual > MAX_RESIDUAL:
-        print(
-            f"warning: the residual is above {MAX_RESIDUAL}: the snapshots do not add up to this average; steps at "
-            "which there are snapshots, and widths near the stored ones, fit better",
-            file=sys.stderr,
-        )
 
     # ── The run's pipeline around it ─────────────────────────────────────────────────────────────────────────
-    parameters = weighted_sum([path for path, *_ in snapshots], weights)
+    parameters = average_of_width(args.run, args.sigma_rel, args.step)
     for library in (diffusers.utils.logging, transformers.logging):
         library.disable_progress_bar()
     with blame(f"{source}", OSError, ValueError, AttributeError, KeyError):
@@ -116,8 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     of_parts = [dict(part.named_parameters()) for part in parts]
     own = max(of_parts, key=lambda own: len(own.keys() & parameters.keys()), default={})  # the denoiser
     if not own.keys() & parameters.keys():
-        raise InputError(f"{source}: none of its parts has the parameters of {snapshots[0][0]}")
-    check_same_parameters(parameters, own, f"{snapshots[0][0]}", f"{source}")
+        raise InputError(f"{source}: none of its parts has the parameters of {args.run / EMA_SNAPSHOTS}")
+    check_same_parameters(parameters, own, f"{args.run / EMA_SNAPSHOTS}", f"{source}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(parameters[name])

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from difftrain_utils.commands.compare import Run, flatten, load_run, read_mapping
+from difftrain_utils.commands.compare import Run, flatten, load_run
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.commands.repetition import (
     changes,
@@ -40,6 +40,7 @@ from difftrain_utils.run.run_folder import (
     checkpoint_damage,
     checkpoint_name,
     list_checkpoints,
+    read_mapping,
 )
 from difftrain_utils.terminal import printable
 

@@ -57,6 +57,27 @@ def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
     return grid
 
 
+def labelled_table(images: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """Rows of images, each below its label, and the columns' labels above all; all images are of one size."""
+    scale = max(1, -(-128 // images[0][0].width))
+    width, height = images[0][0].width * scale, images[0][0].height * scale
+    font = ImageFont.load_default(size=max(12, width // 24))
+    margin, line = 6, int(font.size * 1.6)
+    size = len(columns) * (width + margin) + margin, len(rows) * (line + height + margin) + line + margin
+    table = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(table)
+    lefts = [margin + number * (width + margin) for number in range(len(columns))]
+    for left, label in zip(lefts, columns, strict=True):
+        draw.text((left, margin), _shorten(label, font, width), fill="black", font=font)
+    top = margin + line
+    for label, row in zip(rows, images, strict=True):
+        draw.text((margin, top), _shorten(label, font, size[0] - 2 * margin), fill="black", font=font)
+        for left, image in zip(lefts, row, strict=True):
+            table.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + line))
+        top += line + height + margin
+    return table
+
+
 def save_grid(images: list[Image.Image], labels: list[str], path: Path) -> None:
     """Write the grid as a PNG file. Raises RunError if it cannot be written."""
     with new_file(path) as partial:

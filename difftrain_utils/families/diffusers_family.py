@@ -35,6 +35,7 @@ from difftrain_utils.optimization.trained import is_trained_whole
 ENCODED_AT_ONCE = 16  # captions on a GPU
 DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
+GUIDANCE_OPTIONS = ("guidance_scale", "true_cfg_scale", "negative_prompt")  # as pipelines call them
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 INNER_FIELDS = frozenset(
@@ -346,7 +347,7 @@ class DiffusersFamily:
                 f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
             )
 
-    def check_captions(self, captions: Iterable[str]) -> None:
+    def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
         """See `Family`: any text is one."""
 
     def check_clip(self, tokenizer: str, text_encoder: str) -> None:
@@ -514,17 +515,33 @@ class DiffusersFamily:
         generators: Sequence[torch.Generator],
     ) -> list[Image.Image]:
         pipeline = self.pipeline(denoiser)
+        options = self.picture_options(
+            pipeline, list(prompts), height, width, num_inference_steps, guidance_scale, guidance_rescale
+        )
+        return pipeline(**options, generator=list(generators)).images
+
+    def picture_options(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        negative_prompts: list[str] | None = None,
+    ) -> dict[str, Any]:
+        """What a call of the pipeline is told; of what is None, its own default holds. A size that it does not ask for
+        is left out."""
         known = inspect.signature(type(pipeline).__call__).parameters
         options = {"height": height, "width": width, "use_resolution_binning": False}
-        options = {name: value for name, value in options.items() if name in known}
-        return pipeline(
-            **options,
-            **self.text_options,
-            **self.call_options(list(prompts), guidance_scale),
-            **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
-            num_inference_steps=num_inference_steps,
-            generator=list(generators),
-        ).images
+        options = {name: value for name, value in options.items() if name in known and value is not None}
+        call = self.call_options(prompts, 1.0 if guidance_scale is None else guidance_scale)
+        if guidance_scale is None:
+            call = {name: value for name, value in call.items() if name not in GUIDANCE_OPTIONS}
+        more = {"guidance_rescale": guidance_rescale or None, "num_inference_steps": num_inference_steps}
+        more |= {"negative_prompt": negative_prompts}
+        return options | self.text_options | call | {name: value for name, value in more.items() if value is not None}
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`: the frozen parts in float32 and unused (a tokenizer that has padded would be saved with its

@@ -75,9 +75,9 @@ class DiT(DiffusersFamily):
             raise InputError(f"{field}: no class is called {caption!r}; there is {there}")
         return min(numbers)
 
-    def check_captions(self, captions: Iterable[str]) -> None:
+    def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
         for caption in set(captions):
-            self.class_number(caption, "data.caption_column")
+            self.class_number(caption, field)
 
     def load_denoiser(self) -> torch.nn.Module:
         """See `Family`. In training it would drop labels by itself, besides `data.caption_dropout`."""

@@ -61,8 +61,8 @@ class Family(Protocol):
     def check_size(self, height: int, width: int, name: str) -> None:
         """Raise InputError, about the field `name`, unless the model can take images of this size."""
 
-    def check_captions(self, captions: Iterable[str]) -> None:
-        """Raise InputError for captions that the model cannot be told."""
+    def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
+        """Raise InputError, about the field, for captions that the model cannot be told."""
 
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """SHA-256 of the weights of all parts (`weights_digest`), by their names."""

@@ -13,7 +13,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
 from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
-from difftrain_utils.families.diffusers_family import load_part
+from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
 from difftrain_utils.families.dit import DiT
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.flux import Flux
@@ -108,8 +108,29 @@ def load_tokenizer(config: Config) -> Any:
         return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None)
 
 
+def describe_family(name: str) -> DiffusersFamily:
+    """What the configs alone of a checkpoint, a folder or a name on the hub, say of its family: how its pipeline is
+    called, and for which sizes. Of a pipeline that is none of `FAMILIES` it is the least that all have in common.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    with blame(name, *LOAD_ERRORS):
+        source, model_index = _read_index(name, None)
+        family_class = FAMILIES.get(model_index["_class_name"], DiffusersFamily)
+        return family_class(source, None, None, model_index, schedule=None, sampler=None)
+
+
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
+    source, model_index = _read_index(name, revision)
+    if model_index["_class_name"] not in FAMILIES:
+        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
+    return source, model_index
+
+
+def _read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """The same of a checkpoint of any family."""
     path = builtin_checkpoint(name) if name.startswith("builtin:") else local_path(name)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
@@ -130,6 +151,4 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"no such folder, and the hub did not give it: {one_line(error)}") from error
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError("model_index.json names no pipeline (_class_name)")
-    if model_index["_class_name"] not in FAMILIES:
-        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
     return source, model_index

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import find_damage
 
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
@@ -63,6 +66,16 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 def is_checkpoint_of(checkpoint: Path, output_dir: Path) -> bool:
     """Whether a run that resumes from it goes on in its folder, and does not branch off from another run."""
     return checkpoint.parent.resolve() == output_dir.resolve()  # the checkpoint itself may be a link
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file. Raises InputError if it is none."""
+    parse, kind = (yaml.safe_load, "YAML") if path.suffix == ".yaml" else (json.loads, "JSON")
+    with blame(f"{path}: not {kind}", yaml.YAMLError, ValueError), blame(str(path), OSError):
+        content = parse(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a mapping of names to values")
+    return content
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

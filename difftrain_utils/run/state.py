@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import save_file, save_model
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
@@ -17,6 +17,7 @@ from difftrain_utils.errors import LOAD_ERRORS, RunError, blame, go_on_without
 from difftrain_utils.optimization.averages import Averages
 from difftrain_utils.optimization.trained import (
     is_trained_whole,
+    load_trained,
     round_frozen,
     trained_parameters,
     trained_state,
@@ -276,8 +277,4 @@ class TrainState:
     def _load_models(self, models: list, folder: str) -> None:
         models.clear()
         for name in self.models:
-            model, path = self._plain(name), Path(folder) / f"{name}.safetensors"
-            if is_trained_whole(model):
-                load_model(model, path)
-            else:
-                model.load_state_dict(load_file(path), strict=False)  # check_weights has seen that all are there
+            load_trained(self._plain(name), Path(folder) / f"{name}.safetensors")

@@ -1,0 +1,267 @@
+"""Loading what `difftrain generate` draws with, and drawing a picture."""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from difftrain_utils.builtins.checkpoints import BUILTINS
+from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
+from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.devices import weight_dtype
+from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some
+from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
+from difftrain_utils.families.load import describe_family, load_family, trained_models
+from difftrain_utils.optimization.trained import is_trained_whole, load_trained, trained_parameters, trained_weights
+from difftrain_utils.run.run_folder import read_manifest
+from difftrain_utils.run.source import EMA, RAW, Source
+
+for library in (diffusers.utils.logging, transformers.logging):
+    library.disable_progress_bar()
+
+
+@dataclass
+class Settings:
+    """Of each picture. What is None, the pipeline has a default for."""
+
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    guidance_rescale: float = 0.0
+
+
+@dataclass
+class Loaded:
+    """A pipeline and its family; of a run's checkpoints and averages also what they are weights of (`use`)."""
+
+    family: DiffusersFamily
+    pipeline: DiffusionPipeline
+    models: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, inspect.Parameter]:
+        """What the pipeline is called with."""
+        return dict(inspect.signature(type(self.pipeline).__call__).parameters)
+
+    @property
+    def takes_prompts(self) -> bool:
+        return bool({"prompt", "class_labels"} & self.arguments.keys())
+
+
+# ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────
+def find_device(name: str | None, precision: str) -> torch.device:
+    """The device of this name, or else a GPU, if there is one, or the CPU.
+
+    Raises:
+        InputError: there is none, or it cannot draw in this precision.
+    """
+    with blame(f"--device: {name!r} is not there", RuntimeError, AssertionError):
+        if name is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        else:
+            device = torch.empty(0, device=name).device
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision: fp16 needs a GPU; a CPU has bf16 and fp32")
+    return device
+
+
+def load(source: Source, config: TextToImageConfig | None, device: torch.device, precision: str) -> Loaded:
+    """A pipeline on the device in "fp32", "bf16" or "fp16"; `config` is that of the run, where the source is not a
+    pipeline itself.
+
+    Raises:
+        InputError: it cannot be loaded, or is not what the run was trained from.
+    """
+    dtype = weight_dtype(precision)
+    if source.path in BUILTINS:
+        config = TextToImageConfig(ModelConfig(source.path), DataConfig("builtin:shapes"))
+    if config is None:
+        family = describe_family(source.path)
+        with blame(source.path, *LOAD_ERRORS, ImportError):
+            pipeline = DiffusionPipeline.from_pretrained(source.path, torch_dtype=dtype)
+        loaded = Loaded(family, pipeline)
+    else:
+        loaded = _load_run(source, config)
+    for part in loaded.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            move_part(part.eval(), device, dtype)
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
+    """What a run was trained from, as it was: with its adapters, if it has any, but no weights of a checkpoint yet."""
+    for field, package in config.needed_packages().items():
+        if field == "model.lora" and importlib.util.find_spec(package) is None:
+            raise InputError(f"{field}: {not_installed(package)}")
+    config.model.offload_text_encoders = config.data.cache_latents = config.data.cache_text = False
+    config.train.gradient_checkpointing = config.train.plain_attention = config.train.channels_last = False
+    config.train.compile, config.evaluation = None, EvaluationConfig()  # it is drawn with as plain diffusers does
+    family = load_family(config)
+    if source.kind not in ("checkpoint", "average"):
+        denoiser, models = family.load_denoiser(), {}
+    else:
+        models = trained_models(family, config)
+        denoiser = models["denoiser"]
+    if source.record is not None:
+        _check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
+    pipeline = family.pipeline(denoiser)
+    if source.kind == "lora":
+        with blame(source.path, *LOAD_ERRORS):
+            pipeline.load_lora_weights(source.path)
+    return Loaded(family, pipeline, models)
+
+
+def _check_base(family: DiffusersFamily, denoiser: torch.nn.Module, record: Path, replaced: bool) -> None:
+    """Refuse another base than that of the run, but for a denoiser that is `replaced` as a whole."""
+    with blame(str(record), *LOAD_ERRORS):
+        base = read_manifest(record)["base_model"]
+        then, now = base["sha256"], family.digests(denoiser)
+        parts = [part for part in now if not (replaced and part == family.denoiser_part)]
+        if differing := [part for part in parts if then.get(part) != now[part]]:
+            raise InputError(f"{base['name']}: not what {record} was trained from: {', '.join(differing)} differ")
+
+
+@torch.no_grad()
+def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
+    """Give the models the weights of a checkpoint or an average of its run.
+
+    Raises:
+        InputError: it is none of these models, or has not the weights that are asked for.
+    """
+    denoiser, folder = loaded.models["denoiser"], Path(source.path)
+    models = [model for name in ("denoiser", "text_encoders") if (model := loaded.models.get(name)) is not None]
+    if source.kind == "average":
+        average = average_of_width(folder.parent, source.weights, source.step, ("--weights", "--checkpoint"))
+        parameters = trained_weights(denoiser)
+        check_same_parameters(average, parameters, source.path, "the run's denoiser")
+        for name, parameter in parameters.items():
+            parameter.copy_(average[name])
+        return
+    if source.weights == RAW:
+        _refuse_two_kinds_of_raw(config)
+    with blame(source.path, *LOAD_ERRORS):
+        for name in ("denoiser", "text_encoders"):
+            if name in loaded.models:
+                load_trained(loaded.models[name], folder / f"{name}.safetensors")
+        if source.weights == EMA:
+            average = load_file(folder / "ema.safetensors")
+            parameters = trained_parameters(*models)
+            if len(average) != len(parameters):
+                raise ValueError(f"the average is of {len(average)} weights, and {len(parameters)} are trained")
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(average[str(i)])
+
+
+def _refuse_two_kinds_of_raw(config: TextToImageConfig) -> None:
+    """A schedule-free optimizer trains for other weights than those in a checkpoint, and makes them at the end."""
+    module, _, name = config.optimizer.class_path.rpartition(".")
+    with blame(f"optimizer.class_path: cannot import {config.optimizer.class_path!r}", ImportError, AttributeError):
+        optimizer = getattr(importlib.import_module(module), name)
+    if hasattr(optimizer, "eval"):
+        raise InputError(
+            f"--weights raw: {config.optimizer.class_path} takes gradients at other weights than those that it trains "
+            "for; draw with the average (ema) or, of a finished run, with what it exported"
+        )
+
+
+def scale_adapters(pipeline: DiffusionPipeline, scale: float) -> None:
+    """Let adapters add `scale` times what they have learned to add; 1: as trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for part in pipeline.components.values():
+        for module in part.modules() if isinstance(part, torch.nn.Module) else ():
+            if isinstance(module, BaseTunerLayer):
+                for adapter in module.active_adapters:
+                    module.set_scale(adapter, scale)
+
+
+# ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
+def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
+    """Raise InputError for prompts and settings that the pipeline does not take."""
+    family, known, name = loaded.family, loaded.arguments, type(loaded.pipeline).__name__
+    is_known = type(family) is not DiffusersFamily
+    if prompts and not loaded.takes_prompts:
+        raise InputError(f"PROMPT: a {name} takes none, got {prompts[0]!r:.60}")
+    if not prompts and loaded.takes_prompts:
+        raise InputError(f"PROMPT: a {name} needs one, or --prompts FILE")
+    family.check_captions(prompts, "PROMPT")
+    if settings.height is not None and is_known:
+        family.check_size(settings.height, settings.width, "--height and --width")
+    options = {"--steps": ("num_inference_steps", settings.steps)}
+    if not is_known:
+        options |= {"--height": ("height", settings.height), "--guidance": ("guidance_scale", settings.guidance)}
+    for option, (argument, value) in options.items():
+        if value is not None and argument not in known:
+            raise InputError(f"{option}: a {name} has none, got {value}")
+    if settings.negative_prompt is None:
+        return
+    own = known.get("true_cfg_scale") or known.get("guidance_scale")
+    guidance = settings.guidance if settings.guidance is not None or own is None else own.default
+    if "negative_prompt" not in known or (is_known and family.has_guidance_embedding):
+        raise InputError(f"--negative-prompt: this {name} takes none, got {settings.negative_prompt!r:.60}")
+    if guidance is not None and guidance <= 1:
+        raise InputError(f"--negative-prompt: counts with --guidance above 1 alone, which is {guidance:g}")
+
+
+def draw_all(
+    loaded: Loaded, pictures: Iterable, settings: Settings, config: TextToImageConfig | None
+) -> Iterator[tuple[Any, Image.Image]]:
+    """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image; those of one source, and of one scale, one
+    after the other."""
+    source = scale = None
+    for picture in tqdm(pictures, unit="picture", leave=False, disable=None):
+        if loaded.models and picture.source != source:
+            use(loaded, picture.source, config)
+        if picture.scale != scale:
+            scale_adapters(loaded.pipeline, picture.scale)
+        source, scale = picture.source, picture.scale
+        yield picture, draw(loaded, picture.prompt, picture.seed, settings)
+
+
+def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image:
+    """The picture that plain diffusers draws with `torch.Generator().manual_seed(seed)`."""
+    options = loaded.family.picture_options(
+        loaded.pipeline,
+        [prompt],
+        settings.height,
+        settings.width,
+        settings.steps,
+        settings.guidance,
+        settings.guidance_rescale,
+        None if settings.negative_prompt is None else [settings.negative_prompt],
+    )
+    if unknown := [name for name in options if name not in loaded.arguments]:
+        raise InputError(f"a {type(loaded.pipeline).__name__} takes no {some(unknown)}")
+    with blame(f"{loaded.pipeline.name_or_path or loaded.family.source}", ValueError, TypeError):
+        return loaded.pipeline(**options, generator=[torch.Generator().manual_seed(seed)]).images[0]
+
+
+def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
+    """Sampler and settings, by name, as far as they are known before drawing."""
+    default = loaded.arguments.get("num_inference_steps")
+    found = {
+        "sampler": type(loaded.pipeline.scheduler).__name__,
+        "steps": default.default if settings.steps is None and default else settings.steps,
+        "guidance": settings.guidance,
+        "size": None if settings.height is None else f"{settings.height} x {settings.width}",
+        "negative_prompt": settings.negative_prompt,
+    }
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,314 @@
+"""Draw with a run, finished or not, with a checkpoint of it, or with any pipeline.
+
+    difftrain generate runs/quickstart "a red circle" "a blue square" --output shapes.png
+    difftrain generate runs/quickstart "a red circle" --checkpoint 500 1000 --seed 0 1 2
+    difftrain generate runs/my-lora "a photo of sks dog" --lora-scale 0 0.5 1
+    difftrain generate stable-diffusion-v1-5/stable-diffusion-v1-5 "a dog" --num-images 200 --output data/dogs
+
+Several values of --checkpoint, --lora-scale and --seed make a grid with labelled rows and columns, and with more than
+two of them (or several prompts) one grid for each value of the others. A picture is that which plain diffusers draws
+with torch.Generator().manual_seed(SEED), whatever else is asked for beside it.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from difftrain_utils.commands.parser import Parser
+from difftrain_utils.config.config import require_of
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.hub import use_cache_without_network
+from difftrain_utils.errors import InputError, blame, some
+from difftrain_utils.files import local_path, new_file, new_folder
+from difftrain_utils.run.run_folder import CONFIG_FILE, LORA, PIPELINE
+from difftrain_utils.run.source import EMA, RAW, Source, find_sources
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+METADATA_FILE = "metadata.jsonl"  # of a folder of images
+MAX_SEED = 2**32  # a generator of torch keeps no more of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What one is drawn of."""
+
+    source: Source
+    scale: float | None
+    prompt: str
+    seed: int
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """By the axes of a grid, outermost first."""
+        of_step, scale = f"step {self.source.step}", "" if self.scale is None else f"LoRA scale {self.scale:g}"
+        return {"prompt": self.prompt, "checkpoint": of_step, "scale": scale, "seed": f"seed {self.seed}"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+
+    # ── What is asked for. What is wrong with it shows here, as far as it takes no model ─────────────────────
+    prompts = [*args.prompts, *(read_prompts(args.prompts_file) if args.prompts_file is not None else [])]
+    refuse_twice("PROMPT", prompts)
+    sources = find_sources(args.source, args.checkpoint, args.weights, LORA if args.lora_scale else PIPELINE)
+    if args.lora_scale and not sources[0].has_adapters:
+        raise InputError(f"--lora-scale: {sources[0].path} has no adapters")
+    of_all = itertools.product(sources, args.lora_scale or [None], prompts or [""], args.seed)
+    pictures = [Picture(*of_one) for of_one in of_all]
+    output = find_output(args.output)
+    grids = arrange(pictures, output) if output.suffix == ".png" else None
+    options = settings_of(args, sources[0])
+    if sources[0].kind == "pipeline":
+        config = None
+        use_cache_without_network([sources[0].path])
+    else:
+        config = run_config(sources[0])
+
+    # ── Pipeline and device ──────────────────────────────────────────────────────────────────────────────────
+    from difftrain_utils.commands.drawing import Settings, check, describe, draw_all, find_device, load
+
+    device, settings = find_device(args.device, args.precision), Settings(**options)
+    loaded = load(sources[0], config, device, args.precision)
+    check(loaded, prompts, settings)
+    facts = describe(loaded, settings)
+    print(f"Drawing {len(pictures)} picture{'s' * (len(pictures) > 1)} on {device} in {args.precision}, with")
+    print(*(f"  {source}" for source in sources), sep="\n")
+    print(f"  {', '.join(f'{name} {value}' for name, value in facts.items())}, seed {some([*map(str, args.seed)])}")
+
+    # ── The pictures ─────────────────────────────────────────────────────────────────────────────────────────
+    drawn = draw_all(loaded, pictures, settings, config)
+    written = save_folder(drawn, facts, output) if grids is None else save_grids(dict(drawn), facts, grids)
+    print(*written, sep="\n")
+
+
+# ── What is asked for ────────────────────────────────────────────────────────────────────────────────────────
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="difftrain generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="the folder of a run or of a checkpoint, a pipeline's folder or name on the hub, or a builtin: name",
+    )
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a picture of each; of a DiT names of classes")
+    parser.add_argument("--prompts", metavar="FILE", dest="prompts_file", type=Path, help="more prompts, one a line")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures shall be guided away from")
+    parser.add_argument("--output", metavar="PATH", help="a new .png, or a folder for a file each and metadata.jsonl")
+
+    weights = parser.add_argument_group("which weights of a run")
+    weights.add_argument("--checkpoint", metavar="STEP", type=whole, nargs="+", default=[], help="of these checkpoints")
+    weights.add_argument(
+        "--weights",
+        metavar="ema|raw|WIDTH",
+        type=kind_of_weights,
+        help="the EMA or the raw weights of the newest checkpoint, or of STEP; WIDTH, 0.1 say: the average of that "
+        "width from the run's ema_snapshots; default: what the run exports",
+    )
+    weights.add_argument(
+        "--lora-scale", metavar="X", type=finite, nargs="+", help="how much of what adapters have learned; 1: all"
+    )
+
+    sampling = parser.add_argument_group("sampling (default: the run's section evaluation, else the pipeline's own)")
+    sampling.add_argument("--seed", metavar="N", type=whole, nargs="+", default=[0], help="default: 0")
+    sampling.add_argument(
+        "--num-images", metavar="N", type=positive, help="so many of each prompt, of the seeds SEED, SEED + 1, …"
+    )
+    sampling.add_argument("--steps", metavar="N", type=positive, help="denoising steps (num_inference_steps)")
+    sampling.add_argument("--guidance", metavar="X", type=finite, help="classifier-free guidance; 1: none")
+    sampling.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
+    sampling.add_argument("--width", metavar="N", type=positive, help="default: as --height")
+    sampling.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: a GPU, if there is one")
+    sampling.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
+    args = parser.parse_intermixed_args(argv)
+    if args.num_images is not None:
+        if len(args.seed) > 1:
+            raise InputError(f"--num-images: counts from one --seed on, got {len(args.seed)} of them")
+        args.seed = [args.seed[0] + number for number in range(args.num_images)]
+    if args.seed[-1] >= MAX_SEED:
+        raise InputError(f"--seed: must be below {MAX_SEED}, got {args.seed[-1]}")
+    for option in ("seed", "checkpoint", "lora_scale"):
+        refuse_twice(f"--{option.replace('_', '-')}", getattr(args, option) or [])
+    if args.guidance is not None and args.guidance < 1:
+        raise InputError(f"--guidance: must be at least 1, got {args.guidance:g}")
+    return args
+
+
+def refuse_twice(option: str, values: list) -> None:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise InputError(f"{option}: {twice[0]!r:.60} is there twice, which would be the same picture")
+
+
+def whole(text: str) -> int:
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def kind_of_weights(text: str) -> str | float:
+    try:
+        return text if text in (EMA, RAW) else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be ema, raw or a width such as 0.1, got {text!r}") from None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, but for empty ones."""
+    with blame(f"--prompts: {path}", OSError, UnicodeDecodeError):
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts: {path} has no line")
+    return prompts
+
+
+def find_output(name: str | None) -> Path:
+    """A file that is not there, or a folder that is not there or empty; by default a new generated.png."""
+    if name is None:
+        names = itertools.chain(["generated.png"], (f"generated-{number}.png" for number in itertools.count(2)))
+        return next(path for path in map(Path, names) if not os.path.lexists(path))
+    output = local_path(name)
+    if output.suffix == ".png" and os.path.lexists(output):
+        raise InputError(f"--output: {output} is there already")
+    if output.suffix not in (".png", ""):
+        raise InputError(f"--output: must end in .png or be a folder, got {name!r}")
+    if not name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise InputError(f"--output: {name!r} is not an empty folder")
+    above = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--output: {above} is no folder that can be written to")
+    return output
+
+
+def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """Those of the command line, else of the run."""
+    height, width = args.height or args.width, args.width or args.height
+    settings = {"height": height, "width": width, "steps": args.steps, "guidance": args.guidance}
+    settings["negative_prompt"] = args.negative_prompt
+    if source.record is None:
+        return settings
+    with blame(f"{source.record / CONFIG_FILE}: not the config of a run", KeyError, TypeError, AttributeError):
+        config = source.config
+        known = {field.name for field in dataclasses.fields(EvaluationConfig)}
+        evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
+        evaluation.check(require_of(evaluation, "evaluation"))
+        resolution = config["data"]["resolution"]
+        own = {"height": resolution, "width": resolution, "steps": evaluation.num_inference_steps}
+        own |= {"guidance": evaluation.guidance_scale, "guidance_rescale": evaluation.guidance_rescale}
+        return own | {name: value for name, value in settings.items() if value is not None}
+
+
+def run_config(source: Source):
+    """The config of the run that a source is of."""
+    from difftrain_utils.config.command_line import parse_config
+    from difftrain_utils.config.text_to_image import TextToImageConfig
+
+    return parse_config(TextToImageConfig, ["--config", str(source.record / CONFIG_FILE)], prog="difftrain generate")
+
+
+# ── What is written ──────────────────────────────────────────────────────────────────────────────────────────
+@dataclasses.dataclass
+class Grid:
+    """Pictures by rows and columns, and the labels of these; no labels: it is a picture by itself."""
+
+    path: Path
+    pictures: list[Picture]
+    rows: list[str]
+    columns: list[str]
+
+
+def arrange(pictures: list[Picture], output: Path) -> list[Grid]:
+    """The last two of the axes that have several values are the rows and columns of a grid; each value of the others
+    has one of its own, `NAME-1.png`, `NAME-2.png` and so on. Raises InputError if such a file is there."""
+    values = {axis: list(dict.fromkeys(p.labels[axis] for p in pictures)) for axis in pictures[0].labels}
+    axes = [axis for axis, labels in values.items() if len(labels) > 1]
+    grids: dict[tuple[str, ...], list[Picture]] = {}
+    for picture in pictures:
+        grids.setdefault(tuple(picture.labels[axis] for axis in axes[:-2]), []).append(picture)
+    rows, columns = ([[], []] + [values[axis] for axis in axes])[-2:]
+    paths = [output]
+    if len(grids) > 1:
+        paths = [output.with_stem(f"{output.stem}-{number}") for number in range(1, len(grids) + 1)]
+        if there := next(filter(os.path.lexists, paths), None):
+            raise InputError(f"--output: {there} is there already")
+    order = [*values]  # of the axes: rows come one after the other
+    arranged = []
+    for path, of_grid in zip(paths, grids.values(), strict=True):
+        of_grid = sorted(of_grid, key=lambda p: [values[axis].index(p.labels[axis]) for axis in order])
+        arranged.append(Grid(path, of_grid, rows, columns))
+    return arranged
+
+
+def save_grids(images: dict[Picture, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
+    """Write them, and return their paths. Raises RunError if they cannot be written."""
+    from difftrain_utils.evaluation.grids import labelled_grid, labelled_table
+
+    for grid in grids:
+        made = [images[picture] for picture in grid.pictures]
+        if grid.rows:
+            width = len(grid.columns)
+            table = [made[start : start + width] for start in range(0, len(made), width)]
+            image = labelled_table(table, grid.rows, grid.columns)
+        else:
+            image = labelled_grid(made, grid.columns) if grid.columns else made[0]
+        with new_file(grid.path) as partial:
+            image.save(partial, "PNG", pnginfo=text_of(grid.pictures, facts))
+    return [grid.path for grid in grids]
+
+
+def save_folder(drawn: Iterable[tuple[Picture, "Image"]], facts: dict[str, Any], output: Path) -> list[Path]:
+    """Write a file of each as they are drawn, and a metadata.jsonl, by which the folder is a data set; return its path.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    lines = []
+    with new_folder(output.absolute()) as partial:
+        for number, (picture, image) in enumerate(drawn):
+            name = f"{number:05d}.png"
+            image.save(partial / name, "PNG", pnginfo=text_of([picture], facts))
+            lines.append({"file_name": name, "text": picture.prompt, "seed": picture.seed})
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (partial / METADATA_FILE).write_text(text, encoding="utf-8")
+    return [output]
+
+
+def text_of(pictures: Iterable[Picture], facts: dict[str, Any]):
+    """The chunks of text of a PNG file that say what it was drawn of."""
+    from PIL.PngImagePlugin import PngInfo
+
+    of_each = [
+        {"prompt": p.prompt, "source": p.source.path, "weights": p.source.weights, "step": p.source.step}
+        | {"lora_scale": p.scale, "seed": p.seed}
+        for p in pictures
+    ]
+    found = {name: [values[name] for values in of_each if values[name] is not None] for name in of_each[0]}
+    info = PngInfo()
+    for name, values in (found | {name: [value] for name, value in facts.items()}).items():
+        if values:
+            info.add_itxt(name, "\n".join(map(str, dict.fromkeys(values))))
+    return info

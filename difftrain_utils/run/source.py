@@ -1,0 +1,138 @@
+"""Where weights to draw with lie: what a run exported, its checkpoints, its EMA snapshots, or anybody's pipeline.
+Imports no torch, so that a slip is reported at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from difftrain_utils.errors import InputError, warn
+from difftrain_utils.files import local_path
+from difftrain_utils.run.run_folder import (
+    CONFIG_FILE,
+    EMA_SNAPSHOTS,
+    LORA,
+    PIPELINE,
+    STATE_FILE,
+    checkpoint_damage,
+    checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+    read_mapping,
+)
+
+INDEX_FILE = "model_index.json"  # of a pipeline's folder
+RAW, EMA = "raw", "ema"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and where they lie: `path` is a "pipeline" (a folder, a hub name or a `builtin:` name), a run's "lora",
+    a "checkpoint" of it, or its EMA snapshots, of which `weights` says the width of an "average"."""
+
+    kind: Literal["pipeline", "lora", "checkpoint", "average"]
+    path: str
+    record: Path | None = None
+    """The folder with the config and the manifest of the run; None: they are of none."""
+    step: int | None = None
+    weights: str | float | None = None
+    """`raw`, `ema`, a width, or None: there is one kind."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of the run's config; {}: there is no run. Raises InputError if it is damaged."""
+        return {} if self.record is None else read_mapping(self.record / CONFIG_FILE)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether what was learned can be scaled."""
+        if self.kind != "checkpoint":
+            return self.kind == "lora"
+        model = self.config.get("model")
+        return isinstance(model, dict) and bool(model.get("lora"))
+
+    def __str__(self) -> str:
+        names = {None: "", RAW: ", the raw weights", EMA: ", the EMA weights"}
+        weights = names.get(self.weights, f", the average of width {self.weights}")
+        return f"{self.path}{weights}" + (f" of step {self.step}" if self.step is not None else "")
+
+
+def find_sources(
+    name: str, steps: Sequence[int] = (), weights: str | float | None = None, prefer: str = PIPELINE
+) -> list[Source]:
+    """What `name` is: a run, a checkpoint, or a pipeline's folder, hub name or `builtin:` name. Of a run it is what it
+    has exported (`pipeline/` or `lora/`; of both that which is preferred) or, if it is not finished or `weights` are
+    asked for, its newest intact checkpoint; or its checkpoints of these `steps`, one each.
+
+    Raises:
+        InputError: it is none of them, damaged, or has no such step or weights.
+    """
+    folder = local_path(name)
+    if (folder / STATE_FILE).is_file():
+        if steps:
+            raise InputError(f"--checkpoint: goes with a run, and {name} is a checkpoint itself")
+        return [_of_checkpoint(folder, weights)]
+    if (folder / CONFIG_FILE).is_file():
+        return _of_run(folder, steps, weights, prefer)
+    for option, value in (("--checkpoint", steps), ("--weights", weights)):
+        if value:
+            raise InputError(f"{option}: goes with a run or a checkpoint, and {name} is none")
+    if folder.exists() and not (folder / INDEX_FILE).is_file():
+        raise InputError(f"{name}: no run ({CONFIG_FILE}), no checkpoint ({STATE_FILE}), no pipeline ({INDEX_FILE})")
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise InputError(f"{name}: no such folder")
+    return [Source("pipeline", str(folder) if folder.exists() else name)]
+
+
+def _of_run(run: Path, steps: Sequence[int], weights: str | float | None, prefer: str) -> list[Source]:
+    checkpoints = dict(list_checkpoints(run))
+    if isinstance(weights, float):
+        return [Source("average", str(run / EMA_SNAPSHOTS), run, step, weights) for step in steps or [None]]
+    for step in steps:
+        if step not in checkpoints:
+            there = ", ".join(map(str, checkpoints)) or "none"
+            raise InputError(f"--checkpoint: {run} has no {checkpoint_name(step)}; there is {there}")
+    if steps:
+        return [_of_checkpoint(checkpoints[step], weights) for step in steps]
+    if weights is None and (exported := exported_by(run, prefer)):
+        return [exported]
+    damages = []
+    for folder in reversed(checkpoints.values()):
+        if (damage := checkpoint_damage(folder)) is None:
+            for text in damages:
+                warn(f"{text}; going on with {folder.name}")
+            return [_of_checkpoint(folder, weights, is_checked=True)]
+        damages.append(f"{folder} is damaged: {damage}")
+    raise InputError("; ".join(damages) or f"{run}: has no {PIPELINE}/ or {LORA}/ yet, and no checkpoint")
+
+
+def exported_by(run: Path, prefer: str = PIPELINE) -> Source | None:
+    """What a finished run has exported; None: it is not finished."""
+    try:
+        final = read_manifest(run).get("final")
+    except (OSError, ValueError):
+        return None
+    found = sorted((name for name in (PIPELINE, LORA) if (run / name).is_dir()), key=lambda name: name != prefer)
+    if not found or not isinstance(final, dict):
+        return None
+    kind = "lora" if found[0] == LORA else "pipeline"
+    source = Source(kind, str(run / found[0]), run, final.get("global_step"))
+    return Source(kind, source.path, run, source.step, _exported_weights(source))
+
+
+def _of_checkpoint(folder: Path, weights: str | float | None, is_checked: bool = False) -> Source:
+    if not is_checked and (damage := checkpoint_damage(folder)):
+        raise InputError(f"{folder} is damaged: {damage}")
+    step = read_mapping(folder / STATE_FILE).get("global_step")
+    if isinstance(weights, float):
+        return Source("average", str(folder.parent / EMA_SNAPSHOTS), folder, step, weights)
+    source = Source("checkpoint", str(folder), folder, step, weights)
+    if weights == EMA and _exported_weights(source) == RAW:
+        raise InputError(f"--weights ema: {folder} has none (ema.enabled is false)")
+    return source if weights else Source("checkpoint", str(folder), folder, step, _exported_weights(source))
+
+
+def _exported_weights(source: Source) -> str:
+    """Those that a run with this config exports."""
+    ema = source.config.get("ema")
+    return RAW if isinstance(ema, dict) and ema.get("enabled") is False else EMA
