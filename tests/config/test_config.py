@@ -334,6 +334,10 @@ TINY = {
     "sd35_finetune": "tiny-sd3",
     "emoji": "tiny-pixel",
     "quickstart_lora": "tiny-stable-diffusion",
+    "photos_8gb": "tiny-stable-diffusion",
+    "photos_12gb": "tiny-sdxl",
+    "photos_16gb": "tiny-flux2-klein",
+    "photos_24gb": "tiny-zimage",
 }
 """The configs of checkpoints that are not built in, and the built-in ones that stand in for these."""
 
