@@ -30,6 +30,7 @@ from difftrain_utils.families.load import describe_family, load_family, trained_
 from difftrain_utils.optimization.trained import is_trained_whole, load_trained, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
 from difftrain_utils.run.source import EMA, RAW, Source
+from difftrain_utils.run.weights import load_weights
 
 for library in (diffusers.utils.logging, transformers.logging):
     library.disable_progress_bar()
@@ -115,7 +116,7 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
     config.train.gradient_checkpointing = config.train.plain_attention = config.train.channels_last = False
     config.train.compile, config.evaluation = None, EvaluationConfig()  # it is drawn with as plain diffusers does
     family = load_family(config)
-    if source.kind not in ("checkpoint", "average"):
+    if source.kind not in ("checkpoint", "weights", "average"):
         denoiser, models = family.load_denoiser(), {}
     else:
         models = trained_models(family, config)
@@ -154,6 +155,9 @@ def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
         check_same_parameters(average, parameters, source.path, "the run's denoiser")
         for name, parameter in parameters.items():
             parameter.copy_(average[name])
+        return
+    if source.kind == "weights":
+        load_weights(folder, denoiser, loaded.models.get("text_encoders"))
         return
     if source.weights == RAW:
         _refuse_two_kinds_of_raw(config)

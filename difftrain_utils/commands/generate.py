@@ -26,7 +26,7 @@ from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.errors import InputError, blame, some
 from difftrain_utils.files import local_path, new_file, new_folder
 from difftrain_utils.run.run_folder import CONFIG_FILE, LORA, PIPELINE
-from difftrain_utils.run.source import EMA, RAW, Source, find_sources
+from difftrain_utils.run.source import BEST, EMA, RAW, Source, find_sources
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,9 +107,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     weights.add_argument("--checkpoint", metavar="STEP", type=whole, nargs="+", default=[], help="of these checkpoints")
     weights.add_argument(
         "--weights",
-        metavar="ema|raw|WIDTH",
+        metavar="ema|raw|best|WIDTH",
         type=kind_of_weights,
-        help="the EMA or the raw weights of the newest checkpoint, or of STEP; WIDTH, 0.1 say: the average of that "
+        help="the EMA or the raw weights of the newest checkpoint, or of STEP; those that train.keep_best has kept; "
+        "WIDTH, 0.1 say: the average of that "
         "width from the run's ema_snapshots; default: what the run exports",
     )
     weights.add_argument(
@@ -172,9 +173,9 @@ def finite(text: str) -> float:
 
 def kind_of_weights(text: str) -> str | float:
     try:
-        return text if text in (EMA, RAW) else float(text)
+        return text if text in (EMA, RAW, BEST) else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be ema, raw or a width such as 0.1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be ema, raw, best or a width such as 0.1, got {text!r}") from None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import local_path
 from difftrain_utils.run.run_folder import (
+    BEST_FILE,
     CONFIG_FILE,
     EMA_SNAPSHOTS,
     LORA,
     PIPELINE,
     STATE_FILE,
+    WEIGHTS,
     checkpoint_damage,
     checkpoint_name,
     list_checkpoints,
@@ -22,15 +24,16 @@ from difftrain_utils.run.run_folder import (
 )
 
 INDEX_FILE = "model_index.json"  # of a pipeline's folder
-RAW, EMA = "raw", "ema"
+RAW, EMA, BEST = "raw", "ema", "best"
 
 
 @dataclass(frozen=True)
 class Source:
     """Weights, and where they lie: `path` is a "pipeline" (a folder, a hub name or a `builtin:` name), a run's "lora",
-    a "checkpoint" of it, or its EMA snapshots, of which `weights` says the width of an "average"."""
+    a "checkpoint" of it, a file of its "weights" alone, or its EMA snapshots, of which `weights` says the width of an
+    "average"."""
 
-    kind: Literal["pipeline", "lora", "checkpoint", "average"]
+    kind: Literal["pipeline", "lora", "checkpoint", "weights", "average"]
     path: str
     record: Path | None = None
     """The folder with the config and the manifest of the run; None: they are of none."""
@@ -46,7 +49,7 @@ class Source:
     @property
     def has_adapters(self) -> bool:
         """Whether what was learned can be scaled."""
-        if self.kind != "checkpoint":
+        if self.kind not in ("checkpoint", "weights"):
             return self.kind == "lora"
         model = self.config.get("model")
         return isinstance(model, dict) and bool(model.get("lora"))
@@ -62,7 +65,8 @@ def find_sources(
 ) -> list[Source]:
     """What `name` is: a run, a checkpoint, or a pipeline's folder, hub name or `builtin:` name. Of a run it is what it
     has exported (`pipeline/` or `lora/`; of both that which is preferred) or, if it is not finished or `weights` are
-    asked for, its newest intact checkpoint; or its checkpoints of these `steps`, one each.
+    asked for, its newest intact checkpoint; or its checkpoints of these `steps`, one each, or their weights alone where
+    only these were kept; "best" are those that `train.keep_best` has kept.
 
     Raises:
         InputError: it is none of them, damaged, or has no such step or weights.
@@ -86,14 +90,27 @@ def find_sources(
 
 def _of_run(run: Path, steps: Sequence[int], weights: str | float | None, prefer: str) -> list[Source]:
     checkpoints = dict(list_checkpoints(run))
+    alone = {int(path.stem.removeprefix("step-")): path for path in (run / WEIGHTS).glob("step-[0-9]*.safetensors")}
     if isinstance(weights, float):
         return [Source("average", str(run / EMA_SNAPSHOTS), run, step, weights) for step in steps or [None]]
+    if weights == BEST:
+        if steps:
+            raise InputError("--weights best: of one step, which --checkpoint cannot choose")
+        if not (run / WEIGHTS / BEST_FILE).is_file():
+            raise InputError(f"--weights best: {run} has none, which train.keep_best keeps")
+        return [Source("weights", str(run / WEIGHTS / BEST_FILE), run)]
     for step in steps:
-        if step not in checkpoints:
-            there = ", ".join(map(str, checkpoints)) or "none"
+        if step not in checkpoints and (step not in alone or weights):
+            there = sorted(checkpoints.keys() | (set() if weights else alone.keys()))
+            there = ", ".join(map(str, there)) or "none"
             raise InputError(f"--checkpoint: {run} has no {checkpoint_name(step)}; there is {there}")
     if steps:
-        return [_of_checkpoint(checkpoints[step], weights) for step in steps]
+        return [
+            _of_checkpoint(checkpoints[step], weights)
+            if step in checkpoints
+            else Source("weights", str(alone[step]), run, step)
+            for step in steps
+        ]
     if weights is None and (exported := exported_by(run, prefer)):
         return [exported]
     damages = []

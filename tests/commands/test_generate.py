@@ -26,8 +26,8 @@ QUICK = ("tiny-dit", "tiny-ddpm")
 
 @pytest.fixture(scope="module")
 def run(checkpoint_folder, image_folder, tmp_path_factory) -> Path:
-    """A finished run, with checkpoints at steps 4 and 6, and EMA snapshots of two widths."""
-    fields = FEW | {"ema.power_sigma_rels": [0.05, 0.1], "ema.snapshot_every": 1}
+    """A finished run, with checkpoints at steps 4 and 6, weights alone of 3 and 6, and EMA snapshots of two widths."""
+    fields = FEW | {"ema.power_sigma_rels": [0.05, 0.1], "ema.snapshot_every": 1, "train.save_weights_every": 3}
     argv = short_options(checkpoint_folder, image_folder, tmp_path_factory.mktemp("runs") / "run")
     return train([*argv, *options(fields)])
 
@@ -97,6 +97,14 @@ def test_checkpoints_have_ema_and_raw_weights(run, draw):
     raw = draw(run, "a red circle", "--weights", "raw")
     assert raw == draw(run / "checkpoint-6", "a red circle", "--weights", "raw") != exported
     assert draw(run, "a red circle", "--checkpoint", 4) not in (raw, exported)
+
+
+def test_weights_alone(run, draw, tmp_path, adapted):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "weights/step-000006.safetensors").rename(copy / "weights/best.safetensors")
+    exported, third = draw(run, "a red circle"), draw(run, "a red circle", "--checkpoint", "3")
+    assert draw(copy, "a red circle", "--weights", "best") == exported != third
 
 
 def test_a_width_is_that_of_posthoc_ema(run, draw, tmp_path):
@@ -245,10 +253,11 @@ def test_a_schedule_free_run_has_no_raw_weights_to_draw_with(short_run, draw):
         (["RUN"], r"^PROMPT: a StableDiffusionPipeline needs one, or --prompts FILE$"),
         (["nowhere/at/all", "a"], r"^nowhere/at/all: no such folder$"),
         (["HERE", "a"], r": no run \(config.resolved.yaml\), no checkpoint \(training_state.json\), no pipeline"),
-        (["RUN", "a", "--checkpoint", "5"], r"^--checkpoint: .*run has no checkpoint-5; there is 4, 6$"),
+        (["RUN", "a", "--checkpoint", "5"], r"^--checkpoint: .*run has no checkpoint-5; there is 3, 4, 6$"),
         (["RUN/checkpoint-6", "a", "--checkpoint", "6"], r"^--checkpoint: goes with a run, and .* is a checkp"),
         (["RUN/pipeline", "a", "--weights", "raw"], r"^--weights: goes with a run or a checkpoint, and .* is none$"),
-        (["RUN", "a", "--weights", "rare"], r"--weights: must be ema, raw or a width such as 0.1, got 'rare'"),
+        (["RUN", "a", "--weights", "rare"], r"--weights: must be ema, raw, best or a width such as 0.1, got 'rare'"),
+        (["RUN", "a", "--weights", "best"], r"^--weights best: .*run has none, which train.keep_best keeps$"),
         (["RUN", "a", "--weights", "0.5"], r"^--weights: sigma_rel must be above 0 and at most 0.28, got 0.5$"),
         (["RUN", "a", "--weights", "0.1", "--checkpoint", "9"], r"^--checkpoint: must be from 1 to 6, the first and"),
         (["RUN", "a", "--lora-scale", "1"], r"^--lora-scale: .*run/pipeline has no adapters$"),
