@@ -9,6 +9,7 @@ from difftrain_utils.errors import InputError
 
 MAX_SIDE, MAX_WORKERS = 16384, 256  # more is a slip, and takes the machine's memory before it is noticed
 HERE = "difftrain_utils/config/data.py"
+OF_A_SOURCE = ("split", "image_column", "caption_column", "default_caption")  # what data and each source have
 
 
 @dataclass
@@ -23,6 +24,8 @@ class SourceConfig:
     """As data.image_column."""
     caption_column: str | list[str] = "text"
     """As data.caption_column."""
+    default_caption: str | None = None
+    """As data.default_caption."""
     weight: float | None = None
     """Share of the samples that are of this source."""
     loss_weight: float = 1.0
@@ -45,8 +48,8 @@ class DataConfig:
     """Images and captions, and how an image becomes a training sample."""
 
     dataset: str | None = None
-    """A folder of images with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
+    """A folder of photos (`cat.jpg` and its caption `cat.txt`), of images with a `metadata.jsonl`, of parquet, arrow or
+    WebDataset tar files, a hub data set, or `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
     split: str = "train"
     """The split of the data set to train on."""
     streaming: bool = False
@@ -58,12 +61,15 @@ class DataConfig:
     caption_column: str | list[str] = "text"
     """Column of the captions: a string, or a list of strings of which one is drawn. `json.caption` is the field caption
     of a column json. A list of columns: of all their captions that are not null one is drawn. Integers are captions as
-    text, and class labels (`datasets.ClassLabel`) by their names."""
+    text, and class labels (`datasets.ClassLabel`) by their names. A folder of photos has `text`, the files of captions
+    beside them, and `file_name`, their own names."""
+    default_caption: str | None = None
+    """The caption of images that have none."""
     sources: list[SourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
-    text, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's
-    share of the samples (for all sources or none; they are scaled to add up to 1); without weights every row comes once
-    an epoch. `loss_weight` is a factor of the loss of its samples."""
+    text, default_caption: null, weight: null, loss_weight: 1.0}, the first five as the field of data of that name.
+    `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1); without
+    weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
     center_crop: bool = False
@@ -78,7 +84,7 @@ class DataConfig:
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dataset: str | None = None
     """Another data set (a folder or a hub name) for the validation loss, instead of a share of this one. It is read
-    with `split`, `image_column` and `caption_column`, too, also where there are `sources`."""
+    with `split`, `image_column`, `caption_column` and `default_caption`, too, also where there are `sources`."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
     (`skipped_rows` in metrics.jsonl)."""
@@ -135,6 +141,6 @@ class DataConfig:
                 rule = "either all sources have a weight or none has"
                 raise InputError(f"data.sources[{i}].weight: {rule}, got {weights}")
         if self.sources is not None and self.validation_dataset is None:  # these would have no effect
-            for name in ("split", "image_column", "caption_column"):
+            for name in OF_A_SOURCE:
                 is_default = getattr(self, name) == getattr(DataConfig, name)
                 require(is_default, name, "goes with data.dataset; each of data.sources has its own")

@@ -9,12 +9,14 @@ import datasets
 from tqdm import tqdm
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data.rows import MappedRows, Row, SourceRows, follow, join_captions, map_in_threads, read_bytes
+from difftrain_utils.data.photos import find_problems
+from difftrain_utils.data.rows import Row, follow, join_captions, map_in_threads, open_rows, read_bytes
 from difftrain_utils.data.sources import (
     caption_columns,
     find_metadata,
     metadata_lines,
     open_source,
+    photo_folder,
     read_metadata_line,
 )
 from difftrain_utils.errors import InputError, RowError
@@ -27,7 +29,7 @@ Problem = tuple[str, str]  # "error" or "warning", and the message
 def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
     """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself.
 
-    A row's name is how problems call it.
+    A row's name is how problems call it. A photo without a caption is a row that has none.
     """
     path, problems = find_metadata(source), []
     if path is None and config.streaming:
@@ -36,15 +38,18 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         )
     if path is None:
         try:
-            rows = MappedRows([SourceRows(open_source(field, source, config), source)])
+            if (photos := photo_folder(field, source)) is not None:
+                problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
+            rows = open_rows([(field, source)], config)
         except InputError as error:
-            return 0, [].__getitem__, [("error", str(error))]
+            errors = [problem for problem in problems if problem[0] == "error"]
+            return 0, [].__getitem__, problems + ([] if errors else [("error", str(error))])
 
         def row_at(index: int) -> Row:
             row, number = rows[index], f"{source.dataset} row {index}"
             return row if row.name == number else row._replace(name=f"{number}: {row.name}")
 
-        return len(rows), row_at, []
+        return len(rows), row_at, problems
 
     rows, values, lines = [], [], {}
     for number, line in metadata_lines(path):
@@ -62,7 +67,7 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         rows.append(Row(name, {"bytes": None, "path": file}, None))
     features = [integers_of(column) for column in zip(*values, strict=True)]
     for i, of_row in enumerate(values):
-        captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)])
+        captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)], source)
         rows[i] = rows[i]._replace(captions=captions)
     if not problems:
         try:  # what only `datasets` objects to, such as captions of unlike types

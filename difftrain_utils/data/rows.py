@@ -22,7 +22,13 @@ from PIL import Image
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
 from difftrain_utils.data.order import Order
-from difftrain_utils.data.sources import caption_features, open_source, sources_of, validation_source
+from difftrain_utils.data.sources import (
+    caption_features,
+    open_source,
+    sources_of,
+    split_by_repeats,
+    validation_source,
+)
 from difftrain_utils.errors import InputError, RowError, one_line
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import open_image, open_image_header
@@ -85,7 +91,7 @@ class SourceRows:
     def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any]:
         """The undecoded image and the captions."""
         row = self.data[index if self.indices is None else int(self.indices[index])]
-        return row[self.source.image_column], captions_in(row, self.captions)
+        return row[self.source.image_column], captions_in(row, self.captions, self.source)
 
     def paths(self) -> Iterator[tuple[list[str | None], np.ndarray]]:
         """The images' paths, and whether they are files that hold the images, some rows at a time."""
@@ -203,7 +209,7 @@ class MappedRows(Sequence):
         """
         digest = hashlib.sha256(repr((VERSION, config.on_bad_row, Image.MAX_IMAGE_PIXELS)).encode())
         for part in self.parts:
-            columns = part.source.image_column, part.source.caption_column
+            columns = part.source.image_column, part.source.caption_column, part.source.default_caption
             files = [stamp(file["filename"]) for file in part.data.cache_files]
             digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
             digest.update(b"all" if part.indices is None else part.indices.tobytes())
@@ -223,16 +229,18 @@ def follow(row: dict[str, Any], path: str | list[str]) -> Any:
     return value
 
 
-def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]]) -> Any:
+def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: SourceConfig) -> Any:
     """A row's captions, in the columns of `caption_features`."""
-    return join_captions([label_text(follow(row, path), feature) for path, feature in columns])
+    return join_captions([label_text(follow(row, path), feature) for path, feature in columns], source)
 
 
-def join_captions(values: list[Any]) -> Any:
-    """A row's captions out of those of its caption columns: of several all that are not null, in one list."""
-    if len(values) == 1:
-        return values[0]
-    return [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+def join_captions(values: list[Any], source: SourceConfig) -> Any:
+    """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
+    caption if there are none."""
+    captions = values[0]
+    if len(values) > 1:
+        captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+    return source.default_caption if captions in (None, []) and source.default_caption is not None else captions
 
 
 def map_rows(config: DataConfig) -> MappedRows:
@@ -241,7 +249,13 @@ def map_rows(config: DataConfig) -> MappedRows:
     Raises:
         InputError: a data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    return MappedRows([SourceRows(open_source(field, source, config), source) for field, source in sources_of(config)])
+    return open_rows(sources_of(config), config)
+
+
+def open_rows(sources: list[tuple[str, SourceConfig]], config: DataConfig) -> MappedRows:
+    """The rows of sources, each with how errors call it. Raises InputError: see `map_rows`."""
+    parts = [(field, part) for field, source in sources for part in split_by_repeats(field, source)]
+    return MappedRows([SourceRows(open_source(field, part, config), part) for field, part in parts])
 
 
 def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]:
@@ -252,8 +266,7 @@ def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]
         InputError: one of the two is empty, or `data.validation_dataset` cannot be loaded.
     """
     if config.validation_dataset is not None:
-        field, source = validation_source(config)
-        return rows, MappedRows([SourceRows(open_source(field, source, config), source)])
+        return rows, open_rows([validation_source(config)], config)
     if not config.validation_split:
         return rows, None
     training, validation = [], []

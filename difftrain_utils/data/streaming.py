@@ -176,7 +176,7 @@ class StreamedRows:
                 for values in zip(*batch.values(), strict=True):
                     content = dict(zip(batch, values, strict=True))
                     image = content[self.source.image_column]
-                    caption = captions_in(content, self.captions)
+                    caption = captions_in(content, self.captions, self.source)
                     yield Row((image or {}).get("path") or f"{name} row {row}", image, caption)
                     row += 1
         except Exception as error:  # of the file system, the network, or the file's format
