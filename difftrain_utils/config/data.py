@@ -80,6 +80,20 @@ class DataConfig:
     """Pillow's filter for resizing."""
     caption_dropout: float = 0.0
     """Probability that a sample has no caption, which classifier-free guidance needs (0.1 is usual)."""
+    caption_prefix: str = ""
+    """What each caption begins with, literally: no space is added. A dropped caption has neither prefix nor suffix."""
+    caption_suffix: str = ""
+    """What each caption ends with, literally."""
+    shuffle_tags: bool = False
+    """Put the tags of a caption into another order for each sample, before prefix and suffix come to it. Validation
+    sees captions as they are."""
+    tag_dropout: float = 0.0
+    """Probability that a tag is left out of a sample's caption."""
+    keep_tags: int = 0
+    """Number of tags, the first ones of a caption, that stay in their places."""
+    tag_separator: str = ","
+    """What stands between tags. Spaces around tags do not count: those that are left are put together with this and a
+    space."""
     validation_split: float = 0.0
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dataset: str | None = None
@@ -106,6 +120,14 @@ class DataConfig:
         require(8 <= self.resolution <= MAX_SIDE, "resolution", f"must be from 8 to {MAX_SIDE} (MAX_SIDE in {HERE})")
         require(0 <= self.caption_dropout <= 1, "caption_dropout", "must be between 0 and 1")
         require(0 <= self.validation_split < 1, "validation_split", "must be at least 0 and below 1")
+        require(0 <= self.tag_dropout <= 1, "tag_dropout", "must be between 0 and 1")
+        require(self.keep_tags >= 0, "keep_tags", "must be at least 0")
+        require(self.tag_separator.strip() != "", "tag_separator", "must not be empty")
+        for name in ("keep_tags", "tag_separator"):
+            is_default = getattr(self, name) == getattr(DataConfig, name)
+            require(is_default or self.changes_tags, name, "goes with data.shuffle_tags or data.tag_dropout")
+        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
+        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         both = self.validation_split and self.validation_dataset
         require(not both, "validation_dataset", "cannot go with validation_split")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", "must be at least 1")
@@ -125,6 +147,11 @@ class DataConfig:
             require(not is_builtin, "dataset", "streaming is for folders and the hub")
             for name in ("buckets", "cache_latents", "cache_text", "sources"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
+
+    @property
+    def changes_tags(self) -> bool:
+        """Whether samples have other tags than their captions."""
+        return self.shuffle_tags or self.tag_dropout > 0
 
     def check_sources(self, require: Require) -> None:
         """The rules of `dataset`, `sources` and their columns."""

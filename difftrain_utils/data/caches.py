@@ -40,6 +40,7 @@ from difftrain_utils.processes import main_process_first
 # bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 of
 # a T5 that was rounded wholly in fp16, and the same for both of Stable Diffusion XL's conditionings of no caption
 FORMATS = {"latents": 2, "text": 5}
+AFFIXES = ("caption_prefix", "caption_suffix")
 
 
 def load_caches(
@@ -133,7 +134,9 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    key = {"data": sha256} | describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
+    key = {"data": sha256}
+    key |= {name: value for name in AFFIXES if (value := getattr(config.data, name))}  # a cache without keeps its name
+    key |= describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
     folder = _folder(accelerator, config.data, "text", key)
     captions_file = folder / "captions.json"
     with main_process_first(accelerator):

@@ -21,7 +21,7 @@ from difftrain_utils.data.sources import (
 )
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
-from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.media.text import captions_of, complete, label_text
 
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
@@ -98,7 +98,7 @@ def check_rows(
 
 
 def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Problem]]:
-    """The row's name, its captions and what is wrong with it."""
+    """The row's name, its captions as the model is told them, and what is wrong with it."""
     name, value, caption = row
     captions, problems = [], []
     try:
@@ -111,6 +111,7 @@ def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Proble
         captions = captions_of(caption, name)
         if not all(map(str.strip, captions)):
             problems.append(("warning", f"{name}: an empty caption"))
+        captions = [complete(caption, config) for caption in captions]
     except RowError as error:
         problems.append(("error", str(error)))
     return name, captions, problems

@@ -32,7 +32,7 @@ from difftrain_utils.data.sources import (
 from difftrain_utils.errors import InputError, RowError, one_line
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import open_image, open_image_header
-from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.media.text import captions_of, complete, label_text
 
 BATCH = 65536  # rows whose paths are in memory at a time
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
@@ -292,12 +292,12 @@ def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.
 
 
 def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[list[str]]:
-    """The captions of row after row, without the images. Raises RowError if they cannot be read, unless such rows are
-    skipped: then they have none."""
+    """The captions of row after row as the model is told them, without the images. Raises RowError if they cannot be
+    read, unless such rows are skipped: then they have none."""
     for index in range(len(rows)):
         row = rows[index]
         try:
-            yield captions_of(row.captions, row.name)
+            yield [complete(caption, config) for caption in captions_of(row.captions, row.name)]
         except RowError:
             if config.on_bad_row == "stop":
                 raise

@@ -22,7 +22,7 @@ from difftrain_utils.data.rows import Rows, read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import crop_of, resize_and_crop
-from difftrain_utils.media.text import captions_of
+from difftrain_utils.media.text import captions_of, complete, draw_tags
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
 
@@ -97,7 +97,8 @@ class Samples(torch.utils.data.Dataset):
             if captions is None:
                 stored = self.rows[row]
                 captions = captions_of(stored.captions, stored.name)
-            sample["caption"] = None if sample["dropped"] else captions[self._choose(len(captions), k)]
+            caption = draw_tags(captions[self._choose(len(captions), k)], self.config, self.seed, k)
+            sample["caption"] = None if sample["dropped"] else complete(caption, self.config)
         if self.text is not None:
             numbers = self.text.of_row(row)
             if len(numbers) == 0:
@@ -188,8 +189,9 @@ def read_or_substitute(
 def read_row_or_substitute(
     rows: Rows, index: int, config: DataConfig, seed: int, k: int
 ) -> tuple[Image.Image, list[str]]:
-    """The image and the captions of a row or its substitute: see `read_or_substitute`."""
-    return read_or_substitute(lambda row: read_row(rows, row), rows, index, config, seed, k)[0]
+    """The image and the captions, as the model is told them, of a row or its substitute: see `read_or_substitute`."""
+    image, captions = read_or_substitute(lambda row: read_row(rows, row), rows, index, config, seed, k)[0]
+    return image, [complete(caption, config) for caption in captions]
 
 
 def size_of(row: int, config: DataConfig, buckets: Buckets | None = None) -> tuple[int, int]:
