@@ -9,7 +9,13 @@ from difftrain_utils.errors import InputError
 
 MAX_SIDE, MAX_WORKERS = 16384, 256  # more is a slip, and takes the machine's memory before it is noticed
 HERE = "difftrain_utils/config/data.py"
-OF_A_SOURCE = ("split", "image_column", "caption_column", "default_caption")  # what data and each source have
+OF_A_SOURCE = (
+    "split",
+    "image_column",
+    "caption_column",
+    "default_caption",
+    "mask_column",
+)  # what data and each source have
 
 
 @dataclass
@@ -26,6 +32,8 @@ class SourceConfig:
     """As data.caption_column."""
     default_caption: str | None = None
     """As data.default_caption."""
+    mask_column: str | None = None
+    """As data.mask_column."""
     weight: float | None = None
     """Share of the samples that are of this source."""
     loss_weight: float = 1.0
@@ -34,7 +42,7 @@ class SourceConfig:
     def check(self, field: str) -> None:
         """`field` is how errors call this source: data.sources[0], say."""
         refuse_null(self, field)
-        for name in ("dataset", "caption_column"):
+        for name in ("dataset", "caption_column", "mask_column"):
             if getattr(self, name) in ("", []):
                 raise InputError(f"{field}.{name}: must not be empty, got {getattr(self, name)!r}")
         if self.weight is not None and not 0 < self.weight < math.inf:
@@ -65,11 +73,14 @@ class DataConfig:
     beside them, and `file_name`, their own names."""
     default_caption: str | None = None
     """The caption of images that have none."""
+    mask_column: str | None = None
+    """Column of masks, images of the same size of which white counts in the loss and black does not (a folder of photos
+    has `mask` of `cat-masklabel.png` beside `cat.jpg`, metadata.jsonl `mask` of its `mask_file_name`)."""
     sources: list[SourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
-    text, default_caption: null, weight: null, loss_weight: 1.0}, the first five as the field of data of that name.
-    `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1); without
-    weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
+    text, default_caption: null, mask_column: null, weight: null, loss_weight: 1.0}, the first six as the field of data
+    of that name. `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1);
+    without weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
     center_crop: bool = False
@@ -98,7 +109,8 @@ class DataConfig:
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dataset: str | None = None
     """Another data set (a folder or a hub name) for the validation loss, instead of a share of this one. It is read
-    with `split`, `image_column`, `caption_column` and `default_caption`, too, also where there are `sources`."""
+    with `split`, `image_column`, `caption_column`, `default_caption` and `mask_column`, too, also where there are
+    `sources`."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
     (`skipped_rows` in metrics.jsonl)."""
@@ -161,6 +173,7 @@ class DataConfig:
         require(self.dataset is not None or self.sources is not None, "dataset", "needed, or else data.sources")
         require(self.sources != [], "sources", "must have at least one source")
         require(self.caption_column not in ("", []), "caption_column", "must not be empty")
+        require(self.mask_column != "", "mask_column", "must not be empty")
         weights = [source.weight for source in self.sources or []]
         for i, source in enumerate(self.sources or []):
             source.check(f"data.sources[{i}]")

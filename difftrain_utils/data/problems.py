@@ -10,10 +10,21 @@ from tqdm import tqdm
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.photos import find_problems
-from difftrain_utils.data.rows import Row, follow, join_captions, map_in_threads, open_rows, read_bytes
+from difftrain_utils.data.rows import (
+    Row,
+    follow,
+    join_captions,
+    map_in_threads,
+    mask_in,
+    mask_name,
+    open_rows,
+    read_bytes,
+    read_mask,
+)
 from difftrain_utils.data.sources import (
     caption_columns,
     find_metadata,
+    mask_file,
     metadata_lines,
     open_source,
     photo_folder,
@@ -23,6 +34,7 @@ from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
 from difftrain_utils.media.text import captions_of, complete, label_text
 
+HALF_WHITE = 128
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
@@ -64,7 +76,9 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
         lines.setdefault(file, number)
         values.append([follow(row, column) for column in caption_columns(source)])
-        rows.append(Row(name, {"bytes": None, "path": file}, None))
+        mask = mask_file(row, source)
+        mask = mask and {"bytes": None, "path": os.path.normpath(path.parent / mask)}
+        rows.append(Row(name, {"bytes": None, "path": file}, None, mask_in({source.mask_column: mask}, source)))
     features = [integers_of(column) for column in zip(*values, strict=True)]
     for i, of_row in enumerate(values):
         captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)], source)
@@ -99,16 +113,20 @@ def check_rows(
 
 def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Problem]]:
     """The row's name, its captions as the model is told them, and what is wrong with it."""
-    name, value, caption = row
-    captions, problems = [], []
+    name, captions, problems = row.name, [], []
     try:
-        width, height = open_image(read_bytes(value, name), name).size
+        image = open_image(read_bytes(row.image, name), name)
+        if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
+            problems.append(
+                ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
+            )
+        width, height = image.size
         if min(width, height) < config.resolution:
             problems.append(("warning", f"{name}: {width} × {height} pixels, to be enlarged to {config.resolution}"))
     except RowError as error:
         problems.append(("error", str(error)))
     try:
-        captions = captions_of(caption, name)
+        captions = captions_of(row.captions, name)
         if not all(map(str.strip, captions)):
             problems.append(("warning", f"{name}: an empty caption"))
         captions = [complete(caption, config) for caption in captions]

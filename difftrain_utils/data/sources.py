@@ -139,8 +139,8 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
         return None
     if count_images(folder) == 0:
         raise InputError(
-            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl, no images ({', '.join(IMAGE_ENDINGS)}) and "
-            "no parquet, arrow or tar files"
+            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, and no "
+            f"images: {', '.join(IMAGE_ENDINGS)})"
         )
     if source.split != "train" and not (folder / source.split).is_dir():
         raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
@@ -190,28 +190,33 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
 
 
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
-    """Raise InputError unless the columns are there, and that of the images holds images."""
+    """Raise InputError unless the columns are there, and those of images and masks hold images."""
     name, columns = source.dataset, data.column_names
-    for column, asked_by in (
-        (source.image_column, "image_column"),
-        *((c, "caption_column") for c in caption_columns(source)),
-    ):
+    of_images = [(getattr(source, name), name) for name in ("image_column", "mask_column") if getattr(source, name)]
+    for column, asked_by in (*of_images, *((c, "caption_column") for c in caption_columns(source))):
         if find_column(data, column) is None:
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
-    feature = data.features.get(source.image_column)
-    is_bytes = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-    if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
-        hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
-        column = f"column {source.image_column!r} of {name}"
-        raise InputError(f"{field_of(field, 'image_column')}: {column} does not hold images, but {feature!r:.80}{hint}")
+    for column, asked_by in of_images:
+        feature = data.features.get(column)
+        is_bytes = feature == datasets.Value("binary") or (
+            isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        )
+        if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
+            hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
+            what = f"column {column!r} of {name} does not hold images, but {feature!r:.80}{hint}"
+            raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
 def used_columns(data, source: SourceConfig):
-    """A data set of the images, undecoded, and the captions: other columns would be read with each row."""
-    used = dict.fromkeys([source.image_column, *(find_column(data, c)[0] for c in caption_columns(source))])
-    return data.select_columns(list(used)).cast_column(source.image_column, datasets.Image(decode=False))
+    """A data set of the images and masks, undecoded, and the captions: other columns would be read with each row."""
+    of_images = [column for column in (source.image_column, source.mask_column) if column]
+    used = dict.fromkeys([*of_images, *(find_column(data, c)[0] for c in caption_columns(source))])
+    data = data.select_columns(list(used))
+    for column in of_images:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return data
 
 
 def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
@@ -267,10 +272,23 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
     number = 0
     for number, line in metadata_lines(path):
         row = read_metadata_line(line, f"{path} line {number}", field, source)
-        if config.on_bad_row == "stop" and not os.path.isfile(os.path.join(path.parent, row["file_name"])):
-            raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+        for name in files_of(row, source) if config.on_bad_row == "stop" else ():
+            if not os.path.isfile(path.parent / name):
+                raise InputError(f"{path} line {number}: no such file: {name}")
     if number == 0:
         raise InputError(f"{path}: has no line; it needs one for each image")
+
+
+def mask_file(row: dict[str, Any], source: SourceConfig) -> str | None:
+    """The file of the mask that a line of metadata.jsonl names, as `datasets` reads it: `mask_file_name` is of the
+    column `mask`."""
+    name = row.get(f"{source.mask_column}_file_name")
+    return name if isinstance(name, str) else None
+
+
+def files_of(row: dict[str, Any], source: SourceConfig) -> list[str]:
+    """The files that a line of metadata.jsonl names."""
+    return [name for name in (row["file_name"], mask_file(row, source)) if name is not None]
 
 
 def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -293,8 +311,9 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
         raise InputError(f"{line_name}: not UTF-8") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
-    if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).split(os.sep)[0] == "..":
-        raise InputError(f"{line_name}: the file must lie in this folder, got {row['file_name']}")
+    for name in files_of(row, source):
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
     has_caption = any(column in row or column.split(".")[0] in row for column in caption_columns(source))
     if not has_caption and source.default_caption is None:
         columns = " or ".join(map(repr, caption_columns(source)))

@@ -8,13 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_data
+from helpers import (
+    data_of,
+    last_wins,
+    make_data,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+    without_dropout,
+)
 from PIL import Image
 
 from difftrain_utils.commands import check_data
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.photos import words_of
 from difftrain_utils.data.rows import map_rows, read_row, split_rows
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.sources import validation_source
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError
@@ -248,7 +258,9 @@ class TestRefused:
             map_rows(config)
 
     def test_no_images(self, tmp_path):
-        with pytest.raises(InputError, match=r"^data.dataset: .*photos has no metadata.jsonl, no images \(.png, .jpg"):
+        with pytest.raises(
+            InputError, match=r"^data.dataset: .*photos has no metadata.jsonl \(.*, and no images: .png, "
+        ):
             map_rows(write(tmp_path / "photos", {"a.txt": "a"}))
 
     def test_a_photo_that_pillow_does_not_know(self, config):
@@ -285,3 +297,102 @@ def test_check_data(config, capsys):
     (folder / "other.txt").unlink()
     (folder / "cat.txt").write_bytes(b"\xff")
     assert check()[:-1] == ["error: …/cat.txt: not UTF-8"]
+
+
+@pytest.fixture
+def photo_run(short_run, image_folder, tmp_path) -> list[str]:
+    """A run with all that a folder of photos may have: repeats, captions of three kinds, tags and masks."""
+    files = sorted(image_folder.glob("*.png"))
+    for i, file in enumerate(files[:6]):
+        folder = tmp_path / "photos" / ("3_sks shape" if i < 2 else "1_shape")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.open(file)
+        image.save(folder / file.name)
+        Image.linear_gradient("L").resize(image.size).save(folder / f"{file.stem}-masklabel.png")
+        if i % 2:
+            (folder / f"{file.stem}.txt").write_text("red, circle, small, shape")
+    fields = {
+        "data.dataset": tmp_path / "photos",
+        "data.mask_column": "mask",
+        "data.caption_prefix": "a ",
+        "data.caption_suffix": " photo",
+        "data.shuffle_tags": True,
+        "data.keep_tags": 1,
+        "data.tag_dropout": 0.3,
+        "data.center_crop": True,
+        "data.cache_dir": tmp_path / "cache",
+    }
+    return last_wins([*short_run, *options(fields)])
+
+
+def test_a_run_resumes_and_splits_exactly(photo_run, short_run, tmp_path):
+    unbroken = train([*photo_run, "--output-dir", str(tmp_path / "unbroken"), "--train.keep_checkpoints", "0"])
+    resume = [*photo_run, "--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-2")]
+    resumed = train(resume)
+    assert pipeline_bytes(resumed) == pipeline_bytes(unbroken)
+    losses = [entry["loss"] for entry in metrics_without_times(unbroken)][2:]
+    assert [entry["loss"] for entry in metrics_without_times(resumed)] == losses
+
+    cached = train([*resume, "--output-dir", str(tmp_path / "cached"), "--data.cache_latents", "true"])
+    assert [entry["loss"] for entry in metrics_without_times(cached)] == pytest.approx(losses, rel=1e-5)
+
+    model = ["--model.pretrained_model_name_or_path", str(without_dropout(short_run, tmp_path))]
+    runs = [
+        train([*photo_run, *model, "--output-dir", str(tmp_path / n), "--train.gradient_accumulation_steps", n])
+        for n in "12"
+    ]
+    whole, split = ([entry["loss"] for entry in metrics_without_times(run)] for run in runs)
+    assert whole == pytest.approx(split, rel=1e-5)
+
+
+def test_masks_and_white_masks_in_a_run(photo_run, tmp_path):
+    """All white is as without, to the last byte; and the mask of these photos does something."""
+    argv = [*photo_run, "--train.max_steps", "2"]  # the first is made at a rate of 0
+    masked, plain = (
+        train([*argv, "--output-dir", str(tmp_path / name), "--data.mask_column", column])
+        for name, column in (("masked", "mask"), ("plain", "null"))
+    )
+    for path in (tmp_path / "photos").rglob("*-masklabel.png"):
+        Image.new("L", Image.open(path).size, 255).save(path)
+    white = train([*argv, "--output-dir", str(tmp_path / "white")])
+    assert pipeline_bytes(white) == pipeline_bytes(plain) != pipeline_bytes(masked)
+    loss, of_all = (metrics_without_times(run)[0]["loss"] for run in (masked, plain))
+    assert 0.3 < loss / of_all < 0.7
+
+
+def test_prior_preservation_is_dreambooths_loss(short_run, image_folder, tmp_path):
+    """loss = ½ (loss of the subject + prior_loss_weight · loss of its class), the means over each (Ruiz et al. 2022,
+    arXiv:2208.12242), over as many samples of both."""
+    for name in ("5_sks shape", "class"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for i, file in enumerate(sorted(image_folder.glob("*.png"))):
+        folder = "5_sks shape" if i < 4 else "class"
+        Image.open(file).save(tmp_path / "data" / folder / file.name)
+    (tmp_path / "subject").mkdir()
+    (tmp_path / "data/5_sks shape").rename(tmp_path / "subject/5_sks shape")
+
+    def sources(subject: float, prior: float) -> list[dict]:
+        return [
+            {"dataset": str(tmp_path / "subject"), "weight": 1, "loss_weight": subject},
+            {"dataset": str(tmp_path / "data/class"), "default_caption": "shape", "weight": 1, "loss_weight": prior},
+        ]
+
+    def loss(subject: float, prior: float) -> float:
+        fields = {"data.dataset": None, "data.sources": sources(subject, prior), "train.max_steps": 1}
+        fields |= {
+            "train.batch_size": 10,
+            "data.caption_dropout": 0.0,
+            "train.output_dir": tmp_path / f"{subject}-{prior}",
+        }
+        return metrics_without_times(train([*short_run, *options(fields)]))[0]["loss"]
+
+    config = DataConfig(sources=[SourceConfig(**source) for source in sources(1, 0.4)], resolution=32)
+    samples = Samples(data_of(map_rows(config)), config, 0, 10)  # an epoch
+    batch = collate([samples[k] for k in range(10)])
+    assert sorted(zip(batch["captions"], batch["weights"].tolist(), strict=True)) == [
+        *[("shape", pytest.approx(0.4))] * 5,
+        *[("sks shape", 1.0)] * 5,
+    ]
+    subject, prior, both = loss(1, 0), loss(0, 1), loss(1, 0.4)  # each a sum over ten, of which five have a weight
+    mean_of_subject, mean_of_prior = 2 * subject, 2 * prior
+    assert both == pytest.approx((mean_of_subject + 0.4 * mean_of_prior) / 2, rel=1e-5)
