@@ -95,7 +95,7 @@ def main(config: TextToImageConfig) -> int:
         while not state.is_finished and not interruptions.stop:
             # ── One step: the gradient of a batch, in parts ──────────────────────────────────────────────────
             for batch in meter.parts(batches):
-                keys = batch["keys"]
+                keys, masks = batch["keys"], batch["masks"]
                 seed_device(seed_for(seed, "model", keys[0]), device)  # for what the model draws, such as dropout
                 with accelerator.accumulate(*state.models.values()):
                     latents, conditioning = family.encode(batch, seed, text_encoders)
@@ -113,7 +113,7 @@ def main(config: TextToImageConfig) -> int:
                     target = schedule.target(latents, noise, timesteps)
                     output = predict(noisy_latents, timesteps)
 
-                    losses = {"denoising": sample_losses(config.loss, schedule, output, target, timesteps)}
+                    losses = {"denoising": sample_losses(config.loss, schedule, output, target, timesteps, masks)}
                     if uncertainty is not None:
                         losses["denoising"] = uncertainty(losses["denoising"], schedule.snr(timesteps))
                     losses = {name: values * batch["weights"] for name, values in losses.items()}

@@ -156,9 +156,9 @@ def run_blocks(config) -> list[tuple[float, float, Counter, Counter]]:
         inputs = noisy_latents, timesteps, conditioning
         return predict(family, denoiser, *inputs)
 
-    def recorded_losses(config, schedule, output, target, timesteps):
+    def recorded_losses(config, schedule, output, target, timesteps, masks):
         steps.append((inputs, target))
-        return sample_losses(config, schedule, output, target, timesteps)
+        return sample_losses(config, schedule, output, target, timesteps, masks)
 
     def timed_iter(dataloader):
         batches = iterate(dataloader)

@@ -9,6 +9,13 @@ from difftrain_utils.errors import InputError
 
 MAX_SIDE, MAX_WORKERS = 16384, 256  # more is a slip, and takes the machine's memory before it is noticed
 HERE = "difftrain_utils/config/data.py"
+OF_A_SOURCE = (
+    "split",
+    "image_column",
+    "caption_column",
+    "default_caption",
+    "mask_column",
+)  # what data and each source have
 
 
 @dataclass
@@ -23,6 +30,10 @@ class SourceConfig:
     """As data.image_column."""
     caption_column: str | list[str] = "text"
     """As data.caption_column."""
+    default_caption: str | None = None
+    """As data.default_caption."""
+    mask_column: str | None = None
+    """As data.mask_column."""
     weight: float | None = None
     """Share of the samples that are of this source."""
     loss_weight: float = 1.0
@@ -31,7 +42,7 @@ class SourceConfig:
     def check(self, field: str) -> None:
         """`field` is how errors call this source: data.sources[0], say."""
         refuse_null(self, field)
-        for name in ("dataset", "caption_column"):
+        for name in ("dataset", "caption_column", "mask_column"):
             if getattr(self, name) in ("", []):
                 raise InputError(f"{field}.{name}: must not be empty, got {getattr(self, name)!r}")
         if self.weight is not None and not 0 < self.weight < math.inf:
@@ -45,8 +56,8 @@ class DataConfig:
     """Images and captions, and how an image becomes a training sample."""
 
     dataset: str | None = None
-    """A folder of images with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
+    """A folder of photos (`cat.jpg` and its caption `cat.txt`), of images with a `metadata.jsonl`, of parquet, arrow or
+    WebDataset tar files, a hub data set, or `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
     split: str = "train"
     """The split of the data set to train on."""
     streaming: bool = False
@@ -58,12 +69,18 @@ class DataConfig:
     caption_column: str | list[str] = "text"
     """Column of the captions: a string, or a list of strings of which one is drawn. `json.caption` is the field caption
     of a column json. A list of columns: of all their captions that are not null one is drawn. Integers are captions as
-    text, and class labels (`datasets.ClassLabel`) by their names."""
+    text, and class labels (`datasets.ClassLabel`) by their names. A folder of photos has `text`, the files of captions
+    beside them, and `file_name`, their own names."""
+    default_caption: str | None = None
+    """The caption of images that have none."""
+    mask_column: str | None = None
+    """Column of masks, images of the same size of which white counts in the loss and black does not (a folder of photos
+    has `mask` of `cat-masklabel.png` beside `cat.jpg`, metadata.jsonl `mask` of its `mask_file_name`)."""
     sources: list[SourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
-    text, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's
-    share of the samples (for all sources or none; they are scaled to add up to 1); without weights every row comes once
-    an epoch. `loss_weight` is a factor of the loss of its samples."""
+    text, default_caption: null, mask_column: null, weight: null, loss_weight: 1.0}, the first six as the field of data
+    of that name. `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1);
+    without weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     epochs: float | None = None
     """How often the data is gone through, 2.5 times, say: `train.max_steps` in other words, which is then left out."""
     resolution: int = 512
@@ -76,11 +93,26 @@ class DataConfig:
     """Pillow's filter for resizing."""
     caption_dropout: float = 0.0
     """Probability that a sample has no caption, which classifier-free guidance needs (0.1 is usual)."""
+    caption_prefix: str = ""
+    """What each caption begins with, literally: no space is added. A dropped caption has neither prefix nor suffix."""
+    caption_suffix: str = ""
+    """What each caption ends with, literally."""
+    shuffle_tags: bool = False
+    """Put the tags of a caption into another order for each sample, before prefix and suffix come to it. Validation
+    sees captions as they are."""
+    tag_dropout: float = 0.0
+    """Probability that a tag is left out of a sample's caption."""
+    keep_tags: int = 0
+    """Number of tags, the first ones of a caption, that stay in their places."""
+    tag_separator: str = ","
+    """What stands between tags. Spaces around tags do not count: those that are left are put together with this and a
+    space."""
     validation_split: float = 0.0
     """Share of the images to hold out for the validation loss, chosen by their file names."""
     validation_dataset: str | None = None
     """Another data set (a folder or a hub name) for the validation loss, instead of a share of this one. It is read
-    with `split`, `image_column` and `caption_column`, too, also where there are `sources`."""
+    with `split`, `image_column`, `caption_column`, `default_caption` and `mask_column`, too, also where there are
+    `sources`."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What to do about a row whose image or caption cannot be read: stop, or take another row in its place and count it
     (`skipped_rows` in metrics.jsonl)."""
@@ -102,6 +134,14 @@ class DataConfig:
         require(8 <= self.resolution <= MAX_SIDE, "resolution", f"must be from 8 to {MAX_SIDE} (MAX_SIDE in {HERE})")
         require(0 <= self.caption_dropout <= 1, "caption_dropout", "must be between 0 and 1")
         require(0 <= self.validation_split < 1, "validation_split", "must be at least 0 and below 1")
+        require(0 <= self.tag_dropout <= 1, "tag_dropout", "must be between 0 and 1")
+        require(self.keep_tags >= 0, "keep_tags", "must be at least 0")
+        require(self.tag_separator.strip() != "", "tag_separator", "must not be empty")
+        for name in ("keep_tags", "tag_separator"):
+            is_default = getattr(self, name) == getattr(DataConfig, name)
+            require(is_default or self.changes_tags, name, "goes with data.shuffle_tags or data.tag_dropout")
+        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
+        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         both = self.validation_split and self.validation_dataset
         require(not both, "validation_dataset", "cannot go with validation_split")
         require(self.epochs is None or self.epochs > 0, "epochs", "must be above 0, or null")
@@ -125,6 +165,11 @@ class DataConfig:
             for name in ("buckets", "cache_latents", "cache_text", "sources"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
 
+    @property
+    def changes_tags(self) -> bool:
+        """Whether samples have other tags than their captions."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
     def check_sources(self, require: Require) -> None:
         """The rules of `dataset`, `sources` and their columns."""
         require(self.dataset != "", "dataset", "must not be empty")
@@ -133,6 +178,7 @@ class DataConfig:
         require(self.dataset is not None or self.sources is not None, "dataset", "needed, or else data.sources")
         require(self.sources != [], "sources", "must have at least one source")
         require(self.caption_column not in ("", []), "caption_column", "must not be empty")
+        require(self.mask_column != "", "mask_column", "must not be empty")
         weights = [source.weight for source in self.sources or []]
         for i, source in enumerate(self.sources or []):
             source.check(f"data.sources[{i}]")
@@ -140,6 +186,6 @@ class DataConfig:
                 rule = "either all sources have a weight or none has"
                 raise InputError(f"data.sources[{i}].weight: {rule}, got {weights}")
         if self.sources is not None and self.validation_dataset is None:  # these would have no effect
-            for name in ("split", "image_column", "caption_column"):
+            for name in OF_A_SOURCE:
                 is_default = getattr(self, name) == getattr(DataConfig, name)
                 require(is_default, name, "goes with data.dataset; each of data.sources has its own")

@@ -28,18 +28,20 @@ from difftrain_utils.data.encoded import (
 )
 from difftrain_utils.data.fingerprint import cache_folder
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import read_captions, read_row
+from difftrain_utils.data.rows import read_captions, read_mask, read_row
 from difftrain_utils.data.samples import size_of
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
-from difftrain_utils.media.image import crop_of, resize_and_crop
+from difftrain_utils.media.image import crop_of, resize_and_crop, resize_and_crop_mask
+from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.processes import main_process_first
 
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
 # bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 of
 # a T5 that was rounded wholly in fp16, and the same for both of Stable Diffusion XL's conditionings of no caption
 FORMATS = {"latents": 2, "text": 5}
+AFFIXES = ("caption_prefix", "caption_suffix")
 
 
 def load_caches(
@@ -63,7 +65,8 @@ def load_caches(
 
 def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> EncodedCache:
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
-    deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), and "is_readable".
+    deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
+    "masks", (1 or 2, 1, height, width).
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
@@ -72,42 +75,49 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     key = {name: getattr(config.data, name) for name in names} | family.describe_parts(family.image_part)
     key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
+    key |= {"masks": True} if data.rows.has_masks else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = _folder(accelerator, config.data, "latents", key)
     sides = 2 if config.data.random_flip else 1
 
-    def encode(items: list[tuple[torch.Tensor, torch.Tensor, bool]]) -> Entry:
-        images, sizes, is_readable = zip(*items, strict=True)
+    def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
+        images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
         moments = torch.stack([family.encode_images(flip) for flip in flips], 1)
         if not moments.isfinite().all():
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
-        return {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
+        entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
+        if data.rows.has_masks:
+            flips = (torch.stack(masks), torch.stack(masks).flip(-1))[:sides]
+            entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
+        return entry
 
     images = _Images(data, config.data)
     return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
 
 
 class _Images:
-    """Item i is the image of row i as a training sample has it, with the middle cut out, the sizes of that crop as it
-    is and mirrored, (2, 6), and whether the image could be read (if not, it is grey)."""
+    """Item i is the image of row i as a training sample has it, with the middle cut out, its mask, the sizes of that
+    crop as it is and mirrored, (2, 6), and whether the image could be read (if not, it is grey)."""
 
     def __init__(self, data: Data, config: DataConfig):
         self.data, self.config = data, config
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         size = size_of(row, self.config, self.data.buckets)
         try:
             image, _ = read_row(self.data.rows, row)
+            mask = read_mask(self.data.rows[row], image) if self.data.rows.has_masks else None
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.zeros(3, *size), torch.zeros(2, 6, dtype=torch.long), False
+            return torch.zeros(3, *size), torch.zeros(1, *size), torch.zeros(2, 6, dtype=torch.long), False
         upright, mirrored = (crop_of(image, size, flip=flip) for flip in (False, True))
         sizes = torch.tensor([upright.sizes, mirrored.sizes])
-        return resize_and_crop(image, upright, self.config), sizes, True
+        mask = torch.ones(1, *size) if mask is None else resize_and_crop_mask(mask, upright, self.config)
+        return resize_and_crop(image, upright, self.config), mask, sizes, True
 
 
 class TextCache:
@@ -133,7 +143,9 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    key = {"data": sha256} | describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
+    key = {"data": sha256}
+    key |= {name: value for name in AFFIXES if (value := getattr(config.data, name))}  # a cache without keeps its name
+    key |= describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
     folder = _folder(accelerator, config.data, "text", key)
     captions_file = folder / "captions.json"
     with main_process_first(accelerator):

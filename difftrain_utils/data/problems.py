@@ -8,26 +8,40 @@ from typing import Any
 import datasets
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data.rows import MappedRows, Row, SourceRows, follow, join_captions, map_in_threads, read_bytes
+from difftrain_utils.data.photos import find_problems
+from difftrain_utils.data.rows import (
+    Row,
+    follow,
+    join_captions,
+    map_in_threads,
+    mask_in,
+    mask_name,
+    open_rows,
+    read_bytes,
+    read_mask,
+)
 from difftrain_utils.data.sources import (
     caption_columns,
     find_metadata,
+    mask_file,
     metadata_lines,
     open_source,
+    photo_folder,
     read_metadata_line,
 )
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.image import open_image
-from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.media.text import captions_of, complete, label_text
 from difftrain_utils.terminal import progress
 
+HALF_WHITE = 128
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
 def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int, Callable[[int], Row], list[Problem]]:
     """The number of rows, a function that reads row i, and what is wrong with metadata.jsonl or the data set itself.
 
-    A row's name is how problems call it.
+    A row's name is how problems call it. A photo without a caption is a row that has none.
     """
     path, problems = find_metadata(source), []
     if path is None and config.streaming:
@@ -36,15 +50,18 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         )
     if path is None:
         try:
-            rows = MappedRows([SourceRows(open_source(field, source, config), source)])
+            if (photos := photo_folder(field, source)) is not None:
+                problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
+            rows = open_rows([(field, source)], config)
         except InputError as error:
-            return 0, [].__getitem__, [("error", str(error))]
+            errors = [problem for problem in problems if problem[0] == "error"]
+            return 0, [].__getitem__, problems + ([] if errors else [("error", str(error))])
 
         def row_at(index: int) -> Row:
             row, number = rows[index], f"{source.dataset} row {index}"
             return row if row.name == number else row._replace(name=f"{number}: {row.name}")
 
-        return len(rows), row_at, []
+        return len(rows), row_at, problems
 
     rows, values, lines = [], [], {}
     for number, line in metadata_lines(path):
@@ -59,10 +76,12 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
         lines.setdefault(file, number)
         values.append([follow(row, column) for column in caption_columns(source)])
-        rows.append(Row(name, {"bytes": None, "path": file}, None))
+        mask = mask_file(row, source)
+        mask = mask and {"bytes": None, "path": os.path.normpath(path.parent / mask)}
+        rows.append(Row(name, {"bytes": None, "path": file}, None, mask_in({source.mask_column: mask}, source)))
     features = [integers_of(column) for column in zip(*values, strict=True)]
     for i, of_row in enumerate(values):
-        captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)])
+        captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)], source)
         rows[i] = rows[i]._replace(captions=captions)
     if not problems:
         try:  # what only `datasets` objects to, such as captions of unlike types
@@ -93,19 +112,24 @@ def check_rows(
 
 
 def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Problem]]:
-    """The row's name, its captions and what is wrong with it."""
-    name, value, caption = row
-    captions, problems = [], []
+    """The row's name, its captions as the model is told them, and what is wrong with it."""
+    name, captions, problems = row.name, [], []
     try:
-        width, height = open_image(read_bytes(value, name), name).size
+        image = open_image(read_bytes(row.image, name), name)
+        if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
+            problems.append(
+                ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
+            )
+        width, height = image.size
         if min(width, height) < config.resolution:
             problems.append(("warning", f"{name}: {width} × {height} pixels, to be enlarged to {config.resolution}"))
     except RowError as error:
         problems.append(("error", str(error)))
     try:
-        captions = captions_of(caption, name)
+        captions = captions_of(row.captions, name)
         if not all(map(str.strip, captions)):
             problems.append(("warning", f"{name}: an empty caption"))
+        captions = [complete(caption, config) for caption in captions]
     except RowError as error:
         problems.append(("error", str(error)))
     return name, captions, problems

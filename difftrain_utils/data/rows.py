@@ -19,14 +19,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
 from difftrain_utils.data.order import Order
-from difftrain_utils.data.sources import caption_features, open_source, sources_of, validation_source
+from difftrain_utils.data.sources import (
+    caption_features,
+    open_source,
+    sources_of,
+    split_by_repeats,
+    validation_source,
+)
 from difftrain_utils.errors import InputError, RowError, one_line
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.image import open_image, open_image_header
-from difftrain_utils.media.text import captions_of, label_text
+from difftrain_utils.media.image import open_image, open_image_header, upright_size
+from difftrain_utils.media.text import captions_of, complete, label_text
 from difftrain_utils.terminal import progress
 
 BATCH = 65536  # rows whose paths are in memory at a time
@@ -34,16 +40,21 @@ NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the da
 
 
 class Row(NamedTuple):
-    """A row as it is stored: how errors call it, the undecoded `datasets.Image`, and its captions."""
+    """A row as it is stored: how errors call it, the undecoded `datasets.Image`, its captions, and where its source has
+    masks that of its mask, too."""
 
     name: str
     image: dict[str, Any] | None
     captions: Any
+    mask: dict[str, Any] | None = None
 
 
 class Rows(Protocol):
     """What training asks of its rows, whether they lie on the disk (`MappedRows`) or are read as a stream
     (`StreamedRows`)."""
+
+    has_masks: bool
+    """Whether a source has masks."""
 
     def __getitem__(self, index: int) -> Row: ...
 
@@ -83,19 +94,21 @@ class SourceRows:
     def __len__(self) -> int:
         return len(self.data) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any]:
-        """The undecoded image and the captions."""
+    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any, dict[str, Any] | None]:
+        """The undecoded image, the captions and the mask, as a `Row` has them."""
         row = self.data[index if self.indices is None else int(self.indices[index])]
-        return row[self.source.image_column], captions_in(row, self.captions)
+        return row[self.source.image_column], captions_in(row, self.captions, self.source), mask_in(row, self.source)
 
-    def paths(self) -> Iterator[tuple[list[str | None], np.ndarray]]:
-        """The images' paths, and whether they are files that hold the images, some rows at a time."""
-        column = self.data.select_columns([self.source.image_column]).with_format("arrow")
+    def paths(self, name: str | None = None) -> Iterator[tuple[list[str | None], np.ndarray]]:
+        """The images' paths, and whether they are files that hold the images, some rows at a time; or those of another
+        column of images."""
+        name = name or self.source.image_column
+        column = self.data.select_columns([name]).with_format("arrow")
         for start in range(0, len(self), BATCH):
             stop = min(start + BATCH, len(self))
             rows = np.arange(start, stop) if self.indices is None else self.indices[start:stop]
             first = int(rows[0])
-            images = column[first : int(rows[-1]) + 1][self.source.image_column]
+            images = column[first : int(rows[-1]) + 1][name]
             # the paths alone, not the bytes, which lie in the same column
             paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))
             take = pa.array(rows - first)
@@ -121,11 +134,16 @@ class MappedRows(Sequence):
             raise IndexError(f"row {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         part, within = self.parts[number], index - (self._ends[number - 1] if number else 0)
-        image, captions = part[within]
+        image, *others = part[within]
         name = image_name(image, within)
         if name == f"row {within}":
             name = f"{part.source.dataset} {name}"
-        return Row(name, image, captions)
+        return Row(name, image, *others)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a source has masks."""
+        return any(part.source.mask_column for part in self.parts)
 
     @property
     def lengths(self) -> list[int]:
@@ -161,28 +179,34 @@ class MappedRows(Sequence):
     def inspect(self, config: DataConfig) -> dict[str, Any]:
         """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
 
-        The fingerprint is a SHA-256 over the rows' file names, captions and image bytes, in order. Where bad rows are
-        skipped, it has their bytes as they are, and null for an image that is not there. It is remembered: while no
-        file has changed, nothing is read.
+        The fingerprint is a SHA-256 over the rows' file names, captions and bytes of images and masks, in order. Where
+        bad rows are skipped, it has their bytes as they are, and null for an image that is not there. It is remembered:
+        while no file has changed, nothing is read.
 
         Raises:
-            RowError: an image that Pillow does not know, or a caption that is no string (names the file), unless
-                `data.on_bad_row` is skip.
+            RowError: an image that Pillow does not know, a caption that is no string, or a mask of another size (names
+                the file), unless `data.on_bad_row` is skip.
         """
 
         def digest(index: int) -> bytes:
-            row, content = self[index], None
+            row, content, mask = self[index], None, None
             captions = [row.captions] if isinstance(row.captions, str) else row.captions
             try:
                 content = read_bytes(row.image, row.name)
                 captions_of(captions, row.name)
-                open_image_header(io.BytesIO(content), row.name)
+                image = open_image_header(io.BytesIO(content), row.name)
+                if row.mask is not None:
+                    mask = read_bytes(row.mask, mask_name(row))
+                    header = open_image_header(io.BytesIO(mask), mask_name(row))
+                    check_mask_size(upright_size(header, mask_name(row)), upright_size(image, row.name), row)
             except RowError:
                 if config.on_bad_row == "stop":
                     raise
             # the file's name alone, so that a moved folder keeps its fingerprint
             name = os.path.basename((row.image or {}).get("path") or f"row {index}")
             entry = [name, captions, content if content is None else hashlib.sha256(content).hexdigest()]
+            if row.mask is not None:
+                entry.append(mask if mask is None else hashlib.sha256(mask).hexdigest())
             return hashlib.sha256(json.dumps(entry, default=str).encode()).digest()
 
         def compute() -> bytes:
@@ -204,11 +228,12 @@ class MappedRows(Sequence):
         """
         digest = hashlib.sha256(repr((VERSION, config.on_bad_row, Image.MAX_IMAGE_PIXELS)).encode())
         for part in self.parts:
-            columns = part.source.image_column, part.source.caption_column
+            columns = [getattr(part.source, name) for name in OF_A_SOURCE]
             files = [stamp(file["filename"]) for file in part.data.cache_files]
             digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
             digest.update(b"all" if part.indices is None else part.indices.tobytes())
-            for paths, is_file in part.paths():
+            masks = part.paths(part.source.mask_column) if part.source.mask_column else ()
+            for paths, is_file in itertools.chain(part.paths(), masks):
                 files = [stamp(path) for path, read in zip(paths, is_file, strict=True) if read]
                 digest.update(repr(files).encode())
         return digest.hexdigest()
@@ -224,16 +249,25 @@ def follow(row: dict[str, Any], path: str | list[str]) -> Any:
     return value
 
 
-def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]]) -> Any:
+def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: SourceConfig) -> Any:
     """A row's captions, in the columns of `caption_features`."""
-    return join_captions([label_text(follow(row, path), feature) for path, feature in columns])
+    return join_captions([label_text(follow(row, path), feature) for path, feature in columns], source)
 
 
-def join_captions(values: list[Any]) -> Any:
-    """A row's captions out of those of its caption columns: of several all that are not null, in one list."""
-    if len(values) == 1:
-        return values[0]
-    return [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
+    """A row's undecoded mask, which may be one that is not there; None where its source has no masks."""
+    if source.mask_column is None:
+        return None
+    return row[source.mask_column] or {"bytes": None, "path": None}
+
+
+def join_captions(values: list[Any], source: SourceConfig) -> Any:
+    """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
+    caption if there are none."""
+    captions = values[0]
+    if len(values) > 1:
+        captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+    return source.default_caption if captions in (None, []) and source.default_caption is not None else captions
 
 
 def map_rows(config: DataConfig) -> MappedRows:
@@ -242,7 +276,13 @@ def map_rows(config: DataConfig) -> MappedRows:
     Raises:
         InputError: a data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    return MappedRows([SourceRows(open_source(field, source, config), source) for field, source in sources_of(config)])
+    return open_rows(sources_of(config), config)
+
+
+def open_rows(sources: list[tuple[str, SourceConfig]], config: DataConfig) -> MappedRows:
+    """The rows of sources, each with how errors call it. Raises InputError: see `map_rows`."""
+    parts = [(field, part) for field, source in sources for part in split_by_repeats(field, source)]
+    return MappedRows([SourceRows(open_source(field, part, config), part) for field, part in parts])
 
 
 def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]:
@@ -253,8 +293,7 @@ def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]
         InputError: one of the two is empty, or `data.validation_dataset` cannot be loaded.
     """
     if config.validation_dataset is not None:
-        field, source = validation_source(config)
-        return rows, MappedRows([SourceRows(open_source(field, source, config), source)])
+        return rows, open_rows([validation_source(config)], config)
     if not config.validation_split:
         return rows, None
     training, validation = [], []
@@ -280,12 +319,12 @@ def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.
 
 
 def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[list[str]]:
-    """The captions of row after row, without the images. Raises RowError if they cannot be read, unless such rows are
-    skipped: then they have none."""
+    """The captions of row after row as the model is told them, without the images. Raises RowError if they cannot be
+    read, unless such rows are skipped: then they have none."""
     for index in range(len(rows)):
         row = rows[index]
         try:
-            yield captions_of(row.captions, row.name)
+            yield [complete(caption, config) for caption in captions_of(row.captions, row.name)]
         except RowError:
             if config.on_bad_row == "stop":
                 raise
@@ -300,6 +339,31 @@ def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
     """
     row = rows[index]
     return open_image(read_bytes(row.image, row.name), row.name), captions_of(row.captions, row.name)
+
+
+def read_mask(row: Row, image: Image.Image) -> Image.Image:
+    """The decoded mask of a row's image, greyscale and of its size; all white where its source has no masks.
+
+    Raises:
+        RowError: the mask is missing, damaged or of another size.
+    """
+    if row.mask is None:
+        return Image.new("L", image.size, 255)
+    mask = open_image(read_bytes(row.mask, mask_name(row)), mask_name(row)).convert("L")
+    check_mask_size(mask.size[::-1], image.size[::-1], row)
+    return mask
+
+
+def mask_name(row: Row) -> str:
+    """How errors call a row's mask."""
+    return f"{row.name}: mask {row.mask['path'] or ''}".rstrip()
+
+
+def check_mask_size(mask: tuple[int, int], image: tuple[int, int], row: Row) -> None:
+    """Raise RowError unless a row's mask is as large, (height, width), as its image."""
+    if mask != image:
+        sizes = [f"{width} × {height}" for height, width in (image, mask)]
+        raise RowError(f"{mask_name(row)}: must have the image's {sizes[0]} pixels, got {sizes[1]}")
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

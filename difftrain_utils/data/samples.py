@@ -18,11 +18,11 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import Rows, read_row
+from difftrain_utils.data.rows import Rows, read_mask, read_row
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.image import crop_of, resize_and_crop
-from difftrain_utils.media.text import captions_of
+from difftrain_utils.media.image import crop_of, resize_and_crop, resize_and_crop_mask
+from difftrain_utils.media.text import captions_of, complete, draw_tags
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
 
@@ -34,6 +34,7 @@ class Samples(torch.utils.data.Dataset):
     - "caption": str, or None where it is dropped (`data.caption_dropout`); or "conditioning": of the cache `text`, a
       dict of tensors
     - "dropped": whether the caption is dropped
+    - "mask": where a source has masks, (1, H, W) float32 in [0, 1]; or of the cache `latents`, (1, h, w)
     - "sizes": six integers, of the image as it was, of the crop and of what is trained on: see `Crop`
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
@@ -87,17 +88,23 @@ class Samples(torch.utils.data.Dataset):
             crop = crop_of(image, size, across, down, flip)
             sample["pixel_values"] = resize_and_crop(image, crop, self.config, flip)
             sample["sizes"] = torch.tensor(crop.sizes)
+            if self.rows.has_masks:
+                mask = read_mask(self.rows[row], image)
+                sample["mask"] = resize_and_crop_mask(mask, crop, self.config, flip)
         if self.latents is not None:
             entry = self.latents[row]
             if self.config.on_bad_row == "skip" and not entry["is_readable"]:
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
             side = 1 if flip else 0
             sample |= {"moments": entry["moments"][side], "sizes": entry["sizes"][side]}
+            if self.rows.has_masks:
+                sample["mask"] = entry["masks"][side]
         if self.has_caption:
             if captions is None:
                 stored = self.rows[row]
                 captions = captions_of(stored.captions, stored.name)
-            sample["caption"] = None if sample["dropped"] else captions[self._choose(len(captions), k)]
+            caption = draw_tags(captions[self._choose(len(captions), k)], self.config, self.seed, k)
+            sample["caption"] = None if sample["dropped"] else complete(caption, self.config)
         if self.text is not None:
             numbers = self.text.of_row(row)
             if len(numbers) == 0:
@@ -140,11 +147,11 @@ def load_batches(accelerator: Accelerator, samples: Samples, state, config: Conf
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped" and "skipped" are lists;
-    "weights" is a tensor; "place" is that of the last sample.
+    "weights" is a tensor; "masks" is one, or None where no source has masks; "place" is that of the last sample.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
-    names = {"key": "keys", "caption": "captions", "weight": "weights"}
+    names = {"key": "keys", "caption": "captions", "weight": "weights", "mask": "masks"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
     place = samples[-1]["place"]
     for name, values in batch.items():
@@ -152,7 +159,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = torch.stack(values)
         elif isinstance(values[0], dict) and name != "place":
             batch[name] = {part: torch.stack([value[part] for value in values]) for part in values[0]}
-    return batch | {"weights": torch.tensor(batch["weights"]), "place": place}
+    return {"masks": None} | batch | {"weights": torch.tensor(batch["weights"]), "place": place}
 
 
 def read_or_substitute(
@@ -187,9 +194,15 @@ def read_or_substitute(
 
 def read_row_or_substitute(
     rows: Rows, index: int, config: DataConfig, seed: int, k: int
-) -> tuple[Image.Image, list[str]]:
-    """The image and the captions of a row or its substitute: see `read_or_substitute`."""
-    return read_or_substitute(lambda row: read_row(rows, row), rows, index, config, seed, k)[0]
+) -> tuple[Image.Image, list[str], Image.Image]:
+    """The image, the captions as the model is told them, and the mask of a row or its substitute: see
+    `read_or_substitute`."""
+
+    def read(row: int) -> tuple[Image.Image, list[str], Image.Image]:
+        image, captions = read_row(rows, row)
+        return image, [complete(caption, config) for caption in captions], read_mask(rows[row], image)
+
+    return read_or_substitute(read, rows, index, config, seed, k)[0]
 
 
 def size_of(row: int, config: DataConfig, buckets: Buckets | None = None) -> tuple[int, int]:

@@ -2,19 +2,15 @@
 
 import io
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import remembered
 from difftrain_utils.data.rows import MappedRows, Row, map_in_threads, read_bytes
 from difftrain_utils.errors import RowError
-from difftrain_utils.media.image import open_image_header
+from difftrain_utils.media.image import open_image_header, upright_size
 from difftrain_utils.terminal import progress
-
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
 
 
 def image_sizes(rows: MappedRows, config: DataConfig) -> np.ndarray:
@@ -53,30 +49,7 @@ def _size(row: Row) -> tuple[int, int]:
     if row.image is not None and row.image["bytes"] is None and row.image["path"] is not None:
         try:
             with Path(row.image["path"]).open("rb") as file:  # Pillow reads the file's beginning alone
-                return _upright(open_image_header(file, row.name), row.name)
+                return upright_size(open_image_header(file, row.name), row.name)
         except OSError as error:
             raise RowError(f"{row.name}: {error.strerror}") from None
-    return _upright(open_image_header(io.BytesIO(read_bytes(row.image, row.name)), row.name), row.name)
-
-
-def _has_metadata_at_the_end(file: BinaryIO) -> bool:
-    """Whether a PNG has EXIF or text after its first chunk of pixels; leaves the file where it was."""
-    position, kinds = file.tell(), []
-    file.seek(8)  # past the signature
-    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-        kinds.append(head[4:])
-        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
-    file.seek(position)
-    after_pixels = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else []
-    return not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}.isdisjoint(after_pixels)
-
-
-def _upright(image: Image.Image, name: str) -> tuple[int, int]:
-    try:
-        # a PNG's getexif() decodes the image where it found no EXIF before, because it may come last: seldom the case
-        headers_do = image.format == "PNG" and "exif" not in image.info and not _has_metadata_at_the_end(image.fp)
-        exif = Image.Image.getexif(image) if headers_do else image.getexif()
-        sideways = exif.get(ORIENTATION, 1) in SIDEWAYS
-    except Exception as error:
-        raise RowError(f"{name}: cannot read the image's header: {error}") from None
-    return (image.width, image.height) if sideways else (image.height, image.width)
+    return upright_size(open_image_header(io.BytesIO(read_bytes(row.image, row.name)), row.name), row.name)

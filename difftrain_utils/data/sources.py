@@ -1,6 +1,8 @@
-"""Where rows come from: image folders, parquet, arrow and WebDataset files, hub data sets, drawn shapes."""
+"""Where rows come from: folders of photos, image folders, parquet, arrow and WebDataset files, hub data sets, drawn
+shapes."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -12,13 +14,15 @@ from typing import Any
 import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
-from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
+from difftrain_utils.data.photos import IMAGE_ENDINGS, count_images, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
 
 NUM_BUILTIN_SHAPES = 1800
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -26,12 +30,16 @@ def sources_of(config: DataConfig) -> list[tuple[str, SourceConfig]]:
     """The sources of a run, each with how errors call it: `data`, or `data.sources[0]`, …"""
     if config.sources is not None:
         return [(f"data.sources[{i}]", source) for i, source in enumerate(config.sources)]
-    return [("data", SourceConfig(config.dataset, config.split, config.image_column, config.caption_column))]
+    return [("data", _source(config.dataset, config))]
 
 
 def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
     """`data.validation_dataset` as a source."""
-    return VALIDATION, SourceConfig(config.validation_dataset, config.split, config.image_column, config.caption_column)
+    return VALIDATION, _source(config.validation_dataset, config)
+
+
+def _source(dataset: str, config: DataConfig) -> SourceConfig:
+    return SourceConfig(dataset, **{name: getattr(config, name) for name in OF_A_SOURCE})
 
 
 def field_of(source: str, name: str) -> str:
@@ -52,8 +60,11 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    name = source.dataset
-    if name in SHAPE_SETS:
+    name, photos = source.dataset, photo_folder(field, source)
+    if photos is not None:
+        with blame(cannot_load(field, source), Exception):  # such as names that are no Unicode
+            data = read_photos(photos)
+    elif name in SHAPE_SETS:
         data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
         raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
@@ -69,6 +80,8 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     check_columns(data, field, source)
     if len(data) == 0:
         raise InputError(f"{field_of(field, 'dataset')}: {name} has no images")
+    if photos is not None:
+        check_photo_captions(data, field, source, config)
     return used_columns(data, source)
 
 
@@ -101,42 +114,109 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
 
     Raises:
-        InputError: the folder is none of these, or a line of its metadata.jsonl is wrong.
+        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong.
     """
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
-    if folder.is_dir() and not any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
-        raise InputError(
-            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)"
-        )
+    if photo_folder(field, source) is not None:
+        raise InputError(f"data.streaming: {folder} is a folder of photos, which is not read as a stream")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
 
+def photo_folder(field: str, source: SourceConfig) -> Path | None:
+    """Where the photos of a source lie: its folder, or the one in it that is called as the split. None if it is none of
+    photos: it has a metadata.jsonl, or files that `datasets` knows.
+
+    Raises:
+        InputError: the folder has no images and nothing else that could be read, or no such split.
+    """
+    folder = local_path(source.dataset)
+    if not folder.is_dir() or find_metadata(source) or any(map(Path.exists, map(folder.joinpath, SAVED))):
+        return None
+    if any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
+        return None
+    if count_images(folder) == 0:
+        raise InputError(
+            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, and no "
+            f"images: {', '.join(IMAGE_ENDINGS)})"
+        )
+    if source.split != "train" and not (folder / source.split).is_dir():
+        raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
+    return folder / source.split if (folder / source.split).is_dir() else folder
+
+
+def split_by_repeats(field: str, source: SourceConfig) -> list[SourceConfig]:
+    """A source of kohya's folders `<n>_words` as one for each of them: with a share of the samples as if each image
+    came n times, and the words as caption of images without one. Any other source as it is.
+
+    Raises:
+        InputError: of several sources without weights, one has images that come more than once, or see `repeats_of`.
+    """
+    photos = photo_folder(field, source)
+    folders = {} if photos is None else repeats_of(photos)
+    if not folders:
+        return [source]
+    images = {path: n * count_images(path) for path, (n, _) in folders.items()}
+    if source.weight is None and field.startswith("data.sources"):
+        if any(n > 1 for n, _ in folders.values()):
+            raise InputError(
+                f"{field}.weight: needed, because {photos} has folders of images to repeat (of all sources or none)"
+            )
+        images = dict.fromkeys(images)
+    elif source.weight is not None:
+        images = {path: source.weight * count / sum(images.values()) for path, count in images.items()}
+    return [
+        dataclasses.replace(source, dataset=str(path), split="train", weight=images[path], default_caption=words)
+        for path, (_, words) in folders.items()
+    ]
+
+
+def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
+    """Raise InputError if photos have no caption, unless such rows are skipped and others have one."""
+    captions = zip(*(data[column] for column in caption_columns(source)), strict=True)
+    missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
+    is_fine = not missing or (config.on_bad_row == "skip" and len(missing) < len(data))
+    if source.default_caption is not None or is_fine:
+        return
+    image = Path(data.with_format("arrow")[missing[0]]["image"][0]["path"].as_py())
+    default = field_of(field, "default_caption")
+    raise InputError(
+        f"{field_of(field, 'dataset')}: {image} has no caption ({len(missing)} of {len(data)} images have none): write "
+        f'{image.stem}.txt beside it, or take --{default} "a photo of …" for all, or let difftrain caption '
+        f"{source.dataset} --model … write them"
+    )
+
+
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
-    """Raise InputError unless the columns are there, and that of the images holds images."""
+    """Raise InputError unless the columns are there, and those of images and masks hold images."""
     name, columns = source.dataset, data.column_names
-    for column, asked_by in (
-        (source.image_column, "image_column"),
-        *((c, "caption_column") for c in caption_columns(source)),
-    ):
+    of_images = [(getattr(source, name), name) for name in ("image_column", "mask_column") if getattr(source, name)]
+    for column, asked_by in (*of_images, *((c, "caption_column") for c in caption_columns(source))):
         if find_column(data, column) is None:
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
-    feature = data.features.get(source.image_column)
-    is_bytes = feature == datasets.Value("binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-    if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
-        hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
-        column = f"column {source.image_column!r} of {name}"
-        raise InputError(f"{field_of(field, 'image_column')}: {column} does not hold images, but {feature!r:.80}{hint}")
+    for column, asked_by in of_images:
+        feature = data.features.get(column)
+        is_bytes = feature == datasets.Value("binary") or (
+            isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        )
+        if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
+            hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
+            what = f"column {column!r} of {name} does not hold images, but {feature!r:.80}{hint}"
+            raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
 def used_columns(data, source: SourceConfig):
-    """A data set of the images, undecoded, and the captions: other columns would be read with each row."""
-    used = dict.fromkeys([source.image_column, *(find_column(data, c)[0] for c in caption_columns(source))])
-    return data.select_columns(list(used)).cast_column(source.image_column, datasets.Image(decode=False))
+    """A data set of the images and masks, undecoded, and the captions: other columns would be read with each row."""
+    of_images = [column for column in (source.image_column, source.mask_column) if column]
+    used = dict.fromkeys([*of_images, *(find_column(data, c)[0] for c in caption_columns(source))])
+    data = data.select_columns(list(used))
+    for column in of_images:
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return data
 
 
 def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
@@ -192,10 +272,23 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
     number = 0
     for number, line in metadata_lines(path):
         row = read_metadata_line(line, f"{path} line {number}", field, source)
-        if config.on_bad_row == "stop" and not os.path.isfile(os.path.join(path.parent, row["file_name"])):
-            raise InputError(f"{path} line {number}: no such file: {row['file_name']}")
+        for name in files_of(row, source) if config.on_bad_row == "stop" else ():
+            if not os.path.isfile(path.parent / name):
+                raise InputError(f"{path} line {number}: no such file: {name}")
     if number == 0:
         raise InputError(f"{path}: has no line; it needs one for each image")
+
+
+def mask_file(row: dict[str, Any], source: SourceConfig) -> str | None:
+    """The file of the mask that a line of metadata.jsonl names, as `datasets` reads it: `mask_file_name` is of the
+    column `mask`."""
+    name = row.get(f"{source.mask_column}_file_name")
+    return name if isinstance(name, str) else None
+
+
+def files_of(row: dict[str, Any], source: SourceConfig) -> list[str]:
+    """The files that a line of metadata.jsonl names."""
+    return [name for name in (row["file_name"], mask_file(row, source)) if name is not None]
 
 
 def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -218,9 +311,11 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
         raise InputError(f"{line_name}: not UTF-8") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
-    if os.path.isabs(row["file_name"]) or os.path.normpath(row["file_name"]).split(os.sep)[0] == "..":
-        raise InputError(f"{line_name}: the file must lie in this folder, got {row['file_name']}")
-    if not any(column in row or column.split(".")[0] in row for column in caption_columns(source)):
+    for name in files_of(row, source):
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
+    has_caption = any(column in row or column.split(".")[0] in row for column in caption_columns(source))
+    if not has_caption and source.default_caption is None:
         columns = " or ".join(map(repr, caption_columns(source)))
         raise InputError(
             f"{field_of(field, 'caption_column')}: no {columns} in {line_name}; "

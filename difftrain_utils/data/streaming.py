@@ -20,7 +20,7 @@ import datasets
 import fsspec
 
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.rows import Row, captions_in, map_in_threads, read_bytes
+from difftrain_utils.data.rows import Row, captions_in, map_in_threads, mask_in, read_bytes
 from difftrain_utils.data.sources import (
     cannot_load,
     caption_features,
@@ -88,6 +88,11 @@ class StreamedRows:
         window, position = divmod(k, self.config.shuffle_buffer)
         self._hold(window)
         return self._rows[position]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks."""
+        return self.source.mask_column is not None
 
     def loss_weight(self, index: int) -> float:
         """The factor of a row's loss."""
@@ -176,8 +181,8 @@ class StreamedRows:
                 for values in zip(*batch.values(), strict=True):
                     content = dict(zip(batch, values, strict=True))
                     image = content[self.source.image_column]
-                    caption = captions_in(content, self.captions)
-                    yield Row((image or {}).get("path") or f"{name} row {row}", image, caption)
+                    caption, mask = captions_in(content, self.captions, self.source), mask_in(content, self.source)
+                    yield Row((image or {}).get("path") or f"{name} row {row}", image, caption, mask)
                     row += 1
         except Exception as error:  # of the file system, the network, or the file's format
             raise RowError(f"{name}: cannot read what comes after {row} rows: {one_line(error)}") from None

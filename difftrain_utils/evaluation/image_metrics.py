@@ -67,12 +67,12 @@ def image_metrics(
     for start in range(0, len(mine), evaluation.batch_size):
         keys = mine[start : start + evaluation.batch_size]
         held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
-        captions = [captions[0] for _, captions in held_out]
+        captions = [captions[0] for _, captions, _ in held_out]
         images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data)[0] for image, _ in held_out])
+                squares = torch.stack([to_square(image, config.data)[0] for image, _, _ in held_out])
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)

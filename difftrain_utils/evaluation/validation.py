@@ -15,7 +15,8 @@ from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import read_row_or_substitute
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
-from difftrain_utils.media.image import to_square
+from difftrain_utils.media.image import resize_and_crop_mask, to_square
+from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.terminal import progress
 
@@ -30,7 +31,8 @@ def validation_losses(
 
     The triples depend on `evaluation.seed` alone, not on the run, so that runs can be compared; the processes share
     them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is
-    the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts.
+    the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts; times
+    the mask where the rows have masks.
     """
     evaluation, schedule = config.evaluation, family.schedule
     found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
@@ -39,11 +41,11 @@ def validation_losses(
     for start in progress(starts, len(starts), "Validating, batches"):
         keys = mine[start : start + evaluation.batch_size]
         held_out = [read_row_or_substitute(rows, j % len(rows), config.data, evaluation.seed, j) for j in keys]
-        pixel_values, crops = zip(*(to_square(image, config.data) for image, _ in held_out), strict=True)
+        pixel_values, crops = zip(*(to_square(image, config.data) for image, _, _ in held_out), strict=True)
         batch = {
             "keys": keys,
             "pixel_values": torch.stack(pixel_values).to(accelerator.device),
-            "captions": [captions[0] for _, captions in held_out],
+            "captions": [captions[0] for _, captions, _ in held_out],
             "sizes": torch.tensor([crop.sizes for crop in crops], device=accelerator.device),
         }
         latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
@@ -52,7 +54,12 @@ def validation_losses(
         noisy_latents = schedule.add_noise(latents, noise, timesteps)
         target = schedule.target(latents, noise, timesteps)
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
-        losses = (output - target).square().flatten(1).mean(1)
+        losses = (output - target).square()
+        if rows.has_masks:
+            pairs = zip((mask for *_, mask in held_out), crops, strict=True)
+            masks = torch.stack([resize_and_crop_mask(*pair, config.data) for pair in pairs])
+            losses *= scale_masks(masks.to(accelerator.device), losses.shape[-2:])
+        losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
         found[keys.start : keys.stop : keys.step] = losses
     return accelerator.reduce(found, "sum").cpu()

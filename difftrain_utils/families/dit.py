@@ -44,6 +44,8 @@ class DiT(DiffusersFamily):
         if not hasattr(family.sampler, "scale_model_input"):
             name = type(family.sampler).__name__
             raise InputError(f"scheduler.sampler: not for a DiTPipeline, try DPMSolverMultistepScheduler, got {name}")
+        if config.data.changes_tags:
+            raise InputError("data.shuffle_tags, data.tag_dropout: a DiTPipeline is told classes, which have no tags")
         for prompt in config.evaluation.prompts:
             family.class_number(prompt, "evaluation.prompts")
         return family

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.errors import RowError, one_line
 
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
+
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is an error here: open_image_header
 
 
@@ -34,6 +36,31 @@ def open_image_header(file: BinaryIO, name: str) -> Image.Image:
     if limit is not None and pixels > limit:
         raise RowError(f"{name}: an image of {pixels} pixels; the limit is {limit} (Pillow's MAX_IMAGE_PIXELS)")
     return image
+
+
+def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    """(height, width) of an image of `open_image_header` as `open_image` gives it. Raises RowError if its header cannot
+    be read."""
+    try:
+        # a PNG's getexif() decodes the image where it found no EXIF before, because it may come last: seldom the case
+        headers_do = image.format == "PNG" and "exif" not in image.info and not _has_metadata_at_the_end(image.fp)
+        exif = Image.Image.getexif(image) if headers_do else image.getexif()
+        sideways = exif.get(ORIENTATION, 1) in SIDEWAYS
+    except Exception as error:
+        raise RowError(f"{name}: cannot read the image's header: {error}") from None
+    return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _has_metadata_at_the_end(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF or text after its first chunk of pixels; leaves the file where it was."""
+    position, kinds = file.tell(), []
+    file.seek(8)  # past the signature
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        kinds.append(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    file.seek(position)
+    after_pixels = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else []
+    return not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}.isdisjoint(after_pixels)
 
 
 def open_image(content: bytes, name: str) -> Image.Image:
@@ -86,10 +113,19 @@ def crop_of(
 
 def resize_and_crop(image: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
     """The pixel values of an image's crop, mirrored if `flip`: float32 of shape (3, height, width) in [-1, 1]."""
+    return to_pixel_values(_cut_out(image, crop, config, flip))
+
+
+def resize_and_crop_mask(mask: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
+    """The same of a greyscale mask: float32 of shape (1, height, width) in [0, 1], 1 where it is white."""
+    return torch.from_numpy(np.array(_cut_out(mask, crop, config, flip)))[None].to(torch.float32).div_(255)
+
+
+def _cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> Image.Image:
     image = image.resize(crop.covering, Image.Resampling[config.image_interpolation.upper()])
     height, width = crop.sizes[4:]
     image = image.crop((crop.left, crop.top, crop.left + width, crop.top + height))
-    return to_pixel_values(ImageOps.mirror(image) if flip else image)
+    return ImageOps.mirror(image) if flip else image
 
 
 def to_square(image: Image.Image, config: DataConfig) -> tuple[torch.Tensor, Crop]:

@@ -4,7 +4,9 @@ from typing import Any
 
 import datasets
 
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.errors import RowError
+from difftrain_utils.keyed_random import generator_for
 
 
 def label_text(value: Any, feature: Any) -> Any:
@@ -27,3 +29,23 @@ def captions_of(value: Any, name: str) -> list[str]:
     except UnicodeEncodeError:  # half of a pair, which JSON can say
         raise RowError(f"{name}: the caption is no Unicode text, got {value!r:.80}") from None
     return captions
+
+
+def draw_tags(caption: str, config: DataConfig, seed: int, k: int) -> str:
+    """Sample k's caption of a caption of tags: those after the first `data.keep_tags` shuffled (`data.shuffle_tags`),
+    and each left out with the probability `data.tag_dropout`. Empty tags are left out."""
+    if not config.changes_tags:
+        return caption
+    separator = config.tag_separator.strip()
+    tags = [tag.strip() for tag in caption.split(separator) if tag.strip()]
+    kept, others = tags[: config.keep_tags], tags[config.keep_tags :]
+    is_kept = generator_for(seed, "tag_dropout", k).random(len(others)) >= config.tag_dropout
+    order = range(len(others))
+    if config.shuffle_tags:
+        order = generator_for(seed, "tag_order", k).permutation(len(others))
+    return f"{separator} ".join(kept + [others[i] for i in order if is_kept[i]])
+
+
+def complete(caption: str, config: DataConfig) -> str:
+    """A caption between `data.caption_prefix` and `data.caption_suffix`, as the model is told it."""
+    return config.caption_prefix + caption + config.caption_suffix

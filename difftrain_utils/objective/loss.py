@@ -1,8 +1,10 @@
 """How far a prediction is from its target, and how much each noise level counts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from difftrain_utils.config.objective import LossConfig
 from difftrain_utils.keyed_random import generator_for, randn
@@ -12,15 +14,29 @@ VANISHING = ("snr", "min_snr", "soft_min_snr", "p2", "debiased")
 
 
 def sample_losses(
-    config: LossConfig, schedule: Schedule, output: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+    config: LossConfig,
+    schedule: Schedule,
+    output: torch.Tensor,
+    target: torch.Tensor,
+    timesteps: torch.Tensor,
+    masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weighted loss of each sample, shape (batch,): the mean over its elements, of `elementwise_loss` times
-    `loss_weights`."""
+    `loss_weights`, and times `masks` (batch, 1, height, width) in [0, 1], of the images' size or the latents'. The mean
+    is over all elements, not those that count alone, as in kohya's scripts: a sample of which half counts has half of
+    the loss."""
     losses = elementwise_loss(config, schedule, output, target, timesteps)
+    if masks is not None:
+        losses = losses * scale_masks(masks, losses.shape[-2:])
     weights = loss_weights(config, schedule, timesteps)
     if weights.ndim == 1:
         return losses.flatten(1).mean(1) * weights
     return (losses * append_dims(weights, losses)).flatten(1).mean(1)
+
+
+def scale_masks(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Masks (batch, 1, height, width) of the size (height, width) of latents, by the mean over each area."""
+    return F.interpolate(masks, tuple(size), mode="area")
 
 
 def elementwise_loss(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.config import Config, rename_fields
+from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import InputError, RunError, blame, one_line, some, warn
 from difftrain_utils.files import DIGESTS_FILE, PARTIAL, local_path, replace_folder, sha256sums, sync_all
@@ -282,8 +283,10 @@ def _check_stream(folder: Path) -> None:
 
 
 def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`data.sources` but for where they lie, which may change as `data.dataset` may."""
-    return [{name: value for name, value in source.items() if name != "dataset"} for source in sources]
+    """`data.sources`, also of a config that has not all fields yet, but for where they lie, which may change as
+    `data.dataset` may."""
+    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+    return [defaults | source | {"dataset": None} for source in sources]
 
 
 def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: EmaConfig) -> None:

@@ -115,6 +115,8 @@ def test_a_column_of_integers_is_captions(folder, capsys):
 def test_a_caption_that_just_fits(folder, capsys):
     set_line(folder, 3, {"text": "red " * 14})
     assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)
+    lines, _ = check(folder, capsys, "--data.caption_prefix", "a ")
+    assert lines[0].endswith("a caption of 17 tokens, which is cut off after 16") and len(lines) == 2
 
 
 def test_all_problems_are_reported(folder, capsys):

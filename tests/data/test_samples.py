@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -10,8 +11,8 @@ from PIL import Image, ImageOps
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import MappedRows, SourceRows
-from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.rows import MappedRows, SourceRows, read_captions
+from difftrain_utils.data.samples import Samples, collate, read_row_or_substitute
 from difftrain_utils.errors import RowError
 from difftrain_utils.media.image import to_pixel_values
 
@@ -231,6 +232,35 @@ def test_captions_are_drawn_and_dropped():
     kept = make_samples(make_data([Image.new("RGB", (16, 16))], [["a", "b", "c"]]))
     # dropping some captions does not change which the others are
     assert all(kept[k]["caption"] == captions[k] for k in range(2000) if captions[k])
+
+
+class TestCaptionsAsTheModelIsToldThem:
+    data = staticmethod(lambda: make_data([Image.new("RGB", (16, 16), (i,) * 3) for i in range(3)], ["a, b, c"] * 3))
+    fields = MappingProxyType({"caption_prefix": "sks, ", "caption_suffix": ", photo", "caption_dropout": 0.3})
+
+    def test_a_dropped_one_is_dropped_with_prefix_and_suffix(self):
+        samples = make_samples(self.data(), shuffle_tags=True, keep_tags=1, tag_dropout=0.5, **self.fields)
+        tags = {"a", "a, b", "a, c", "a, b, c", "a, c, b"}
+        assert {samples[k]["caption"] for k in range(200)} == {None} | {f"sks, {each}, photo" for each in tags}
+        plain = make_samples(self.data(), caption_dropout=0.3)
+        assert all(samples[k]["dropped"] == plain[k]["dropped"] for k in range(200))
+
+    def test_validation_and_checks_see_no_shuffling(self):
+        config = DataConfig("memory", resolution=16, shuffle_tags=True, tag_dropout=1.0, **self.fields)
+        rows = as_rows(self.data())
+        assert list(read_captions(rows, config)) == [["sks, a, b, c, photo"]] * 3
+        assert all(read_row_or_substitute(rows, 0, config, 0, k)[1] == ["sks, a, b, c, photo"] for k in range(20))
+
+    def test_a_cache_has_them(self, fake_family, load_fake_caches, tmp_path):
+        data, folders = data_of(as_rows(self.data())), []
+        for suffix in ("", " photo", "", " other"):
+            config = DataConfig("memory", resolution=16, caption_suffix=suffix, cache_text=True)
+            caches = load_fake_caches(data, config)
+            found = Samples(data, config, 0, 9, caches)[0]["conditioning"]["prompt_embeds"]
+            expected = fake_family.encode_prompts([f"a, b, c{suffix}"])["prompt_embeds"][0, : len(found)]
+            assert torch.equal(found, expected) and len(found) == 3 + (suffix != "")
+            folders.append(caches["text"].cache.folder)
+        assert folders[0] == folders[2] and len(set(folders)) == 3
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 16), (16, 53), (7, 9), (301, 200)])

@@ -370,7 +370,10 @@ class TestRefusals:
         cut = shutil.copytree(folders["parquet"], tmp_path / "cut")
         (cut / "0.parquet").write_bytes(b"PAR1")
         for config, message in (
-            (make_config(empty), r"data.dataset: .*empty has no metadata.jsonl \(and no parquet, arrow or tar files\)"),
+            (
+                make_config(empty),
+                r"data.dataset: .*empty has no metadata.jsonl \(and no parquet, arrow or tar files, and no images",
+            ),
             (make_config(tmp_path / "none"), "data.dataset: cannot load '.*none', which is no folder here: "),
             (make_config(no_rows), "data.dataset: .*no_rows has no images"),
             (make_config(spoilt), r"\d+.png: not an image that Pillow knows"),

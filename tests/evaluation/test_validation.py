@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,23 @@ class TestValidationLoss:
             alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
             bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
             assert (bins == torch.arange(800) % 8).float().mean() > 0.97
+
+    def test_masked_parts_do_not_count(self, checkpoint_folder, image_folder, tmp_path):
+        """A model whose prediction is 0: the loss is that of the target, which a mask of the left half halves."""
+        losses = {}
+        for name, levels in {"white": (255, 255), "left": (255, 0), "right": (0, 255), "black": (0, 0)}.items():
+            (tmp_path / name).mkdir()
+            for path in sorted(image_folder.glob("*.png"))[:2]:
+                shutil.copy(path, tmp_path / name)
+                (tmp_path / name / f"{path.stem}.txt").write_text("a shape")
+                mask = np.repeat(np.array([levels], np.uint8), 18, axis=1).repeat(36, axis=0)
+                Image.fromarray(mask).save(tmp_path / name / f"{path.stem}-masklabel.png")
+            config = DataConfig(str(tmp_path / name), resolution=32, image_interpolation="box", mask_column="mask")
+            rows = map_rows(config)
+            losses[name] = self.loss(checkpoint_folder, rows, lambda family, noisy, timesteps: torch.zeros_like(noisy))
+        config.mask_column = None
+        plain = self.loss(checkpoint_folder, map_rows(config), lambda family, noisy, _: torch.zeros_like(noisy))
+        assert losses["white"] == plain and losses["black"]["validation_loss"] == 0
+        halves = np.add(losses["left"]["validation_loss_bins"], losses["right"]["validation_loss_bins"])
+        assert halves == pytest.approx(plain["validation_loss_bins"], rel=1e-2)
+        assert min(losses["left"]["validation_loss_bins"]) > 0

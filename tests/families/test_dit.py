@@ -74,6 +74,11 @@ def test_a_caption_that_is_no_class_is_found_before_anything_is_written(dit_run,
     assert not (tmp_path / "run/config.resolved.yaml").exists()
 
 
+def test_tags_of_classes_are_refused(dit_run):
+    with pytest.raises(InputError, match=r"^data.shuffle_tags, data.tag_dropout: a DiTPipeline is told classes"):
+        load_family(parse_config([*dit_run, "--data.tag_dropout", "0.1"]))
+
+
 def test_classes_may_have_numbers_alone(dit_run, named):
     family = load_family(parse_config([*dit_run, *named(None)]))
     assert family.encode_prompts(["3"])["class_labels"].tolist() == [3]

@@ -50,6 +50,46 @@ def test_a_weighted_loss_is_the_stated_weight_on_the_clean_latents_error(predict
     assert torch.equal(sample_losses(config, schedule, output, target, timesteps), loss)
 
 
+class TestMasks:
+    FIELDS = (
+        {},
+        {"weighting": "min_snr"},
+        {"type": "huber", "huber_schedule": "snr", "weighting": "debiased"},
+        {"type": "l1"},
+    )
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        output, target = torch.randn(2, 3, 4, 2, 2, generator=generator)
+        return output, target, torch.tensor([10, 500, 990])
+
+    @pytest.mark.parametrize("fields", FIELDS)
+    def test_where_all_is_white_nothing_changes(self, fields):
+        config, arguments = LossConfig(**fields), self.draw()
+        losses = sample_losses(config, schedule_of("epsilon"), *arguments)
+        for side in (2, 16):
+            white = torch.ones(3, 1, side, side)
+            assert torch.equal(sample_losses(config, schedule_of("epsilon"), *arguments, white), losses)
+
+    @pytest.mark.parametrize("fields", FIELDS)
+    def test_each_element_counts_as_its_mask_says(self, fields):
+        config, schedule, (output, target, timesteps) = LossConfig(**fields), schedule_of("epsilon"), self.draw()
+        masks = torch.tensor([[[1.0, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])[:, None]
+        losses = sample_losses(config, schedule, output, target, timesteps, masks)
+        elements = elementwise_loss(config, schedule, output, target, timesteps)[0]
+        expected = (elements[:, 0, 0] + elements[:, 1, 1] / 2).sum() / 16 * loss_weights(config, schedule, timesteps)[0]
+        whole = sample_losses(config, schedule, output, target, timesteps)[2]  # on its mean the mask does nothing
+        torch.testing.assert_close(losses, torch.stack([expected, torch.tensor(0.0), whole]))
+
+    def test_of_the_images_size_they_count_by_the_mean_over_an_area(self):
+        config, schedule, arguments = LossConfig(), schedule_of("epsilon"), self.draw()
+        masks = torch.zeros(3, 1, 16, 16)
+        masks[:, :, :8, 4:8] = 1  # half of the first of four
+        small = torch.tensor([[0.5, 0.0], [0.0, 0.0]]).expand(3, 1, 2, 2)
+        losses = [sample_losses(config, schedule, *arguments, each) for each in (masks, small)]
+        assert torch.equal(*losses) and (losses[0] > 0).all()
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(
     "fields", [{}, {"weighting": "min_snr"}, {"type": "huber", "huber_schedule": "snr", "weighting": "debiased"}]

@@ -1,0 +1,151 @@
+"""A folder of photos: images, with captions and masks in files beside them, as kohya's scripts, ai-toolkit and
+OneTrainer know it.
+
+Beside `cat.jpg`, `cat.txt` (or `cat.caption`) has its caption, and `cat-masklabel.png` is its mask. Folders within are
+read, too; what is hidden, and all other files, are not looked at.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+
+from difftrain_utils.errors import InputError
+
+# Also what Pillow needs a plugin for: such a photo is refused, and not left out without a word.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
+CAPTION_ENDINGS = (".txt", ".caption")
+MASK_ENDING = "-masklabel.png"
+REPEATS = re.compile(r"(\d+)_(.+)")
+
+
+class Photo(NamedTuple):
+    """An image, and the files of its caption and of its mask where it has them."""
+
+    image: Path
+    caption: Path | None
+    mask: Path | None
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files in a folder and those within that are not hidden, sorted by their paths."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_mask(path: Path) -> bool:
+    return path.name.lower().endswith(MASK_ENDING)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is a photo, by its name."""
+    return path.suffix.lower() in IMAGE_ENDINGS and not is_mask(path)
+
+
+def list_photos(folder: Path) -> list[Photo]:
+    """The photos of a folder, sorted by their paths. Raises InputError if one has two files of captions."""
+    files, captions, masks = list_files(folder), {}, {}
+    for path in files:
+        if path.suffix.lower() in CAPTION_ENDINGS:
+            if (stem := path.with_suffix("")) in captions:
+                raise InputError(f"{path}: a second file of captions beside {captions[stem].name}")
+            captions[stem] = path
+        elif is_mask(path):
+            masks[path.with_name(path.name[: -len(MASK_ENDING)])] = path
+    stems = [(path, path.with_suffix("")) for path in files if is_image(path)]
+    return [Photo(path, captions.get(stem), masks.get(stem)) for path, stem in stems]
+
+
+def read_caption(path: Path) -> str:
+    """The first line of a file of captions that is not blank, which alone kohya's scripts read, too; an empty file's
+    caption is empty. Raises InputError if it cannot be read."""
+    try:
+        return path.read_text("utf-8-sig").strip().split("\n")[0].strip()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def words_of(image: Path) -> str:
+    """The caption in a file's name: underscores are spaces, and a number at the end that stands by itself, as in
+    "red_car_02.jpg" or "red car (2).jpg", is left off."""
+    words = image.stem.replace("_", " ").strip()
+    return re.sub(r"(\s*\(\d+\)|[\s-]+\d+)$", "", words)
+
+
+def read_photos(folder: Path) -> datasets.Dataset:
+    """The photos of a folder in the columns `image`, `text` (null without a file of captions), `file_name` (`words_of`)
+    and, where there are any, `mask`.
+
+    Raises:
+        InputError: a file of captions cannot be read, or an image has two.
+    """
+    photos = list_photos(folder)
+    columns = {
+        "image": [stored(photo.image) for photo in photos],
+        "text": [photo.caption and read_caption(photo.caption) for photo in photos],
+        "file_name": [words_of(photo.image) for photo in photos],
+    }
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "file_name": datasets.Value("string")}
+    if any(photo.mask for photo in photos):
+        columns["mask"] = [photo.mask and stored(photo.mask) for photo in photos]
+        features["mask"] = datasets.Image()
+    return datasets.Dataset.from_dict(columns, datasets.Features(features))
+
+
+def stored(path: Path) -> dict[str, str | None]:
+    """A file as an undecoded `datasets.Image`."""
+    return {"bytes": None, "path": str(path.absolute())}
+
+
+def repeats_of(folder: Path) -> dict[Path, tuple[int, str]]:
+    """Of kohya's folders `<n>_words` with images that lie in a folder: n, and the words.
+
+    Raises:
+        InputError: there are images beside them, or an n is 0.
+    """
+    names = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {path: match.groups() for path in names if (match := REPEATS.fullmatch(path.name))}
+    found = {path: (int(n), words) for path, (n, words) in found.items() if count_images(path)}
+    for path, (n, _) in found.items():
+        if n == 0:
+            raise InputError(f"{path}: its images would be repeated 0 times; the number must be at least 1")
+    beside = [path for path in list_files(folder) if is_image(path) and not found.keys() & set(path.parents)]
+    if found and beside:
+        example = next(iter(found)).name
+        raise InputError(
+            f"{beside[0]}: an image outside of the folders <repeats>_<words>, such as {example}; move it into one"
+        )
+    return found
+
+
+def count_images(folder: Path) -> int:
+    return sum(map(is_image, list_files(folder)))
+
+
+def find_problems(folder: Path) -> Iterator[tuple[str, str]]:
+    """("error" or "warning", message) for what is wrong with the files beside a folder's images."""
+    try:
+        photos = list_photos(folder)
+    except InputError as error:
+        yield "error", str(error)
+        return
+    used = {path for photo in photos for path in (photo.caption, photo.mask)}
+    for path in list_files(folder):
+        if path not in used and (path.suffix.lower() in CAPTION_ENDINGS or is_mask(path)):
+            yield "warning", f"{path}: no image of that name beside it"
+    for path in (photo.caption for photo in photos if photo.caption):
+        try:
+            read_caption(path)
+        except InputError as error:
+            yield "error", str(error)
+            continue
+        if "\n" in path.read_text("utf-8-sig").strip():
+            yield "warning", f"{path}: more than one line, of which the first is the caption"
