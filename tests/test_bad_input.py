@@ -22,7 +22,7 @@ CONFIG = [
     ("--train.max_step 3", r"--train.max_step: no such field; did you mean --train.max_steps\?"),
     ("--trian.max_steps 3", r"--trian.max_steps: no such field; did you mean --train.max_steps\?"),
     ("--max_steps 3", r"--max_steps: no such field; did you mean --train.max_steps\?"),
-    ("--train.max_steps many", "train.max_steps: Expected a <class 'int'>. Got value: many"),
+    ("--train.max_steps many", "train.max_steps: Expected <class 'int'> or null. Got value: many"),
     ("--train.max_steps 0", "train.max_steps: must be at least 1, got 0"),
     ("--train.max_hours 0", "train.max_hours: must be above 0, or null, got 0.0"),
     ("--train.precision fp8", "train.precision: .*fp32.*fp8"),

@@ -24,6 +24,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "export": "write a run's adapters with the names that other programs know",
     "push": "upload what a run exported, with a model card, to the Hugging Face hub",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
+    "migrate": "translate a command line or config of diffusers, kohya or SimpleTuner",
     "draw-shapes": "write the built-in data set as a folder of images",
 }
 TAKE_CONFIG = ("train", "validate-config", "check-data")

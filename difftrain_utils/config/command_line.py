@@ -18,6 +18,7 @@ import yaml
 from difftrain_utils.config.completion import add_fields, check_installed, completion
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.foreign import sources as foreign
 from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.config.training import OptimizerConfig
@@ -294,11 +295,15 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
     if name in sections:
         first = next(field for field in known if field.startswith(f"{name}."))
         return f"{name}: a section; give its fields one by one, such as {prefix}{first}"
-    if (short := SHORT.get(name.split(".")[-1])) is not None:
-        return f"{name}: no such field; did you mean {prefix}{short}?"
+    last, names = name.split(".")[-1], {k.split(".")[1] for k in known}
+    elsewhere = foreign.hint(name) if last not in names else None  # of one that is in another section, that is said
+    if last in SHORT and ("." in name or elsewhere is None):
+        return f"{name}: no such field; did you mean {prefix}{SHORT[last]}?"
+    if elsewhere is not None:
+        return f"{name}: no such field; {elsewhere}"
     matches = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.7)
     if not matches:  # a field's name with another section's or none: there may be one in more than one section
-        last_parts = difflib.get_close_matches(name.split(".")[-1], {k.split(".")[1] for k in known}, n=1, cutoff=0.7)
+        last_parts = difflib.get_close_matches(last, names, n=1, cutoff=0.7)
         matches = [k for k in known if k.split(".")[1] in last_parts]
     hint = f"did you mean {' or '.join(prefix + match for match in matches)}?" if matches else "see --help"
     return f"{name}: no such field; {hint}"

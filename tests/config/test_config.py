@@ -262,6 +262,39 @@ def test_batches_that_do_not_divide_are_refused_with_the_sizes_that_do():
     assert "batch_size 10 or 15 would" in message and "gradient_accumulation_steps 1, 2, 3, 4, 6, 12" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "learning_rate",
+            "diffusers' --learning_rate is optimizer.init_args.lr here (difftrain migrate --from diffusers ",
+        ),
+        ("train_batch_size", "diffusers' --train_batch_size is train.batch_size here, times accumulation steps and "),
+        (
+            "network_dim",
+            "kohya's --network_dim is model.lora.rank here (difftrain migrate --from kohya translates all)",
+        ),
+        ("validation_epochs", "diffusers' --validation_epochs has none here: train.eval_every is in steps"),
+        ("lora_type", "SimpleTuner's --lora_type is model.lora here (difftrain migrate --from simpletuner "),
+        (
+            "data.data_root",
+            "the MVP's data.data_root is data.dataset here (difftrain migrate --from mvp translates all)",
+        ),
+        (
+            "pretrained_model_name_or_path",
+            "did you mean --model.pretrained_model_name_or_path?",
+        ),  # as it is called here
+        ("learning_rat", "see --help"),
+    ],
+)
+def test_the_flags_of_other_trainers_are_answered(name, message, tmp_path):
+    assert refusal(f"--{name}", "1").startswith(f"--{name}: no such field; {message}")
+    section, _, field = name.rpartition(".")
+    if section:
+        (tmp_path / "old.yaml").write_text(yaml.safe_dump({section: {field: 1}}))
+        assert refusal("--config", str(tmp_path / "old.yaml")).endswith(f"{name}: no such field; {message}")
+
+
 def test_a_warm_up_that_would_be_ignored_is_refused():
     assert "constant_with_warmup has" in refusal("--lr_scheduler.num_warmup_steps", "5")
 
