@@ -1,23 +1,27 @@
-"""Write a run's adapters as ComfyUI, AUTOMATIC1111 and others read them.
+"""Write what a run has learned as one file for ComfyUI, AUTOMATIC1111 and others.
 
     difftrain export runs/sdxl-lora
+    difftrain export runs/sdxl --output sdxl.safetensors --dtype fp16
 
-A UNet's adapters and those of its text encoders get the names of kohya's scripts, and each an `alpha`. A transformer's
+Adapters: a UNet's and those of its text encoders get the names of kohya's scripts, and each an `alpha`. A transformer's
 keep diffusers' names, by which it is loaded there, too; what they are scaled by is in their weights.
+
+A pipeline: its weights get the names that they had before diffusers, and `from_single_file` reads them back. Of Stable
+Diffusion 1, 2, XL and 3 it is the whole pipeline, of Flux.1, Flux.2 klein, Z-Image and Qwen-Image the transformer.
 """
 
+import argparse
 import json
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from difftrain_utils.commands.parser import Parser
-from difftrain_utils.errors import InputError, blame
+from difftrain_utils.errors import InputError, blame, some, warn
 from difftrain_utils.files import new_file
-from difftrain_utils.run.run_folder import CONFIG_FILE, KOHYA_FILE, LORA, LORA_FILE, PIPELINE
+from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE, PIPELINE, read_mapping
+from difftrain_utils.run.source import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +31,24 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # and peft's of their weights
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run with model.lora")
-    parser.add_argument("--output", metavar="FILE", help=f"a new .safetensors; default: RUN/{LORA}/{KOHYA_FILE}")
+    parser = Parser(prog="difftrain export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a finished run, or of a pipeline")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help=f"a new .safetensors; default: RUN/{LORA}/{KOHYA_FILE} of adapters, or RUN/{PIPELINE}.safetensors",
+    )
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as stored")
     args = parser.parse_args(argv)
-    source, default = args.run / LORA / LORA_FILE, args.run / LORA / KOHYA_FILE
-    if not source.is_file():
-        if _is_merged(args.run):
-            raise InputError(f"{args.run}: no {LORA}/{LORA_FILE}: its adapters are in {PIPELINE}/ alone, merged")
-        raise InputError(f"{args.run}: no {LORA}/{LORA_FILE}, which a finished run with model.lora has")
+    adapters, pipeline = args.run / LORA / LORA_FILE, args.run / PIPELINE
+    if (args.run / INDEX_FILE).is_file():
+        pipeline = args.run
+    if adapters.is_file():
+        default = args.run / LORA / KOHYA_FILE
+    elif (pipeline / INDEX_FILE).is_file():
+        default, pipeline_class = Path(f"{pipeline.resolve()}.safetensors"), _class_of(pipeline)
+    else:
+        raise InputError(f"{args.run}: no {LORA}/{LORA_FILE} and no {PIPELINE}/{INDEX_FILE}, as a finished run has")
     output = default if args.output is None else Path(args.output)
     if output.suffix != ".safetensors":
         raise InputError(f"--output: must end in .safetensors, got {args.output!r}")
@@ -43,12 +56,39 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--output: {output} is there already")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"--output: {output.parent} is no folder that can be written to")
+
+    import torch
     from safetensors.torch import save_file
 
-    exported = for_others(*_read_adapters(source))
+    from difftrain_utils.commands.single_file import LAYOUTS, original_layout
+
+    if adapters.is_file():
+        exported = for_others(*_read_adapters(adapters))
+    elif pipeline_class not in LAYOUTS:
+        raise InputError(
+            f"{pipeline}: of a {pipeline_class} there is no file that diffusers reads back; there is of "
+            f"{', '.join(LAYOUTS)}. The folder itself is for diffusers, and adapters (model.lora) for others, too"
+        )
+    else:
+        exported = original_layout(pipeline, pipeline_class)
+    if args.dtype is not None:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+        exported = {name: t.to(dtype) if t.is_floating_point() else t for name, t in exported.items()}
+        if lost := [name for name, tensor in exported.items() if not tensor.isfinite().all()]:
+            raise InputError(f"--dtype: {args.dtype} cannot hold the values of {some(lost)}")
     with new_file(output) as partial:
-        save_file(exported, partial)
+        save_file(exported, partial, {"format": "pt"})
     print(f"{output} holds {len(exported)} tensors")
+
+
+def _class_of(pipeline: Path) -> str:
+    """The class of a pipeline's folder; says what its weights alone do not."""
+    name = read_mapping(pipeline / INDEX_FILE).get("_class_name")
+    scheduler = pipeline / "scheduler/scheduler_config.json"
+    prediction = read_mapping(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
+    if prediction not in ("epsilon", "flow_prediction"):
+        warn(f"{pipeline}: predicts {prediction}, which is not in the file: other programs have to be told")
+    return str(name)
 
 
 def for_others(tensors: "dict[str, torch.Tensor]", config: dict[str, Any]) -> "dict[str, torch.Tensor]":
@@ -106,12 +146,3 @@ def _read_adapters(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]
         if not name.endswith((DOWN, UP)):
             raise InputError(f"{path}: {name}: must end in {DOWN} or {UP}")
     return tensors, config
-
-
-def _is_merged(run: Path) -> bool:
-    """Whether the run has written its adapters into a pipeline."""
-    try:
-        config = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
-        return (run / PIPELINE).is_dir() and config["model"]["lora"]["merge"]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return False

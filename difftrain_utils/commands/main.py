@@ -21,7 +21,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "compare": "compare runs: their results, whether one won, and whether that is fair",
     "reproduce": "run a run again, and say whether it comes out the same",
     "generate": "draw with a run, a checkpoint of it or any pipeline",
-    "export": "write a run's adapters with the names that other programs know",
+    "export": "write what a run has learned as one file for other programs",
     "push": "upload what a run exported, with a model card, to the Hugging Face hub",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
     "migrate": "translate a command line or config of diffusers, kohya or SimpleTuner",

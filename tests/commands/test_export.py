@@ -146,15 +146,14 @@ def test_files_without_a_scale_are_refused(adapters, tmp_path, tensors, metadata
         main([str(tmp_path / "run")])
 
 
-def test_a_folder_without_adapters_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no lora/pytorch_lora_weights.safetensors, which a finished run with model"):
+def test_a_folder_without_anything_is_refused(tmp_path):
+    message = r"no lora/pytorch_lora_weights.safetensors and no pipeline/model_index.json, as a finished run has$"
+    with pytest.raises(InputError, match=message):
+        main([str(tmp_path)])
+    (tmp_path / "pipeline").mkdir()
+    with pytest.raises(InputError, match=message):
         main([str(tmp_path)])
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/pytorch_lora_weights.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match=r"^.*pytorch_lora_weights.safetensors: "):
-        main([str(tmp_path)])
-    (tmp_path / "lora/pytorch_lora_weights.safetensors").unlink()
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "config.resolved.yaml").write_text("model: {lora: {merge: true}}")
-    with pytest.raises(InputError, match=r"safetensors: its adapters are in pipeline/ alone, merged$"):
         main([str(tmp_path)])
