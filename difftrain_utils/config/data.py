@@ -83,6 +83,9 @@ class DataConfig:
     without weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
+    no_upscale: bool = False
+    """Enlarge no image: leave out those that are smaller than `resolution`, or with `buckets: auto` train them at a
+    smaller size of their shape."""
     center_crop: bool = False
     """Crop the centre instead of a random place."""
     random_flip: bool = False
@@ -157,7 +160,7 @@ class DataConfig:
             require(not self.validation_split, "validation_split", "cannot go with streaming (validation_dataset can)")
             is_builtin = self.dataset is not None and self.dataset.startswith("builtin:")
             require(not is_builtin, "dataset", "streaming is for folders and the hub")
-            for name in ("buckets", "cache_latents", "cache_text", "sources"):
+            for name in ("buckets", "no_upscale", "cache_latents", "cache_text", "sources"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
 
     @property
