@@ -85,6 +85,9 @@ class DataConfig:
     """How often the data is gone through, 2.5 times, say: `train.max_steps` in other words, which is then left out."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
+    no_upscale: bool = False
+    """Enlarge no image: leave out those that are smaller than `resolution`, or with `buckets: auto` train them at a
+    smaller size of their shape."""
     center_crop: bool = False
     """Crop the centre instead of a random place."""
     random_flip: bool = False
@@ -162,7 +165,7 @@ class DataConfig:
             require(not is_builtin, "dataset", "streaming is for folders and the hub")
             rule = "cannot go with data.streaming, of which nobody knows how long it is; give train.max_steps"
             require(self.epochs is None, "epochs", rule)
-            for name in ("buckets", "cache_latents", "cache_text", "sources"):
+            for name in ("buckets", "no_upscale", "cache_latents", "cache_text", "sources"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
 
     @property

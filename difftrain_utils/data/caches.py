@@ -75,7 +75,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     key = {name: getattr(config.data, name) for name in names} | family.describe_parts(family.image_part)
     key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
+    # what a cache without them is not called by
     key |= {"masks": True} if data.rows.has_masks else {}
+    key |= {"no_upscale": True} if config.data.no_upscale else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = _folder(accelerator, config.data, "latents", key)

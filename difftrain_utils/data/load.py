@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.data.buckets import Buckets, load_buckets
+from difftrain_utils.data.buckets import Buckets, fit_sizes
 from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
@@ -34,7 +34,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
 
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
-            the model cannot take images of this size, or no bucket has a batch of images.
+            the model cannot take images of this size, no bucket has a batch of images, or all are too small.
     """
     resolution, seed = config.data.resolution, config.train.seed
     names = [source.dataset for _, source in sources_of(config.data)]
@@ -43,6 +43,6 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     with main_process_first(accelerator):
         rows = open_stream(config.data, seed) if config.data.streaming else map_rows(config.data)
         rows, validation_rows = split_rows(rows, config.data)
-    buckets = load_buckets(accelerator, family, rows, config) if config.data.buckets else None
+    rows, buckets = fit_sizes(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

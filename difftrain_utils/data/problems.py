@@ -121,8 +121,9 @@ def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Proble
                 ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
             )
         width, height = image.size
-        if min(width, height) < config.resolution:
-            problems.append(("warning", f"{name}: {width} × {height} pixels, to be enlarged to {config.resolution}"))
+        if min(width, height) < config.resolution and not (config.no_upscale and config.buckets):
+            fate = "left out, for it is smaller than" if config.no_upscale else "to be enlarged to"
+            problems.append(("warning", f"{name}: {width} × {height} pixels, {fate} {config.resolution}"))
     except RowError as error:
         problems.append(("error", str(error)))
     try:

@@ -145,6 +145,14 @@ class MappedRows(Sequence):
         """Whether a source has masks."""
         return any(part.source.mask_column for part in self.parts)
 
+    def take(self, indices: np.ndarray) -> "MappedRows":
+        """The rows of these ascending indices."""
+        parts = []
+        for part, end in zip(self.parts, self._ends, strict=True):
+            within = indices[(indices >= end - len(part)) & (indices < end)] - (end - len(part))
+            parts.append(SourceRows(part.data, part.source, within if part.indices is None else part.indices[within]))
+        return MappedRows(parts)
+
     @property
     def lengths(self) -> list[int]:
         """The number of rows of each source."""

@@ -119,6 +119,13 @@ def test_a_caption_that_just_fits(folder, capsys):
     assert lines[0].endswith("a caption of 17 tokens, which is cut off after 16") and len(lines) == 2
 
 
+def test_small_images_without_enlarging(folder, capsys):
+    Image.new("RGB", (40, 20)).save(folder / "000002.png")
+    lines, _ = check(folder, capsys, "--data.no_upscale")
+    assert len(lines) == 2 and lines[0].endswith("40 × 20 pixels, left out, for it is smaller than 32")
+    assert check(folder, capsys, "--data.no_upscale", "--data.buckets", "auto")[0][0].endswith(": all fine")
+
+
 def test_all_problems_are_reported(folder, capsys):
     (folder / "000000.png").unlink()
     set_line(folder, 3, {"text": ""})

@@ -20,8 +20,8 @@ from helpers import (
 )
 from PIL import Image
 
-from difftrain_utils.config.data import DataConfig
-from difftrain_utils.data.buckets import Buckets, cropped_share, load_buckets
+from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data.buckets import Buckets, cropped_share, fit_sizes, scale_down
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples
 from difftrain_utils.errors import InputError
@@ -131,11 +131,77 @@ def test_samples_have_the_size_of_their_bucket(policy):
     assert (skipped > 5) == (policy == "skip")
 
 
+class TestNoUpscale:
+    BASE = ((64, 64), (48, 80), (80, 48))
+
+    def buckets(self, sizes: list[tuple[int, int]], batch_size: int = 1) -> tuple[Buckets, list]:
+        found = Buckets(np.array(sizes), self.BASE, batch_size, True, scale_down(self.BASE, 8))
+        return found, [found.sizes[i] if i >= 0 else None for i in found.of_row]
+
+    def test_smaller_sizes_are_eighths_in_multiples(self):
+        assert scale_down([(64, 32)], 16) == {(48, 16): 0.5, (32, 16): 0.5}
+        assert list(scale_down([(48, 80)], 8)) == [(40, 64), (32, 56), (24, 48), (24, 40), (16, 24), (8, 16)]
+        assert scale_down([(48, 80)], 8)[24, 48] == 80 / 48
+
+    def test_an_image_has_the_largest_size_of_its_shape_that_it_covers(self):
+        sizes = [(200, 200), (64, 64), (63, 64), (47, 47), (100, 160), (47, 200), (9, 9), (7, 200), (41, 64)]
+        expected = [(64, 64), (64, 64), (56, 56), (40, 40), (48, 80), (40, 64), (8, 8), None, (40, 64)]
+        assert self.buckets(sizes)[1] == expected
+        for (height, width), size in zip(sizes, expected, strict=True):
+            assert size is None or (height >= size[0] and width >= size[1])
+
+    def test_rare_sizes_go_to_smaller_ones_never_to_larger(self):
+        sizes = [(64, 64)] * 4 + [(56, 56)] * 2 + [(47, 47)] * 4 + [(20, 60)] + [(7, 7)]
+        buckets, found = self.buckets(sizes, batch_size=4)
+        assert buckets.sizes == [(64, 64), (40, 40)]
+        assert found == [(64, 64)] * 4 + [(40, 40)] * 6 + [None, None]
+        assert buckets.counts.tolist() == [4, 6] and buckets.remainder == 2 and len(buckets.cropped) == 10
+
+    def fit(self, short_run, folder, **fields):
+        config = parse_config([*short_run, "--data.dataset", str(folder), *options(fields)])
+        return fit_sizes(Accelerator(cpu=True), load_family(config), map_rows(config.data), config), config
+
+    def test_without_buckets_small_images_are_left_out(self, short_run, mixed_folder, capsys):
+        fields = {"data.no_upscale": True, "data.resolution": 32, "data.caption_column": "text"}
+        (rows, buckets), _ = self.fit(short_run, mixed_folder, **fields)
+        assert buckets is None and len(rows) == 20 and [row.captions[1] for row in rows][-1] == "image 19"
+        said = "data.no_upscale: 1 of 21 images are left out, too small\n"
+        assert capsys.readouterr().out == said
+        message = (
+            rf"^data.no_upscale: each of the 21 images of {mixed_folder} would be enlarged, or its bucket has no "
+            r"batch; the largest has (36 × 36|60 × 36) pixels$"
+        )
+        with pytest.raises(InputError, match=message):
+            self.fit(short_run, mixed_folder, **fields | {"data.resolution": 64})
+
+    def test_with_buckets_no_sample_is_enlarged(self, short_run, mixed_folder, capsys):
+        fields = {"data.no_upscale": True, "data.resolution": 64, "data.buckets": "auto", "train.batch_size": 2}
+        (rows, buckets), config = self.fit(short_run, mixed_folder, **fields)
+        out = capsys.readouterr().out
+        assert "data.no_upscale: 1 of 21 images are left out, too small, or too few of their size for a batch" in out
+        assert len(rows) == len(buckets.of_row) == 20 and "32x32: 13" in out
+        samples = Samples(data_of(rows, 0, 2, buckets), config.data, 0, 60)
+        for k in range(60):
+            height, width, *_, trained_height, trained_width = samples[k]["sizes"].tolist()
+            assert trained_height <= height and trained_width <= width
+            assert samples[k]["pixel_values"].shape[1:] == (trained_height, trained_width)
+        assert len({tuple(samples[k]["sizes"][4:].tolist()) for k in range(60)}) == 2
+
+    def test_rows_that_are_taken_are_those_of_their_sources(self, image_folder, mixed_folder):
+        rows = map_rows(DataConfig(sources=[SourceConfig(str(image_folder)), SourceConfig(str(mixed_folder))]))
+        taken = rows.take(np.array([0, 9, 10, 30])).take(np.array([1, 2, 3]))
+        assert taken.lengths == [1, 2] and [row.name for row in taken] == [rows[i].name for i in (9, 10, 30)]
+
+    def test_a_stream_is_refused(self, short_run):
+        with pytest.raises(InputError, match=r"^data.no_upscale: cannot go with data.streaming, got True$"):
+            parse_config([*short_run, "--data.no_upscale", "--data.streaming"])
+
+
 class TestWhichSizes:
     def load(self, short_run, folder, **fields):
         config = parse_config([*short_run, "--data.dataset", str(folder), *options(fields)])
         family = load_family(config)
-        return load_buckets(Accelerator(cpu=True), family, map_rows(config.data), config), family
+        return fit_sizes(Accelerator(cpu=True), family, map_rows(config.data), config)[1], family
 
     @pytest.mark.parametrize("resolution", [32, 64, 128])
     def test_auto_gives_sizes_that_the_model_takes(self, short_run, mixed_folder, resolution):
@@ -192,6 +258,7 @@ def source_fields(mixed_folder, image_folder) -> dict:
 CASES = {
     "buckets": BUCKETS,
     "auto": {"data.buckets": "auto", "data.num_workers": 1},
+    "no-upscale": {"data.no_upscale": True, "data.buckets": "auto", "data.resolution": 64},
     "weights": {},
     "weights-buckets": BUCKETS,
 }
@@ -225,5 +292,6 @@ def test_whole_runs(short_run, mixed_folder, image_folder, tmp_path, name):
     if config.data.buckets is not None:
         square = dataclasses.replace(config.data, buckets=None)
         assert square != config.data
-        plain = train([*argv, "--data.buckets", "null", "--output-dir", str(tmp_path / "plain")])
+        plain = [*argv, *options({"data.buckets": None, "data.no_upscale": False})]
+        plain = train([*plain, "--output-dir", str(tmp_path / "plain")])
         assert pipeline_bytes(plain) != pipeline_bytes(unbroken)
