@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import yaml
 
 from difftrain_utils.commands.parser import Parser
@@ -127,7 +126,7 @@ def read_file(path: Path) -> dict[str, Any]:
     with blame(str(path), OSError, ValueError, yaml.YAMLError):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
-            return _one_folder(tomllib.loads(text))
+            return _one_folder(_read_toml(text))
         content = _read_json(text) if path.suffix == ".json" else yaml.safe_load(text)
         if not isinstance(content, dict):
             raise ValueError(f"must hold fields, got {content!r:.60}")
@@ -144,6 +143,14 @@ def _read_json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return yaml.safe_load(text)  # which takes a comma after the last field, as SimpleTuner's own examples have it
+
+
+def _read_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise ValueError("to read TOML takes Python 3.11 or later") from None
+    return tomllib.loads(text)
 
 
 def _one_folder(content: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,12 @@ SAMPLES = {  # of flags that take neither a number nor a switch
 }  # fmt: skip
 
 
-EXPECTED_TO_BE_LEFT_OUT = {"network_args", "with_prior_preservation", "debiased_estimation_loss"}
+EXPECTED_TO_BE_LEFT_OUT = {
+    "network_args",
+    "cache_text_encoder_outputs",
+    "with_prior_preservation",
+    "debiased_estimation_loss",
+}
 
 
 def migrated(source: str, *words: str) -> str:

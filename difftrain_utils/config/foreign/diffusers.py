@@ -88,7 +88,7 @@ FLUX_LAYERS += ["attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2
 FLUX_LAYERS += ["ff_context.net.0.proj", "ff_context.net.2"]
 
 INTERPOLATIONS = {name: name for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")}
-CLASS_IMAGES = "class images are not made here; make a folder of them, and give it as one of data.sources"
+CLASS_IMAGES = "difftrain generate makes a folder of class images, to be one of data.sources"
 PRIOR = (
     "not translated: data.sources has both folders, {dataset: instance_data_dir, weight: 1} and {dataset: "
     "class_data_dir, weight: 1, loss_weight: prior_loss_weight}, with train.batch_size twice as large"

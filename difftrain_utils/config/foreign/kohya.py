@@ -131,6 +131,24 @@ CAPTION_FILES = "a caption is in cat.txt beside cat.jpg, or in metadata.jsonl"
 REGULARISATION = "not translated: data.sources has both folders, {dataset: FOLDER, weight: 1, loss_weight: …}"
 NAMED = "the folder is train.output_dir, and files in it have names of their own"
 
+
+def changes_tags(flags: Flags) -> bool:
+    return switch(flags.get("shuffle_caption")) or number(flags.get("caption_tag_dropout_rate", 0)) > 0
+
+
+def if_tags_change(value: Any, flags: Flags) -> Any:
+    """What does nothing there where tags are neither shuffled nor left out, and is refused here."""
+    if not changes_tags(flags):
+        return None
+    return number(value) if str(value).isdigit() else value
+
+
+def cache_text(value: Any, flags: Flags) -> bool:
+    if switch(value) and changes_tags(flags):
+        raise Dropped("captions whose tags are shuffled or left out are other ones each time")
+    return switch(value)
+
+
 KOHYA: Table = {
     # the model
     "pretrained_model_name_or_path": Ours("model.pretrained_model_name_or_path", checkpoint),
@@ -170,9 +188,9 @@ KOHYA: Table = {
     "caption_extention": CAPTION_FILES,
     "caption_prefix": Ours("data.caption_prefix"),
     "caption_suffix": Ours("data.caption_suffix"),
-    "caption_separator": Ours("data.tag_separator"),
+    "caption_separator": Ours("data.tag_separator", if_tags_change),
     "shuffle_caption": Ours("data.shuffle_tags", switch),
-    "keep_tokens": Ours("data.keep_tags", number),
+    "keep_tokens": Ours("data.keep_tags", if_tags_change),
     "caption_tag_dropout_rate": Ours("data.tag_dropout", number),
     "caption_dropout_rate": Ours("data.caption_dropout", number),
     "caption_dropout_every_n_epochs": "data.caption_dropout is a share of the samples",
@@ -192,7 +210,7 @@ KOHYA: Table = {
         lambda value, flags: cache_latents(value, {"center_crop": not switch(flags.get("random_crop"))}),
     ),
     "cache_latents_to_disk": "data.cache_latents is on the disk",
-    "cache_text_encoder_outputs": Ours("data.cache_text", switch),
+    "cache_text_encoder_outputs": Ours("data.cache_text", cache_text),
     "cache_text_encoder_outputs_to_disk": "data.cache_text is on the disk",
     "vae_batch_size": "data.cache_latents has its own",
     "no_half_vae": "train.precision bf16 is safe for the VAE; fp32 for all",
