@@ -398,6 +398,11 @@ num_repeats = 10
         ("--cache_latents --cache_text_encoder_outputs",
          {"data.cache_latents": True, "data.cache_text": True, "model.train_text_encoder": False}),
         ("--loss_type l2 --huber_schedule snr", {"loss.type": "mse", "loss.huber_schedule": None}),
+        ("--loss_type huber", {"loss.type": "huber", "loss.huber_schedule": "snr"}),
+        ("--unet_lr 1e-4 --learning_rate 1e-5",
+         {"optimizer.init_args": {"lr": 1e-4}, "optimizer.groups": {"text_encoders.*": {"lr": 1e-5}}}),
+        ("--unet_lr 1e-4 --network_train_unet_only",
+         {"optimizer.init_args": {"lr": 1e-4}, "optimizer.groups": None}),
     ],
 )  # fmt: skip
 def test_flags_of_kohyas(flags, expected, tmp_path):

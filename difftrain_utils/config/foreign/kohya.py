@@ -92,8 +92,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def kohya_lr(value: Any, flags: Flags) -> float:
-    return float(number(flags.get("unet_lr") if flags.get("unet_lr") is not None else value))
+def kohya_lr(value: Any, flags: Flags) -> dict[str, Any]:
+    """With another one for the UNet, it is still that of the text encoders, if these have none of their own."""
+    rates: dict[str, Any] = {"optimizer.init_args.lr": decimal(flags.get("unet_lr", value))}
+    if "unet_lr" in flags and "text_encoder_lr" not in flags:
+        rates |= kohya_encoder_lr(value, flags) or {}
+    return rates
 
 
 def kohya_encoder_lr(value: Any, flags: Flags) -> dict[str, Any] | None:
@@ -182,7 +186,7 @@ KOHYA: Table = {
     "flip_aug": Ours("data.random_flip", switch),
     "color_aug": "images keep their colours",
     "face_crop_aug_range": "crops are in the middle or at random",
-    "masked_loss": Ours("data.mask_column", lambda value, flags: None),
+    "masked_loss": "data.mask_column is the column of the masks",
     "enable_bucket": Ours("data.buckets", sharing("auto")),
     "bucket_no_upscale": Ours("data.no_upscale", switch),
     "min_bucket_reso": BUCKET_SIZES,
@@ -290,6 +294,7 @@ KOHYA_COMMON = {
     "max_data_loader_n_workers": 8,
     "multires_noise_discount": 0.3,
     "random_crop": False,
+    "huber_schedule": "snr",
     "ema.enabled": False,
 }
 KOHYA_ADAPTERS = KOHYA_COMMON | {"network_dim": 4, "network_alpha": 1, "model.lora.init": "kaiming"}
