@@ -24,7 +24,7 @@ import yaml
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.config.command_line import field_names, parse_config
 from difftrain_utils.config.foreign.sources import SOURCES, Source
-from difftrain_utils.config.foreign.values import PROCESSES, Dropped
+from difftrain_utils.config.foreign.values import NULL, PROCESSES, Dropped
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, blame, one_line
 
@@ -41,7 +41,7 @@ _Dumper.add_representer(
 )
 _Dumper.ignore_aliases = lambda *_: True
 
-UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, SyntaxError)  # of a value
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, SyntaxError)  # what a wrong value raises
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +87,7 @@ def read_command(words: list[str], source: Source) -> tuple[str, dict[str, Any],
     script = Path(words[at]).stem
     if script not in source.defaults:
         raise InputError(f"{words[at]}: no script of {source.title} that is known; there is {known}")
-    first = next((i for i in range(at) if words[i].startswith("-")), at)
+    first = next((i for i in range(at) if words[i].startswith("--")), at)
     launcher, launcher_words = read_flags(words[first:at]), {Path(word).name for word in words[:first]}
     said = [launcher[name] for name in ("num_processes", "nproc_per_node", "nproc-per-node") if name in launcher]
     processes = 1 if not launcher_words & {"accelerate", "torchrun"} else None
@@ -123,7 +123,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read.
     """
-    with blame(str(path), OSError, ValueError, yaml.YAMLError):
+    with blame(str(path), OSError, ImportError, RecursionError, yaml.YAMLError, *UNREADABLE):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             return _one_folder(_read_toml(text))
@@ -221,7 +221,7 @@ def convert(
             raise InputError(f"{name}: cannot read {str(flags[name])!r:.60}: {one_line(error)}") from None
         for field, of_field in (value if isinstance(value, dict) else {entry.field: value}).items():
             if of_field is not None:
-                fields[field] = merged(fields.get(field), of_field)
+                fields[field] = None if of_field is NULL else merged(fields.get(field), of_field)
     return fields, {name: reason for name, reason in left_out.items() if name in given}
 
 

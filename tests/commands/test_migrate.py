@@ -314,6 +314,10 @@ def test_variables_and_what_is_missing_are_named():
         (["diffusers", "--num-processes", "0", of("")], "--num-processes: must be at least 1, got 0"),
         (["mvp", "python x.py"], "difftrain migrate: the MVP's config is a .json or .yaml file, got 'python x.py'"),
         (["mvp", "no/such.yaml"], "no/such.yaml: "),
+        (
+            ["diffusers", of("--timestep_bias_strategy later --timestep_bias_portion 2")],
+            "timestep_bias_strategy: cannot ",
+        ),
         (["other", "x"], "difftrain migrate: argument --from: invalid choice"),
     ],
 )
@@ -399,12 +403,18 @@ num_repeats = 10
         ("--cache_latents --cache_text_encoder_outputs",
          {"data.cache_latents": True, "data.cache_text": True, "model.train_text_encoder": False}),
         ("--loss_type l2 --huber_schedule snr", {"loss.type": "mse", "loss.huber_schedule": None}),
+        ("--loss_type huber", {"loss.type": "huber", "loss.huber_schedule": "snr"}),
+        ("--unet_lr 1e-4 --learning_rate 1e-5",
+         {"optimizer.init_args": {"lr": 1e-4}, "optimizer.groups": {"text_encoders.*": {"lr": 1e-5}}}),
+        ("--unet_lr 1e-4 --network_train_unet_only",
+         {"optimizer.init_args": {"lr": 1e-4}, "optimizer.groups": None}),
     ],
 )  # fmt: skip
 def test_flags_of_kohyas(flags, expected, tmp_path):
     text = migrated("kohya", of(flags, "train_network"))
     fields = fields_of(text)
     assert {name: fields.get(name) for name in expected} == expected
+    assert ("train.max_grad_norm" in fields) is ("max_grad_norm" in flags)  # null there, and 1 where it is not
     accepted(text, tmp_path)
 
 

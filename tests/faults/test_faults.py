@@ -147,6 +147,7 @@ BESIDE = {
     "samples/": (3, "samples/step-000002.png"),
     "validation/": (3, "validation/step-000002.safetensors"),
     "ema_snapshots/": (3, "ema_snapshots/step-000002-0.100.safetensors"),
+    "weights/": (3, "weights/step-000006.safetensors"),
     "profile/": (3, "profile/trace.json.gz"),
     "events.out.tfevents": (12, None),
 }
@@ -155,6 +156,7 @@ BESIDE = {
 def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults):
     """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
     fields = {"train.eval_every": 2, "train.report_to": "tensorboard", "ema.snapshot_every": 2}
+    fields |= {"train.save_weights_every": 6}
     fields |= {"ema.power_sigma_rels": [0.1], "data.validation_split": 0.2, "evaluation.prompts": ["a", "b"]}
     argv = [*short_run, *options(fields), "--evaluation.num_inference_steps", "1"]
     unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])

@@ -72,6 +72,8 @@ def timestep_bias(value: Any, flags: Flags) -> dict[str, Any] | None:
         begin, end = number(flags["timestep_bias_begin"]), number(flags["timestep_bias_end"])
     else:
         begin, end = (1000 - steps, 1000) if value == "later" else (0, steps)
+    if not 0 <= begin <= end <= 1000:
+        raise ValueError("the timesteps are 0 to 1000")
     size = math.gcd(begin, end, 1000)
     weights = [1.0] * (1000 // size)
     weights[begin // size : end // size] = [float(number(flags["timestep_bias_multiplier"]))] * ((end - begin) // size)

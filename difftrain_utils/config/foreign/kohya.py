@@ -16,6 +16,7 @@ from difftrain_utils.config.foreign.values import (
     adam,
     batch_size,
     cache_latents,
+    clipping,
     decimal,
     gamma,
     number,
@@ -91,8 +92,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def kohya_lr(value: Any, flags: Flags) -> float:
-    return float(number(flags.get("unet_lr") if flags.get("unet_lr") is not None else value))
+def kohya_lr(value: Any, flags: Flags) -> dict[str, Any]:
+    """With another one for the UNet, it is still that of the text encoders, if these have none of their own."""
+    rates: dict[str, Any] = {"optimizer.init_args.lr": decimal(flags.get("unet_lr", value))}
+    if "unet_lr" in flags and "text_encoder_lr" not in flags:
+        rates |= kohya_encoder_lr(value, flags) or {}
+    return rates
 
 
 def kohya_encoder_lr(value: Any, flags: Flags) -> dict[str, Any] | None:
@@ -199,7 +204,7 @@ KOHYA: Table = {
     "flip_aug": Ours("data.random_flip", switch),
     "color_aug": "images keep their colours",
     "face_crop_aug_range": "crops are in the middle or at random",
-    "masked_loss": Ours("data.mask_column", lambda value, flags: None),
+    "masked_loss": "data.mask_column is the column of the masks",
     "enable_bucket": Ours("data.buckets", sharing("auto")),
     "bucket_no_upscale": Ours("data.no_upscale", switch),
     "min_bucket_reso": BUCKET_SIZES,
@@ -232,7 +237,7 @@ KOHYA: Table = {
     "fp8_base": "model.lora.quantization int8 or nf4 keeps frozen layers in fewer bits",
     "gradient_checkpointing": Ours("train.gradient_checkpointing", switch),
     "blocks_to_swap": "not here; train.gradient_checkpointing and model.lora.quantization need less memory",
-    "max_grad_norm": Ours("train.max_grad_norm", lambda value, flags: number(value) or None),
+    "max_grad_norm": Ours("train.max_grad_norm", clipping),
     "save_every_n_steps": Ours("train.save_every", number),
     "save_every_n_epochs": EPOCHS,
     "save_last_n_steps": "train.keep_checkpoints is a number of checkpoints",
@@ -307,6 +312,7 @@ KOHYA_COMMON = {
     "max_data_loader_n_workers": 8,
     "multires_noise_discount": 0.3,
     "random_crop": False,
+    "huber_schedule": "snr",
     "ema.enabled": False,
 }
 KOHYA_ADAPTERS = KOHYA_COMMON | {"network_dim": 4, "network_alpha": 1, "model.lora.init": "kaiming"}

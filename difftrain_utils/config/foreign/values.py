@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from difftrain_utils.errors import InputError
 
+NULL = object()  # a field's null, where None leaves its default
 Flags = Mapping[str, Any]  # all that is given, over the source's own defaults; from a command line they are strings
 
 
@@ -70,7 +71,8 @@ def one_of(choices: Mapping[str, Any], reason: str) -> Callable[[Any, Flags], An
 
 class Ours(NamedTuple):
     """A field, or several with commas, and `convert(value, flags)`: its value, or {field: value} of several; None
-    leaves the default. It raises Dropped for a value that has no counterpart, and ValueError for one that is none."""
+    leaves the default, and NULL is null. It raises Dropped for a value that has no counterpart, and ValueError for one
+    that is none."""
 
     field: str
     convert: Callable[[Any, Flags], Any] = as_it_is
@@ -114,7 +116,7 @@ def encoders(name: str) -> Callable[[Any, Flags], dict[str, Any] | None]:
     """Another argument of the optimizer for the text encoders, where they are trained."""
 
     def convert(value: Any, flags: Flags) -> dict[str, Any] | None:
-        if not switch(flags.get("train_text_encoder")):
+        if not switch(flags.get("train_text_encoder")) or "flux" in flags["script"]:
             return None
         return {"optimizer.groups": {"text_encoders.*": {name: float(number(value))}}}
 
@@ -142,6 +144,11 @@ def sharing(name: str) -> Callable[[Any, Flags], str | None]:
 def gamma(value: Any, flags: Flags) -> dict[str, Any] | None:
     """0 is none."""
     return {"loss.weighting": "min_snr", "loss.snr_gamma": float(number(value))} if number(value) else None
+
+
+def clipping(value: Any, flags: Flags) -> Any:
+    """0 is none."""
+    return number(value) or NULL
 
 
 def if_above_0(value: Any, flags: Flags) -> int | float | None:
