@@ -15,7 +15,8 @@ CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
 EMA_SNAPSHOTS, PIPELINE, LORA = "ema_snapshots", "pipeline", "lora"
-LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"  # the first is diffusers' name
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `difftrain export`
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
@@ -25,7 +26,11 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
     LORA: (LORA_FILE, KOHYA_FILE),
-    PIPELINE: ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja"))),
+    PIPELINE: (
+        "model_index.json",
+        SINGLE_FILE,
+        *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")),
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
 from helpers import options, parse_config, short_options, train
 from PIL import Image
 
@@ -200,6 +200,22 @@ def test_each_family_draws_as_its_own_pipeline_does(name, short_run, tmp_path, d
         refused = {"tiny-dit": r"^PROMPT: no class is called 'a'", "tiny-ddpm": "^PROMPT: a DDPMPipeline takes none"}
         with pytest.raises(InputError, match=refused[name]):
             draw(f"builtin:{name}", "a", *settings)
+
+
+def test_a_pipeline_of_no_known_family(checkpoint_folder, tmp_path, draw):
+    StableDiffusionPAGPipeline.from_pretrained(checkpoint_folder).save_pretrained(tmp_path / "pag")
+    settings = ["--steps", 2, "--guidance", 3, "--height", 32]
+    drawn = draw(tmp_path / "pag", "a red circle", *settings)
+    assert drawn == plain(tmp_path / "pag", "a red circle")
+    negative = draw(tmp_path / "pag", "a red circle", *settings, "--negative-prompt", "blue")
+    assert negative == plain(tmp_path / "pag", "a red circle", negative_prompt="blue") != drawn
+
+
+def test_precision_is_that_of_all_weights(run, adapted, draw):
+    exported = draw(run, "a red circle", "--precision", "bf16")
+    assert exported == draw(run, "a red circle", "--weights", "ema", "--precision", "bf16") != draw(run, "a red circle")
+    scaled = draw(adapted, "a red circle", "--precision", "bf16", "--lora-scale", "1")
+    assert scaled == draw(adapted / "checkpoint-3", "a red circle", "--precision", "bf16")
 
 
 @pytest.mark.slow

@@ -151,22 +151,22 @@ def test_dtype_and_default_output(checkpoint_folder, tmp_path, capsys):
     folder = tmp_path / "run/pipeline"
     shutil.copytree(checkpoint_folder, folder)
     main([str(tmp_path / "run"), "--dtype", "fp16"])
-    assert f"{tmp_path}/run/pipeline.safetensors holds " in capsys.readouterr().out
-    with safe_open(tmp_path / "run/pipeline.safetensors", "pt") as file:
+    assert f"{tmp_path}/run/pipeline/single_file.safetensors holds " in capsys.readouterr().out
+    with safe_open(folder / "single_file.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         halves = file.get_tensor("model.diffusion_model.out.2.weight")
     weight = load_file(folder / "unet/diffusion_pytorch_model.safetensors")["conv_out.weight"]
     assert torch.equal(halves, weight.half())
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
-    main([str(folder)])
+    main([str(tmp_path / "run")])
     assert "predicts v_prediction, which is not in the file: other programs have to be told" in capsys.readouterr().err
-    assert load_file(tmp_path / "run/pipeline.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float32
+    assert load_file(folder / "single_file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float32
     tensors = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     tensors["conv_out.weight"][0] = 1e6
     save_file(tensors, folder / "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match=r"^--dtype: fp16 cannot hold the values of model.diffusion_model.out.2.w"):
-        main([str(folder), "--dtype", "fp16"])
+        main([str(tmp_path / "run"), "--dtype", "fp16"])
 
 
 def test_what_has_no_original_layout_is_refused(checkpoint_folder, tmp_path):
@@ -177,8 +177,10 @@ def test_what_has_no_original_layout_is_refused(checkpoint_folder, tmp_path):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"up_blocks.0.resnets.0.extra.weight": torch.ones(1)}, path)
     with pytest.raises(InputError, match=r"^.*pipeline: not the layout of a StableDiffusionPipeline: 'extra'$"):
-        main([str(folder)])
+        main([str(tmp_path)])
     path.unlink()
     with pytest.raises(InputError, match=r"unet: has no .safetensors$"):
+        main([str(tmp_path)])
+    assert not list(tmp_path.glob("**/single_file*"))
+    with pytest.raises(InputError, match=r"^--output: needed, .*pipeline is no run that it could be a part of$"):
         main([str(folder)])
-    assert not (tmp_path / "pipeline.safetensors").exists()
