@@ -16,6 +16,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import map_rows, read_captions
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
+from difftrain_utils.run.source import Source, find_sources
 
 FEW = {"evaluation.num_inference_steps": 2, "evaluation.guidance_scale": 3.0, "optimizer.init_args.lr": 0.01}
 LORA = {"model.lora.rank": 4, "model.lora.alpha": 6, "optimizer.init_args.lr": 0.05, "train.max_steps": 3}
@@ -103,9 +104,13 @@ def test_a_width_is_that_of_posthoc_ema(run, draw, tmp_path):
     posthoc_ema.main([str(run), "--sigma-rel", "0.07", "--output-dir", str(tmp_path / "made")])
     wide = draw(run, "a red circle", "--weights", "0.07")
     assert wide == plain(tmp_path / "made", "a red circle") != draw(run, "a red circle")
+
+
+@pytest.mark.slow
+def test_a_width_ends_at_a_step(run, draw, tmp_path):
     posthoc_ema.main([str(run), "--sigma-rel", "0.07", "--step", "3", "--output-dir", str(tmp_path / "earlier")])
-    earlier = plain(tmp_path / "earlier", "a red circle")
-    assert draw(run, "a red circle", "--weights", "0.07", "--checkpoint", 3) == earlier != wide
+    earlier = draw(run, "a red circle", "--weights", "0.07", "--checkpoint", 3)
+    assert earlier == plain(tmp_path / "earlier", "a red circle") != draw(run, "a red circle", "--weights", "0.07")
 
 
 def test_an_unfinished_run_draws_with_its_newest_intact_checkpoint(run, draw, tmp_path, capsys):
@@ -120,14 +125,15 @@ def test_an_unfinished_run_draws_with_its_newest_intact_checkpoint(run, draw, tm
         draw(unfinished, "a red circle", "--checkpoint", 6)
 
 
-def test_a_run_that_goes_on_is_not_finished(run, draw, tmp_path):
+def test_a_run_that_goes_on_is_not_finished(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
+    assert find_sources(str(longer))[0] == Source("pipeline", f"{longer}/pipeline", longer, 6, "ema")
     manifest = json.loads((longer / "run_manifest.json").read_text())
     del manifest["final"]  # as a resumed run leaves it
     (longer / "run_manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(longer / "checkpoint-6")
-    assert draw(longer, "a red circle") == draw(run, "a red circle", "--checkpoint", 4)
+    folder = longer / "checkpoint-6"
+    assert find_sources(str(longer))[0] == Source("checkpoint", str(folder), folder, 6, "ema")
 
 
 def test_adapters_are_scaled(adapted, checkpoint_folder, draw, draw_all):
@@ -211,6 +217,7 @@ def test_a_pipeline_of_no_known_family(checkpoint_folder, tmp_path, draw):
     assert negative == plain(tmp_path / "pag", "a red circle", negative_prompt="blue") != drawn
 
 
+@pytest.mark.slow
 def test_precision_is_that_of_all_weights(run, adapted, draw):
     exported = draw(run, "a red circle", "--precision", "bf16")
     assert exported == draw(run, "a red circle", "--weights", "ema", "--precision", "bf16") != draw(run, "a red circle")
