@@ -8,7 +8,8 @@ Adapters: a UNet's and those of its text encoders get the names of kohya's scrip
 keep diffusers' names, by which it is loaded there, too; what they are scaled by is in their weights.
 
 A pipeline: its weights get the names that they had before diffusers, and `from_single_file` reads them back. Of Stable
-Diffusion 1, 2, XL and 3 it is the whole pipeline, of Flux.1, Flux.2 klein, Z-Image and Qwen-Image the transformer.
+Diffusion 1, 2, XL and 3 it is the whole pipeline; of Flux.1, Flux.2 klein, Chroma, Lumina-Image 2, Z-Image and
+Qwen-Image it is the transformer.
 """
 
 import argparse

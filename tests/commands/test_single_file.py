@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -31,9 +33,17 @@ from difftrain_utils.errors import InputError
 
 TRANSFORMERS = {
     "flux": FluxTransformer2DModel,
+    "chroma": ChromaTransformer2DModel,
+    "lumina2": Lumina2Transformer2DModel,
     "flux2-klein": Flux2Transformer2DModel,
     "zimage": ZImageTransformer2DModel,
     "qwen-image": QwenImageTransformer2DModel,
+}
+
+WIDTHS = {  # which diffusers' converters have written into them, and those of the tiny ones
+    "flux": {"inner_dim = 3072": "inner_dim = 128"},
+    "chroma": {"inner_dim = 3072": "inner_dim = 128"},
+    "lumina2": {"q_dim = 2304": "q_dim = 96", "k_dim = v_dim = 768": "k_dim = v_dim = 48"},
 }
 
 
@@ -136,13 +146,15 @@ def test_transformers(name, tmp_path, monkeypatch):
     folder = builtin_checkpoint(f"builtin:tiny-{name}")
     main([str(folder), "--output", str(tmp_path / "one.safetensors")])
     transformer = DiffusionPipeline.from_pretrained(folder).transformer
-    if name == "flux":  # whose converter has the width of the real one in it
-        source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-        scope = dict(vars(single_file_utils))
-        exec(source.replace("inner_dim = 3072", "inner_dim = 128"), scope)
-        convert = scope["convert_flux_transformer_checkpoint_to_diffusers"]
-        monkeypatch.setitem(SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"], "checkpoint_mapping_fn", convert)
     cls, path = TRANSFORMERS[name], str(tmp_path / "one.safetensors")
+    if name in WIDTHS:
+        entry = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]
+        scope, source = dict(vars(single_file_utils)), inspect.getsource(entry["checkpoint_mapping_fn"])
+        for width, of_tiny in WIDTHS[name].items():
+            assert width in source
+            source = source.replace(width, of_tiny)
+        exec(source, scope)
+        monkeypatch.setitem(entry, "checkpoint_mapping_fn", scope[entry["checkpoint_mapping_fn"].__name__])
     again = cls.from_single_file(path, config=str(folder), subfolder="transformer", local_files_only=True)
     assert_equal(transformer, again, name)
 
