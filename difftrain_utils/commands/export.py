@@ -2,12 +2,14 @@
 
     difftrain export runs/sdxl-lora
     difftrain export runs/sdxl --output sdxl.safetensors --dtype fp16
+    difftrain export path/to/pipeline --output pipeline.safetensors
 
 Adapters: a UNet's and those of its text encoders get the names of kohya's scripts, and each an `alpha`. A transformer's
 keep diffusers' names, by which it is loaded there, too; what they are scaled by is in their weights.
 
 A pipeline: its weights get the names that they had before diffusers, and `from_single_file` reads them back. Of Stable
-Diffusion 1, 2, XL and 3 it is the whole pipeline, of Flux.1, Flux.2 klein, Z-Image and Qwen-Image the transformer.
+Diffusion 1, 2, XL and 3 it is the whole pipeline; of Flux.1, Flux.2 klein, Chroma, Lumina-Image 2, Z-Image and
+Qwen-Image it is the transformer.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame, some, warn
 from difftrain_utils.files import new_file
-from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE, PIPELINE, read_mapping
+from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE, PIPELINE, SINGLE_FILE, read_mapping
 from difftrain_utils.run.source import INDEX_FILE
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help=f"a new .safetensors; default: RUN/{LORA}/{KOHYA_FILE} of adapters, or RUN/{PIPELINE}.safetensors",
+        help=f"a new .safetensors; default: RUN/{LORA}/{KOHYA_FILE} of adapters, or RUN/{PIPELINE}/{SINGLE_FILE}",
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: as stored")
     args = parser.parse_args(argv)
@@ -46,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     if adapters.is_file():
         default = args.run / LORA / KOHYA_FILE
     elif (pipeline / INDEX_FILE).is_file():
-        default, pipeline_class = Path(f"{pipeline.resolve()}.safetensors"), _class_of(pipeline)
+        default, pipeline_class = pipeline / SINGLE_FILE, _class_of(pipeline)
+        if pipeline is args.run and args.output is None:
+            raise InputError(f"--output: needed, {args.run} is no run that it could be a part of")
     else:
         raise InputError(f"{args.run}: no {LORA}/{LORA_FILE} and no {PIPELINE}/{INDEX_FILE}, as a finished run has")
     output = default if args.output is None else Path(args.output)

@@ -189,15 +189,13 @@ def read_prompts(path: Path) -> list[str]:
 
 def find_output(name: str | None) -> Path:
     """A file that is not there, or a folder that is not there or empty; by default a new generated.png."""
-    if name is None:
-        names = itertools.chain(["generated.png"], (f"generated-{number}.png" for number in itertools.count(2)))
-        return next(path for path in map(Path, names) if not os.path.lexists(path))
-    output = local_path(name)
+    names = itertools.chain(["generated.png"], (f"generated-{number}.png" for number in itertools.count(2)))
+    output = next(path for path in map(Path, names) if not os.path.lexists(path)) if name is None else local_path(name)
     if output.suffix == ".png" and os.path.lexists(output):
         raise InputError(f"--output: {output} is there already")
     if output.suffix not in (".png", ""):
         raise InputError(f"--output: must end in .png or be a folder, got {name!r}")
-    if not name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+    if name == "" or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise InputError(f"--output: {name!r} is not an empty folder")
     above = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not above.is_dir() or not os.access(above, os.W_OK):

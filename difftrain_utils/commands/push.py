@@ -31,6 +31,7 @@ from difftrain_utils.run.run_folder import (
     METRICS_FILE,
     PIPELINE,
     SAMPLES,
+    SINGLE_FILE,
     WRITTEN,
     read_manifest,
     read_mapping,
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 
 # ── What is pushed ───────────────────────────────────────────────────────────────────────────────────────────
 def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]]:
-    """What is to be in the repository, and what of the exported folders is of no run and left out.
+    """What is to be in the repository, and what of the exported folders is left out: what is of no run, and all of it
+    once more as a single file.
 
     Raises:
         InputError: it is no finished run, or a file of it is damaged.
@@ -100,7 +102,7 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
     for folder in folders:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if any(fnmatch(name, pattern) for pattern in WRITTEN[folder.name]):
+            if name != SINGLE_FILE and any(fnmatch(name, pattern) for pattern in WRITTEN[folder.name]):
                 files[name] = _without_origin(path)
             else:
                 left_out.append(f"{folder.name}/{name}")
@@ -156,7 +158,7 @@ def list_files(files: Files, left_out: list[str], repo: str, private: bool) -> N
         print(f"  {readable(size):>9}  {name}")
     print(f"  {readable(sum(sizes.values())):>9}  in {len(files)} files")
     if left_out:
-        print(f"Left out, as they are of no run: {some(left_out)}")
+        print(f"Left out: {some(left_out)}")
 
 
 def readable(size: int) -> str:

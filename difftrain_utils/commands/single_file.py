@@ -203,6 +203,10 @@ def flux_blocks(ff_in: str, ff_out: str) -> list[Rule]:
 
 
 SINGLE = r"single_transformer_blocks\.(\d+)"
+SINGLE_BLOCKS: list[Rule] = [  # of Flux.1 and Chroma
+    *attention(SINGLE, (r"attn\.to_q", r"attn\.to_k", r"attn\.to_v", "proj_mlp"), r"single_blocks.\1.linear1"),
+    (rf"{SINGLE}\.proj_out", r"single_blocks.\1.linear2"),
+]
 FLUX: list[Rule] = [
     *flux_embeddings(
         {
@@ -214,9 +218,17 @@ FLUX: list[Rule] = [
     *flux_blocks(r"net\.0\.proj", r"net\.2"),
     (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
     (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-    *attention(SINGLE, (r"attn\.to_q", r"attn\.to_k", r"attn\.to_v", "proj_mlp"), r"single_blocks.\1.linear1"),
     (rf"{SINGLE}\.norm\.linear", r"single_blocks.\1.modulation.lin"),
-    (rf"{SINGLE}\.proj_out", r"single_blocks.\1.linear2"),
+    *SINGLE_BLOCKS,
+]
+CHROMA: list[Rule] = [
+    *flux_embeddings({}),
+    *flux_blocks(r"net\.0\.proj", r"net\.2"),
+    *SINGLE_BLOCKS,
+    (r"(distilled_guidance_layer\.(?:in|out)_proj)", r"\1"),
+    (r"(distilled_guidance_layer\.layers\.\d+)\.linear_1", r"\1.in_layer"),
+    (r"(distilled_guidance_layer\.layers\.\d+)\.linear_2", r"\1.out_layer"),
+    (r"(distilled_guidance_layer\.norms\.\d+)\.weight", r"\1.scale"),
 ]
 FLUX2: list[Rule] = [
     *flux_embeddings(
@@ -229,6 +241,20 @@ FLUX2: list[Rule] = [
     (r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear", r"\1.lin"),
     (rf"{SINGLE}\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
     (rf"{SINGLE}\.attn\.to_out", r"single_blocks.\1.linear2"),
+]
+LUMINA2: list[Rule] = [
+    (r"time_caption_embed\.caption_embedder\.(.+)", r"cap_embedder.\1"),
+    *mlp(r"time_caption_embed\.timestep_embedder", "t_embedder.mlp"),
+    *attention(r"(.+)\.attn", ("to_q", "to_k", "to_v"), r"\1.attention.qkv"),
+    (r"(.+)\.attn\.to_out\.0", r"\1.attention.out"),
+    (r"(.+)\.attn\.norm_([qk])", r"\1.attention.\2_norm"),
+    (r"(.+)\.feed_forward\.linear_(\d)", r"\1.feed_forward.w\2"),
+    (r"(.+)\.norm1\.linear", r"\1.adaLN_modulation.1"),
+    (r"(.+)\.norm1\.norm", r"\1.attention_norm1"),
+    (r"(.+)\.norm([12])", r"\1.attention_norm\2"),
+    (r"norm_out\.linear_1", "final_layer.adaLN_modulation.1"),
+    (r"norm_out\.linear_2", "final_layer.linear"),
+    (r"((?:x_embedder|.+\.ffn_norm[12])\.\w+)", r"\1"),
 ]
 Z_IMAGE: list[Rule] = [
     *attention(r"(.+)\.attention", ("to_q", "to_k", "to_v"), r"\1.attention.qkv"),
@@ -263,6 +289,8 @@ LAYOUTS: dict[str, Callable[[Part], Tensors]] = {
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "FluxPipeline": partial(transformer_alone, rules=FLUX),
     "Flux2KleinPipeline": partial(transformer_alone, rules=FLUX2),
+    "ChromaPipeline": partial(transformer_alone, rules=CHROMA),
+    "Lumina2Pipeline": partial(transformer_alone, rules=LUMINA2),
     "ZImagePipeline": partial(transformer_alone, rules=Z_IMAGE),
     "QwenImagePipeline": partial(transformer_alone, rules=[(r"(.+)", r"\1")]),
 }

@@ -12,6 +12,8 @@ from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.terminal import progress
 
+MARGIN = 6  # pixels between images
+
 
 @torch.no_grad()
 def generate(
@@ -42,39 +44,40 @@ def generate(
 
 def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
     """All images with their labels underneath, about square; small ones are shown at 128 pixels or more."""
-    scale = max(1, -(-128 // images[0].width))
-    width, height = images[0].width * scale, images[0].height * scale
+    width, height, font, line = _cell(images[0])
     columns = min(len(images), math.ceil(math.sqrt(1.6 * len(images))))  # wider than high
     rows = -(-len(images) // columns)
-    font = ImageFont.load_default(size=max(12, width // 24))
-    margin, line = 6, int(font.size * 1.6)
-    grid = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + line + margin) + margin), "white")
+    grid = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + line + MARGIN) + MARGIN), "white")
     draw = ImageDraw.Draw(grid)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left, top = margin + i % columns * (width + margin), margin + i // columns * (height + line + margin)
+        left, top = MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * (height + line + MARGIN)
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.text((left, top + height + 2), _shorten(label, font, width), fill="black", font=font)
     return grid
 
 
+def _cell(image: Image.Image) -> tuple[int, int, ImageFont.FreeTypeFont, int]:
+    """Width and height that an image is shown at, the font of its label, and the height of a line of that."""
+    scale = max(1, -(-128 // image.width))
+    font = ImageFont.load_default(size=max(12, image.width * scale // 24))
+    return image.width * scale, image.height * scale, font, int(font.size * 1.6)
+
+
 def labelled_table(images: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
     """Rows of images, each below its label, and the columns' labels above all; all images are of one size."""
-    scale = max(1, -(-128 // images[0][0].width))
-    width, height = images[0][0].width * scale, images[0][0].height * scale
-    font = ImageFont.load_default(size=max(12, width // 24))
-    margin, line = 6, int(font.size * 1.6)
-    size = len(columns) * (width + margin) + margin, len(rows) * (line + height + margin) + line + margin
+    width, height, font, line = _cell(images[0][0])
+    size = len(columns) * (width + MARGIN) + MARGIN, len(rows) * (line + height + MARGIN) + line + MARGIN
     table = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(table)
-    lefts = [margin + number * (width + margin) for number in range(len(columns))]
+    lefts = [MARGIN + number * (width + MARGIN) for number in range(len(columns))]
     for left, label in zip(lefts, columns, strict=True):
-        draw.text((left, margin), _shorten(label, font, width), fill="black", font=font)
-    top = margin + line
+        draw.text((left, MARGIN), _shorten(label, font, width), fill="black", font=font)
+    top = MARGIN + line
     for label, row in zip(rows, images, strict=True):
-        draw.text((margin, top), _shorten(label, font, size[0] - 2 * margin), fill="black", font=font)
+        draw.text((MARGIN, top), _shorten(label, font, size[0] - 2 * MARGIN), fill="black", font=font)
         for left, image in zip(lefts, row, strict=True):
             table.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + line))
-        top += line + height + margin
+        top += line + height + MARGIN
     return table
 
 

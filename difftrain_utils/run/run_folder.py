@@ -16,7 +16,8 @@ METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
 SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
 EMA_SNAPSHOTS, WEIGHTS, PIPELINE, LORA = "ema_snapshots", "weights", "pipeline", "lora"
 BEST_FILE = "best.safetensors"  # of WEIGHTS
-LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"  # the first is diffusers' name
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `difftrain export`
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
@@ -27,7 +28,11 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     EMA_SNAPSHOTS: ("step-*.safetensors",),
     WEIGHTS: ("step-*.safetensors", BEST_FILE),
     LORA: (LORA_FILE, KOHYA_FILE),
-    PIPELINE: ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja"))),
+    PIPELINE: (
+        "model_index.json",
+        SINGLE_FILE,
+        *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")),
+    ),
 }
 
 

@@ -78,8 +78,8 @@ def find_sources(
         return [_of_checkpoint(folder, weights)]
     if (folder / CONFIG_FILE).is_file():
         return _of_run(folder, steps, weights, prefer)
-    for option, value in (("--checkpoint", steps), ("--weights", weights)):
-        if value:
+    for option, value in (("--checkpoint", steps or None), ("--weights", weights)):
+        if value is not None:
             raise InputError(f"{option}: goes with a run or a checkpoint, and {name} is none")
     if folder.exists() and not (folder / INDEX_FILE).is_file():
         raise InputError(f"{name}: no run ({CONFIG_FILE}), no checkpoint ({STATE_FILE}), no pipeline ({INDEX_FILE})")
@@ -133,8 +133,7 @@ def exported_by(run: Path, prefer: str = PIPELINE) -> Source | None:
     if not found or not isinstance(final, dict):
         return None
     kind = "lora" if found[0] == LORA else "pipeline"
-    source = Source(kind, str(run / found[0]), run, final.get("global_step"))
-    return Source(kind, source.path, run, source.step, _exported_weights(source))
+    return Source(kind, str(run / found[0]), run, final.get("global_step"), _exported_weights(run))
 
 
 def _of_checkpoint(folder: Path, weights: str | float | None, is_checked: bool = False) -> Source:
@@ -143,13 +142,13 @@ def _of_checkpoint(folder: Path, weights: str | float | None, is_checked: bool =
     step = read_mapping(folder / STATE_FILE).get("global_step")
     if isinstance(weights, float):
         return Source("average", str(folder.parent / EMA_SNAPSHOTS), folder, step, weights)
-    source = Source("checkpoint", str(folder), folder, step, weights)
-    if weights == EMA and _exported_weights(source) == RAW:
+    exported = _exported_weights(folder)
+    if weights == EMA and exported == RAW:
         raise InputError(f"--weights ema: {folder} has none (ema.enabled is false)")
-    return source if weights else Source("checkpoint", str(folder), folder, step, _exported_weights(source))
+    return Source("checkpoint", str(folder), folder, step, weights or exported)
 
 
-def _exported_weights(source: Source) -> str:
-    """Those that a run with this config exports."""
-    ema = source.config.get("ema")
+def _exported_weights(record: Path) -> str:
+    """Those that a run with the config in this folder exports."""
+    ema = read_mapping(record / CONFIG_FILE).get("ema")
     return RAW if isinstance(ema, dict) and ema.get("enabled") is False else EMA

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
 from helpers import options, parse_config, short_options, train
 from PIL import Image
 
@@ -16,6 +16,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import map_rows, read_captions
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
+from difftrain_utils.run.source import Source, find_sources
 
 FEW = {"evaluation.num_inference_steps": 2, "evaluation.guidance_scale": 3.0, "optimizer.init_args.lr": 0.01}
 LORA = {"model.lora.rank": 4, "model.lora.alpha": 6, "optimizer.init_args.lr": 0.05, "train.max_steps": 3}
@@ -111,9 +112,13 @@ def test_a_width_is_that_of_posthoc_ema(run, draw, tmp_path):
     posthoc_ema.main([str(run), "--sigma-rel", "0.07", "--output-dir", str(tmp_path / "made")])
     wide = draw(run, "a red circle", "--weights", "0.07")
     assert wide == plain(tmp_path / "made", "a red circle") != draw(run, "a red circle")
+
+
+@pytest.mark.slow
+def test_a_width_ends_at_a_step(run, draw, tmp_path):
     posthoc_ema.main([str(run), "--sigma-rel", "0.07", "--step", "3", "--output-dir", str(tmp_path / "earlier")])
-    earlier = plain(tmp_path / "earlier", "a red circle")
-    assert draw(run, "a red circle", "--weights", "0.07", "--checkpoint", 3) == earlier != wide
+    earlier = draw(run, "a red circle", "--weights", "0.07", "--checkpoint", 3)
+    assert earlier == plain(tmp_path / "earlier", "a red circle") != draw(run, "a red circle", "--weights", "0.07")
 
 
 def test_an_unfinished_run_draws_with_its_newest_intact_checkpoint(run, draw, tmp_path, capsys):
@@ -128,14 +133,15 @@ def test_an_unfinished_run_draws_with_its_newest_intact_checkpoint(run, draw, tm
         draw(unfinished, "a red circle", "--checkpoint", 6)
 
 
-def test_a_run_that_goes_on_is_not_finished(run, draw, tmp_path):
+def test_a_run_that_goes_on_is_not_finished(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
+    assert find_sources(str(longer))[0] == Source("pipeline", f"{longer}/pipeline", longer, 6, "ema")
     manifest = json.loads((longer / "run_manifest.json").read_text())
     del manifest["final"]  # as a resumed run leaves it
     (longer / "run_manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(longer / "checkpoint-6")
-    assert draw(longer, "a red circle") == draw(run, "a red circle", "--checkpoint", 4)
+    folder = longer / "checkpoint-6"
+    assert find_sources(str(longer))[0] == Source("checkpoint", str(folder), folder, 6, "ema")
 
 
 def test_adapters_are_scaled(adapted, checkpoint_folder, draw, draw_all):
@@ -208,6 +214,23 @@ def test_each_family_draws_as_its_own_pipeline_does(name, short_run, tmp_path, d
         refused = {"tiny-dit": r"^PROMPT: no class is called 'a'", "tiny-ddpm": "^PROMPT: a DDPMPipeline takes none"}
         with pytest.raises(InputError, match=refused[name]):
             draw(f"builtin:{name}", "a", *settings)
+
+
+def test_a_pipeline_of_no_known_family(checkpoint_folder, tmp_path, draw):
+    StableDiffusionPAGPipeline.from_pretrained(checkpoint_folder).save_pretrained(tmp_path / "pag")
+    settings = ["--steps", 2, "--guidance", 3, "--height", 32]
+    drawn = draw(tmp_path / "pag", "a red circle", *settings)
+    assert drawn == plain(tmp_path / "pag", "a red circle")
+    negative = draw(tmp_path / "pag", "a red circle", *settings, "--negative-prompt", "blue")
+    assert negative == plain(tmp_path / "pag", "a red circle", negative_prompt="blue") != drawn
+
+
+@pytest.mark.slow
+def test_precision_is_that_of_all_weights(run, adapted, draw):
+    exported = draw(run, "a red circle", "--precision", "bf16")
+    assert exported == draw(run, "a red circle", "--weights", "ema", "--precision", "bf16") != draw(run, "a red circle")
+    scaled = draw(adapted, "a red circle", "--precision", "bf16", "--lora-scale", "1")
+    assert scaled == draw(adapted / "checkpoint-3", "a red circle", "--precision", "bf16")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from helpers import options, short_options, train
 
+from difftrain_utils.commands import export
 from difftrain_utils.commands.push import main
 from difftrain_utils.errors import InputError, RunError
 
@@ -110,12 +111,16 @@ def run(checkpoint_folder, image_folder, tmp_path_factory) -> Path:
 
 def test_what_was_listed_arrives(run, hub, capsys):
     (run / "pipeline/notes.doc").write_text("mine")
+    export.main([str(run)])
     main([str(run), "me/shapes", "--yes", "--license", "apache-2.0"])
     (run / "pipeline/notes.doc").unlink()
+    (run / "pipeline/single_file.safetensors").unlink()
     out = capsys.readouterr().out
     listed = re.findall(r"^ +[\d.]+ k?M?B  (\S+)$", out, re.MULTILINE)
     assert sorted(listed) == sorted(hub.got) and "To me/shapes, public:" in out
-    assert "Left out, as they are of no run: pipeline/notes.doc" in out and out.endswith("/me/shapes/commit/1\n")
+    assert "Left out: pipeline/notes.doc, pipeline/single_file.safetensors\n" in out and out.endswith(
+        "/me/shapes/commit/1\n"
+    )
     pipeline = {path.relative_to(run / "pipeline").as_posix(): path for path in (run / "pipeline").rglob("*.*")}
     assert pipeline.keys() | {"README.md", "config.yaml", "samples.png"} == hub.got.keys()
     for name, path in pipeline.items():

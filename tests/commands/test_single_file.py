@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -31,9 +33,17 @@ from difftrain_utils.errors import InputError
 
 TRANSFORMERS = {
     "flux": FluxTransformer2DModel,
+    "chroma": ChromaTransformer2DModel,
+    "lumina2": Lumina2Transformer2DModel,
     "flux2-klein": Flux2Transformer2DModel,
     "zimage": ZImageTransformer2DModel,
     "qwen-image": QwenImageTransformer2DModel,
+}
+
+WIDTHS = {  # which diffusers' converters have written into them, and those of the tiny ones
+    "flux": {"inner_dim = 3072": "inner_dim = 128"},
+    "chroma": {"inner_dim = 3072": "inner_dim = 128"},
+    "lumina2": {"q_dim = 2304": "q_dim = 96", "k_dim = v_dim = 768": "k_dim = v_dim = 48"},
 }
 
 
@@ -136,13 +146,15 @@ def test_transformers(name, tmp_path, monkeypatch):
     folder = builtin_checkpoint(f"builtin:tiny-{name}")
     main([str(folder), "--output", str(tmp_path / "one.safetensors")])
     transformer = DiffusionPipeline.from_pretrained(folder).transformer
-    if name == "flux":  # whose converter has the width of the real one in it
-        source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-        scope = dict(vars(single_file_utils))
-        exec(source.replace("inner_dim = 3072", "inner_dim = 128"), scope)
-        convert = scope["convert_flux_transformer_checkpoint_to_diffusers"]
-        monkeypatch.setitem(SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"], "checkpoint_mapping_fn", convert)
     cls, path = TRANSFORMERS[name], str(tmp_path / "one.safetensors")
+    if name in WIDTHS:
+        entry = SINGLE_FILE_LOADABLE_CLASSES[cls.__name__]
+        scope, source = dict(vars(single_file_utils)), inspect.getsource(entry["checkpoint_mapping_fn"])
+        for width, of_tiny in WIDTHS[name].items():
+            assert width in source
+            source = source.replace(width, of_tiny)
+        exec(source, scope)
+        monkeypatch.setitem(entry, "checkpoint_mapping_fn", scope[entry["checkpoint_mapping_fn"].__name__])
     again = cls.from_single_file(path, config=str(folder), subfolder="transformer", local_files_only=True)
     assert_equal(transformer, again, name)
 
@@ -151,22 +163,22 @@ def test_dtype_and_default_output(checkpoint_folder, tmp_path, capsys):
     folder = tmp_path / "run/pipeline"
     shutil.copytree(checkpoint_folder, folder)
     main([str(tmp_path / "run"), "--dtype", "fp16"])
-    assert f"{tmp_path}/run/pipeline.safetensors holds " in capsys.readouterr().out
-    with safe_open(tmp_path / "run/pipeline.safetensors", "pt") as file:
+    assert f"{tmp_path}/run/pipeline/single_file.safetensors holds " in capsys.readouterr().out
+    with safe_open(folder / "single_file.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         halves = file.get_tensor("model.diffusion_model.out.2.weight")
     weight = load_file(folder / "unet/diffusion_pytorch_model.safetensors")["conv_out.weight"]
     assert torch.equal(halves, weight.half())
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
-    main([str(folder)])
+    main([str(tmp_path / "run")])
     assert "predicts v_prediction, which is not in the file: other programs have to be told" in capsys.readouterr().err
-    assert load_file(tmp_path / "run/pipeline.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float32
+    assert load_file(folder / "single_file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float32
     tensors = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     tensors["conv_out.weight"][0] = 1e6
     save_file(tensors, folder / "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match=r"^--dtype: fp16 cannot hold the values of model.diffusion_model.out.2.w"):
-        main([str(folder), "--dtype", "fp16"])
+        main([str(tmp_path / "run"), "--dtype", "fp16"])
 
 
 def test_what_has_no_original_layout_is_refused(checkpoint_folder, tmp_path):
@@ -177,8 +189,10 @@ def test_what_has_no_original_layout_is_refused(checkpoint_folder, tmp_path):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"up_blocks.0.resnets.0.extra.weight": torch.ones(1)}, path)
     with pytest.raises(InputError, match=r"^.*pipeline: not the layout of a StableDiffusionPipeline: 'extra'$"):
-        main([str(folder)])
+        main([str(tmp_path)])
     path.unlink()
     with pytest.raises(InputError, match=r"unet: has no .safetensors$"):
+        main([str(tmp_path)])
+    assert not list(tmp_path.glob("**/single_file*"))
+    with pytest.raises(InputError, match=r"^--output: needed, .*pipeline is no run that it could be a part of$"):
         main([str(folder)])
-    assert not (tmp_path / "pipeline.safetensors").exists()
