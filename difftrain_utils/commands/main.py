@@ -17,6 +17,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "reproduce": "run a run again, and say whether it comes out the same",
     "export": "write a run's adapters with the names that other programs know",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
+    "caption": "write captions for the photos of a folder by a model",
     "draw-shapes": "write the built-in data set as a folder of images",
 }
 
