@@ -1,7 +1,7 @@
 """Write captions for the photos of a folder that have none, by a model of transformers that says what is in an image.
 
     difftrain caption path/to/photos --model Salesforce/blip-image-captioning-large
-    difftrain caption path/to/photos --model Qwen/Qwen2.5-VL-3B-Instruct --prompt "Describe the photo in one sentence."
+    difftrain caption path/to/photos --model llava-hf/llava-1.5-7b-hf --prompt "Describe the photo in one sentence."
 
 Beside `cat.jpg` it writes `cat.txt`, whole or not at all, so that what was stopped goes on where it was. The likeliest
 next token is taken each time: the same model says the same of an image again, on the same machine with --batch-size 1.

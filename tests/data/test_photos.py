@@ -170,6 +170,17 @@ class TestDefaultCaption:
         rows = open_stream(config, 0) if streaming else map_rows(config)
         assert [rows[i].captions for i in range(3)] == ["", ["a", "b"], ""]
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_data_without_captions(self, tmp_path, streaming):
+        """But a column that was asked for has to be there."""
+        make_data([Image.new("RGB", (20, 16))], [""]).remove_columns("text").to_parquet(tmp_path / "train.parquet")
+        config = DataConfig(str(tmp_path), default_caption="a photo", streaming=streaming, shuffle_buffer=1)
+        rows = open_stream(config, 0) if streaming else map_rows(config)
+        assert rows[0].captions == "a photo"
+        config.caption_column = "caption"
+        with pytest.raises(InputError, match=r"^data.caption_column: no column 'caption' in .*; it has image$"):
+            open_stream(config, 0) if streaming else map_rows(config)
+
     def test_each_source_has_its_own(self, config):
         (Path(config.dataset) / "cat.txt").unlink()
         sources = [SourceConfig(config.dataset, default_caption=caption) for caption in ("one", "two")]
