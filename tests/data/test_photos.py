@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import (
+    assert_one_line,
     data_of,
     last_wins,
     make_data,
@@ -354,6 +355,13 @@ def test_a_run_resumes_and_splits_exactly(photo_run, short_run, tmp_path):
     ]
     whole, split = ([entry["loss"] for entry in metrics_without_times(run)] for run in runs)
     assert whole == pytest.approx(split, rel=1e-5)
+
+
+def test_a_run_without_captions_stops_before_anything_is_written(short_run, config, tmp_path, capsys):
+    (Path(config.dataset) / "cat.txt").unlink()
+    argv = [*short_run, "--data.dataset", config.dataset]
+    assert_one_line(argv, r"data.dataset: .*/cat.JPG has no caption \(1 of 3 images have none\): write cat.txt", capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_masks_and_white_masks_in_a_run(photo_run, tmp_path):
