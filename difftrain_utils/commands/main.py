@@ -14,17 +14,18 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, one_line_errors
 
 COMMANDS = {  # each is the function `main` of the module of that name
-    "init": "copy the training scripts and configs into a folder, to use and to change",
-    "train": "start the training script on all GPUs of this machine, or on its CPU",
+    "init": "copy the training scripts and configs into a folder",
+    "migrate": "translate what another trainer was told into a config",
+    "caption": "write captions for a folder of photos, by a model",
+    "check-data": "find all that is wrong with the data of a config",
     "validate-config": "check a config, its model and its data without training",
-    "check-data": "find all that is wrong with the images and captions of a config",
-    "compare": "compare runs: their results, whether one won, and whether that is fair",
-    "reproduce": "run a run again, and say whether it comes out the same",
+    "train": "start the training script on the GPUs of this machine, or CPU",
     "generate": "draw with a run, a checkpoint of it or any pipeline",
-    "export": "write what a run has learned as one file for other programs",
-    "push": "upload what a run exported, with a model card, to the Hugging Face hub",
+    "compare": "compare runs: whether one won, and whether that is fair",
+    "reproduce": "run a run again, and say whether it comes out the same",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
-    "migrate": "translate a command line or config of diffusers, kohya or SimpleTuner",
+    "export": "write what a run has learned as one file for other programs",
+    "push": "upload what a run has learned to the hub, with a model card",
     "draw-shapes": "write the built-in data set as a folder of images",
 }
 TAKE_CONFIG = ("train", "validate-config", "check-data")

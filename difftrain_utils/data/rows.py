@@ -272,9 +272,9 @@ def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
 def join_captions(values: list[Any], source: SourceConfig) -> Any:
     """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
     caption if there are none."""
-    captions = values[0]
-    if len(values) > 1:
-        captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+    captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+    if len(values) == 1:
+        captions = values[0]
     return source.default_caption if captions in (None, []) and source.default_caption is not None else captions
 
 

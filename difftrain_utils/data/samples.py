@@ -88,7 +88,7 @@ class Samples(torch.utils.data.Dataset):
             crop = crop_of(image, size, across, down, flip)
             sample["pixel_values"] = resize_and_crop(image, crop, self.config, flip)
             sample["sizes"] = torch.tensor(crop.sizes)
-            if self.rows.has_masks:
+            if self.rows.has_masks and self.latents is None:
                 mask = read_mask(self.rows[row], image)
                 sample["mask"] = resize_and_crop_mask(mask, crop, self.config, flip)
         if self.latents is not None:

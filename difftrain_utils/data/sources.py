@@ -158,17 +158,17 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[SourceConfig]:
     folders = {} if photos is None else repeats_of(photos)
     if not folders:
         return [source]
-    images = {path: n * count_images(path) for path, (n, _) in folders.items()}
-    if source.weight is None and field.startswith("data.sources"):
+    weights = {path: n * count_images(path) for path, (n, _) in folders.items()}
+    if source.weight is not None:
+        weights = {path: source.weight * count / sum(weights.values()) for path, count in weights.items()}
+    elif field.startswith("data.sources"):
         if any(n > 1 for n, _ in folders.values()):
             raise InputError(
                 f"{field}.weight: needed, because {photos} has folders of images to repeat (of all sources or none)"
             )
-        images = dict.fromkeys(images)
-    elif source.weight is not None:
-        images = {path: source.weight * count / sum(images.values()) for path, count in images.items()}
+        weights = dict.fromkeys(weights)
     return [
-        dataclasses.replace(source, dataset=str(path), split="train", weight=images[path], default_caption=words)
+        dataclasses.replace(source, dataset=str(path), split="train", weight=weights[path], default_caption=words)
         for path, (_, words) in folders.items()
     ]
 
@@ -194,7 +194,9 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
     name, columns = source.dataset, data.column_names
     of_images = [(getattr(source, name), name) for name in ("image_column", "mask_column") if getattr(source, name)]
     for column, asked_by in (*of_images, *((c, "caption_column") for c in caption_columns(source))):
-        if find_column(data, column) is None:
+        # what nobody has asked for need not be there if there is another caption for all
+        has_default = column == SourceConfig.caption_column and source.default_caption is not None
+        if find_column(data, column) is None and not (asked_by == "caption_column" and has_default):
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
@@ -212,7 +214,7 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
 def used_columns(data, source: SourceConfig):
     """A data set of the images and masks, undecoded, and the captions: other columns would be read with each row."""
     of_images = [column for column in (source.image_column, source.mask_column) if column]
-    used = dict.fromkeys([*of_images, *(find_column(data, c)[0] for c in caption_columns(source))])
+    used = dict.fromkeys([*of_images, *(path[0] for path, _ in caption_features(data, source))])
     data = data.select_columns(list(used))
     for column in of_images:
         data = data.cast_column(column, datasets.Image(decode=False))
@@ -232,10 +234,10 @@ def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
 
 
 def caption_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
-    """The path to each caption column (`find_column`), and what `datasets` says that it holds."""
+    """The path to each caption column that is there (`find_column`), and what `datasets` says that it holds."""
     found = []
-    for column in caption_columns(source):
-        path, feature = find_column(data, column), data.features
+    for path in filter(None, (find_column(data, column) for column in caption_columns(source))):
+        feature = data.features
         for part in path:
             feature = feature[part]
         found.append((path, feature))

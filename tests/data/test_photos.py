@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import (
+    assert_one_line,
     data_of,
     last_wins,
     make_data,
@@ -169,6 +170,17 @@ class TestDefaultCaption:
         config = DataConfig(str(tmp_path), default_caption="", streaming=streaming, shuffle_buffer=1)
         rows = open_stream(config, 0) if streaming else map_rows(config)
         assert [rows[i].captions for i in range(3)] == ["", ["a", "b"], ""]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_data_without_captions(self, tmp_path, streaming):
+        """But a column that was asked for has to be there."""
+        make_data([Image.new("RGB", (20, 16))], [""]).remove_columns("text").to_parquet(tmp_path / "train.parquet")
+        config = DataConfig(str(tmp_path), default_caption="a photo", streaming=streaming, shuffle_buffer=1)
+        rows = open_stream(config, 0) if streaming else map_rows(config)
+        assert rows[0].captions == "a photo"
+        config.caption_column = "caption"
+        with pytest.raises(InputError, match=r"^data.caption_column: no column 'caption' in .*; it has image$"):
+            open_stream(config, 0) if streaming else map_rows(config)
 
     def test_each_source_has_its_own(self, config):
         (Path(config.dataset) / "cat.txt").unlink()
@@ -343,6 +355,13 @@ def test_a_run_resumes_and_splits_exactly(photo_run, short_run, tmp_path):
     ]
     whole, split = ([entry["loss"] for entry in metrics_without_times(run)] for run in runs)
     assert whole == pytest.approx(split, rel=1e-5)
+
+
+def test_a_run_without_captions_stops_before_anything_is_written(short_run, config, tmp_path, capsys):
+    (Path(config.dataset) / "cat.txt").unlink()
+    argv = [*short_run, "--data.dataset", config.dataset]
+    assert_one_line(argv, r"data.dataset: .*/cat.JPG has no caption \(1 of 3 images have none\): write cat.txt", capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_masks_and_white_masks_in_a_run(photo_run, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -5,14 +6,14 @@ from pathlib import Path
 import pytest
 from helpers import metrics_without_times, parse_config, pipeline_bytes, train
 
-from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import DIGESTS_FILE, replace_folder, sha256sums
 from difftrain_utils.keyed_random import STREAM_VERSION
-from difftrain_utils.run.checkpoints import delete_run, find_checkpoint, set_damaged_aside
+from difftrain_utils.run.checkpoints import _without_places, delete_run, find_checkpoint, set_damaged_aside
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -267,3 +268,10 @@ def test_a_folder_is_replaced_whole(tmp_path):
     replace_folder(tmp_path / "pipeline.partial", tmp_path / "pipeline")
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
     assert [path.name for path in (tmp_path / "pipeline").iterdir()] == ["new"]
+
+
+def test_sources_are_the_same_in_another_place_and_without_fields_that_came_later():
+    older = {"dataset": "a", "split": "train", "caption_column": "text", "weight": 1.0}
+    now = dataclasses.asdict(SourceConfig("b", weight=1.0))
+    assert _without_places([older]) == _without_places([now])
+    assert _without_places([older]) != _without_places([now | {"mask_column": "mask"}])
