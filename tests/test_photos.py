@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blip import make_blip
 from helpers import ROOT, last_wins, options, train
 from PIL import Image
 
@@ -58,7 +59,7 @@ def run(command: str) -> None:
         assert main.run([name, *argv]) in (None, 0)
 
 
-def test_each_command_of_the_page_runs(photos, blip, capsys, monkeypatch):
+def test_each_command_of_the_page_runs(photos, tmp_path, capsys, monkeypatch):
     executed = []
     monkeypatch.setattr(train_command.os, "execv", lambda program, argv: executed.append(argv))
     assert [command.split()[0] for command in COMMANDS[:2]] == ["git", "pip"]  # which are for the reader's machine
@@ -72,7 +73,7 @@ def test_each_command_of_the_page_runs(photos, blip, capsys, monkeypatch):
     assert Image.open("generated.png").width > Image.open("generated.png").height
     assert (photos / "table.png").is_file() and (photos / "runs/photos/lora/kohya.safetensors").is_file()
 
-    run(caption.replace("Salesforce/blip-image-captioning-base", str(blip)))
+    run(caption.replace("Salesforce/blip-image-captioning-base", str(make_blip(tmp_path / "blip"))))
     captions = sorted((photos / "photos").glob("*.txt"))
     assert len(captions) == 6 and all(path.read_text().startswith("a photo of sks dog, ") for path in captions)
 

@@ -145,7 +145,7 @@ def load_model(name: str, prompt: str | None, max_new_tokens: int) -> Callable[[
     @torch.no_grad()
     def describe(images: list["Image.Image"]) -> list[str]:
         inputs = inputs_of(images).to(device, model.dtype)
-        with blame(f"--model {name}", ValueError, TypeError):  # it cannot do with these inputs
+        with blame(f"--model {name}", ValueError, TypeError, IndexError):  # it cannot do with these inputs
             tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(tokens[:, : asked.shape[1]], asked):  # a chat comes back with the answer

@@ -5,14 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from blip import SIDES, SIZES, VISION, WORDS, make_blip, tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertTokenizerFast,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessorPil,
-    BlipProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
@@ -26,33 +22,10 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "<image>"]
-WORDS += ["describe", "this", "image", "in", "one", "sentence", ".", "big", "red", "circle"]
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION = SIZES | {"image_size": 16, "patch_size": 8, "initializer_range": 1.0}
-SIDES = {"height": 16, "width": 16}
-
-
-def tokenizer() -> BertTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    return BertTokenizerFast(vocab=vocabulary, extra_special_tokens=["[DEC]", "<image>"])
-
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "blip"
-    text = {
-        "vocab_size": len(WORDS),
-        "encoder_hidden_size": 16,
-        "max_position_embeddings": 32,
-        "initializer_range": 1.0,
-    }
-    text |= {"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0, "is_decoder": True}
-    torch.manual_seed(0)
-    config = BlipConfig(text_config=SIZES | text, vision_config=VISION, projection_dim=8, image_text_hidden_size=8)
-    BlipForConditionalGeneration(config).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessorPil(size=SIDES), tokenizer()).save_pretrained(folder)
-    return folder
+    return make_blip(tmp_path_factory.mktemp("models") / "blip")
 
 
 @pytest.fixture(scope="module")
