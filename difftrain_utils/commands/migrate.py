@@ -192,7 +192,7 @@ def translate(source: Source, script: str, given: dict[str, Any], processes: int
     lines = [f"Translated from {origin} by difftrain migrate; to start it:"]
     lines.append(f"    accelerate launch --num_processes {processes or 1} train_text_to_image.py --config THIS_FILE")
     for title, entries in comments.items():
-        lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
+        lines += [f"{title}:", *(f"  {' '.join(entry.split())}" for entry in entries)] if entries else []
     return "".join(f"# {line}\n" for line in lines) + text
 
 
@@ -218,6 +218,9 @@ def convert(
             left_out[name] = str(reason)
             continue
         except UNREADABLE as error:
+            if "$" in str(flags[name]):
+                left_out[name] = f"{flags[name]}: the value of the variable is needed"
+                continue
             raise InputError(f"{name}: cannot read {str(flags[name])!r:.60}: {one_line(error)}") from None
         for field, of_field in (value if isinstance(value, dict) else {entry.field: value}).items():
             if of_field is not None:

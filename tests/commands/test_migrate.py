@@ -291,6 +291,13 @@ def test_variables_and_what_is_missing_are_named():
     ]
 
 
+def test_a_comment_stays_one_whatever_is_quoted():
+    text = migrated("diffusers", of("--output_dir '$A\ntrain: {seed: 3}' '--b\nc' --resolution $SIDE"))
+    assert "train.seed" not in fields_of(text) and "b c" not in yaml.safe_load(text)
+    assert "--resolution: $SIDE: the value of the variable is needed" in comments_of(text)
+    assert "$A train: {seed: 3}: the value of the variable" in comments_of(text)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
