@@ -50,11 +50,13 @@ class Settings:
 
 @dataclass
 class Loaded:
-    """A pipeline and its family; of a run's checkpoints and averages also what they are weights of (`use`)."""
+    """A pipeline and its family; of a run's checkpoints and averages also what they are weights of, and whose weights
+    these are now (`use`)."""
 
     family: DiffusersFamily
     pipeline: DiffusionPipeline
     models: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
+    source: Source | None = None
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -104,11 +106,13 @@ def load(source: Source, config: TextToImageConfig | None, device: torch.device,
         if isinstance(part, torch.nn.Module):
             move_part(part.eval(), device, dtype)
     loaded.pipeline.set_progress_bar_config(disable=True)
+    if loaded.models:
+        use(loaded, source, config)
     return loaded
 
 
 def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
-    """What a run was trained from, as it was: with its adapters, if it has any, but no weights of a checkpoint yet."""
+    """What a run was trained from, as it was; with its exported adapters, or to be given weights that it has saved."""
     for field, package in config.needed_packages().items():
         if field == "model.lora" and importlib.util.find_spec(package) is None:
             raise InputError(f"{field}: {not_installed(package)}")
@@ -147,7 +151,9 @@ def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
     Raises:
         InputError: it is none of these models, or has not the weights that are asked for.
     """
-    denoiser, folder = loaded.models["denoiser"], Path(source.path)
+    if source == loaded.source:
+        return
+    loaded.source, denoiser, folder = source, loaded.models["denoiser"], Path(source.path)
     models = [model for name in ("denoiser", "text_encoders") if (model := loaded.models.get(name)) is not None]
     if source.kind == "average":
         average = average_of_width(folder.parent, source.weights, source.step, ("--weights", "--checkpoint"))
@@ -230,13 +236,13 @@ def draw_all(
 ) -> Iterator[tuple[Any, Image.Image]]:
     """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image; those of one source, and of one scale, one
     after the other."""
-    source = scale = None
+    scale = None
     for picture in tqdm(pictures, unit="picture", leave=False, disable=None):
-        if loaded.models and picture.source != source:
+        if loaded.models:
             use(loaded, picture.source, config)
         if picture.scale != scale:
             scale_adapters(loaded.pipeline, picture.scale)
-        source, scale = picture.source, picture.scale
+            scale = picture.scale
         yield picture, draw(loaded, picture.prompt, picture.seed, settings)
 
 
