@@ -179,7 +179,7 @@ def cut(path: Path, size: int) -> None:
 
 
 DATA = {
-    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "data.dataset: .* has no metadata.jsonl"),
+    "no metadata": (lambda d: (d / "metadata.jsonl").unlink(), "data.dataset: .*/000000.png has no caption"),
     "empty metadata": (lambda d: (d / "metadata.jsonl").write_text(""), ".*metadata.jsonl: has no line; it needs one"),
     "outside": (
         lambda d: first_line(d, file_name="../x.png"),

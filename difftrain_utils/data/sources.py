@@ -133,18 +133,24 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
         InputError: the folder has no images and nothing else that could be read, or no such split.
     """
     folder = local_path(source.dataset)
-    if not folder.is_dir() or find_metadata(source) or any(map(Path.exists, map(folder.joinpath, SAVED))):
+    if not os.path.isdir(folder):
         return None
-    if any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
-        return None
-    if count_images(folder) == 0:
-        raise InputError(
-            f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, and no "
-            f"images: {', '.join(IMAGE_ENDINGS)})"
-        )
-    if source.split != "train" and not (folder / source.split).is_dir():
-        raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
-    return folder / source.split if (folder / source.split).is_dir() else folder
+    with blame(cannot_load(field, source), OSError, ValueError):  # such as a name of a split that none can have
+        if find_metadata(source) or any((folder / name).exists() for name in SAVED):
+            return None
+        if any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
+            return None
+        of_split = folder / source.split
+        if of_split.is_dir():
+            folder = of_split
+        elif source.split != "train":
+            raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
+        if count_images(folder) == 0:
+            raise InputError(
+                f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, "
+                f"and no images: {', '.join(IMAGE_ENDINGS)})"
+            )
+    return folder
 
 
 def split_by_repeats(field: str, source: SourceConfig) -> list[SourceConfig]:
@@ -184,8 +190,8 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
     default = field_of(field, "default_caption")
     raise InputError(
         f"{field_of(field, 'dataset')}: {image} has no caption ({len(missing)} of {len(data)} images have none): write "
-        f'{image.stem}.txt beside it, or take --{default} "a photo of …" for all, or let difftrain caption '
-        f"{source.dataset} --model … write them"
+        f'{image.stem}.txt beside it or a metadata.jsonl, or take --{default} "a photo of …" for all, or let difftrain '
+        f"caption {source.dataset} --model … write them"
     )
 
 

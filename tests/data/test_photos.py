@@ -117,9 +117,10 @@ def test_a_split_is_a_folder_of_its_name(tmp_path):
     assert captions_of(config) == ["a"]
     config.split = "test"
     assert captions_of(config) == ["b"]
-    config.split = "other"
-    with pytest.raises(InputError, match=r"^data.split: no folder 'other' in "):
-        map_rows(config)
+    for split, message in (("other", "data.split: no folder 'other' in "), ("a" * 300, "data.dataset: cannot load ")):
+        config.split = split
+        with pytest.raises(InputError, match=f"^{message}"):
+            map_rows(config)
 
 
 def test_each_change_of_a_caption_is_another_fingerprint(config):
@@ -245,9 +246,9 @@ class TestRefused:
             map_rows(config)
         folder = re.escape(config.dataset)
         assert re.fullmatch(
-            rf"data.dataset: {folder}/cat.JPG has no caption \(2 of 3 images have none\): write cat.txt beside it, or "
-            rf'take --data.default_caption "a photo of …" for all, or let difftrain caption {folder} --model … write '
-            r"them",
+            rf"data.dataset: {folder}/cat.JPG has no caption \(2 of 3 images have none\): write cat.txt beside it or a "
+            r'metadata.jsonl, or take --data.default_caption "a photo of …" for all, or let difftrain caption '
+            rf"{folder} --model … write them",
             str(error.value),
         )
         with pytest.raises(
