@@ -332,6 +332,7 @@ def photo_run(short_run, image_folder, tmp_path) -> list[str]:
         "data.shuffle_tags": True,
         "data.keep_tags": 1,
         "data.tag_dropout": 0.3,
+        "train.max_steps": 4,
         "data.center_crop": True,
         "data.cache_dir": tmp_path / "cache",
     }
