@@ -28,7 +28,7 @@ SD15 = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_l
 def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_sigma=True, evaluation=None, **fields):
     """As for Stable Diffusion, whose pipeline asks for `init_noise_sigma`, unless it is said otherwise."""
     config = TextToImageConfig(
-        ModelConfig("m", prediction_type=prediction_type), DataConfig("d", resolution=resolution), SchedulerConfig()
+        ModelConfig("m", prediction_type=prediction_type), DataConfig("d", resolution=resolution)
     )
     config.scheduler, config.evaluation = SchedulerConfig(**fields), evaluation or EvaluationConfig()
     return build_schedule(type(checkpoint), checkpoint.config, config, has_init_noise_sigma)

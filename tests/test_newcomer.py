@@ -51,6 +51,8 @@ def run(command: str) -> None:
     )
     program, name, *argv = shlex.split(command)
     assert program == "difftrain"
+    if name == "generate":
+        argv += ["--steps", "2"]
     if name in main.TAKE_CONFIG:
         argv = last_wins([*argv, *options(SMALL)])
     if name == "train":
