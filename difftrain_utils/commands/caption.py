@@ -8,7 +8,6 @@ next token is taken each time: the same model says the same of an image again, o
 Exit code 2 if there is an image that cannot be read, or of which nothing was said.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ WIDTH = 80  # of the progress bar
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="difftrain caption", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", type=local_path, help="of photos, also in folders within it")
     parser.add_argument("--model", required=True, metavar="NAME", help="a folder, or a name on the hub")
     how = f"what a chat model is asked (default: {QUESTION}), or how the captions of others begin"

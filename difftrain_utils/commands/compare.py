@@ -600,7 +600,7 @@ def last_sample(run: Run) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain compare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain compare", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
     parser.add_argument("--baseline", metavar="NAME", help="setting, or run of it, that others are compared with")

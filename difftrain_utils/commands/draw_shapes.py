@@ -16,7 +16,7 @@ from difftrain_utils.files import write_file
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain draw-shapes", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain draw-shapes", description=__doc__)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--image-size", type=int, default=32)

@@ -98,7 +98,8 @@ def load(source: Source, config: TextToImageConfig | None, device: torch.device,
     if config is None:
         family = describe_family(source.path)
         with blame(source.path, *LOAD_ERRORS, ImportError):
-            pipeline = DiffusionPipeline.from_pretrained(source.path, torch_dtype=dtype)
+            rounded = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+            pipeline = DiffusionPipeline.from_pretrained(source.path, **rounded)
         loaded = Loaded(family, pipeline)
     else:
         loaded = _load_run(source, config)

@@ -12,7 +12,6 @@ Diffusion 1, 2, XL and 3 it is the whole pipeline; of Flux.1, Flux.2 klein, Chro
 Qwen-Image it is the transformer.
 """
 
-import argparse
 import json
 import math
 import os
@@ -33,7 +32,7 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # and peft's of their weights
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="difftrain export", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a finished run, or of a pipeline")
     parser.add_argument(
         "--output",

@@ -90,9 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 # ── What is asked for ────────────────────────────────────────────────────────────────────────────────────────
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="difftrain generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="difftrain generate", description=__doc__)
     parser.add_argument(
         "source",
         metavar="SOURCE",

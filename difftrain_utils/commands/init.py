@@ -15,7 +15,7 @@ FOLDERS = ("configs", "accelerate_configs")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain init", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain init", description=__doc__)
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder that is not there yet, or empty")
     folder = parser.parse_args(argv).folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -45,7 +45,7 @@ UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, SyntaxError)  
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain migrate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain migrate", description=__doc__)
     parser.add_argument("--from", dest="source", required=True, choices=SOURCES, help="the other trainer")
     parser.add_argument("--num-processes", type=int, help="on how many it ran, where its launch line does not say")
     parser.add_argument("what", nargs="...", metavar="WHAT", help="the command line, or a .toml, .json or .yaml file")

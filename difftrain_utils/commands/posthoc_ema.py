@@ -101,7 +101,7 @@ def average_of_width(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain posthoc-ema", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain posthoc-ema", description=__doc__)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's output folder, with ema_snapshots/ and pipeline/"
     )

@@ -7,7 +7,6 @@ Every file is listed before anything is sent, and you are asked. You are who `hf
 is made of the run's manifest, config, metrics and last grid; of places on this machine it has names alone.
 """
 
-import argparse
 import json
 import os
 import re
@@ -48,7 +47,7 @@ Files = dict[str, Path | bytes]  # by their paths in the repository: files as th
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="difftrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="difftrain push", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a finished run")
     parser.add_argument("repo", metavar="REPO", help="NAME/REPOSITORY on the hub; it is made if it is not there")
     parser.add_argument("--private", action="store_true", help="a repository that you alone see")

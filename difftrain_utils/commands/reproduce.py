@@ -193,7 +193,7 @@ def report(title: str, lines: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="difftrain reproduce", description=__doc__.splitlines()[0])
+    parser = Parser(prog="difftrain reproduce", description=__doc__)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")

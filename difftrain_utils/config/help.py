@@ -58,10 +58,10 @@ def help_text(config_class: type[Config], topic: str | None, prog: str, about: s
     fields = {field.name: field for _, of_section in found.values() for field in of_section}
     if topic is None:
         lines = [f"usage: {prog} --config FILE [--SECTION.FIELD VALUE ...]"]
-        lines += [line for paragraph in about.strip().split("\n\n") for line in ("", *_wrap(paragraph, width))] + [""]
+        lines += [line for paragraph in about.strip().split("\n\n") for line in ("", *wrap(paragraph, width))] + [""]
         lines += [line for option, text in OPTIONS.items() for line in _row(option, text, width)]
         for name, (title, of_section) in found.items():
-            lines += ["", *_wrap(f"{name}: {title}", width)]
+            lines += ["", *wrap(f"{name}: {title}", width)]
             for field in of_section:
                 lines += _row(f"--{field.name}", _first_sentence(field.text) + _default(field), width)
         return "\n".join(lines)
@@ -117,7 +117,7 @@ def _default(field: Field) -> str:
     return "" if field.default in (None, "", [], {}) else f" [{shown}]"
 
 
-def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+def wrap(text: str, width: int, indent: str = "") -> list[str]:
     """The lines of a paragraph; of one that is set in they stay as they are."""
     if text.startswith(" "):
         return text.splitlines()
@@ -126,7 +126,7 @@ def _wrap(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def _row(option: str, text: str, width: int) -> list[str]:
-    lines = _wrap(text, max(width, COLUMN + 20), " " * COLUMN)
+    lines = wrap(text, max(width, COLUMN + 20), " " * COLUMN)
     if len(option) > COLUMN - 4:
         return [f"  {option}", *lines]
     return [f"  {option}".ljust(COLUMN) + lines[0][COLUMN:], *lines[1:]]
@@ -134,4 +134,4 @@ def _row(option: str, text: str, width: int) -> list[str]:
 
 def _whole(field: Field, width: int) -> str:
     facts = f"--{field.name}  {kind_name(field.kind)}{_default(field)}"
-    return "\n".join([facts, *_wrap(field.text, width, "    ")])
+    return "\n".join([facts, *wrap(field.text, width, "    ")])

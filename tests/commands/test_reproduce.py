@@ -104,6 +104,7 @@ def test_the_first_steps_alone_and_what_is_reported(warm, resumed_run, tmp_path,
     assert lines[2].endswith(", from step 1 to 6 (finished)")
     assert lines[3] == "Differences in code, hardware and versions: none"
     assert "Further differences (data, base model, config, device): none" in lines
+    assert "The re-run has saved checkpoint-4, all that is compared: stopping it" in lines
     assert lines[-1].startswith("bit-identical: the first 4 steps, 4 lines of metrics, weights of checkpoint-4 ")
     assert read_mapping(tmp_path / "new/run_manifest.json").get("final") is None or (tmp_path / "new/pipeline").exists()
 
