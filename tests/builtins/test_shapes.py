@@ -20,26 +20,26 @@ def test_there_are_enough_colours_and_shapes():
     assert len(set(PROMPTS)) == len(COLORS) * len(SHAPES)
 
 
-@pytest.mark.parametrize("image_size", [24, 32, 64, 128])
-def test_the_judge_names_what_was_drawn(image_size):
-    for index in range(180):
+@pytest.mark.parametrize(("image_size", "count"), [(24, 36), (32, 180), (64, 36), (128, 36)])
+def test_the_judge_names_what_was_drawn(image_size, count):
+    for index in range(count):
         image, caption = draw_shape(index, image_size, seed=5)
         assert "a {} {}".format(*judge(image)) == caption
 
 
 def test_the_judge_names_the_side():
-    images, captions = zip(*(draw_shape(index, 32, captions=PLACED) for index in range(180)), strict=True)
-    assert count_right(images, captions) == 180
+    images, captions = zip(*(draw_shape(index, 32, captions=PLACED) for index in range(72)), strict=True)
+    assert count_right(images, captions) == 72
     mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
     assert count_right(mirrored, captions) == 0
-    anywhere = [draw_shape(index, 32)[0] for index in range(180)]
+    anywhere = [draw_shape(index, 32)[0] for index in range(72)]
     for side in SIDES:  # by chance
-        assert count_right(anywhere, [f"{prompt} on the {side}" for prompt in PROMPTS * 10]) < 70
+        assert count_right(anywhere, [f"{prompt} on the {side}" for prompt in PROMPTS * 4]) < 28
 
 
 def test_the_judge_bears_a_little_blur_and_noise():
     rng = np.random.default_rng(0)
-    drawn = [draw_shape(index, 32) for index in range(180)]
+    drawn = [draw_shape(index, 32) for index in range(90)]
     spoiled = []
     for image, _ in drawn:
         pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6))) + rng.normal(0, 8, (32, 32, 3))
@@ -82,7 +82,7 @@ def test_the_judge_is_as_strict_as_an_eye():
 
 
 def test_the_judge_passes_what_the_vae_makes_of_the_data():
-    vae, images, prompts = shapes_vae(), *zip(*(draw_shape(index, 32, seed=3) for index in range(180)), strict=True)
+    vae, images, prompts = shapes_vae(), *zip(*(draw_shape(index, 32, seed=3) for index in range(108)), strict=True)
     pixels = torch.stack([to_pixel_values(image) for image in images])
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
