@@ -21,7 +21,7 @@ TINY = {"stabilityai/stable-diffusion-xl-base-1.0": "builtin:tiny-sdxl"}
 SMALL = {
     "model.pretrained_model_name_or_path": "builtin:tiny-sdxl",
     "data.resolution": 32,
-    "train.max_steps": 4,
+    "data.epochs": 2.5,  # of 6 photos: 4 steps
     "train.precision": "fp32",
     "train.gradient_accumulation_steps": 2,
     "train.eval_every": 0,
@@ -47,7 +47,7 @@ def run(command: str) -> None:
     for real, tiny in TINY.items():
         command = command.replace(real, tiny)
     command = command.replace("--num-images 200", "--num-images 2").replace(
-        "--checkpoint 1250 1500", "--checkpoint 2 4"
+        "--checkpoint 1000 1250", "--checkpoint 2 4"
     )
     program, name, *argv = shlex.split(command)
     assert program == "difftrain"
@@ -80,6 +80,7 @@ def test_each_command_of_the_page_runs(photos, tmp_path, capsys, monkeypatch):
     assert len(captions) == 6 and all(path.read_text().startswith("a photo of sks dog, ") for path in captions)
 
     snippet = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+    snippet = re.sub(r"\.to\(\s*\"cuda\"\s*\)", "", snippet)
     for real, tiny in TINY.items():
         snippet = snippet.replace(real, str(builtin_checkpoint(tiny)))
     snippet = snippet.replace('on the moon")', 'on the moon", num_inference_steps=2, height=32, width=32)')

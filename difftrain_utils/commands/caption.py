@@ -19,13 +19,12 @@ from difftrain_utils.commands.parser import Parser
 from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.errors import InputError, RowError, blame, some
 from difftrain_utils.files import local_path, write_file
-from difftrain_utils.terminal import printable
+from difftrain_utils.terminal import printable, progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
 QUESTION = "Describe this image in one sentence."
-WIDTH = 80  # of the progress bar
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,19 +47,18 @@ def main(argv: list[str] | None = None) -> None:
     use_cache_without_network([args.model])
     print(f"Loading {args.model}", flush=True)
     describe, problems = load_model(args.model, args.prompt, args.max_new_tokens), 0
-    with tqdm(total=len(files), desc="Captions", unit=" images", ncols=WIDTH) as bar:
-        for start in range(0, len(files), args.batch_size):
-            batch = files[start : start + args.batch_size]
-            images, errors = read_images([image for image, _ in batch])
-            captions = dict(zip(images, describe(list(images.values())) if images else (), strict=True))
-            errors += [f"{image}: the model says nothing" for image, caption in captions.items() if not caption]
-            for image, file in batch:
-                if captions.get(image):
-                    write_file(file, f"{args.prefix}{captions[image]}\n")
-            for error in errors:
-                tqdm.write(f"error: {printable(error)}")
-            problems += len(errors)
-            bar.update(len(batch))
+    starts = range(0, len(files), args.batch_size)
+    for start in progress(starts, len(starts), "Captions, batches"):
+        batch = files[start : start + args.batch_size]
+        images, errors = read_images([image for image, _ in batch])
+        captions = dict(zip(images, describe(list(images.values())) if images else (), strict=True))
+        errors += [f"{image}: the model says nothing" for image, caption in captions.items() if not caption]
+        for image, file in batch:
+            if captions.get(image):
+                write_file(file, f"{args.prefix}{captions[image]}\n")
+        for error in errors:
+            tqdm.write(f"error: {printable(error)}")
+        problems += len(errors)
     print(f"{len(files) - problems} captions written" + (f", {problems} images have none" if problems else ""))
     if problems:
         sys.exit(2)
@@ -82,7 +80,7 @@ def files_to_write(folder: Path, overwrite: bool) -> list[tuple[Path, Path]]:
     if not photos:
         raise InputError(f"{folder}: no images")
     files = [(photo.image, photo.caption or photo.image.with_suffix(".txt")) for photo in photos]
-    files = [pair for pair, photo in zip(files, photos, strict=True) if overwrite or photo.caption is None]
+    files = [pair for pair in files if overwrite or not (pair[1].is_file() and pair[1].read_bytes().strip())]
     image_of: dict[Path, Path] = {}
     for image, file in files:
         if (other := image_of.setdefault(file, image)) != image:
@@ -116,10 +114,12 @@ def load_model(name: str, prompt: str | None, max_new_tokens: int) -> Callable[[
         InputError: transformers cannot load the model, or not all of its weights are there.
     """
     import torch
+    import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else "auto"  # "auto": as its files have it
+    transformers.logging.disable_progress_bar()
     here = {"trust_remote_code": False}  # nothing of a repository is run
     with blame(f"--model {name}", Exception):  # whatever transformers raises on somebody's files
         processor = AutoProcessor.from_pretrained(name, **here)

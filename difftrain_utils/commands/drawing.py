@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from difftrain_utils.builtins.checkpoints import BUILTINS
 from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
+from difftrain_utils.config.config import MIXED_PRECISION
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
@@ -69,11 +70,11 @@ class Loaded:
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────
-def find_device(name: str | None, precision: str) -> torch.device:
+def find_device(name: str | None, precision: str | None, offload: bool = False) -> torch.device:
     """The device of this name, or else a GPU, if there is one, or the CPU.
 
     Raises:
-        InputError: there is none, or it cannot draw in this precision.
+        InputError: there is none, or it cannot draw in this precision, or be offloaded from.
     """
     with blame(f"--device: {name!r} is not there", RuntimeError, AssertionError):
         if name is None:
@@ -82,12 +83,27 @@ def find_device(name: str | None, precision: str) -> torch.device:
             device = torch.empty(0, device=name).device
     if precision == "fp16" and device.type == "cpu":
         raise InputError("--precision: fp16 needs a GPU; a CPU has bf16 and fp32")
+    if offload and device.type == "cpu":
+        raise InputError("--offload: from a GPU to main memory, where everything is on a CPU")
     return device
 
 
-def load(source: Source, config: TextToImageConfig | None, device: torch.device, precision: str) -> Loaded:
-    """A pipeline on the device in "fp32", "bf16" or "fp16"; `config` is that of the run, where the source is not a
-    pipeline itself.
+def own_precision(source: Source, device: torch.device) -> str:
+    """That of the run; of a pipeline that is of none fp32, and on a GPU bf16. A CPU has no fp16."""
+    if source.record is None:
+        return "fp32" if device.type == "cpu" else "bf16"
+    with blame(str(source.record), *LOAD_ERRORS):
+        precision = {name: field for field, name in MIXED_PRECISION.items()}[
+            read_manifest(source.record)["mixed_precision"]
+        ]
+    return "fp32" if precision == "fp16" and device.type == "cpu" else precision
+
+
+def load(
+    source: Source, config: TextToImageConfig | None, device: torch.device, precision: str, offload: bool = False
+) -> Loaded:
+    """A pipeline in "fp32", "bf16" or "fp16" on the device, or with `offload` only the part that computes; `config` is
+    that of the run, where the source is not a pipeline itself.
 
     Raises:
         InputError: it cannot be loaded, or is not what the run was trained from.
@@ -105,10 +121,12 @@ def load(source: Source, config: TextToImageConfig | None, device: torch.device,
         loaded = _load_run(source, config)
     for part in loaded.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            move_part(part.eval(), device, dtype)
+            move_part(part.eval(), "cpu" if offload else device, dtype)
     loaded.pipeline.set_progress_bar_config(disable=True)
     if loaded.models:
         use(loaded, source, config)
+    if offload:
+        loaded.pipeline.enable_model_cpu_offload(device=device)
     return loaded
 
 
@@ -130,8 +148,11 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
         _check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
     pipeline = family.pipeline(denoiser)
     if source.kind == "lora":
+        verbosity = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()  # it would tell of each text encoder that has no adapters
         with blame(source.path, *LOAD_ERRORS):
             pipeline.load_lora_weights(source.path)
+        diffusers.utils.logging.set_verbosity(verbosity)
     return Loaded(family, pipeline, models)
 
 

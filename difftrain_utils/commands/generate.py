@@ -72,13 +72,22 @@ def main(argv: list[str] | None = None) -> None:
         config = run_config(sources[0])
 
     # ── Pipeline and device ──────────────────────────────────────────────────────────────────────────────────
-    from difftrain_utils.commands.drawing import Settings, check, describe, draw_all, find_device, load
+    from difftrain_utils.commands.drawing import (
+        Settings,
+        check,
+        describe,
+        draw_all,
+        find_device,
+        load,
+        own_precision,
+    )
 
-    device, settings = find_device(args.device, args.precision), Settings(**options)
-    loaded = load(sources[0], config, device, args.precision)
+    device, settings = find_device(args.device, args.precision, args.offload), Settings(**options)
+    precision = args.precision or own_precision(sources[0], device)
+    loaded = load(sources[0], config, device, precision, args.offload)
     check(loaded, prompts, settings)
     facts = describe(loaded, settings)
-    print(f"Drawing {len(pictures)} picture{'s' * (len(pictures) > 1)} on {device} in {args.precision}, with")
+    print(f"Drawing {len(pictures)} picture{'s' * (len(pictures) > 1)} on {device} in {precision}, with")
     print(*(f"  {source}" for source in sources), sep="\n")
     print(f"  {', '.join(f'{name} {value}' for name, value in facts.items())}, seed {some([*map(str, args.seed)])}")
 
@@ -125,7 +134,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
     sampling.add_argument("--width", metavar="N", type=positive, help="default: as --height")
     sampling.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: a GPU, if there is one")
-    sampling.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
+    sampling.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the run's")
+    sampling.add_argument(
+        "--offload", action="store_true", help="keep on the GPU only the part that computes: less memory, slower"
+    )
     args = parser.parse_intermixed_args(argv)
     if args.num_images is not None:
         if len(args.seed) > 1:

@@ -1,7 +1,7 @@
 """Copy the training scripts, their configs and the launcher's into a folder, to use and to change.
 
-    difftrain init my-project && cd my-project
-    accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
+difftrain init my-project && cd my-project
+accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
 """
 
 import shutil

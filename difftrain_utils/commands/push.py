@@ -116,7 +116,13 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
 
 
 def _without_origin(path: Path) -> Path | bytes:
-    """A file as it is; of a JSON file that says where a part was loaded from, its content without that."""
+    """A file as it is; of a JSON file that says where a part was loaded from, its content without that. Raises
+    InputError if it is damaged."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        with blame(f"{path}: damaged", OSError, SafetensorError), safe_open(path, "np"):
+            return path
     if path.suffix != ".json":
         return path
     with blame(f"{path}: not JSON", ValueError), blame(str(path), OSError):

@@ -27,6 +27,7 @@ from difftrain_utils.errors import InputError, blame, shorten, warn
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+LENGTHS = ("--data.epochs", "--train.max_steps")  # of a run: one on the command line takes the place of both in a file
 ALIASES = {"--output-dir": "--train.output_dir", "--resume-from": "--train.resume_from"}
 
 C = TypeVar("C", bound=Config)
@@ -160,7 +161,8 @@ def _build_parser(config_class: type[Config], prog: str) -> "ArgumentParser":
 
 
 def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
-    """--output-dir is --train.output_dir, and a switch without a value (--train.overwrite) means true."""
+    """--output-dir is --train.output_dir, a switch without a value (--train.overwrite) means true, and one of `LENGTHS`
+    leaves the other out."""
     classes = {section.name: section.type for section in _sections(config_class)} | NESTED
     switches = [
         f"{name}.{field.name}"
@@ -174,6 +176,14 @@ def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
         expanded.append(ALIASES.get(name, name) + equals + value)
         if name[2:] in switches and not equals and following.startswith("--"):
             expanded.append("true")
+    given = {}
+    for arg, following in zip(expanded, [*expanded[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in LENGTHS:
+            given[name] = value if equals else following
+    for name, other in (LENGTHS, LENGTHS[::-1]):
+        if given.get(name, "null") != "null" and other not in given:
+            expanded += [other, "null"]
     return expanded
 
 

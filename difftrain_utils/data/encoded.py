@@ -24,7 +24,7 @@ from safetensors.torch import save
 from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import file_digest, write_file
 from difftrain_utils.processes import main_process_first
-from difftrain_utils.terminal import progress
+from difftrain_utils.terminal import announce, progress
 
 SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
 LAYOUT_FILE = "layout.json"
@@ -157,6 +157,7 @@ def build_cache(
         for path in map(cache.path, missing_anywhere):
             warn_if_damaged(path)
         sizes = [(groups[cache.shards[shard][0]], len(cache.shards[shard])) for shard in missing_anywhere]
+        announce(f"{what}: {len(missing_anywhere)} of {len(cache.shards)} files are to be made")
         _check_room(folder, sum(count * cache.layout[str(group)]["entry_bytes"] for group, count in sizes))
     batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
     batches = list(itertools.chain(*batches_of))

@@ -17,8 +17,9 @@ from difftrain_utils.keyed_random import generator_for
 class Order:
     """`order[k]` is the row of sample k, for sources of `lengths` rows.
 
-    Without `weights` an epoch takes each row once. With them it has as many samples, and each source its share of them:
-    the next rows of an endless shuffle of the source, in which a row comes again after all the others.
+    Without `weights` an epoch takes each row once, or those of source i `repeats[i]` times. With weights it has as many
+    samples as there are rows, and each source its share of them: the next rows of an endless shuffle of the source, in
+    which a row comes again after all the others.
 
     With `buckets`, the bucket of each row, all samples of a batch [s·batch_size, (s+1)·batch_size) are of one bucket.
     The rows of a bucket that make no whole batch are left out of the epoch: others in each.
@@ -34,8 +35,10 @@ class Order:
         weights: Sequence[float] | None = None,
         buckets: np.ndarray | None = None,
         batch_size: int = 1,
+        repeats: Sequence[int] | None = None,
     ):
         self.seed, self.num_rows, self.batch_size = seed, sum(lengths), batch_size
+        self.lengths, self.repeats = list(lengths), list(repeats or [1] * len(lengths))
         self.buckets = None if buckets is None else torch.as_tensor(buckets)
         self.groups = None  # with weights: (rows, samples in an epoch) of each source, and bucket in it
         if weights is not None:
@@ -85,7 +88,8 @@ class Order:
         if self.groups is not None:
             rows = torch.cat([self._next_rows(*group, i, epoch) for i, group in enumerate(self.groups)])
         else:
-            rows = torch.arange(self.num_rows)
+            sources = torch.arange(self.num_rows).split(self.lengths)
+            rows = torch.cat([rows.repeat(n) for rows, n in zip(sources, self.repeats, strict=True)])
         rows = rows[self._permutation("order", epoch, len(rows))]
         if self.buckets is None:
             return rows.numpy()

@@ -31,10 +31,20 @@ class Photo(NamedTuple):
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files in a folder and those within that are not hidden, sorted by their paths."""
-    found = []
-    for place, folders, names in os.walk(folder):
+    """The files in a folder and those within that are not hidden, sorted by their paths; links are followed.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: {error.strerror}")
+
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        seen |= {os.path.realpath(os.path.join(place, name)) for name in folders}
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 

@@ -87,6 +87,8 @@ class SourceRows:
     data: datasets.Dataset
     source: SourceConfig
     indices: np.ndarray | None = None
+    repeats: int = 1
+    """How often an epoch has each row."""
 
     def __post_init__(self):
         self.captions = caption_features(self.data, self.source)
@@ -150,7 +152,8 @@ class MappedRows(Sequence):
         parts = []
         for part, end in zip(self.parts, self._ends, strict=True):
             within = indices[(indices >= end - len(part)) & (indices < end)] - (end - len(part))
-            parts.append(SourceRows(part.data, part.source, within if part.indices is None else part.indices[within]))
+            chosen = within if part.indices is None else part.indices[within]
+            parts.append(dataclasses.replace(part, indices=chosen))
         return MappedRows(parts)
 
     @property
@@ -170,7 +173,8 @@ class MappedRows(Sequence):
     def order(self, seed: int, batch_size: int, buckets=None) -> Order:
         """Raises InputError: see `Order`."""
         weights = None if None in self.weights else self.weights
-        return Order(seed, self.lengths, weights, buckets and buckets.of_row, batch_size)
+        repeats = [part.repeats for part in self.parts]
+        return Order(seed, self.lengths, weights, buckets and buckets.of_row, batch_size, repeats)
 
     def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[list[int], str]:
         """Some rows (of the same bucket) drawn from (seed, k)."""
@@ -206,6 +210,7 @@ class MappedRows(Sequence):
                 if row.mask is not None:
                     mask = read_bytes(row.mask, mask_name(row))
                     header = open_image_header(io.BytesIO(mask), mask_name(row))
+                    check_opaque(header, row)
                     check_mask_size(upright_size(header, mask_name(row)), upright_size(image, row.name), row)
             except RowError:
                 if config.on_bad_row == "stop":
@@ -289,8 +294,10 @@ def map_rows(config: DataConfig) -> MappedRows:
 
 def open_rows(sources: list[tuple[str, SourceConfig]], config: DataConfig) -> MappedRows:
     """The rows of sources, each with how errors call it. Raises InputError: see `map_rows`."""
-    parts = [(field, part) for field, source in sources for part in split_by_repeats(field, source)]
-    return MappedRows([SourceRows(open_source(field, part, config), part) for field, part in parts])
+    parts = [(field, *part) for field, source in sources for part in split_by_repeats(field, source)]
+    return MappedRows(
+        [SourceRows(open_source(field, part, config), part, repeats=repeats) for field, part, repeats in parts]
+    )
 
 
 def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]:
@@ -309,8 +316,8 @@ def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]
         batches = (paths for paths, _ in part.paths())
         held_out = np.concatenate([_is_held_out(paths, i * BATCH, config) for i, paths in enumerate(batches)])
         # a source of which nothing is held out stays, so that a weight stays in its place
-        training.append(SourceRows(part.data, part.source, np.flatnonzero(~held_out)))
-        validation.append(SourceRows(part.data, part.source, np.flatnonzero(held_out)))
+        training.append(dataclasses.replace(part, indices=np.flatnonzero(~held_out)))
+        validation.append(dataclasses.replace(part, indices=np.flatnonzero(held_out)))
     training, validation = MappedRows(training), MappedRows(validation)
     if not len(training) or not len(validation):
         raise InputError(
@@ -353,11 +360,13 @@ def read_mask(row: Row, image: Image.Image) -> Image.Image:
     """The decoded mask of a row's image, greyscale and of its size; all white where its source has no masks.
 
     Raises:
-        RowError: the mask is missing, damaged or of another size.
+        RowError: the mask is missing, damaged, transparent or of another size.
     """
     if row.mask is None:
         return Image.new("L", image.size, 255)
-    mask = open_image(read_bytes(row.mask, mask_name(row)), mask_name(row)).convert("L")
+    content = read_bytes(row.mask, mask_name(row))
+    check_opaque(open_image_header(io.BytesIO(content), mask_name(row)), row)
+    mask = open_image(content, mask_name(row)).convert("L")
     check_mask_size(mask.size[::-1], image.size[::-1], row)
     return mask
 
@@ -365,6 +374,12 @@ def read_mask(row: Row, image: Image.Image) -> Image.Image:
 def mask_name(row: Row) -> str:
     """How errors call a row's mask."""
     return f"{row.name}: mask {row.mask['path'] or ''}".rstrip()
+
+
+def check_opaque(header: Image.Image, row: Row) -> None:
+    """Raise RowError of a mask with transparency: on white, as images are laid, all of it would count."""
+    if header.has_transparency_data:
+        raise RowError(f"{mask_name(row)}: must be greyscale, white where the image counts, and has transparency")
 
 
 def check_mask_size(mask: tuple[int, int], image: tuple[int, int], row: Row) -> None:

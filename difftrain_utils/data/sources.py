@@ -15,7 +15,7 @@ import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
-from difftrain_utils.data.photos import IMAGE_ENDINGS, count_images, read_photos, repeats_of
+from difftrain_utils.data.photos import IMAGE_ENDINGS, count_images, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
 
@@ -138,8 +138,11 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
     with blame(cannot_load(field, source), OSError, ValueError):  # such as a name of a split that none can have
         if find_metadata(source) or any((folder / name).exists() for name in SAVED):
             return None
-        if any(next(folder.rglob(f"*.{kind}"), None) for kind in FILE_KINDS):
+        files = list_files(folder)
+        if any(path.suffix[1:] in FILE_KINDS for path in files):
             return None
+        if table := next((path for path in files if path.name == "metadata.csv"), None):
+            raise InputError(f"{table}: is not read; make it a metadata.jsonl, or write .txt files beside the images")
         of_split = folder / source.split
         if of_split.is_dir():
             folder = of_split
@@ -153,30 +156,27 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
     return folder
 
 
-def split_by_repeats(field: str, source: SourceConfig) -> list[SourceConfig]:
-    """A source of kohya's folders `<n>_words` as one for each of them: with a share of the samples as if each image
-    came n times, and the words as caption of images without one. Any other source as it is.
+def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfig, int]]:
+    """A source of kohya's folders `<n>_words` as one for each of them, with how often an epoch has its images: n times,
+    or where the source has a weight once, and a share of that weight as if they came n times. The words are the caption
+    of images without one, unless there is a default. Any other source as it is, once.
 
     Raises:
-        InputError: of several sources without weights, one has images that come more than once, or see `repeats_of`.
+        InputError: see `repeats_of`.
     """
     photos = photo_folder(field, source)
     folders = {} if photos is None else repeats_of(photos)
     if not folders:
-        return [source]
-    weights = {path: n * count_images(path) for path, (n, _) in folders.items()}
-    if source.weight is not None:
-        weights = {path: source.weight * count / sum(weights.values()) for path, count in weights.items()}
-    elif field.startswith("data.sources"):
-        if any(n > 1 for n, _ in folders.values()):
-            raise InputError(
-                f"{field}.weight: needed, because {photos} has folders of images to repeat (of all sources or none)"
-            )
-        weights = dict.fromkeys(weights)
-    return [
-        dataclasses.replace(source, dataset=str(path), split="train", weight=weights[path], default_caption=words)
-        for path, (_, words) in folders.items()
-    ]
+        return [(source, 1)]
+    counts, split = {path: n * count_images(path) for path, (n, _) in folders.items()}, []
+    for path, (n, words) in folders.items():
+        weight = source.weight and source.weight * counts[path] / sum(counts.values())
+        caption = words if source.default_caption is None else source.default_caption
+        of_folder = dataclasses.replace(
+            source, dataset=str(path), split="train", weight=weight, default_caption=caption
+        )
+        split.append((of_folder, n if weight is None else 1))
+    return split
 
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
@@ -187,10 +187,10 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
     if source.default_caption is not None or is_fine:
         return
     image = Path(data.with_format("arrow")[missing[0]]["image"][0]["path"].as_py())
-    default = field_of(field, "default_caption")
+    default = f"--{d}" if (d := field_of(field, "default_caption")).startswith("data.d") else f"{d}:"
     raise InputError(
         f"{field_of(field, 'dataset')}: {image} has no caption ({len(missing)} of {len(data)} images have none): write "
-        f'{image.stem}.txt beside it or a metadata.jsonl, or take --{default} "a photo of …" for all, or let difftrain '
+        f'{image.stem}.txt beside it or a metadata.jsonl, or take {default} "a photo of …" for all, or let difftrain '
         f"caption {source.dataset} --model … write them"
     )
 

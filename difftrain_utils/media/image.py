@@ -30,7 +30,8 @@ def open_image_header(file: BinaryIO, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:  # of twice the limit; the error says the size first
         pixels = int(re.search(r"\d+", str(error))[0])
     except UnidentifiedImageError:
-        raise RowError(f"{name}: not an image that Pillow knows") from None
+        convert = " (make it a JPEG or PNG)" if name.lower().endswith((".heic", ".heif", ".jxl")) else ""
+        raise RowError(f"{name}: not an image that Pillow knows{convert}") from None
     except Exception as error:
         raise RowError(f"{name}: cannot read the image's header: {one_line(error)}") from None
     if limit is not None and pixels > limit:

@@ -1,12 +1,13 @@
 """Where weights to draw with lie: what a run exported, its checkpoints, its EMA snapshots, or anybody's pipeline.
 Imports no torch, so that a slip is reported at once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from difftrain_utils.errors import InputError, warn
+from difftrain_utils.errors import InputError, blame, warn
 from difftrain_utils.files import local_path
 from difftrain_utils.run.run_folder import (
     BEST_FILE,
@@ -98,7 +99,7 @@ def _of_run(run: Path, steps: Sequence[int], weights: str | float | None, prefer
             raise InputError("--weights best: of one step, which --checkpoint cannot choose")
         if not (run / WEIGHTS / BEST_FILE).is_file():
             raise InputError(f"--weights best: {run} has none, which train.keep_best keeps")
-        return [Source("weights", str(run / WEIGHTS / BEST_FILE), run)]
+        return [_of_weights(run / WEIGHTS / BEST_FILE, run)]
     for step in steps:
         if step not in checkpoints and (step not in alone or weights):
             there = sorted(checkpoints.keys() | (set() if weights else alone.keys()))
@@ -106,9 +107,7 @@ def _of_run(run: Path, steps: Sequence[int], weights: str | float | None, prefer
             raise InputError(f"--checkpoint: {run} has no {checkpoint_name(step)}; there is {there}")
     if steps:
         return [
-            _of_checkpoint(checkpoints[step], weights)
-            if step in checkpoints
-            else Source("weights", str(alone[step]), run, step)
+            _of_checkpoint(checkpoints[step], weights) if step in checkpoints else _of_weights(alone[step], run)
             for step in steps
         ]
     if weights is None and (exported := exported_by(run, prefer)):
@@ -146,6 +145,15 @@ def _of_checkpoint(folder: Path, weights: str | float | None, is_checked: bool =
     if weights == EMA and exported == RAW:
         raise InputError(f"--weights ema: {folder} has none (ema.enabled is false)")
     return Source("checkpoint", str(folder), folder, step, weights or exported)
+
+
+def _of_weights(path: Path, run: Path) -> Source:
+    from safetensors import SafetensorError, safe_open
+
+    errors = OSError, SafetensorError, LookupError, TypeError, ValueError
+    with blame(f"{path}: no weights of a run", *errors), safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["weights"])
+        return Source("weights", str(path), run, about["step"], about["weights"])
 
 
 def _exported_weights(record: Path) -> str:

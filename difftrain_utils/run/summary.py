@@ -84,7 +84,9 @@ def _batch(accelerator: Accelerator, config: Config) -> str:
     size = config.train.batch_size
     if processes * parts == 1:
         return f"{size} samples"
-    return f"{size} samples = {processes} processes x {parts} parts x {size // (processes * parts)}"
+    numbers = {"process": processes, "part": parts}
+    split = [f"{n} {name}{'es' if name == 'process' else 's'}" for name, n in numbers.items() if n > 1]
+    return f"{size} samples = {' x '.join(split)} x {size // (processes * parts)}"
 
 
 def _steps(data: Data, checkpoint: Path | None, config: Config) -> str:

@@ -11,6 +11,7 @@ from helpers import options, parse_config, short_options, train
 from PIL import Image
 
 from difftrain_utils.commands import posthoc_ema
+from difftrain_utils.commands.drawing import own_precision
 from difftrain_utils.commands.generate import main
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import map_rows, read_captions
@@ -270,6 +271,18 @@ def test_a_schedule_free_run_has_no_raw_weights_to_draw_with(short_run, draw):
         draw(run, "a red circle", "--weights", "ema")
 
 
+def test_the_precision_is_that_of_the_run(run, tmp_path):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    of_run = find_sources(str(run))[0]
+    assert [own_precision(of_run, device) for device in (cpu, gpu)] == ["fp32", "fp32"]
+    assert [own_precision(Source("pipeline", "p"), device) for device in (cpu, gpu)] == ["fp32", "bf16"]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    manifest = copy / "run_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "fp16"'))
+    assert [own_precision(find_sources(str(copy))[0], device) for device in (cpu, gpu)] == ["fp32", "fp16"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -298,6 +311,7 @@ def test_a_schedule_free_run_has_no_raw_weights_to_draw_with(short_run, draw):
         (["RUN", "a", "--prompts", "HERE/empty"], r"^--prompts: .*empty has no line$"),
         (["RUN", "a", "--device", "abacus"], r"^--device: 'abacus' is not there: "),
         (["RUN", "a", "--precision", "fp16", "--device", "cpu"], r"^--precision: fp16 needs a GPU; a CPU has bf"),
+        (["RUN", "a", "--offload", "--device", "cpu"], r"^--offload: from a GPU to main memory, where every"),
         (["RUN", "a", "--output", "HERE/a.jpg"], r"^--output: must end in .png or be a folder, got "),
         (["RUN", "a", "--output", "HERE/full"], r"^--output: .*full' is not an empty folder$"),
         (["RUN", "a", "--output", "HERE/empty/a.png"], r"^--output: .*empty is no folder that can be written to$"),

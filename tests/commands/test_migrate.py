@@ -405,6 +405,9 @@ num_repeats = 10
          {"model.prediction_type": "v_prediction", "scheduler.rescale_betas_zero_snr": True}),
         ("--min_timestep 100 --max_timestep 900", {"timesteps.min": 0.1, "timesteps.max": 0.9}),
         ("--shuffle_caption --keep_tokens 2", {"data.shuffle_tags": True, "data.keep_tags": 2}),
+        ("--shuffle_caption --keep_tokens 2 --caption_prefix sks,",  # which is counted there, and joined by a space
+         {"data.caption_prefix": "sks, ", "data.keep_tags": 1}),
+        ("--keep_tokens 2 --caption_suffix end", {"data.caption_suffix": " end", "data.keep_tags": None}),
         ("--debiased_estimation_loss", {"loss.weighting": "debiased"}),
         ("--max_grad_norm 0", {"train.max_grad_norm": None}),
         ("--cache_latents --cache_text_encoder_outputs",

@@ -261,6 +261,14 @@ def test_no_network_and_no_token_are_reported(run, hub, monkeypatch):
         main([str(run), "me/shapes", "--yes"])
 
 
+def test_damaged_weights_are_not_sent(run, hub, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    next((copy / "pipeline/unet").glob("*.safetensors")).write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"unet/.*safetensors: damaged: "):
+        main([str(copy), "me/model", "--dry-run"])
+
+
 def test_what_is_no_finished_run_is_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"^REPO: must be NAME/REPOSITORY, got 'shapes'$"):
         main([str(run), "shapes"])

@@ -181,6 +181,17 @@ class TestRefused:
         with pytest.raises(InputError, match=r"metadata.jsonl line 2: no such file: b-masklabel.png$"):
             map_rows(config)
 
+    def test_a_mask_with_transparency(self, tmp_path):
+        """On white, as images are laid, all of it would be white."""
+        config = write("photos", tmp_path / "data")
+        path = tmp_path / "data/b-masklabel.png"
+        Image.open(path).convert("LA").save(path)
+        message = (
+            r"b.png: mask .*b-masklabel.png: must be greyscale, white where the image counts, and has transparency$"
+        )
+        with pytest.raises(RowError, match=message):
+            map_rows(config).inspect(config)
+
     def test_a_mask_outside_of_the_folder(self, tmp_path):
         config = write("metadata", tmp_path / "data")
         path = tmp_path / "data/metadata.jsonl"

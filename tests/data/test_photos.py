@@ -1,6 +1,7 @@
 """Folders of photos: what is read of them, in which order and how often, and what is refused."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -75,8 +76,8 @@ def test_captions_lie_beside_images_which_are_sorted_by_their_paths(config, monk
     assert [row.captions for row in rows] == ["a cat", "a dog", ""]
     assert [round(np.asarray(read_row(rows, i)[0]).mean() / 10) for i in range(3)] == [1, 2, 3]
 
-    def walk(folder, of_system=os.walk):
-        for found in of_system(folder):
+    def walk(folder, of_system=os.walk, **options):
+        for found in of_system(folder, **options):
             found[1].reverse()
             found[2].reverse()
             yield found
@@ -200,11 +201,16 @@ class TestRepeats:
     def test_an_image_comes_as_often_as_its_folder_says(self, config):
         rows = map_rows(config)
         assert [row.captions for row in rows] == ["sks dog", "its own", *["dog"] * 20]
-        assert (rows.lengths, rows.weights) == ([2, 20], [20, 20])
         order = rows.order(seed=0, batch_size=1)
-        counts = np.bincount([order[k] for k in range(len(rows) * 20)], minlength=22)
-        of_dogs = {row.captions: count for row, count in zip(rows, counts.tolist(), strict=True)}
-        assert of_dogs["its own"] == of_dogs["sks dog"] == 110 and of_dogs["dog"] == 11
+        assert order.epoch_length == 10 * 2 + 1 * 20
+        counts = np.bincount([order[k] for k in range(40)])
+        assert counts.tolist() == [10, 10, *[1] * 20]
+        kept, _ = split_rows(rows, dataclasses.replace(config, validation_split=0.3))
+        assert kept.order(seed=0, batch_size=1).epoch_length == 10 * kept.lengths[0] + kept.lengths[1] < 40
+
+    def test_a_default_caption_wins_over_the_folders(self, config):
+        config.default_caption = "mine"
+        assert [row.captions for row in map_rows(config)][:3] == ["mine", "its own", "mine"]
 
     def test_beside_other_sources(self, config, tmp_path):
         other = write(tmp_path / "other", {f"{i}.png": i for i in range(4)})
@@ -217,10 +223,7 @@ class TestRepeats:
         assert [rows.loss_weight(i) for i in (0, 21, 22)] == [2, 2, 1]
         for source in sources:
             source.weight = None
-        with pytest.raises(
-            InputError, match=r"^data.sources\[0\].weight: needed, because .* has folders of images to "
-        ):
-            map_rows(DataConfig(sources=sources))
+        assert map_rows(DataConfig(sources=sources)).order(seed=0, batch_size=1).epoch_length == 10 * 2 + 20 + 4
 
     def test_as_validation_data(self, config):
         config.validation_dataset, config.dataset = config.dataset, "builtin:shapes"
@@ -252,7 +255,7 @@ class TestRefused:
             str(error.value),
         )
         with pytest.raises(
-            InputError, match=r"^data.sources\[0\].dataset: .* or take --data.sources\[0\].default_caption "
+            InputError, match=r"^data.sources\[0\].dataset: .* or take data.sources\[0\].default_caption: "
         ):
             map_rows(DataConfig(sources=[SourceConfig(config.dataset)]))
         config.on_bad_row = "skip"
@@ -417,3 +420,21 @@ def test_prior_preservation_is_dreambooths_loss(short_run, image_folder, tmp_pat
     subject, prior, both = loss(1, 0), loss(0, 1), loss(1, 0.4)  # each a sum over ten, of which five have a weight
     mean_of_subject, mean_of_prior = 2 * subject, 2 * prior
     assert both == pytest.approx((mean_of_subject + 0.4 * mean_of_prior) / 2, rel=1e-5)
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_refused(tmp_path):
+    config = write(tmp_path / "photos", {"a.png": 1, "a.txt": "a"})
+    write(tmp_path / "elsewhere", {"b.png": 2, "b.txt": "b"})
+    (tmp_path / "photos/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos/again").symlink_to(tmp_path / "photos")  # a circle
+    assert captions_of(config) == ["a", "b"]
+    (tmp_path / "photos/metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(InputError, match=r"photos/metadata.csv: is not read; make it a metadata.jsonl, or write .txt"):
+        captions_of(config)
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    config = write(tmp_path / "photos", {"a.png": 1, "a.txt": "a"})
+    (tmp_path / "photos/.cache").mkdir()
+    (tmp_path / "photos/.cache/x.parquet").touch()
+    assert captions_of(config) == ["a"]

@@ -73,6 +73,24 @@ def test_without_either_it_is_a_thousand_steps():
     assert parse_config([*required, "--data.epochs", "2"]).train.max_steps is None
 
 
+def test_on_the_command_line_one_takes_the_place_of_the_other_in_a_file(tmp_path):
+    required = [
+        "--model.pretrained_model_name_or_path",
+        "m",
+        "--data.dataset",
+        "d",
+        "--config",
+        str(tmp_path / "c.yaml"),
+    ]
+    (tmp_path / "c.yaml").write_text("train: {max_steps: 5}")
+    config = parse_config([*required, "--data.epochs=2"])
+    assert (config.data.epochs, config.train.max_steps) == (2, None)
+    (tmp_path / "c.yaml").write_text("data: {epochs: 5}")
+    config = parse_config([*required, "--train.max_steps", "7"])
+    assert (config.data.epochs, config.train.max_steps) == (None, 7)
+    assert parse_config([*required, "--train.max_steps", "null"]).data.epochs == 5
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -143,9 +143,13 @@ def changes_tags(flags: Flags) -> bool:
 
 def if_tags_change(value: Any, flags: Flags) -> Any:
     """What does nothing there where tags are neither shuffled nor left out, and is refused here."""
-    if not changes_tags(flags):
-        return None
-    return number(value) if str(value).isdigit() else value
+    return value if changes_tags(flags) else None
+
+
+def keep_tags(value: Any, flags: Flags) -> int | None:
+    """There the tags of the prefix are counted, too."""
+    of_prefix = str(flags.get("caption_prefix", "")).count(str(flags.get("caption_separator", ",")))
+    return max(0, number(value) - of_prefix) if changes_tags(flags) else None
 
 
 def cache_text(value: Any, flags: Flags) -> bool:
@@ -191,11 +195,11 @@ KOHYA: Table = {
     "class_tokens": Ours("data.default_caption"),
     "caption_extension": CAPTION_FILES,
     "caption_extention": CAPTION_FILES,
-    "caption_prefix": Ours("data.caption_prefix"),
-    "caption_suffix": Ours("data.caption_suffix"),
+    "caption_prefix": Ours("data.caption_prefix", lambda value, flags: f"{value} "),  # as kohya's scripts join them
+    "caption_suffix": Ours("data.caption_suffix", lambda value, flags: f" {value}"),
     "caption_separator": Ours("data.tag_separator", if_tags_change),
     "shuffle_caption": Ours("data.shuffle_tags", switch),
-    "keep_tokens": Ours("data.keep_tags", if_tags_change),
+    "keep_tokens": Ours("data.keep_tags", keep_tags),
     "caption_tag_dropout_rate": Ours("data.tag_dropout", number),
     "caption_dropout_rate": Ours("data.caption_dropout", number),
     "caption_dropout_every_n_epochs": "data.caption_dropout is a share of the samples",
