@@ -61,6 +61,7 @@ def run(command: str) -> None:
         assert main.run([name, *argv]) in (None, 0)
 
 
+@pytest.mark.slow
 def test_each_command_of_the_page_runs(photos, tmp_path, capsys, monkeypatch):
     executed = []
     monkeypatch.setattr(train_command.os, "execv", lambda program, argv: executed.append(argv))

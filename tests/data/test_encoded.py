@@ -655,6 +655,7 @@ def test_workers_hold_no_python_object_per_row(cached_run, varied_folder):
     assert not hasattr(text, "captions")
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_same_bytes(cached_run, varied_folder, tmp_path):
     """And say what is damaged, whoever has to make it again; and train as one does."""
     model = {"model.pretrained_model_name_or_path": without_dropout(cached_run, tmp_path)}

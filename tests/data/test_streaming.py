@@ -175,6 +175,7 @@ class TestResume:
             assert captions(resumed, range(k, k + 15)) == expected[k : k + 15]
             assert captions(resumed, [0, k]) == [expected[0], expected[k]]  # what lies before is still there
 
+    @pytest.mark.slow
     def test_it_reads_no_more_the_later_it_is(self, folders, reads):
         early = stream(folders["parquet"]).place(6)
         late = stream(folders["parquet"]).place(6004)

@@ -98,7 +98,7 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
     [
         (3, 1, 4, {}),
         *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
-        *(pytest.param(5, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
+        *(pytest.param(3, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
         pytest.param(3, 1, 2, {"model.lora.rank": 4, "model.lora.merge": True}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -126,6 +126,7 @@ def test_all_else_is_what_a_run_holds(short_run, precision):
     assert planner.frozen(config, cached=True) == {}
 
 
+@pytest.mark.slow
 def test_each_option_saves_what_it_says(short_run):
     memory = plan_memory(*run_of(config_of(short_run, "tiny-stable-diffusion")))
     fields = {
