@@ -46,8 +46,10 @@ def run(command: str) -> None:
     """A command of the page, in this process."""
     for real, tiny in TINY.items():
         command = command.replace(real, tiny)
-    command = command.replace("--num-images 200", "--num-images 2").replace(
-        "--checkpoint 1000 1250", "--checkpoint 2 4"
+    command = (
+        command.replace("--train.max_steps 2500 ", "")
+        .replace("--num-images 200", "--num-images 2")
+        .replace("--checkpoint 1000 1250", "--checkpoint 2 4")
     )
     program, name, *argv = shlex.split(command)
     assert program == "difftrain"

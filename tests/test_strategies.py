@@ -114,7 +114,7 @@ def default_run(checkpoint_folder, image_folder, tmp_path_factory) -> Path:
     return train(short_options(checkpoint_folder, image_folder, tmp_path_factory.mktemp("runs") / "default"))
 
 
-QUICK = ("dream-flow-logit-normal", "learned-uncertainty", "muon")
+QUICK = ("dream-flow-logit-normal", "learned-uncertainty")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in COVERING])

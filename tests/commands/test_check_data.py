@@ -185,6 +185,7 @@ def test_a_model_without_a_tokenizer_cuts_no_caption(folder, capsys, monkeypatch
     assert check(folder, capsys) == (["10 images and their captions: all fine"], 0)
 
 
+@pytest.mark.slow
 def test_as_a_command(folder):
     options = ["--data.dataset", str(folder), "--data.resolution", "32"]
     options += ["--model.pretrained_model_name_or_path", "builtin:tiny-stable-diffusion"]

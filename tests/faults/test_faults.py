@@ -153,6 +153,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_beside_the_run_ends_none(short_run, tmp_path, faults):
     """A warning names what could not be written; checkpoints and pipeline are those of a run without trouble."""
     fields = {"train.eval_every": 2, "train.report_to": "tensorboard", "ema.snapshot_every": 2}

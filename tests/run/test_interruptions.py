@@ -114,6 +114,7 @@ def test_a_signal_to_all_processes_finds_the_workers_at_work(short_run, tmp_path
             os.killpg(run.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_who_reads_what_is_printed_may_go_away(short_run, tmp_path):
     """`2>&1 | tee log` and Ctrl-C: a checkpoint as ever. `| head -c 1`: a run as ever."""
     argv = [*short_run, "--train.max_steps", "30", "--train.save_every", "0"]

@@ -54,7 +54,7 @@ def fresh_compiler():
     [
         {"train.channels_last": True, "ema.power_sigma_rels": [0.1]},
         pytest.param({"model.vae_slicing": True}, marks=pytest.mark.slow),
-        {"train.compile": "regional"},
+        pytest.param({"train.compile": "regional"}, marks=pytest.mark.slow),
         pytest.param(
             {"train.compile": "whole", "train.gradient_checkpointing": True, "train.channels_last": True} | DREAM,
             marks=pytest.mark.slow,
