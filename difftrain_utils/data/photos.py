@@ -7,6 +7,7 @@ read, too; what is hidden, and all other files, are not looked at.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,8 @@ class Photo(NamedTuple):
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files in a folder and those within that are not hidden, sorted by their paths; links are followed.
+    """The files in a folder and those within that are not hidden, sorted by their paths; links are followed, but for
+    those that lead back to a folder that they lie in.
 
     Raises:
         InputError: a folder cannot be read.
@@ -40,11 +42,12 @@ def list_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: {error.strerror}")
 
-    found, seen = [], {os.path.realpath(folder)}
+    found, above = [], {str(folder): {os.path.realpath(folder)}}
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
-        seen |= {os.path.realpath(os.path.join(place, name)) for name in folders}
+        within = {name: os.path.join(place, name) for name in folders if not name.startswith(".")}
+        real = {name: os.path.realpath(path) for name, path in within.items()}
+        folders[:] = [name for name in folders if name in real and real[name] not in above[place]]
+        above |= {within[name]: above[place] | {real[name]} for name in folders}
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
@@ -115,29 +118,26 @@ def stored(path: Path) -> dict[str, str | None]:
     return {"bytes": None, "path": str(path.absolute())}
 
 
-def repeats_of(folder: Path) -> dict[Path, tuple[int, str]]:
-    """Of kohya's folders `<n>_words` with images that lie in a folder: n, and the words.
+def repeats_of(folder: Path) -> dict[Path, tuple[int, str, int]]:
+    """Of kohya's folders `<n>_words` with images that lie in a folder: n, the words, and how many images.
 
     Raises:
         InputError: there are images beside them, or an n is 0.
     """
-    names = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = {path: match.groups() for path in names if (match := REPEATS.fullmatch(path.name))}
-    found = {path: (int(n), words) for path, (n, words) in found.items() if count_images(path)}
-    for path, (n, _) in found.items():
+    images = [path.relative_to(folder).parts for path in list_files(folder) if is_image(path)]
+    counts = Counter(place for place, *within in images if within)
+    matches = {name: match for name in sorted(counts) if (match := REPEATS.fullmatch(name))}
+    found = {folder / name: (int(match[1]), match[2], counts[name]) for name, match in matches.items()}
+    for path, (n, *_) in found.items():
         if n == 0:
             raise InputError(f"{path}: its images would be repeated 0 times; the number must be at least 1")
-    beside = [path for path in list_files(folder) if is_image(path) and not found.keys() & set(path.parents)]
+    beside = [parts for parts in images if len(parts) == 1 or parts[0] not in matches]
     if found and beside:
-        example = next(iter(found)).name
         raise InputError(
-            f"{beside[0]}: an image outside of the folders <repeats>_<words>, such as {example}; move it into one"
+            f"{folder.joinpath(*beside[0])}: an image outside of the folders <repeats>_<words>, such as "
+            f"{next(iter(matches))}; move it into one"
         )
     return found
-
-
-def count_images(folder: Path) -> int:
-    return sum(map(is_image, list_files(folder)))
 
 
 def find_problems(folder: Path) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
-from difftrain_utils.data.photos import IMAGE_ENDINGS, count_images, list_files, read_photos, repeats_of
+from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
 
@@ -148,7 +148,7 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
             folder = of_split
         elif source.split != "train":
             raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
-        if count_images(folder) == 0:
+        if not any(is_image(path) and folder in path.parents for path in files):
             raise InputError(
                 f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, "
                 f"and no images: {', '.join(IMAGE_ENDINGS)})"
@@ -168,9 +168,9 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
     folders = {} if photos is None else repeats_of(photos)
     if not folders:
         return [(source, 1)]
-    counts, split = {path: n * count_images(path) for path, (n, _) in folders.items()}, []
-    for path, (n, words) in folders.items():
-        weight = source.weight and source.weight * counts[path] / sum(counts.values())
+    total, split = sum(n * count for n, _, count in folders.values()), []
+    for path, (n, words, count) in folders.items():
+        weight = source.weight and source.weight * (n * count) / total
         caption = words if source.default_caption is None else source.default_caption
         of_folder = dataclasses.replace(
             source, dataset=str(path), split="train", weight=weight, default_caption=caption

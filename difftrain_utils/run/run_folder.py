@@ -83,6 +83,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_about_weights(path: Path) -> dict[str, Any]:
+    """What the metadata of a file in `weights/` say: "step", "weights" (raw or ema), of the best "metric" and "value".
+
+    Raises:
+        InputError: it is damaged, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with blame(str(path), OSError, SafetensorError), safe_open(path, "np") as file:
+        metadata = file.metadata()
+    with blame(f"{path}: no weights of a run, of which the metadata tells", ValueError, LookupError, TypeError):
+        about = json.loads(metadata[WEIGHTS])
+        return {"step": int(about["step"]), "weights": about["weights"]} | about
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The content of run_manifest.json, of a run's folder or a checkpoint's.
 

@@ -1,13 +1,12 @@
 """Where weights to draw with lie: what a run exported, its checkpoints, its EMA snapshots, or anybody's pipeline.
 Imports no torch, so that a slip is reported at once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from difftrain_utils.errors import InputError, blame, warn
+from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import local_path
 from difftrain_utils.run.run_folder import (
     BEST_FILE,
@@ -20,6 +19,7 @@ from difftrain_utils.run.run_folder import (
     checkpoint_damage,
     checkpoint_name,
     list_checkpoints,
+    read_about_weights,
     read_manifest,
     read_mapping,
 )
@@ -148,12 +148,8 @@ def _of_checkpoint(folder: Path, weights: str | float | None, is_checked: bool =
 
 
 def _of_weights(path: Path, run: Path) -> Source:
-    from safetensors import SafetensorError, safe_open
-
-    errors = OSError, SafetensorError, LookupError, TypeError, ValueError
-    with blame(f"{path}: no weights of a run", *errors), safe_open(path, "np") as file:
-        about = json.loads(file.metadata()["weights"])
-        return Source("weights", str(path), run, about["step"], about["weights"])
+    about = read_about_weights(path)
+    return Source("weights", str(path), run, about["step"], about["weights"])
 
 
 def _exported_weights(record: Path) -> str:

@@ -21,9 +21,7 @@ from difftrain_utils.files import new_file
 from difftrain_utils.optimization.ema import EMA
 from difftrain_utils.optimization.trained import trained_weights
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.run_folder import BEST_FILE, METRICS_FILE, WEIGHTS
-
-METADATA = "weights"  # one entry: of several the order would be any
+from difftrain_utils.run.run_folder import BEST_FILE, METRICS_FILE, WEIGHTS, read_about_weights
 
 
 def save_weights(path: Path, models: Mapping[str, torch.nn.Module], ema: EMA | None, about: dict[str, Any]) -> None:
@@ -36,7 +34,7 @@ def save_weights(path: Path, models: Mapping[str, torch.nn.Module], ema: EMA | N
     values = names.values() if ema is None else ema.averages
     tensors = {name: value.detach().contiguous() for name, value in zip(names, values, strict=True)}
     with new_file(path) as partial:
-        save_file(tensors, partial, {METADATA: json.dumps(about | {"weights": "raw" if ema is None else "ema"})})
+        save_file(tensors, partial, {WEIGHTS: json.dumps(about | {"weights": "raw" if ema is None else "ema"})})
 
 
 def load_weights(path: Path, denoiser: torch.nn.Module, text_encoders: torch.nn.Module | None = None) -> dict[str, Any]:
@@ -45,9 +43,9 @@ def load_weights(path: Path, denoiser: torch.nn.Module, text_encoders: torch.nn.
     Raises:
         InputError: it is damaged, no such file, or of other models.
     """
+    about = read_about_weights(path)
     names = _names({"denoiser": denoiser} | ({} if text_encoders is None else {"text_encoders": text_encoders}))
     with blame(str(path), OSError, SafetensorError), safe_open(path, "pt") as file:
-        about = _about(path, file)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(shapes.keys() | names.keys()):
             wanted = tuple(names[name].shape) if name in names else "not there"
@@ -77,8 +75,8 @@ def describe_best(output_dir: Path) -> str | None:
     path = output_dir / WEIGHTS / BEST_FILE
     if not path.exists():
         return None
-    with blame(str(path), OSError, SafetensorError, LookupError), safe_open(path, "pt") as file:
-        about = _about(path, file)
+    about = read_about_weights(path)
+    with blame(str(path), LookupError):
         return f"{path} holds the weights of step {about['step']} ({about['metric']} {about['value']:.4g})"
 
 
@@ -86,9 +84,3 @@ def _names(models: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Paramete
     """What is trained, by its name in a file, in the order of the averages."""
     parts = [part for part in ("denoiser", "text_encoders") if part in models]
     return {f"{part}.{name}": value for part in parts for name, value in trained_weights(models[part]).items()}
-
-
-def _about(path: Path, file: safe_open) -> dict[str, Any]:
-    with blame(f"{path}: no weights of a run, of which the metadata tells", ValueError, LookupError, TypeError):
-        about = json.loads(file.metadata()[METADATA])
-        return {"step": int(about["step"])} | about

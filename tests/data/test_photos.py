@@ -428,6 +428,9 @@ def test_links_are_followed_and_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "photos/more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos/again").symlink_to(tmp_path / "photos")  # a circle
     assert captions_of(config) == ["a", "b"]
+    (tmp_path / "photos/twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "photos")
+    assert captions_of(config) == ["a", "b", "b"]
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\n")
     with pytest.raises(InputError, match=r"photos/metadata.csv: is not read; make it a metadata.jsonl, or write .txt"):
         captions_of(config)
