@@ -74,8 +74,9 @@ def find_sources(
     """
     folder = local_path(name)
     if (folder / STATE_FILE).is_file():
-        if steps:
-            raise InputError(f"--checkpoint: goes with a run, and {name} is a checkpoint itself")
+        for option, is_given in (("--checkpoint", bool(steps)), ("--weights best", weights == BEST)):
+            if is_given:
+                raise InputError(f"{option}: goes with a run, and {name} is a checkpoint itself")
         return [_of_checkpoint(folder, weights)]
     if (folder / CONFIG_FILE).is_file():
         return _of_run(folder, steps, weights, prefer)

@@ -291,6 +291,7 @@ def test_the_precision_is_that_of_the_run(run, tmp_path):
         (["HERE", "a"], r": no run \(config.resolved.yaml\), no checkpoint \(training_state.json\), no pipeline"),
         (["RUN", "a", "--checkpoint", "5"], r"^--checkpoint: .*run has no checkpoint-5; there is 3, 4, 6$"),
         (["RUN/checkpoint-6", "a", "--checkpoint", "6"], r"^--checkpoint: goes with a run, and .* is a checkp"),
+        (["RUN/checkpoint-6", "a", "--weights", "best"], r"^--weights best: goes with a run, and .* is a checkp"),
         (["RUN/pipeline", "a", "--weights", "raw"], r"^--weights: goes with a run or a checkpoint, and .* is none$"),
         (["RUN", "a", "--weights", "rare"], r"--weights: must be ema, raw, best or a width such as 0.1, got 'rare'"),
         (["RUN", "a", "--weights", "best"], r"^--weights best: .*run has none, which train.keep_best keeps$"),
