@@ -177,15 +177,9 @@ def test_ten_steps_agree_however_the_batch_is_split(short_run, tmp_path, workers
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param(CACHES, marks=pytest.mark.slow),
         pytest.param(CACHES | BUCKETS | {"data.num_workers": 1}, marks=pytest.mark.slow),
-        pytest.param({"train.channels_last": True} | BUCKETS, marks=pytest.mark.slow),
-        pytest.param({"ema.update_every": 3}, marks=pytest.mark.slow),
         CACHES | BUCKETS | {"train.channels_last": True, "ema.update_every": 3, "train.gradient_checkpointing": True},
         pytest.param({"train.compile": "regional"} | CACHES | BUCKETS, marks=pytest.mark.slow),
-        pytest.param(
-            {"train.compile": "whole", "train.channels_last": True} | CACHES | BUCKETS, marks=pytest.mark.slow
-        ),
     ],
     ids=lambda fields: "+".join(name.split(".")[1] for name in fields),
 )

@@ -97,8 +97,8 @@ STREAM = {"data.streaming": True, "data.shuffle_buffer": 4}
     ("kills", "num_processes", "accumulation", "fields"),
     [
         (3, 1, 4, {}),
-        *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n in (1, 2) for a in (1, 4)),
-        *(pytest.param(3, n, 2, data, marks=pytest.mark.slow) for n in (1, 2) for data in (CACHES | BUCKETS, STREAM)),
+        *(pytest.param(9, n, a, {}, marks=pytest.mark.slow) for n, a in ((1, 1), (2, 4))),
+        *(pytest.param(3, 2, 2, data, marks=pytest.mark.slow) for data in (CACHES | BUCKETS, STREAM)),
         pytest.param(3, 1, 2, {"model.lora.rank": 4, "model.lora.merge": True}, marks=pytest.mark.slow),
     ],
     ids=str,
