@@ -92,10 +92,8 @@ def _batch(accelerator: Accelerator, config: Config) -> str:
 def _steps(data: Data, checkpoint: Path | None, config: Config) -> str:
     start = 0 if checkpoint is None else step_of(checkpoint.resolve().name) or 0
     steps = f"{config.train.max_steps}" if not start else f"{start} to {config.train.max_steps}"
-    if (of_epoch := data.samples_per_epoch) is None:
-        return steps
-    epochs = config.train.max_steps * config.train.batch_size / of_epoch
-    return f"{steps}, {epochs:.3g} epochs of {of_epoch} samples"
+    epochs = config.train.max_steps * config.train.batch_size / data.samples_per_epoch
+    return f"{steps}, {epochs:.3g} epochs of {data.samples_per_epoch} samples"
 
 
 def _device(accelerator: Accelerator, config: Config) -> str:

@@ -59,7 +59,7 @@ def write(kind: str, folder: Path) -> DataConfig:
 
 
 def open_rows(config: DataConfig) -> Rows:
-    return open_stream(config, 0) if config.streaming else map_rows(config)
+    return open_stream(config) if config.streaming else map_rows(config)
 
 
 KINDS = ["photos", "metadata", "parquet", "stream"]

@@ -91,7 +91,7 @@ def make_config(folder: Path, **fields) -> DataConfig:
 
 
 def stream(folder: Path, seed: int = 0, **fields) -> StreamedRows:
-    return open_stream(make_config(folder, **fields), seed)
+    return open_stream(make_config(folder, **fields))
 
 
 def captions(rows: StreamedRows, keys) -> list[str]:
@@ -213,7 +213,7 @@ def loaded(samples: Samples, keys: range, **arguments) -> list[dict]:
 class TestSamples:
     def samples(self, folder: Path, **fields) -> Samples:
         config = make_config(folder, random_flip=True, **fields)
-        return Samples(data_of(open_stream(config, 0)), config, 0, 1000)
+        return Samples(data_of(open_stream(config)), config, 0, 1000)
 
     @pytest.mark.parametrize("kind", WRITERS)
     def test_they_are_the_same_with_any_number_of_workers(self, folders, kind):
@@ -267,7 +267,7 @@ class TestBadRows:
 
     def test_skip_takes_the_next_readable_row_of_the_window(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip")
-        samples = Samples(data_of(open_stream(config, 0)), config, 0, 1000)
+        samples = Samples(data_of(open_stream(config)), config, 0, 1000)
         rows = stream(spoilt, on_bad_row="skip")
         num_skipped = 0
         for first in range(0, 130, 5):
@@ -281,7 +281,7 @@ class TestBadRows:
 
     def test_a_window_without_a_readable_row_stops(self, spoilt):
         config = make_config(spoilt, on_bad_row="skip", shuffle_buffer=1)
-        samples = Samples(data_of(open_stream(config, 0)), config, 0, 100)
+        samples = Samples(data_of(open_stream(config)), config, 0, 100)
         k = next(k for k in range(13) if samples.rows[k].captions == "6")
         with pytest.raises(
             RowError, match=r"^6.png: not an image .*; nor can any of the 1 rows that are shuffled with"
@@ -316,7 +316,7 @@ class TestBadRows:
 class TestFingerprint:
     def test_it_is_of_the_files(self, folders, tmp_path):
         config = make_config(folders["parquet"])
-        rows = open_stream(config, 0)
+        rows = open_stream(config)
         fingerprint = inspect_splits(*split_rows(rows, config), config)
         assert fingerprint == {
             "train": {"dataset": config.dataset, "streaming": True, "num_files": 4, "sha256": rows.sha256}
@@ -394,7 +394,7 @@ class TestRefusals:
             ),
         ):
             with pytest.raises(InputError, match=message):
-                open_stream(config, 0)
+                open_stream(config)
 
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
