@@ -585,7 +585,7 @@ def test_latents_of_any_rank_and_prompts_of_any_length(fake_family, load_fake_ca
         for name, values in batch["conditioning"].items():
             assert torch.equal(values, conditioning[name][:, :length])
         assert torch.equal(batch["sizes"], expected["sizes"])
-        for name in ("keys", "skipped", "dropped", "place"):
+        for name in ("keys", "skipped", "dropped"):
             assert batch[name] == expected[name]
         num_skipped += sum(batch["skipped"])
     assert num_skipped == (16 if on_bad_row == "skip" else 0)  # two of seven in each of eight epochs

@@ -171,7 +171,8 @@ class TestDefaultCaption:
         make_data(images, [None, ["a", "b"], []]).to_parquet(tmp_path / "train.parquet")
         config = DataConfig(str(tmp_path), default_caption="", streaming=streaming, shuffle_buffer=1)
         rows = open_stream(config) if streaming else map_rows(config)
-        assert [rows[i].captions for i in range(3)] == ["", ["a", "b"], ""]
+        order = rows.order(0, 1) if streaming else range(3)
+        assert [rows[order[i]].captions for i in range(3)] == ["", ["a", "b"], ""]
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_data_without_captions(self, tmp_path, streaming):
@@ -179,7 +180,7 @@ class TestDefaultCaption:
         make_data([Image.new("RGB", (20, 16))], [""]).remove_columns("text").to_parquet(tmp_path / "train.parquet")
         config = DataConfig(str(tmp_path), default_caption="a photo", streaming=streaming, shuffle_buffer=1)
         rows = open_stream(config) if streaming else map_rows(config)
-        assert rows[0].captions == "a photo"
+        assert rows[rows.order(0, 1)[0]].captions == "a photo"
         config.caption_column = "caption"
         with pytest.raises(InputError, match=r"^data.caption_column: no column 'caption' in .*; it has image$"):
             open_stream(config) if streaming else map_rows(config)
