@@ -4,8 +4,9 @@ network fails, and kept in a folder of bounded size."""
 import contextlib
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before each further try
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError)  # trying helps not
+COUNTED = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as WebDataset writes it
 CLEANED = 0.05  # part of the cache's size that is written before a process looks how full it is
 
 
@@ -39,6 +41,25 @@ class StoredFile(NamedTuple):
 def is_remote(path: str) -> bool:
     """Whether a file is read by fsspec."""
     return "://" in path
+
+
+def list_urls(url: str, kinds: Sequence[str]) -> list[str]:
+    """The files that a URL stands for, sorted: of a folder those that end as one of `kinds`; else what it matches with
+    `*`, and `{0000..0099}` counted through. Raises OSError if it cannot be listed."""
+    if counted := COUNTED.search(url):
+        first, last = counted.groups()
+        numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+        return [file for n in numbers for file in list_urls(url[: counted.start()] + n + url[counted.end() :], kinds)]
+    ending = url.rpartition(".")[2]
+    if ending in kinds and "*" not in url:
+        return [url]
+
+    def look_up() -> list[str]:
+        system, within = fsspec.url_to_fs(url)
+        paths = system.glob(within) if "*" in url else system.find(within)
+        return sorted(system.unstrip_protocol(path) for path in paths if path.rpartition(".")[2] in kinds)
+
+    return again(look_up)
 
 
 def find_file(path: str) -> StoredFile:

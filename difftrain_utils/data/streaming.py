@@ -19,9 +19,10 @@ import datasets
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import cache_folder, remembered
 from difftrain_utils.data.lanes import Lanes, Place, Window
-from difftrain_utils.data.remote import Reader, StoredFile, find_file
+from difftrain_utils.data.remote import Reader, StoredFile, find_file, is_remote, list_urls
 from difftrain_utils.data.rows import Row, captions_in, map_in_threads, mask_in, read_bytes
 from difftrain_utils.data.sources import (
+    FILE_KINDS,
     cannot_load,
     caption_features,
     check_columns,
@@ -79,9 +80,13 @@ def open_stream(config: DataConfig) -> "StreamedRows":
 def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: Reader) -> StreamedSource:
     culprit = field_of(field, "dataset")
     with blame(cannot_load(field, source), Exception):  # whatever stops datasets
-        builder = datasets.load_dataset_builder(**load_arguments(field, source, config))
+        if is_remote(source.dataset):
+            paths, arguments = _urls(source, culprit)
+        else:
+            paths, arguments = None, load_arguments(field, source, config)
+        builder = datasets.load_dataset_builder(**arguments)
         data = builder.as_streaming_dataset(split=source.split)
-        paths = list(builder.config.data_files[source.split])
+        paths = paths or list(builder.config.data_files[source.split])
     check_columns(data, field, source)
     data, kind = used_columns(data, source), type(builder).__module__.rpartition(".")[2]
     with blame(culprit, OSError):
@@ -98,6 +103,18 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
             raise InputError(f"{culprit}: {source.dataset} has no images")
         sha256 = files_digest(files, reader)
     return StreamedSource(source, rows, caption_features(data, source), len(files), sha256)
+
+
+def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:
+    """The files of a URL, and how `datasets` opens the first, which says what columns there are."""
+    urls = list_urls(source.dataset, FILE_KINDS)
+    if not urls:
+        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(FILE_KINDS)}")
+    ending = urls[0].rpartition(".")[2]
+    if other := next((url for url in urls if not url.endswith(f".{ending}")), None):
+        raise InputError(f"{culprit}: {source.dataset} has files of several kinds, {urls[0]} and {other}")
+    kind = {"tar": "webdataset"}.get(ending, ending)
+    return urls, {"path": kind, "data_files": {source.split: urls[:1]}}
 
 
 def _image_folder(data: datasets.IterableDataset, source: SourceConfig) -> TableRows:
