@@ -166,6 +166,9 @@ class StreamedRows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
+    def __len__(self) -> int:
+        return sum(int(opened.rows.units.rows.sum()) for opened in self.sources)
+
     @property
     def has_masks(self) -> bool:
         """Whether a source has masks."""

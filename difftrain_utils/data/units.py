@@ -215,10 +215,13 @@ def walk_tar(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[str
 
 
 def _octal(field: bytes) -> int:
-    """A number in a tar's header; large ones are binary."""
+    """A number in a tar's header; large ones are binary. -1: it is none."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
+    try:
+        return int(field.split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
 
 
 def _pax_fields(content: bytes) -> dict[str, str]:

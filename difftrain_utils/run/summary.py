@@ -69,7 +69,7 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
 def _data(data: Data, config: Config) -> str:
     section = config.data
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
-    images = "a stream" if section.streaming else f"{len(data.rows)} images"
+    images = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} images"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
     one_size = f"{section.resolution}x{section.resolution} pixels"
     size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"

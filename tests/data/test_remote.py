@@ -75,6 +75,7 @@ def test_rows_of_another_machine_come_in_the_same_order_whatever_its_network_doe
 
 
 def test_https_and_counted_names(tmp_path, waits):
+    pytest.importorskip("aiohttp")
     folder = write_tars(tmp_path / "files")
     (folder / "0.tar").rename(folder / "00.tar")
     handler = partial(RangeHandler, directory=str(folder))
