@@ -69,7 +69,7 @@ def streamed_samples(photos: Path, args) -> torch.utils.data.Dataset:
         for i in range(shards):
             data.shard(shards, i).to_parquet(folder / f"{i:05d}.parquet")
     config = DataConfig(str(folder), resolution=args.resolution, random_flip=True, streaming=True, shuffle_buffer=64)
-    return samples_of(open_stream(config, 0), config)
+    return samples_of(open_stream(config), config)
 
 
 def embed(row):

@@ -31,6 +31,11 @@ class RowError(InputError):
     """One row of the data is wrong, which perhaps only one of several processes gets to see."""
 
 
+class FileError(InputError):
+    """A file of the data cannot be read, which perhaps only one of several processes gets to see. No other row stands
+    in for those that it has."""
+
+
 class RunError(RuntimeError):
     """A run with good input cannot go on: the loss is not finite, the disk is full. Exit code 1.
 
@@ -126,7 +131,9 @@ def one_line_errors() -> Iterator[None]:
         if "Traceback (most recent call last)" in message:  # a data loader's worker's: the last line is ours
             message = message.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         message = message.replace("\n", "\\n")
-        _exit(message, everywhere=isinstance(error, RowError), code=2 if isinstance(error, InputError) else 1)
+        _exit(
+            message, everywhere=isinstance(error, RowError | FileError), code=2 if isinstance(error, InputError) else 1
+        )
     except KeyboardInterrupt:
         _exit("stopped at once, without a checkpoint", everywhere=False, code=130)
     except OSError as error:

@@ -55,9 +55,11 @@ CONFIG = [
     ("--data.streaming --data.buckets auto", "data.buckets: cannot go with data.streaming, got 'auto'"),
     ("--data.streaming --data.cache_text", "data.cache_text: cannot go with data.streaming, got True"),
     (
-        '--data.streaming --data.dataset null --data.sources [{"dataset":"a"}]',
-        "data.sources: cannot go with data.streaming, got",
+        '--data.streaming --data.dataset null --data.sources [{"dataset":"builtin:shapes"}]',
+        "data.sources: streaming is for folders and the hub, got",
     ),
+    ("--data.streaming --data.lanes 3", "data.lanes: must divide train.batch_size, which is 4, got 3"),
+    ("--data.lanes 2", "data.lanes: goes with data.streaming, got 2"),
     ("--data.tag_dropout 1.1", "data.tag_dropout: must be between 0 and 1, got 1.1"),
     ("--data.shuffle_tags --data.keep_tags -1", "data.keep_tags: must be at least 0, got -1"),
     ("--data.keep_tags 1", "data.keep_tags: goes with data.shuffle_tags or data.tag_dropout, got 1"),

@@ -63,7 +63,17 @@ class DataConfig:
     streaming: bool = False
     """Read the data set as a stream, for one that does not fit on the disk (also from a folder of tar files)."""
     shuffle_buffer: int = 1000
-    """Rows of a stream that are shuffled among each other; each worker and each process keeps as many in memory."""
+    """Rows of a stream's lane that are shuffled among each other; as many of each lane are kept in memory."""
+    lanes: int | None = None
+    """Lanes of a stream, which are read side by side; each batch has as many rows of each. About the largest number of
+    processes x num_workers that the run may have: fewer lanes are read by several of them, more take more memory. It
+    must divide train.batch_size; null: the largest number up to 8 that does."""
+    lanes_fixed: bool = False
+    """A lane has the same files in each epoch, in another order: a machine finds them in its cache again. Otherwise all
+    files are dealt anew."""
+    stream_cache_gb: float = 10.0
+    """Up to how much of what a stream reads from other machines (`hf://`, `s3://`, `https://`) is kept in `cache_dir`,
+    for all processes of a machine together; 0: nothing."""
     image_column: str = "image"
     """Column of the images (an image folder calls it `image`, tar files `jpg`, `png`, …)."""
     caption_column: str | list[str] = "text"
@@ -149,6 +159,10 @@ class DataConfig:
         require(not both, "validation_dataset", "cannot go with validation_split")
         require(self.epochs is None or self.epochs > 0, "epochs", "must be above 0, or null")
         require(self.shuffle_buffer >= 1, "shuffle_buffer", "must be at least 1")
+        require(self.lanes is None or self.lanes >= 1, "lanes", "must be at least 1, or null")
+        require(self.stream_cache_gb >= 0, "stream_cache_gb", "must be 0 or more")
+        for name in ("lanes", "lanes_fixed"):
+            require(not getattr(self, name) or self.streaming, name, "goes with data.streaming")
         has_one_crop = not self.cache_latents or self.center_crop
         require(has_one_crop, "cache_latents", "needs data.center_crop (one crop is kept)")
         sizes = self.buckets if isinstance(self.buckets, list) else [[8, 8]]
@@ -161,11 +175,11 @@ class DataConfig:
         require(0 <= self.num_workers <= MAX_WORKERS, "num_workers", rule)
         if self.streaming:
             require(not self.validation_split, "validation_split", "cannot go with streaming (validation_dataset can)")
-            is_builtin = self.dataset is not None and self.dataset.startswith("builtin:")
-            require(not is_builtin, "dataset", "streaming is for folders and the hub")
-            rule = "cannot go with data.streaming, of which nobody knows how long it is; give train.max_steps"
-            require(self.epochs is None, "epochs", rule)
-            for name in ("buckets", "no_upscale", "cache_latents", "cache_text", "sources"):
+            for source in [self, *(self.sources or [])]:
+                is_builtin = source.dataset is not None and source.dataset.startswith("builtin:")
+                field = "dataset" if source is self else "sources"
+                require(not is_builtin, field, "streaming is for folders and the hub")
+            for name in ("buckets", "no_upscale", "cache_latents", "cache_text"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
 
     @property

@@ -45,6 +45,8 @@ class TextToImageConfig(Config):
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
         rule = f"is train.max_steps in other words, which is {self.train.max_steps}: give null for one of them"
         requires["data"](None in (data.epochs, self.train.max_steps), "epochs", rule)
+        rule = f"must divide train.batch_size, which is {self.train.batch_size}"
+        requires["data"](data.lanes is None or self.train.batch_size % data.lanes == 0, "lanes", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
         for name in ("lora", "trainable", "train_text_encoder"):

@@ -2,14 +2,19 @@
 
 A cache is a folder of safetensors shards, each beside its digest as `sha256sum` writes it. Each shard is written aside
 and renamed, and shards that are missing or damaged are made again: a build that was killed goes on where it was. What a
-shard holds does not depend on the number of processes."""
+shard holds does not depend on the number of processes. Several runs, on several machines, may make one cache together:
+a claim beside a shard says that somebody is making it."""
 
+import contextlib
 import hashlib
-import itertools
 import json
 import math
+import os
+import platform
 import shutil
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +26,15 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save
 
-from difftrain_utils.errors import InputError, warn
+from difftrain_utils.errors import InputError, warn, writing
 from difftrain_utils.files import file_digest, write_file
 from difftrain_utils.processes import main_process_first
 from difftrain_utils.terminal import announce, progress
 
 SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
 LAYOUT_FILE = "layout.json"
+ABANDONED = 120  # seconds, longer than it takes to encode a batch
+LOOK_AGAIN = 1.0  # seconds between two looks at what others are making
 
 Entry = dict[str, torch.Tensor]
 
@@ -139,7 +146,8 @@ def build_cache(
     num_workers: int,
 ) -> EncodedCache:
     """The cache in `folder`, whose entry i, of group `groups[i]`, is what `encode` makes of `inputs[i]` (of a list of
-    inputs it makes a batch). Shards that are not there or damaged are made; the processes share them out.
+    inputs it makes a batch). Shards that are not there or damaged are made; the processes share them out, and leave out
+    those that another run is making, on this machine or on another one that has the same folder.
 
     Raises:
         InputError: there is not enough room on the disk.
@@ -155,24 +163,101 @@ def build_cache(
     missing_anywhere = gather_object(missing)
     if accelerator.is_main_process and missing_anywhere:
         for path in map(cache.path, missing_anywhere):
-            warn_if_damaged(path)
+            if path.exists() and not is_intact(path):
+                warn_if_damaged(path)
+                path.unlink()
         sizes = [(groups[cache.shards[shard][0]], len(cache.shards[shard])) for shard in missing_anywhere]
         announce(f"{what}: {len(missing_anywhere)} of {len(cache.shards)} files are to be made")
         _check_room(folder, sum(count * cache.layout[str(group)]["entry_bytes"] for group, count in sizes))
-    batches_of = [_batches(cache.shards[shard].tolist()) for shard in missing]
-    batches = list(itertools.chain(*batches_of))
-    loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
-    loaded = progress(loader, len(batches), f"{what}, batches")
-    for shard, of_shard in zip(missing, batches_of, strict=True):
-        entries = []
-        for batch in itertools.islice(loaded, len(of_shard)):
-            entries += _entries(encode(batch), len(batch))
-        write_with_digest(cache.path(shard), save(pack(entries)))
+    accelerator.wait_for_everyone()
+    while missing := [shard for shard in missing if not cache.path(shard).exists()]:
+        if not _make_shards(cache, missing, inputs, encode, what, num_workers):
+            time.sleep(LOOK_AGAIN)  # others are making them
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
         _check_is_there(cache.path(shard))
     cache.measure()
     return cache
+
+
+def _make_shards(cache: EncodedCache, shards: list[int], inputs, encode, what: str, num_workers: int) -> int:
+    """Make those of the shards that nobody else is making. Returns how many."""
+    claimed: list[int] = []  # by the sampler, which is ahead of what is encoded
+
+    def batches() -> Iterator[list[int]]:
+        for shard in shards:
+            if claim(cache.path(shard)):
+                claimed.append(shard)
+                yield from _batches(cache.shards[shard].tolist())
+
+    loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches(), num_workers=num_workers, collate_fn=list)
+    num_batches = sum(len(_batches(cache.shards[shard])) for shard in shards)
+    entries, made = [], 0
+    try:
+        for batch in progress(loader, num_batches, f"{what}, batches"):
+            entries += _entries(encode(batch), len(batch))
+            for shard in claimed[made:]:
+                claim_of(cache.path(shard)).touch()
+            if len(entries) == len(cache.shards[claimed[made]]):
+                path = cache.path(claimed[made])
+                write_with_digest(path, save(pack(entries)))
+                claim_of(path).unlink(missing_ok=True)
+                entries, made = [], made + 1
+    finally:
+        for shard in claimed[made:]:
+            claim_of(cache.path(shard)).unlink(missing_ok=True)
+    return made
+
+
+def claim(path: Path) -> bool:
+    """Whether a file that is not there is this process's to make: nobody else has claimed it, or who has is dead: a
+    process of this machine that is gone, or one that has not touched the claim for long. If that one lives after all,
+    both make the same file, and nothing is lost.
+
+    Raises:
+        RunError: the claim cannot be written.
+    """
+    mark = claim_of(path)
+    with writing(mark):
+        while not path.exists():
+            try:
+                with mark.open("x") as file:
+                    file.write(f"{platform.node()} {os.getpid()}")
+            except FileExistsError:
+                if not _is_abandoned(mark):
+                    return False
+                with contextlib.suppress(FileNotFoundError):  # one of those who find it takes it away
+                    aside = mark.with_name(f"{mark.name}.{uuid.uuid4().hex}")
+                    mark.rename(aside)
+                    aside.unlink()
+                continue
+            if path.exists():  # made meanwhile
+                mark.unlink(missing_ok=True)
+                return False
+            return True
+    return False
+
+
+def claim_of(path: Path) -> Path:
+    """The file that says that somebody is making `path`."""
+    return path.with_suffix(".claim")
+
+
+def _is_abandoned(mark: Path) -> bool:
+    """By the process that it names, or by the clock that its file system has, which another machine may have."""
+    clock = mark.with_name(f"clock.{uuid.uuid4().hex}")
+    try:
+        host, _, process = mark.read_text().rpartition(" ")
+        if host == platform.node():
+            os.kill(int(process), 0)
+        clock.touch()
+        return clock.stat().st_mtime - mark.stat().st_mtime > ABANDONED
+    except (FileNotFoundError, ProcessLookupError):  # given up, or gone
+        return True
+    except (PermissionError, ValueError):  # somebody else's, or not written yet
+        return False
+    finally:
+        clock.unlink(missing_ok=True)
 
 
 def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, encode) -> dict[str, dict[str, int]]:

@@ -1,16 +1,18 @@
 """All that is trained on: the rows, the sizes they are trained at, and which of them each sample has."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
+from difftrain_utils.data.lanes import Lanes
+from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
-from difftrain_utils.processes import main_process_first
+from difftrain_utils.processes import main_process_first, on_main_process
 from difftrain_utils.terminal import announce
 
 
@@ -19,14 +21,14 @@ class Data:
     """`rows` to train on and those that are held out, the buckets where there are any, and the row of each sample."""
 
     rows: Rows
-    order: Sequence[int]
+    order: Order | Lanes
     validation_rows: MappedRows | None = None
     buckets: Buckets | None = None
 
     @property
-    def samples_per_epoch(self) -> int | None:
-        """How many samples a pass over the data has; None of a stream, whose length is not known."""
-        return getattr(self.order, "epoch_length", None)
+    def samples_per_epoch(self) -> int:
+        """How many samples a pass over the data has."""
+        return self.order.epoch_length
 
 
 def load_data(accelerator: Accelerator, family, config: Config) -> Data:
@@ -34,14 +36,16 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
 
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
-            the model cannot take images of this size, no bucket has a batch of images, or all are too small.
+            a stream has fewer rows than a batch, the model cannot take images of this size, no bucket has a batch of
+            images, or all are too small.
     """
     resolution, seed = config.data.resolution, config.train.seed
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
     family.check_size(resolution, resolution, "data.resolution")
+    streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
-        rows = open_stream(config.data, seed) if config.data.streaming else map_rows(config.data)
+        rows = map_rows(config.data) if streamed is None else streamed
         rows, validation_rows = split_rows(rows, config.data)
     rows, buckets = fit_sizes(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)

@@ -51,30 +51,24 @@ class Row(NamedTuple):
 
 class Rows(Protocol):
     """What training asks of its rows, whether they lie on the disk (`MappedRows`) or are read as a stream
-    (`StreamedRows`)."""
+    (`StreamedRows`). What an index is, their order says: a row's number, or its place in a stream."""
 
     has_masks: bool
     """Whether a source has masks."""
 
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: Any) -> Row: ...
 
-    def loss_weight(self, index: int) -> float:
+    def loss_weight(self, index: Any) -> float:
         """The factor of a row's loss, without reading the row."""
 
-    def order(self, seed: int, batch_size: int, buckets=None) -> Sequence[int]:
-        """The row of each sample k. Raises InputError where there is none."""
+    def order(self, seed: int, batch_size: int, buckets=None) -> Sequence[Any]:
+        """The index of the row of each sample k, and `epoch_length`. Raises InputError where there is none."""
 
-    def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[Iterable[int], str]:
+    def substitutes(self, index: Any, k: int, seed: int, buckets=None) -> tuple[Iterable[Any], str]:
         """The rows that may stand in for row `index` as sample k, in their order, and what they are in words."""
 
     def inspect(self, config: DataConfig) -> dict[str, Any]:
         """The fingerprint: {"dataset": …, "sha256": …, …}. Raises RowError for what is found to be wrong."""
-
-    def place(self, k: int) -> dict[str, Any] | None:
-        """What `load_place` needs to go on from sample k, as JSON; None where nothing is needed."""
-
-    def load_place(self, place: dict[str, Any] | None) -> None:
-        """Let the rows be read from `place` on. Changes no sample, only how soon it is there."""
 
 
 @dataclasses.dataclass
@@ -181,12 +175,6 @@ class MappedRows(Sequence):
         rows = np.arange(len(self)) if buckets is None else np.flatnonzero(buckets.of_row == buckets.of_row[index])
         drawn = generator_for(seed, "substitute", k).integers(len(rows), size=NUM_SUBSTITUTES)
         return rows[drawn].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
-
-    def place(self, k: int) -> None:
-        """Any row is at hand."""
-
-    def load_place(self, place: None) -> None:
-        """Any row is at hand."""
 
     def inspect(self, config: DataConfig) -> dict[str, Any]:
         """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.

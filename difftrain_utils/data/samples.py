@@ -6,12 +6,14 @@ state of a data loader, and processes and gradient accumulation only split [s·G
 """
 
 import atexit
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from PIL import Image
 
 from difftrain_utils.config.config import Config
@@ -19,7 +21,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import Rows, read_mask, read_row
-from difftrain_utils.errors import RowError
+from difftrain_utils.errors import RowError, warn
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.image import crop_of, resize_and_crop, resize_and_crop_mask
 from difftrain_utils.media.text import captions_of, complete, draw_tags
@@ -39,7 +41,6 @@ class Samples(torch.utils.data.Dataset):
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
-    - "place": where a stream (`data.streaming`) goes on from this sample; None for other data
 
     All samples of a batch have one size. `caches` are those of `load_caches`, and others whose entries are the rows; of
     what `latents` and `text` stand for, `also` names what is to be there besides: "pixel_values", "caption".
@@ -67,9 +68,9 @@ class Samples(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        place, row, read = self.rows.place(k), self.order[k], partial(self._read, k=k)
-        sample, skipped = read_or_substitute(read, self.rows, row, self.config, self.seed, k, self.buckets)
-        return sample | {"key": k, "skipped": skipped, "place": place}
+        read = partial(self._read, k=k)
+        sample, skipped = read_or_substitute(read, self.rows, self.order[k], self.config, self.seed, k, self.buckets)
+        return sample | {"key": k, "skipped": skipped}
 
     def names_of(self, keys: Iterable[int]) -> list[str]:
         """The file names of the samples `keys`."""
@@ -131,35 +132,89 @@ class Samples(torch.utils.data.Dataset):
 
 def load_batches(accelerator: Accelerator, samples: Samples, state, config: Config) -> Iterator[dict[str, Any]]:
     """This process's parts of the batches, on its device, from the step on that `state` has come to."""
-    samples.rows.load_place(state.place)
+    train, num_workers, num_parts = config.train, config.data.num_workers, 1
+    size = train.batch_size // train.gradient_accumulation_steps // accelerator.num_processes
+    if config.data.streaming:
+        num_workers = min(num_workers, size)
+        num_parts = max(num_workers, 1)
+        times = samples.order.times_read(accelerator.num_processes, train.gradient_accumulation_steps, num_parts)
+        if times > 1:
+            warn(
+                f"data.lanes: each row is read {times:.3g} times an epoch; with a multiple of {num_parts} workers x "
+                f"{accelerator.num_processes} processes x {train.gradient_accumulation_steps} parts it would be once"
+            )
     atexit.register(end_workers)
     dataloader = torch.utils.data.DataLoader(
         samples,
-        sampler=range(state.step * config.train.batch_size, len(samples)),
-        batch_size=config.train.batch_size // config.train.gradient_accumulation_steps,
+        batch_sampler=Shares(
+            range(state.step * train.batch_size, len(samples)),
+            size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            num_parts,
+        ),
         collate_fn=collate,
-        num_workers=config.data.num_workers,
+        num_workers=num_workers,
+        prefetch_factor=2 * num_parts if num_workers else None,
         worker_init_fn=leave_signals_to_parent,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return iter(accelerator.prepare(dataloader))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        parts = (send_to_device(part, accelerator.device, non_blocking=True) for part in dataloader)
+        while batch := list(itertools.islice(parts, num_parts)):
+            yield join(batch)
+
+    return batches()
+
+
+class Shares(torch.utils.data.Sampler):
+    """The samples `keys` of one of several processes, `size` at a time, each time in so many parts.
+
+    A loader hands its batches to its workers in turn: with as many parts as workers, part i is always worker i's, which
+    so has the same lanes of a stream all the time, and reads no others.
+    """
+
+    def __init__(self, keys: range, size: int, process: int, num_processes: int, num_parts: int = 1):
+        self.keys, self.size, self.num_parts = keys, size, num_parts
+        self.process, self.num_processes = process, num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in range(self.process * self.size, len(self.keys), self.num_processes * self.size):
+            for i in range(self.num_parts):
+                begin, end = self.size * i // self.num_parts, self.size * (i + 1) // self.num_parts
+                yield list(self.keys[first + begin : first + end])
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped" and "skipped" are lists;
-    "weights" is a tensor; "masks" is one, or None where no source has masks; "place" is that of the last sample.
+    "weights" is a tensor; "masks" is one, or None where no source has masks.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
     names = {"key": "keys", "caption": "captions", "weight": "weights", "mask": "masks"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
-    place = samples[-1]["place"]
     for name, values in batch.items():
         if isinstance(values[0], torch.Tensor):
             batch[name] = torch.stack(values)
-        elif isinstance(values[0], dict) and name != "place":
+        elif isinstance(values[0], dict):
             batch[name] = {part: torch.stack([value[part] for value in values]) for part in values[0]}
-    return {"masks": None} | batch | {"weights": torch.tensor(batch["weights"]), "place": place}
+    return {"masks": None} | batch | {"weights": torch.tensor(batch["weights"])}
+
+
+def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a batch, each as `collate` makes it, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = {name: [part[name] for part in parts] for name in parts[0]}
+    for name, values in batch.items():
+        if isinstance(values[0], torch.Tensor):
+            batch[name] = torch.cat(values)
+        elif isinstance(values[0], dict):
+            batch[name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        else:
+            batch[name] = None if values[0] is None else list(itertools.chain(*values))
+    return batch
 
 
 def read_or_substitute(

@@ -1,213 +1,251 @@
-"""A data set read as a stream, for one that does not fit on the disk.
+"""A data set read as a stream, for one that does not fit on the disk, or that many processes share.
 
-Here, too, sample k is a function of (config, seed, k). The stream is one epoch after another. In each, the files come
-in an order drawn from (seed, epoch), and the rows of a file as they stand in it. The stream is cut into windows of
-B = `data.shuffle_buffer` rows, and each window is shuffled: sample k is row order[k % B] of window w = k // B, where
-order is drawn from (seed, w). So nobody has to know the number of rows, and all that resuming needs is the place
-(epoch, file, row) where the next sample's window begins. The shuffle buffer of `datasets` loses its content instead.
+Here, too, sample k is a function of (config, seed, k): which row it has, `Lanes` says. The rows are read unit by unit,
+those of a lane's next window while its present one is used.
 """
 
 import hashlib
 import io
-import itertools
 import json
-import sys
-from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import datasets
-import fsspec
 
-from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data.fingerprint import cache_folder, remembered
+from difftrain_utils.data.lanes import Lanes, Place, Window
+from difftrain_utils.data.remote import Reader, StoredFile, find_file, is_remote, list_urls
 from difftrain_utils.data.rows import Row, captions_in, map_in_threads, mask_in, read_bytes
 from difftrain_utils.data.sources import (
+    FILE_KINDS,
     cannot_load,
     caption_features,
     check_columns,
+    field_of,
     load_arguments,
     sources_of,
     used_columns,
 )
-from difftrain_utils.errors import InputError, RowError, blame, one_line, warn
-from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.data.units import FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
+from difftrain_utils.errors import InputError, RowError, blame
 from difftrain_utils.media.image import open_image_header
 from difftrain_utils.media.text import captions_of
 
-READ_AT_A_TIME = 16  # rows that are converted from Arrow together
 END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
+READERS = 4  # threads of a process
 
 
-class Place(NamedTuple):
-    """Where a window begins: at row `row` of the epoch's `file`-th file."""
+@dataclass
+class StreamedSource:
+    """The units of one source, and what of its columns is a caption."""
 
-    window: int
-    epoch: int
-    file: int
-    row: int
+    source: SourceConfig
+    rows: FileRows | TableRows
+    captions: list[tuple[list[str], Any]]
+    num_files: int
+    sha256: str
+
+    def row(self, content: dict[str, Any]) -> Row:
+        """A row as it is stored."""
+        image = content[self.source.image_column]
+        captions, mask = captions_in(content, self.captions, self.source), mask_in(content, self.source)
+        return Row((image or {}).get("path") or content[NAME], image, captions, mask)
 
 
-def open_stream(config: DataConfig, seed: int) -> "StreamedRows":
-    """The rows of `data.dataset` as a stream. Reads the list of its files, and the first row.
+def open_stream(config: DataConfig) -> "StreamedRows":
+    """The rows of `data.dataset` or `data.sources` as a stream. Looks for the units of all files, unless it is known
+    from an earlier run what they have, and reads the first unit. The main process does it for all.
 
     Raises:
-        InputError: the data set, its split or a column is not there, or has no rows.
-        RowError: the first row has no image or caption, unless `data.on_bad_row` is skip.
+        InputError: a data set, its split or a column is not there, has no rows, or a file is damaged.
+        RowError: a first row has no image or caption, unless `data.on_bad_row` is skip.
     """
-    ((field, source),) = sources_of(config)
-    with blame(cannot_load(field, source), Exception):  # whatever stops datasets
-        builder = datasets.load_dataset_builder(**load_arguments(field, source, config))
-        data = builder.as_streaming_dataset(split=config.split)
-        files = list(builder.config.data_files[config.split])
-    check_columns(data, field, source)
-    rows = StreamedRows(used_columns(data, source), files, config, seed)
-    first = rows.first()
-    if config.on_bad_row == "stop":
+    reader = Reader(cache_folder(config) / "stream", config.stream_cache_gb * 1e9)
+    rows = StreamedRows([_open_source(field, source, config, reader) for field, source in sources_of(config)], config)
+    for opened in rows.sources if config.on_bad_row == "stop" else ():
+        content = opened.rows.read(0)[0]
+        if isinstance(content, RowError):
+            raise content
+        first = opened.row(content)
         open_image_header(io.BytesIO(read_bytes(first.image, first.name)), first.name)
         captions_of(first.captions, first.name)
     return rows
 
 
-class StreamedRows:
-    """Item k is the row of sample k. Keys should grow: a window is read when its first row is asked for, and kept until
-    one of another window is. Each process, and each worker of a data loader, reads the whole stream.
+def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: Reader) -> StreamedSource:
+    culprit = field_of(field, "dataset")
+    with blame(cannot_load(field, source), Exception):  # whatever stops datasets
+        if is_remote(source.dataset):
+            paths, arguments = _urls(source, culprit)
+        else:
+            paths, arguments = None, load_arguments(field, source, config)
+        builder = datasets.load_dataset_builder(**arguments)
+        data = builder.as_streaming_dataset(split=source.split)
+        paths = paths or list(builder.config.data_files[source.split])
+    check_columns(data, field, source)
+    data, kind = used_columns(data, source), type(builder).__module__.rpartition(".")[2]
+    with blame(culprit, OSError):
+        if kind == "imagefolder":
+            files = list(map_in_threads(find_file, paths))
+            rows: FileRows | TableRows = _image_folder(data, source)
+        elif kind in FINDERS:
+            files, units = _units(kind, paths, culprit, config, reader)
+            rows = FileRows(kind, files, units, data.features, reader)
+        else:
+            kinds = "parquet, arrow, WebDataset tar files and image folders"
+            raise InputError(f"{culprit}: {source.dataset} is of {kind}; a stream reads {kinds}")
+        if rows.units.rows.sum() == 0:
+            raise InputError(f"{culprit}: {source.dataset} has no images")
+        sha256 = files_digest(files, reader)
+    return StreamedSource(source, rows, caption_features(data, source), len(files), sha256)
 
-    `data` has undecoded images; `files` are what it is read from.
+
+def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:
+    """The files of a URL, and how `datasets` opens the first, which says what columns there are."""
+    urls = list_urls(source.dataset, FILE_KINDS)
+    if not urls:
+        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(FILE_KINDS)}")
+    ending = urls[0].rpartition(".")[2]
+    if other := next((url for url in urls if not url.endswith(f".{ending}")), None):
+        raise InputError(f"{culprit}: {source.dataset} has files of several kinds, {urls[0]} and {other}")
+    kind = {"tar": "webdataset"}.get(ending, ending)
+    return urls, {"path": kind, "data_files": {source.split: urls[:1]}}
+
+
+def _image_folder(data: datasets.IterableDataset, source: SourceConfig) -> TableRows:
+    """The lines of its metadata.jsonl: its images are files, here or at a URL, that are read one by one."""
+    return TableRows([row | {NAME: f"{source.dataset} row {i}"} for i, row in enumerate(data)])
+
+
+def _units(
+    kind: str, paths: list[str], culprit: str, config: DataConfig, reader: Reader
+) -> tuple[list[StoredFile], Units]:
+    """The files, and their units as an earlier run has found them, or as they are now."""
+    files: list[StoredFile] = []
+
+    def identify() -> str:
+        files[:] = map_in_threads(find_file, paths)
+        return hashlib.sha256(repr((VERSION, kind, files)).encode()).hexdigest()
+
+    def compute() -> bytes:
+        return find_units(kind, files, culprit, reader).to_bytes()
+
+    return files, Units.from_bytes(remembered("units.safetensors", compute, identify, config))
+
+
+class StreamedRows:
+    """`rows[place]` is the row that an order (`Lanes`) has for a sample. Keys should grow: of each lane a window is
+    held, as far as it was not used yet, and the units of its next one that are read meanwhile; what was used is read
+    again where somebody asks for it once more. Of the files, a process reads those of the lanes that it is asked for.
     """
 
-    def __init__(self, data: datasets.IterableDataset, files: list[str], config: DataConfig, seed: int):
-        self.data, self.files, self.config, self.seed = data, files, config, seed
-        ((_, self.source),) = sources_of(config)
-        self.captions = caption_features(data, self.source)
-        self.sha256 = files_digest(files)
-        self.identity = hashlib.sha256(f"{self.sha256}/{seed}/{config.shuffle_buffer}".encode()).hexdigest()
-        self._start = Place(0, 0, 0, 0)  # what the stream can be read from, besides its beginning
-        self._place, self._rows, self._reader = self._start, [], None  # of the window that is held
+    def __init__(self, sources: Sequence[StreamedSource], config: DataConfig):
+        self.sources, self.config = list(sources), config
+        self._forget()
 
-    def __getitem__(self, k: int) -> Row:
-        window, position = divmod(k, self.config.shuffle_buffer)
-        self._hold(window)
-        return self._rows[position]
+    def __getitem__(self, place: Place) -> Row:
+        window, position = place
+        units, source = self._hold(window, position), self.sources[window.source]
+        unit, row = int(window.units[position]), int(window.rows[position])
+        content = units[unit].result()[row]
+        if content is None:
+            units[unit] = self._read(window.source, unit)
+            content = units[unit].result()[row]
+        if isinstance(content, RowError):
+            raise content
+        return source.row(content)
+
+    def __getstate__(self):  # for the workers of a data loader where they are not forked
+        return {"sources": self.sources, "config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __len__(self) -> int:
+        return sum(int(opened.rows.units.rows.sum()) for opened in self.sources)
 
     @property
     def has_masks(self) -> bool:
-        """Whether there are masks."""
-        return self.source.mask_column is not None
+        """Whether a source has masks."""
+        return any(opened.source.mask_column for opened in self.sources)
 
-    def loss_weight(self, index: int) -> float:
+    def loss_weight(self, index: Place) -> float:
         """The factor of a row's loss."""
-        return self.source.loss_weight
+        return self.sources[index.window.source].source.loss_weight
 
-    def order(self, seed: int, batch_size: int, buckets=None) -> range:
-        """Row k is that of sample k."""
-        return range(sys.maxsize)
+    def order(self, seed: int, batch_size: int, buckets=None) -> Lanes:
+        """Raises InputError: see `Lanes`."""
+        weights = [opened.source.weight for opened in self.sources]
+        units = [(opened.rows.units.of_file, opened.rows.units.rows) for opened in self.sources]
+        shares, config = None if None in weights else weights, self.config
+        return Lanes(seed, units, batch_size, config.lanes, config.shuffle_buffer, shares, config.lanes_fixed)
 
-    def substitutes(self, index: int, k: int, seed: int, buckets=None) -> tuple[Iterator[int], str]:
-        """The other rows of the window, because in a stream no row can be drawn."""
-        size = self.config.shuffle_buffer
-        window, position = divmod(k, size)
-        others = (window * size + (position + step) % size for step in range(1, size))
+    def substitutes(self, index: Place, k: int, seed: int, buckets=None) -> tuple[Iterator[Place], str]:
+        """The other rows of the window, because others would have to be read."""
+        size = len(index.window)
+        others = (Place(index.window, (index.position + step) % size) for step in range(1, size))
         return others, f"any of the {size} rows that are shuffled with it"
-
-    def place(self, k: int) -> dict[str, Any]:
-        """Where the window of sample k begins, and in which stream."""
-        self._hold(k // self.config.shuffle_buffer)
-        return {"stream": self.identity} | self._place._asdict()
-
-    def load_place(self, place: dict[str, Any] | None) -> None:
-        """Read from `place` on; None: from where it was read before.
-
-        A run that branches off with another data set, seed or shuffle buffer has another stream: its place for sample k
-        is found by reading all before, with a warning.
-        """
-        if place is None:
-            return
-        if place["stream"] != self.identity:
-            warn("train.resume_from: the checkpoint is of another stream; this one is read from its beginning")
-            return
-        self._start = Place(*(place[name] for name in Place._fields))
-        self._rows = []
-
-    def first(self) -> Row:
-        """The first row of the first epoch."""
-        reader = self._read(0, 0, 0)
-        row, _ = next(reader)
-        reader.close()  # before workers are forked, which would share its open file
-        return row
 
     def inspect(self, config: DataConfig) -> dict[str, Any]:
         """The fingerprint: a SHA-256 over the files, because nobody has read all rows."""
-        return {"dataset": self.config.dataset, "streaming": True, "num_files": len(self.files), "sha256": self.sha256}
+        names = ", ".join(opened.source.dataset for opened in self.sources)
+        sha256, *others = (opened.sha256 for opened in self.sources)
+        if others:
+            sha256 = hashlib.sha256("".join([sha256, *others]).encode()).hexdigest()
+        num_files = sum(opened.num_files for opened in self.sources)
+        return {"dataset": names, "streaming": True, "num_files": num_files, "sha256": sha256}
 
-    def _hold(self, window: int) -> None:
-        if not self._rows or window < self._place.window:
-            start = self._start if self._start.window <= window else Place(0, 0, 0, 0)
-            self._next, self._reader = start, self._read(start.epoch, start.file, start.row)
-            self._load_window()
-        while self._place.window < window:
-            self._load_window()
+    def _forget(self) -> None:
+        self._process, self._pool = os.getpid(), ThreadPoolExecutor(READERS)
+        self._held: dict[int, tuple[Window, int, dict[int, Future]]] = {}  # of each lane, up to which place
 
-    def _load_window(self) -> None:
-        self._place, self._rows, size = self._next, [], self.config.shuffle_buffer  # one window in memory at a time
-        rows, places = zip(*itertools.islice(self._reader, size), strict=True)
-        self._next = Place(self._place.window + 1, *places[-1])
-        order = generator_for(self.seed, "window", self._place.window).permutation(size)
-        self._rows = [rows[i] for i in order.tolist()]
+    def _hold(self, window: Window, position: int) -> dict[int, Future]:
+        """The units of a window, and as many of the next as the part of this one that is used."""
+        if self._process != os.getpid():  # a forked worker has no threads
+            self._forget()
+        held, used, units = self._held.get(window.lane, (None, 0, {}))
+        if held is not window:
+            needed = dict.fromkeys([*window.units.tolist(), *window.ahead])
+            units, used = {unit: units[unit] for unit in needed if unit in units}, 0
+            for unit in dict.fromkeys(window.units.tolist()):
+                self._ask(window.source, unit, units)
+        for unit in window.ahead[: -(-len(window.ahead) * (position + 1) // len(window))]:
+            self._ask(window.source, unit, units)
+        for before in range(used, position):
+            unit = units[int(window.units[before])]
+            if unit.done() and unit.exception() is None:
+                unit.result()[int(window.rows[before])] = None
+        self._held[window.lane] = window, max(used, position), units
+        return units
 
-    def _read(self, epoch: int, file: int, row: int) -> Iterator[tuple[Row, tuple[int, int, int]]]:
-        """The rows of the stream from a place on, each with the place after it."""
-        found = (file, row) != (0, 0)
-        while True:
-            order = generator_for(self.seed, "files", epoch).permutation(self.data.num_shards).tolist()
-            while file < len(order):
-                for content in self._read_file(order[file], row):
-                    found, row = True, row + 1
-                    yield content, (epoch, file, row)
-                file, row = file + 1, 0
-            if not found:
-                raise InputError(f"data.dataset: {self.config.dataset} has no images")
-            epoch, file, found = epoch + 1, 0, False
+    def _ask(self, source: int, unit: int, units: dict[int, Future]) -> None:
+        if unit not in units:
+            units[unit] = self._read(source, unit)
 
-    def _read_file(self, index: int, row: int) -> Iterator[Row]:
-        """The rows of one file from `row` on. What lies before is passed over, which takes reading, but no more.
-
-        Of a shard of `datasets` `iter` reads all rows in a worker of a data loader, too, where `__iter__` would share
-        them out among the workers.
-        """
-        shard = self.data.shard(self.data.num_shards, index)
-        name = self.files[index] if len(self.files) == self.data.num_shards else self.config.dataset
-        try:
-            for batch in shard.skip(row).iter(batch_size=READ_AT_A_TIME):
-                for values in zip(*batch.values(), strict=True):
-                    content = dict(zip(batch, values, strict=True))
-                    image = content[self.source.image_column]
-                    caption, mask = captions_in(content, self.captions, self.source), mask_in(content, self.source)
-                    yield Row((image or {}).get("path") or f"{name} row {row}", image, caption, mask)
-                    row += 1
-        except Exception as error:  # of the file system, the network, or the file's format
-            raise RowError(f"{name}: cannot read what comes after {row} rows: {one_line(error)}") from None
+    def _read(self, source: int, unit: int) -> Future:
+        return self._pool.submit(self.sources[source].rows.read, unit)
 
 
-def files_digest(files: list[str]) -> str:
+def files_digest(files: Sequence[StoredFile], reader: Reader) -> str:
     """SHA-256 over the names, sizes and contents of `files`, in order, without reading all of them.
 
     The content is described by the file system's own digest, on the hub, and else by the two ends of the file. The
     names are without their folders, so that a moved data set keeps its digest.
     """
-
-    def describe(url: str) -> list[Any]:
-        system, path = fsspec.url_to_fs(url)
-        info = system.info(path)
-        content = info.get("blob_id") or info.get("ETag")
-        if content is None:
-            size = info["size"]
-            ends = [(0, min(END_BYTES, size)), (max(0, size - END_BYTES), size)]
-            parts = [system.cat_file(path, start, end) for start, end in ends]
-            content = hashlib.sha256(b"".join(parts)).hexdigest()
-        return [PurePosixPath(path).name, info["size"], content]
-
     digest = hashlib.sha256()
-    with blame("data.dataset", OSError):
-        for entry in map_in_threads(describe, files):
-            digest.update(json.dumps(entry).encode())
+    for entry in map_in_threads(partial(_describe, reader=reader), files):
+        digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
+
+
+def _describe(file: StoredFile, reader: Reader) -> list[Any]:
+    content = file.digest
+    if content is None:
+        ends = [(0, min(END_BYTES, file.size)), (max(0, file.size - END_BYTES), file.size)]
+        content = hashlib.sha256(b"".join(reader.read(file, start, stop) for start, stop in ends)).hexdigest()
+    return [file.name, file.size, content]

@@ -59,6 +59,7 @@ FREE_FIELDS = {
     *("model.pretrained_model_name_or_path", "model.revision", "model.variant", "model.lora.merge"),
     "model.offload_text_encoders",
     *("data.dataset", "data.validation_dataset", "data.num_workers", "data.cache_dir", "data.epochs"),
+    "data.stream_cache_gb",
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
@@ -279,6 +280,11 @@ def _check_stream(folder: Path) -> None:
             f"train.resume_from: {folder} has samples of stream {version}, and this version of difftrain draws stream "
             f"{STREAM_VERSION} (other random numbers, and captions encoded on their own); go on with the version that "
             "the checkpoint is of, or start a new run from its weights"
+        )
+    if read_state(folder).get("place") is not None:
+        raise InputError(
+            f"train.resume_from: {folder} is of data.streaming as it was before there were data.lanes, with other "
+            "samples; go on with the version that the checkpoint is of, or start a new run from its weights"
         )
 
 

@@ -83,9 +83,7 @@ class Meter:
     def _show(self, logs: dict[str, Any]) -> None:
         """Where the run is, for whoever looks on."""
         step, max_steps = self.state.step, self.config.train.max_steps
-        shown = []
-        if self.samples_per_epoch is not None:
-            shown.append(f"epoch {step * self.config.train.batch_size / self.samples_per_epoch:.1f}")
+        shown = [f"epoch {step * self.config.train.batch_size / self.samples_per_epoch:.1f}"]
         shown += [f"loss {logs['loss']:.3g}"] if "loss" in logs else []  # none counted
         shown.append(f"{logs['samples_per_second']:.3g} samples/s")
         self.bar.set_postfix_str(", ".join(shown), refresh=False)

@@ -100,8 +100,8 @@ class Totals:
 
 
 class TrainState:
-    """Step, models, optimizer, learning rate, averages, totals and the place in a stream of data: brought onto the
-    device when it is made, and saved and loaded as one checkpoint.
+    """Step, models, optimizer, learning rate, averages and totals: brought onto the device when it is made, and
+    saved and loaded as one checkpoint.
 
     Each of the `models` has its name as a group of parameters in the optimizer, and as a file in a checkpoint; so has
     each of the `averages`."""
@@ -126,8 +126,7 @@ class TrainState:
         self.averages: Averages = {}
         self.step, self.skipped_steps = 0, 0
         self.totals = Totals(accelerator, config.gradient_accumulation_steps)
-        self.place: dict[str, Any] | None = None  # where a stream goes on after this step
-        self._next_place, self._is_finite = None, True  # of the step that is being made
+        self._is_finite = True  # of the step that is being made
         accelerator.register_save_state_pre_hook(self._save_models)
         accelerator.register_load_state_pre_hook(self._load_models)
 
@@ -135,7 +134,6 @@ class TrainState:
     def add(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
         """A part of a step is done: its losses, (batch,) each."""
         self.totals.add(losses, batch["skipped"])
-        self._next_place = batch["place"]
 
     def accepts(self, grad_norm: torch.Tensor, samples: Samples) -> bool:
         """Whether the optimizer shall make its step: not if the gradient is not finite, which counts as a skipped step.
@@ -175,7 +173,6 @@ class TrainState:
     def _describe_nonfinite(self, grad_norm: float, samples: Samples) -> str:
         size = self.config.batch_size
         first, last = self.step * size, (self.step + 1) * size - 1
-        samples.rows.load_place(self.place)  # not to read all that came before
         names = ", ".join(dict.fromkeys(samples.names_of(range(first, last + 1))))
         return (
             f"the norm of the gradient is {grad_norm} at step {self.step + 1}, samples {first} to {last} ({names}); "
@@ -185,7 +182,7 @@ class TrainState:
     def end_step(self) -> None:
         """The update is made, or left out."""
         self.totals.end_step(self._is_finite)
-        self.step, self.place = self.step + 1, self._next_place
+        self.step += 1
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -216,8 +213,7 @@ class TrainState:
     # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
     def save(self, required: bool = False) -> None:
         """Write a checkpoint of this step, unless it is there. Raises RunError if that fails and is `required`."""
-        state = {"global_step": self.step, "skipped_steps": self.skipped_steps}
-        state |= {"totals": self.totals.state(), "place": self.place}
+        state = {"global_step": self.step, "skipped_steps": self.skipped_steps, "totals": self.totals.state()}
         folder, keep = Path(self.config.output_dir), self.config.keep_checkpoints
         save_checkpoint(self.accelerator, folder, state, self.record.files, self.averages, keep, required)
 
@@ -231,7 +227,7 @@ class TrainState:
             return
         with blame(f"train.resume_from: cannot load {checkpoint}", *LOAD_ERRORS):
             state = load_checkpoint(self.accelerator, checkpoint, self.averages)
-            self.step, self.skipped_steps, self.place = state["global_step"], state["skipped_steps"], state["place"]
+            self.step, self.skipped_steps = state["global_step"], state["skipped_steps"]
             self.totals.load_state(state["totals"])
         self.accelerator.print(f"Resuming from {checkpoint} at step {self.step} of {self.config.max_steps}")
 

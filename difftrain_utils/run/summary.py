@@ -69,7 +69,7 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
 def _data(data: Data, config: Config) -> str:
     section = config.data
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
-    images = "a stream" if section.streaming else f"{len(data.rows)} images"
+    images = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} images"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
     one_size = f"{section.resolution}x{section.resolution} pixels"
     size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"
@@ -92,10 +92,8 @@ def _batch(accelerator: Accelerator, config: Config) -> str:
 def _steps(data: Data, checkpoint: Path | None, config: Config) -> str:
     start = 0 if checkpoint is None else step_of(checkpoint.resolve().name) or 0
     steps = f"{config.train.max_steps}" if not start else f"{start} to {config.train.max_steps}"
-    if (of_epoch := data.samples_per_epoch) is None:
-        return steps
-    epochs = config.train.max_steps * config.train.batch_size / of_epoch
-    return f"{steps}, {epochs:.3g} epochs of {of_epoch} samples"
+    epochs = config.train.max_steps * config.train.batch_size / data.samples_per_epoch
+    return f"{steps}, {epochs:.3g} epochs of {data.samples_per_epoch} samples"
 
 
 def _device(accelerator: Accelerator, config: Config) -> str:

@@ -2,10 +2,14 @@ import copy
 import dataclasses
 import json
 import pickle
+import platform
 import shutil
 import signal
 import subprocess
+import sys
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +135,35 @@ class TestEncodedCache:
         assert sorted(tmp_path.iterdir()) == sorted(p.with_suffix(s) for p in files for s in (p.suffix, ".sha256"))
         for path in files:
             assert path.with_suffix(".sha256").read_text() == f"{file_digest(path)}  {path.name}\n"
+
+    def test_several_runs_make_each_shard_once(self, tmp_path, monkeypatch):
+        """Two at the same time, each in a thread, which stands for another machine."""
+        monkeypatch.setattr(cache_module, "LOOK_AGAIN", 0.02)
+        self.build(tmp_path / "alone")
+        shutil.copytree(tmp_path / "alone", tmp_path / "both", ignore=shutil.ignore_patterns("shard-*"))
+        encoded: list[float] = []
+
+        def encode(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+            time.sleep(0.05)
+            encoded.extend(float(values[0, 0]) for values in batch)
+            return stacked(batch)
+
+        with ThreadPoolExecutor(2) as pool:
+            caches = list(pool.map(lambda _: self.build(tmp_path / "both", encode), range(2)))
+        assert sorted(encoded) == list(range(8)) and len(caches) == 2
+        files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("alone", "both")]
+        assert files[0] == files[1]
+
+    @pytest.mark.parametrize("left", ["gone", "silent", "alive"])
+    def test_a_claim_lasts_as_long_as_who_made_it(self, tmp_path, left, monkeypatch):
+        path, host = tmp_path / "shard.safetensors", platform.node() if left == "gone" else "another machine"
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        cache_module.claim_of(path).write_text(f"{host} {process.pid}")
+        if left == "silent":
+            monkeypatch.setattr(cache_module, "ABANDONED", -1)
+        assert cache_module.claim(path) == (left != "alive")
+        assert [each.name for each in tmp_path.iterdir()] == ["shard.claim"]
 
     def encoded(self, folder) -> list[float]:
         """What had to be encoded, in order."""
@@ -585,7 +618,7 @@ def test_latents_of_any_rank_and_prompts_of_any_length(fake_family, load_fake_ca
         for name, values in batch["conditioning"].items():
             assert torch.equal(values, conditioning[name][:, :length])
         assert torch.equal(batch["sizes"], expected["sizes"])
-        for name in ("keys", "skipped", "dropped", "place"):
+        for name in ("keys", "skipped", "dropped"):
             assert batch[name] == expected[name]
         num_skipped += sum(batch["skipped"])
     assert num_skipped == (16 if on_bad_row == "skip" else 0)  # two of seven in each of eight epochs

@@ -51,8 +51,9 @@ class TestMapRows:
 
         def captions(column) -> list:
             config = DataConfig(dataset=str(tmp_path), caption_column=column, streaming=streaming, shuffle_buffer=1)
-            rows = open_stream(config, 0) if streaming else map_rows(config)
-            return [rows[i].captions for i in range(4)]
+            rows = open_stream(config) if streaming else map_rows(config)
+            order = rows.order(0, 1) if streaming else range(4)
+            return [rows[order[i]].captions for i in range(4)]
 
         assert captions("label") == ["crane", "tench, Tinca tinca", "crane", None]
         assert captions("number") == ["7", "8", "9", "10"]
@@ -198,11 +199,11 @@ class TestFingerprint:
 @pytest.mark.parametrize("kind", ["mapped", "streamed"])
 class TestProtocol:
     """What `Rows` promises, whichever rows they are. Seven rows in two files; shuffled in windows of three, if they are
-    a stream, so that seven windows are three epochs."""
+    a stream."""
 
     def open(self, kind: str, folder: Path, seed: int = 0, **fields) -> tuple[Rows, DataConfig]:
         config = DataConfig(str(folder), resolution=8, streaming=kind == "streamed", shuffle_buffer=3, **fields)
-        return (map_rows(config) if kind == "mapped" else open_stream(config, seed)), config
+        return (map_rows(config) if kind == "mapped" else open_stream(config)), config
 
     @pytest.fixture
     def folder(self, tmp_path) -> Path:
@@ -221,7 +222,7 @@ class TestProtocol:
     def test_its_methods_are_called_alike(self, kind, folder):
         rows, _ = self.open(kind, folder)
         methods = {name: method for name, method in vars(Rows).items() if callable(method) and name[0] != "_"}
-        assert methods.keys() == {"loss_weight", "order", "substitutes", "inspect", "place", "load_place"}
+        assert methods.keys() == {"loss_weight", "order", "substitutes", "inspect"}
         for name, method in methods.items():
             asked, has = (inspect.signature(each).parameters for each in (method, getattr(type(rows), name)))
             assert [(p.name, p.default) for p in asked.values()] == [(p.name, p.default) for p in has.values()]
@@ -229,7 +230,8 @@ class TestProtocol:
     def test_the_order_has_each_row_once_an_epoch(self, kind, folder):
         def captions_of_run(seed: int, num: int = 21) -> list[str]:
             rows, _ = self.open(kind, folder, seed)
-            order = rows.order(seed, batch_size=2, buckets=None)
+            order = rows.order(seed, batch_size=1, buckets=None)
+            assert order.epoch_length == 7
             return [rows[order[k]].captions for k in range(num)]
 
         captions = captions_of_run(0)
@@ -245,19 +247,6 @@ class TestProtocol:
             assert torch.equal(samples[k]["pixel_values"], torch.full((3, 8, 8), number / 12.75 - 1))
             assert samples.names_of([k]) == [f"{number}.png"]
 
-    def test_a_place_is_where_other_rows_go_on(self, kind, folder):
-        rows, _ = self.open(kind, folder)
-        order = rows.order(0, 1)
-        expected = [rows[order[k]].captions for k in range(30)]
-        for k in (0, 1, 5, 8, 14, 20):
-            place = json.loads(json.dumps(rows.place(k)))
-            resumed, _ = self.open(kind, folder)
-            resumed.load_place(place)
-            assert resumed.place(k) == place
-            assert [resumed[order[i]].captions for i in range(k, 30)] == expected[k:]
-            resumed.load_place(None)
-            assert [resumed[order[i]].captions for i in (k, 0)] == [expected[k], expected[0]]
-
     def test_substitutes_are_other_rows_for_the_sample_and_the_same_each_time(self, kind, tmp_path):
         folder = self.write(tmp_path / "data", spoilt=(2, 5))
         rows, config = self.open(kind, folder, on_bad_row="skip")
@@ -266,7 +255,7 @@ class TestProtocol:
             others, words = rows.substitutes(order[k], k, 0, None)
             captions = [rows[other].captions for other in others]
             assert captions == [rows[other].captions for other in rows.substitutes(order[k], k, 0)[0]]
-            assert len(captions) == (10 if kind == "mapped" else 2)  # drawn, or the others of the window
+            assert len(captions) == 10 if kind == "mapped" else len(captions) <= 2  # drawn, or the others of the window
             due, readable = rows[order[k]].captions, [caption for caption in captions if caption not in ("2", "5")]
             is_bad = due in ("2", "5")
             if is_bad and not readable:
@@ -301,6 +290,6 @@ class TestProtocol:
         rows, _ = self.open(kind, folder)
         assert rows.loss_weight(rows.order(0, 1)[4]) == 1
         config = DataConfig(sources=[SourceConfig(str(folder), loss_weight=2.5)])
-        rows = map_rows(config) if kind == "mapped" else open_stream(config, 0)
+        rows = map_rows(config) if kind == "mapped" else open_stream(config)
         monkeypatch.setattr(type(rows), "__getitem__", None)
         assert [rows.loss_weight(rows.order(0, 1)[k]) for k in range(7)] == [2.5] * 7

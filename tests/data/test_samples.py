@@ -149,7 +149,7 @@ class TestCaches:
         config = replace(self.config, cache_latents="latents" in which, cache_text="text" in which)
         caches = load_fake_caches(data, config)
         plain, cached = Samples(data, config, 0, 100), Samples(data, config, 0, 100, caches, also)
-        names = {"key", "weight", "dropped", "sizes", "skipped", "place"}
+        names = {"key", "weight", "dropped", "sizes", "skipped"}
         names |= {"moments"} if "latents" in which else {"pixel_values"}
         names |= {"conditioning"} if "text" in which else {"caption"}
         seen = set()

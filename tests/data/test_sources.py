@@ -270,7 +270,7 @@ def test_images_are_known_without_the_features_of_datasets(tmp_path):
         map_rows(DataConfig(str(tmp_path / "bytes"), image_column="text"))
     stream = DataConfig(str(tmp_path / "bytes"), streaming=True)
     with pytest.raises(InputError, match=r"^data.image_column: .*, but Value\('binary'\) \(of a stream, cast it with"):
-        open_stream(stream, 0)
+        open_stream(stream)
 
 
 def test_a_caption_that_is_no_unicode_is_a_bad_row(tmp_path):

@@ -97,8 +97,6 @@ def test_on_the_command_line_one_takes_the_place_of_the_other_in_a_file(tmp_path
         ({"data.epochs": 2, "train.max_steps": 9},
          "data.epochs: is train.max_steps in other words, which is 9: give null for one of them, got 2.0"),
         ({"data.epochs": 0}, "data.epochs: must be above 0, or null, got 0.0"),
-        ({"data.epochs": 2, "data.streaming": True},
-         "data.epochs: cannot go with data.streaming, of which nobody knows how long it is; give train.max_steps, got"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(fields, message):

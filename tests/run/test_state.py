@@ -126,7 +126,7 @@ def make_state(output_dir, projector=None, scaler=None, **train) -> TrainState:
 def make_step(state: TrainState) -> None:
     for model in state.models.values():
         model(torch.ones(4, model.in_features)).square().mean().backward()
-    state.add({"denoising": torch.tensor([1.0, 2.0])}, {"skipped": [False, True], "place": {"row": state.step}})
+    state.add({"denoising": torch.tensor([1.0, 2.0])}, {"skipped": [False, True]})
     assert state.accepts(torch.tensor(1.0), samples=None)
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -140,7 +140,7 @@ def contents(state: TrainState) -> dict:
     weights = {name: model.state_dict() for name, model in state.models.items()}
     averages = {name: average.state_tensors() for name, average in state.averages.items()}
     optimizer, lr = state.optimizer.state_dict()["state"], state.lr_scheduler.get_last_lr()
-    return {"weights": weights, "averages": averages, "optimizer": optimizer, "lr": lr, "place": state.place,
+    return {"weights": weights, "averages": averages, "optimizer": optimizer, "lr": lr,
             "totals": state.totals.state(), "steps": (state.step, state.skipped_steps)}  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_brings_all_of_it_back(tmp_path):
     saved = contents(state)
     other = make_state(tmp_path)
     other.load(tmp_path / "checkpoint-3")
-    assert saved["steps"] == (3, 0) and saved["place"] == {"row": 2} and saved["totals"]["skipped_rows"] == 3
+    assert saved["steps"] == (3, 0) and saved["totals"]["skipped_rows"] == 3
     torch.testing.assert_close(contents(other), saved, rtol=0, atol=0)
     make_step(state)
     make_step(other)
@@ -187,7 +187,7 @@ def test_what_is_due(tmp_path):
 
 def test_a_gradient_that_is_not_finite_leaves_a_step_out_and_is_counted(tmp_path):
     state = make_state(tmp_path, on_nonfinite="skip")
-    state.add({"denoising": torch.tensor([torch.nan])}, {"skipped": [False], "place": None})
+    state.add({"denoising": torch.tensor([torch.nan])}, {"skipped": [False]})
     assert not state.accepts(torch.tensor(torch.inf), samples=None)
     state.end_step()
     assert (state.step, state.skipped_steps) == (1, 1) and state.totals.take() == {"skipped_rows": 0}
@@ -207,7 +207,7 @@ def test_fp16_leaves_out_a_step_whose_scaled_gradient_is_infinite(tmp_path, monk
         loss = sum(model(torch.ones(4, model.in_features)).square().mean() for model in state.models.values())
         accelerator.backward(loss)
         state.models["projector"].weight.grad.mul_(factor)
-        state.add({"denoising": torch.tensor([1.0])}, {"skipped": [False], "place": None})
+        state.add({"denoising": torch.tensor([1.0])}, {"skipped": [False]})
         norm = clip_gradients(accelerator, state.optimizer, {"denoiser": 0.1, "projector": None})
         clipped = [parameter.grad for parameter in state.models["denoiser"].parameters()]
         assert torch.nn.utils.get_total_norm(clipped).item() == pytest.approx(0.1, rel=1e-4)
