@@ -177,8 +177,7 @@ def walk_tar(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[str
     """(name, start of its headers, start and end of its content) of the members of a tar file, of `size` bytes, that
     `read(start, length)` reads; of one that is no regular file the name is None. Knows the long names of GNU and pax.
 
-    Python's `tarfile` takes more than three times as long, and is silent about a file that is cut off or has a damaged
-    header.
+    Python's `tarfile` takes three times as long, and is silent about a file that is cut off or has a damaged header.
 
     Raises:
         ValueError: the file is damaged.
