@@ -24,7 +24,9 @@ from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.lock import lock_used_folder
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
 from difftrain_utils.run.manifest import Record
+from difftrain_utils.run.rendezvous import init_method
 from difftrain_utils.run.run_folder import TRACKERS
+from difftrain_utils.run.time_limit import time_limit
 from difftrain_utils.run.tracking import check_trackers
 from difftrain_utils.terminal import announce
 
@@ -44,6 +46,7 @@ def launch(config: Config) -> Accelerator:
     Raises:
         InputError: this machine, or what was launched, cannot do what the config asks for; or another run is in the
             folder.
+        ProcessError: the processes do not find each other.
     """
     train = config.train
     check_folder(Path(train.output_dir))
@@ -52,22 +55,26 @@ def launch(config: Config) -> Accelerator:
     if train.cpu_threads:
         torch.set_num_threads(train.cpu_threads)
     trackers = check_trackers(train.report_to)
-    with blame("train.precision", ValueError):  # what this device cannot do
-        accelerator = Accelerator(
-            mixed_precision=MIXED_PRECISION[train.precision],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                train.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-            step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
-            log_with=trackers or None,
-            project_dir=Path(train.output_dir) / TRACKERS,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        )
-    check_launch(config, accelerator)
-    pause_at_exit(accelerator)
-    # before the folder is looked at, because it changes while another run is in it
-    on_main_process(accelerator, partial(lock_used_folder, Path(train.output_dir)))
+    meeting = init_method(train.init_minutes)
+    late = f"the processes are not connected after {train.init_minutes:g} minutes (train.init_minutes)"
+    with time_limit(train.init_minutes, late):
+        with blame("train.precision", ValueError):  # what this device cannot do
+            accelerator = Accelerator(
+                mixed_precision=MIXED_PRECISION[train.precision],
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    train.gradient_accumulation_steps, sync_with_dataloader=False
+                ),
+                dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+                step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
+                log_with=trackers or None,
+                project_dir=Path(train.output_dir) / TRACKERS,
+                kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT)],
+            )
+        check_launch(config, accelerator)
+        pause_at_exit(accelerator)
+        # the first that all processes do together; before the folder is looked at, because it changes while another run
+        # is in it
+        on_main_process(accelerator, partial(lock_used_folder, Path(train.output_dir)))
     check_compile(train, accelerator.device)
     set_tf32(train, accelerator.device)
     if accelerator.device.type == "cpu":
