@@ -16,9 +16,9 @@ PACKAGE = str(Path(__file__).parent.parent)
 def time_limit(minutes: float | None, what: str) -> Iterator[None]:
     """End this process with exit code 1 if the block takes longer; null: never.
 
-    `what` says what has gone wrong then, and which field has set the limit. It is a thread that ends the process, because
-    one that waits for another or for a file system hears neither exceptions nor signals; every process has its own, so
-    that of those that wait for one, the line of that one says what it does.
+    `what` says what has gone wrong then, and which field has set the limit. A thread ends the process, because one that
+    waits for another or for a file system hears neither exceptions nor signals. Where all wait for one, the line of
+    that one says what it does.
     """
     if minutes is None:
         yield
