@@ -42,7 +42,7 @@ class TrainConfig:
     num_processes: int | None = None
     """Refuse to start with another number of processes; null: with any."""
     init_minutes: float = 10.0
-    """Minutes for all processes to find each other, before the run ends with an error."""
+    """Minutes for all processes to come, and as many again to connect, before the run ends with an error."""
     step_minutes: float | None = 30.0
     """Minutes for a step to end, its data and what it compiles included, before a process that hangs ends with an
     error, to be started again; null: no limit."""

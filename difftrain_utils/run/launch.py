@@ -56,8 +56,8 @@ def launch(config: Config) -> Accelerator:
         torch.set_num_threads(train.cpu_threads)
     trackers = check_trackers(train.report_to)
     meeting = init_method(train.init_minutes)
-    late = f"the processes are not connected after {train.init_minutes:g} minutes (train.init_minutes)"
-    with time_limit(train.init_minutes, late):
+    late = f"the processes came, but do not hear each other {train.init_minutes:g} minutes later (train.init_minutes)"
+    with time_limit(2 * train.init_minutes, late):
         with blame("train.precision", ValueError):  # what this device cannot do
             accelerator = Accelerator(
                 mixed_precision=MIXED_PRECISION[train.precision],

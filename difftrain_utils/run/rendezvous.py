@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from urllib.parse import parse_qs, urlparse
 
-from torch.distributed import DistError, PrefixStore, Store, register_rendezvous_handler, rendezvous
+from torch.distributed import DistError, PrefixStore, Store, TCPStore, register_rendezvous_handler
 
-from difftrain_utils.errors import InputError, ProcessError, one_line, some
+from difftrain_utils.errors import InputError, ProcessError, some
 
 SCHEME = "difftrain"
 
@@ -43,14 +43,15 @@ def meet(url: str, timeout: timedelta, **kwargs) -> Iterator[tuple[Store, int, i
         ProcessError: some have not come in time.
     """
     minutes = float(parse_qs(urlparse(url).query)["minutes"][0])
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    limit = timedelta(minutes=minutes)
+    rank, world_size, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    limit, port = timedelta(minutes=minutes), int(os.environ["MASTER_PORT"])
     late = f"within {minutes:g} minutes (train.init_minutes)"
-    try:
-        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
+    is_master = rank == 0 and not uses_agent_store()
+    try:  # without waiting for the others yet, so that it can be said who is missing
+        options = {"is_master": is_master, "timeout": limit, "wait_for_workers": False, "multi_tenant": True}
+        store = TCPStore(address, port, **options)
     except DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ProcessError(f"process {rank} of {world_size} did not reach {where} {late}: {one_line(error)}") from error
+        raise ProcessError(f"process {rank} of {world_size} did not reach {address}:{port} {late}") from error
     if uses_agent_store():
         store = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     names = [f"here/{other}" for other in range(world_size)]
@@ -59,7 +60,7 @@ def meet(url: str, timeout: timedelta, **kwargs) -> Iterator[tuple[Store, int, i
         store.wait(names, limit)
     except DistError as error:
         missing = [name.removeprefix("here/") for name in names if not store.check([name])]
-        raise ProcessError(f"of {world_size} processes, {some(missing)} did not come {late}") from error
+        raise ProcessError(f"process {some(missing)} of {world_size} did not come {late}") from error
     yield store, rank, world_size
 
 
