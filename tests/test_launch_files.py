@@ -35,7 +35,7 @@ def run(command: list[str], environment: dict[str, str], cwd: Path = ROOT) -> su
 @pytest.mark.parametrize("path", [*SHELL, ROOT / "launch/kubernetes.yaml", *ACCELERATE], ids=lambda path: path.name)
 def test_each_is_headed_by_its_command_and_names_what_there_is(path):
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#!")]
-    assert f"{path.parent.name}/{path.name}" in lines[0] and lines[1] == "#" and lines[2].startswith("# ")
+    assert f"{path.parent.name}/{path.name}" in lines[0] and "#" in lines[1:3]
     for name in re.findall(r"(?:configs/|train_)\w+\.(?:yaml|py)", path.read_text()):
         assert (ROOT / name).exists() or (ROOT / "accelerate_configs" / Path(name).name).exists(), name
     if path.parent.name == "launch":
@@ -129,7 +129,10 @@ def test_accelerate_knows_the_fields(path):
         ("multi_gpu", ["--max_restarts", "3"], {"nproc_per_node": "8", "max_restarts": 3}),
         (
             "multi_node",
-            ["--max_restarts", "3", "--main_process_ip", "first", "--machine_rank", "1"],
+            [
+                *("--rdzv_backend", "c10d", "--max_restarts", "3"),
+                *("--main_process_ip", "first", "--machine_rank", "1"),
+            ],
             {
                 **{"nnodes": "2", "nproc_per_node": "8", "max_restarts": 3, "node_rank": 1},
                 **{"rdzv_backend": "c10d", "rdzv_endpoint": "first:29500"},

@@ -81,9 +81,7 @@ def test_without_an_agent_the_first_process_has_the_store(monkeypatch):
 def test_machines_that_count_their_restarts_for_themselves_are_refused(monkeypatch):
     for name, value in (ELASTIC | {"GROUP_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        InputError, match=r"^--max-restarts 3 on 2 machines needs .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    ):
+    with pytest.raises(InputError, match=r"^--max-restarts 3 on 2 machines needs .* TORCH_DISABLE_SHARE_RDZV"):
         init_method(1)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     init_method(1)
