@@ -5,6 +5,7 @@ import atexit
 import importlib.util
 import os
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -12,7 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
@@ -56,6 +62,7 @@ def launch(config: Config) -> Accelerator:
         torch.set_num_threads(train.cpu_threads)
     trackers = check_trackers(train.report_to)
     meeting = init_method(train.init_minutes)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     late = f"the processes came, but do not hear each other {train.init_minutes:g} minutes later (train.init_minutes)"
     with time_limit(2 * train.init_minutes, late):
         with blame("train.precision", ValueError):  # what this device cannot do
@@ -68,7 +75,12 @@ def launch(config: Config) -> Accelerator:
                 step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
                 log_with=trackers or None,
                 project_dir=Path(train.output_dir) / TRACKERS,
-                kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT)],
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT),
+                    # Else DDP lays its gradients out anew after the first step, also after the first one that is resumed;
+                    # and the order in which three processes or more are summed depends on where a number lies.
+                    DistributedDataParallelKwargs(find_unused_parameters=True),
+                ],
             )
         check_launch(config, accelerator)
         pause_at_exit(accelerator)
