@@ -43,6 +43,10 @@ class RunError(RuntimeError):
     """
 
 
+class ProcessError(RunError):
+    """What perhaps only one of several processes gets to see: that others have not come."""
+
+
 @contextmanager
 def blame(culprit: str, *errors: type[Exception]) -> Iterator[None]:
     """Turn a library's `errors` into an InputError about `culprit`, with the library's reason in one line."""
@@ -131,9 +135,8 @@ def one_line_errors() -> Iterator[None]:
         if "Traceback (most recent call last)" in message:  # a data loader's worker's: the last line is ours
             message = message.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         message = message.replace("\n", "\\n")
-        _exit(
-            message, everywhere=isinstance(error, RowError | FileError), code=2 if isinstance(error, InputError) else 1
-        )
+        everywhere = isinstance(error, RowError | FileError | ProcessError)
+        _exit(message, everywhere, code=2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         _exit("stopped at once, without a checkpoint", everywhere=False, code=130)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Copy the training scripts, their configs and the launcher's into a folder, to use and to change.
+"""Copy the training scripts, their configs and the launchers' into a folder, to use and to change.
 
 difftrain init my-project && cd my-project
 accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
@@ -11,7 +11,7 @@ from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, writing
 
 PACKAGE = Path(__file__).parent.parent
-FOLDERS = ("configs", "accelerate_configs")
+FOLDERS = ("configs", "accelerate_configs", "launch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,4 +30,4 @@ def main(argv: list[str] | None = None) -> None:
             shutil.copy(script, folder)
         for name in FOLDERS:
             shutil.copytree(starter / name, folder / name)
-    print(f"{folder} holds {', '.join(script.name for script in scripts)}, {' and '.join(FOLDERS)}")
+    print(f"{folder} holds {', '.join(script.name for script in scripts)}, {', '.join(FOLDERS[:-1])} and {FOLDERS[-1]}")

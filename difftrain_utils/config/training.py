@@ -41,6 +41,11 @@ class TrainConfig:
     then cannot be split."""
     num_processes: int | None = None
     """Refuse to start with another number of processes; null: with any."""
+    init_minutes: float = 10.0
+    """Minutes for all processes to come, and as many again to connect, before the run ends with an error."""
+    step_minutes: float | None = 30.0
+    """Minutes for a step to end, its data and what it compiles included, before a process that hangs ends with an
+    error, to be started again; null: no limit."""
     gradient_accumulation_steps: int = 1
     """Parts that a batch is split into to save memory; the losses stay the same."""
     gradient_checkpointing: bool = False
@@ -106,7 +111,8 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "log_every"):
             require(getattr(self, name) >= 1, name, "must be at least 1")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "must be at least 1")
-        for name in ("max_hours", "save_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
+        require(self.init_minutes > 0, "init_minutes", "must be above 0")
+        for name in ("max_hours", "save_minutes", "step_minutes", "num_processes", "peak_tflops", "max_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "must be above 0, or null")
         for name in ("eval_every", "save_every", "keep_checkpoints", "save_weights_every", "max_skipped_steps"):

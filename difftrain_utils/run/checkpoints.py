@@ -63,7 +63,7 @@ FREE_FIELDS = {
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
-    "train.save_weights_every",
+    *("train.save_weights_every", "train.init_minutes", "train.step_minutes"),
     *(
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")

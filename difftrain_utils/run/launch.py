@@ -5,6 +5,7 @@ import atexit
 import importlib.util
 import os
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -12,7 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
@@ -24,7 +30,9 @@ from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.lock import lock_used_folder
 from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
 from difftrain_utils.run.manifest import Record
+from difftrain_utils.run.rendezvous import init_method
 from difftrain_utils.run.run_folder import TRACKERS
+from difftrain_utils.run.time_limit import time_limit
 from difftrain_utils.run.tracking import check_trackers
 from difftrain_utils.terminal import announce
 
@@ -44,6 +52,7 @@ def launch(config: Config) -> Accelerator:
     Raises:
         InputError: this machine, or what was launched, cannot do what the config asks for; or another run is in the
             folder.
+        ProcessError: the processes do not find each other.
     """
     train = config.train
     check_folder(Path(train.output_dir))
@@ -52,22 +61,32 @@ def launch(config: Config) -> Accelerator:
     if train.cpu_threads:
         torch.set_num_threads(train.cpu_threads)
     trackers = check_trackers(train.report_to)
-    with blame("train.precision", ValueError):  # what this device cannot do
-        accelerator = Accelerator(
-            mixed_precision=MIXED_PRECISION[train.precision],
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                train.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-            step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
-            log_with=trackers or None,
-            project_dir=Path(train.output_dir) / TRACKERS,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        )
-    check_launch(config, accelerator)
-    pause_at_exit(accelerator)
-    # before the folder is looked at, because it changes while another run is in it
-    on_main_process(accelerator, partial(lock_used_folder, Path(train.output_dir)))
+    meeting = init_method(train.init_minutes)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    late = f"the processes came, but do not hear each other {train.init_minutes:g} minutes later (train.init_minutes)"
+    with time_limit(2 * train.init_minutes, late):
+        with blame("train.precision", ValueError):  # what this device cannot do
+            accelerator = Accelerator(
+                mixed_precision=MIXED_PRECISION[train.precision],
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    train.gradient_accumulation_steps, sync_with_dataloader=False
+                ),
+                dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+                step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
+                log_with=trackers or None,
+                project_dir=Path(train.output_dir) / TRACKERS,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT),
+                    # Else DDP lays its gradients out anew after the first step, and after the first that is resumed; and
+                    # the order in which three processes or more are summed depends on where a number lies.
+                    DistributedDataParallelKwargs(find_unused_parameters=True),
+                ],
+            )
+        check_launch(config, accelerator)
+        pause_at_exit(accelerator)
+        # the first that all processes do together; before the folder is looked at, because it changes while another run
+        # is in it
+        on_main_process(accelerator, partial(lock_used_folder, Path(train.output_dir)))
     check_compile(train, accelerator.device)
     set_tf32(train, accelerator.device)
     if accelerator.device.type == "cpu":

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from difftrain_utils.devices import peak_memory
 from difftrain_utils.errors import warn
 from difftrain_utils.run.flops import peak_tflops, training_flops
 from difftrain_utils.run.state import TrainState
+from difftrain_utils.run.time_limit import time_limit
 from difftrain_utils.run.tracking import Metrics
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -35,7 +37,7 @@ class Meter:
         self.samples_per_epoch, self.first_step_time = data.samples_per_epoch, None
         self.slow_lines, self.said_busy = 0, False
         self.metrics = Metrics(accelerator, config, state.step)
-        self.timer = StepTimer(accelerator, config.train)
+        self.timer, self.limit = StepTimer(accelerator, config.train), ExitStack()
 
     def __enter__(self) -> "Meter":
         state, train = self.state, self.config.train
@@ -46,11 +48,15 @@ class Meter:
         return self
 
     def __exit__(self, *error) -> None:
+        self.limit.close()
         self.bar.close()
         self.metrics.close()
 
     def parts(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The parts of the next step's batch."""
+        """The parts of the next step's batch. From here on the step has `train.step_minutes` to end."""
+        minutes = self.config.train.step_minutes
+        late = f"step {self.state.step + 1} has not ended after {minutes} minutes (train.step_minutes)"
+        self.limit.enter_context(time_limit(minutes, late))
         for _ in range(self.config.train.gradient_accumulation_steps):
             yield self.timer.next_batch(batches)
 
@@ -65,6 +71,7 @@ class Meter:
         Returns the line of metrics, every `train.log_every` steps and after the last: losses (means since the line
         before), lr, times; the norm if it is finite. Else nothing.
         """
+        self.limit.close()
         self.timer.end_step()
         self.bar.update()
         if not self.state.is_due(self.config.train.log_every):

@@ -19,7 +19,7 @@ def installed(tmp_path_factory):
     """A folder with the installed package, away from the checkout."""
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"  # a copy: building leaves files in it, and tests run in parallel
-    for name in ("difftrain_utils", "configs", "accelerate_configs"):
+    for name in ("difftrain_utils", "configs", "accelerate_configs", "launch"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE", *ROOT.glob("train_*.py")):
         shutil.copy(path, source)
@@ -41,7 +41,8 @@ def test_a_wheel_has_all_modules_and_the_scripts(installed):
     (wheel,) = installed.glob("difftrain-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "difftrain_utils").rglob("*.py")}
-    starter = [*ROOT.glob("train_*.py"), *(ROOT / "configs").rglob("*.*"), *(ROOT / "accelerate_configs").iterdir()]
+    starter = [*ROOT.glob("train_*.py"), *(ROOT / "configs").rglob("*.*")]
+    starter += [*(ROOT / "accelerate_configs").iterdir(), *(ROOT / "launch").iterdir()]
     here |= {f"difftrain_utils/starter/{path.relative_to(ROOT)}" for path in starter}
     assert here - names == set()
     added = {name for name in names if name.startswith("difftrain_utils/") and name not in here}
@@ -59,7 +60,7 @@ def test_the_scripts_run_where_the_package_is_installed(installed, tmp_path):
         return result
 
     said = run("difftrain_utils", "init", "project", cwd=tmp_path).stdout
-    assert said == "project holds train_text_to_image.py, configs and accelerate_configs\n"
+    assert said == "project holds train_text_to_image.py, configs, accelerate_configs and launch\n"
     project = tmp_path / "project"
     assert (project / "train_text_to_image.py").read_bytes() == (ROOT / "train_text_to_image.py").read_bytes()
     smoke = ("train_text_to_image.py", "--config", "configs/smoke_text2image.yaml")
@@ -81,7 +82,8 @@ def test_an_empty_folder_that_one_is_in_is_filled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["."])
     for folder in (Path(), tmp_path):  # the same one still
-        assert {path.name for path in folder.iterdir()} == {"train_text_to_image.py", "configs", "accelerate_configs"}
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"train_text_to_image.py", "configs", "accelerate_configs", "launch"}
 
 
 def test_the_command_lists_its_commands_and_refuses_others(capsys):
