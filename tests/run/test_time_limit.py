@@ -47,9 +47,9 @@ def test_a_step_that_hangs_is_named(short_run, tmp_path):
         runpy.run_path("train_text_to_image.py", run_name="__main__")
     """
     script.write_text(text)
-    # sample 12 is of step 4, which is read while step 3 is made
+    # sample 12 is of step 4
     result = launch([*short_run, "--train.step_minutes", "0.1"], script=script, timeout=120)
     assert result.returncode == 1
     line = [line for line in result.stderr.splitlines() if line.startswith("error: ")][-1]
-    assert line.startswith("error: step 3 has not ended after 0.1 minutes (train.step_minutes); process 0 of 1 on ")
+    assert line.startswith("error: step 4 has not ended after 0.1 minutes (train.step_minutes); process 0 of 1 on ")
     assert " is in " in line and "get_or_hang" in line
