@@ -77,8 +77,8 @@ def launch(config: Config) -> Accelerator:
                 project_dir=Path(train.output_dir) / TRACKERS,
                 kwargs_handlers=[
                     InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT),
-                    # Else DDP lays its gradients out anew after the first step, and after the first of a resume; and the
-                    # order in which three processes or more are summed depends on where a number lies.
+                    # Else DDP lays its gradients out anew after the first step, and after the first of a resume; and
+                    # the order in which three processes or more are summed depends on where a number lies.
                     DistributedDataParallelKwargs(find_unused_parameters=True),
                 ],
             )
