@@ -112,8 +112,7 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
     """Run the script's main in this process, which has to return this exit code; returns the output folder."""
     import train_text_to_image
 
-    for state in (AcceleratorState, GradientState):
-        state._reset_state(**({"reset_partial_state": True} if state is AcceleratorState else {}))
+    forget_accelerator()
     config = parse_config(argv)
     try:
         assert train_text_to_image.main(config) == exit_code
@@ -121,6 +120,12 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
         while lock._held:
             os.close(lock._held.popitem()[1])
     return Path(config.train.output_dir)
+
+
+def forget_accelerator() -> None:
+    """What was started in this process before, as at the beginning of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def start(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from blip import make_blip
-from helpers import ROOT, last_wins, options, train
+from helpers import ROOT, forget_accelerator, last_wins, options, train
 from PIL import Image
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
@@ -60,6 +60,7 @@ def run(command: str) -> None:
     if name == "train":
         train(argv)
     else:
+        forget_accelerator()
         assert main.run([name, *argv]) in (None, 0)
 
 

@@ -1,5 +1,6 @@
 """Faults injected into real runs: kills at any moment, disks that fail, checkpoints that rot."""
 
+import contextlib
 import random
 import re
 import time
@@ -54,25 +55,32 @@ def kill(runs: list[Run]) -> None:
     for run in runs:
         if run.poll() is None:
             for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has ended by itself
+                    process.kill()
             run.wait()
 
 
+LINE = 250  # bytes of a line of metrics.jsonl, about
+
+
 def run_with_kills(argv, output_dir, kills, num_processes, seed) -> int:
-    """Start again and again, killed at random moments and, every third time, at a random file operation of a save, then
-    let it end. Returns how many kills left half a checkpoint behind."""
+    """Start again and again, killed at random moments and, every third time, at a random file operation of its first
+    save, then let it end. Returns how many kills left half a checkpoint behind."""
     chance, inside_a_save, done = random.Random(seed), 0, 0
     command = [*argv, "--output-dir", str(output_dir), "--resume-from", "latest"]
     while done < kills:
         in_save = done % 3 == 2
-        environment = fault(PARTIAL, chance.randint(1, 300), KILL) if in_save else {}
+        environment = fault("/checkpoint-", chance.randint(1, 25), KILL) if in_save else {}
         metrics = output_dir / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        runs = start_processes(command, num_processes, environment)
+        runs, until = start_processes(command, num_processes, environment), None
         while all(run.poll() is None for run in runs):
             if not in_save and metrics.exists() and metrics.stat().st_mtime_ns != before:
-                time.sleep(chance.uniform(0, 1.5))
-                break
+                if until is None:
+                    until, first = time.monotonic() + chance.uniform(0, 1.5), metrics.stat().st_size
+                # a fast machine would be at the end by then
+                if time.monotonic() >= until or metrics.stat().st_size > 3 * LINE + first:
+                    break
             time.sleep(0.005)
         if in_save and num_processes == 1:
             assert runs[0].poll() in (-9, 0)
