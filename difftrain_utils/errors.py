@@ -27,13 +27,16 @@ class InputError(ValueError):
     """
 
 
-class RowError(InputError):
-    """One row of the data is wrong, which perhaps only one of several processes gets to see."""
+class DataError(InputError):
+    """Something in the data is wrong, which perhaps only one of several processes gets to see."""
 
 
-class FileError(InputError):
-    """A file of the data cannot be read, which perhaps only one of several processes gets to see. No other row stands
-    in for those that it has."""
+class RowError(DataError):
+    """One row of the data is wrong."""
+
+
+class FileError(DataError):
+    """A file of the data cannot be read. No other row stands in for those that it has."""
 
 
 class RunError(RuntimeError):
@@ -135,7 +138,7 @@ def one_line_errors() -> Iterator[None]:
         if "Traceback (most recent call last)" in message:  # a data loader's worker's: the last line is ours
             message = message.splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
         message = message.replace("\n", "\\n")
-        everywhere = isinstance(error, RowError | FileError | ProcessError)
+        everywhere = isinstance(error, DataError | ProcessError)
         _exit(message, everywhere, code=2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         _exit("stopped at once, without a checkpoint", everywhere=False, code=130)

@@ -7,7 +7,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from difftrain_utils.errors import InputError, RowError, RunError
+from difftrain_utils.errors import DataError, InputError, RunError
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
         except (InputError, RunError) as error:
             outcome[1] = error
     result, error = broadcast_object_list(outcome)
-    if isinstance(error, RowError) and not accelerator.is_main_process:
+    if isinstance(error, DataError) and not accelerator.is_main_process:
         error = InputError(str(error))  # which the main process alone reports
     if error is not None:
         raise error

@@ -14,6 +14,7 @@ import torch
 from helpers import data_of, encode, make_data, metrics_without_times, options, pipeline_bytes, train
 from PIL import Image
 
+from difftrain_utils import processes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -253,6 +254,13 @@ class TestBadRows:
         samples = Samples(data_of(rows), rows.config, 0, 100)
         with pytest.raises(FileError, match=rf"2.{kind}: cannot read what comes after \d rows: has only"):
             [samples[k] for k in range(13)]
+
+    def test_what_the_main_process_cannot_read_it_alone_reports(self, monkeypatch):
+        outcome = [None, FileError("0.tar: cannot read what comes after 0 rows: gone")]
+        monkeypatch.setattr(processes, "broadcast_object_list", lambda _: outcome)
+        with pytest.raises(InputError, match=r"^0\.tar: cannot read") as raised:
+            processes.on_main_process(SimpleNamespace(is_main_process=False), lambda: None)
+        assert type(raised.value) is InputError  # which other processes are silent about
 
     def test_images_at_urls(self, tmp_path):
         """A row of an image folder on the hub has a URL instead of bytes."""
