@@ -372,7 +372,7 @@ def is_finished(config: Config, checkpoint: Path | None) -> bool:
     return is_last and (output_dir / left).is_dir()
 
 
-def count_epochs(config: Config, samples_per_epoch: int | None, checkpoint: Path | None) -> None:
+def count_epochs(config: Config, samples_per_epoch: int, checkpoint: Path | None) -> None:
     """Say `data.epochs`, where they are given, as `train.max_steps`: from here on it is as if that had been given, for
     the learning rate as for the record of the run.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -71,7 +70,6 @@ def launch(config: Config) -> Accelerator:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     train.gradient_accumulation_steps, sync_with_dataloader=False
                 ),
-                dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
                 step_scheduler_with_optimizer=False,  # the learning rate is a function of the step alone
                 log_with=trackers or None,
                 project_dir=Path(train.output_dir) / TRACKERS,
