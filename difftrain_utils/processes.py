@@ -1,9 +1,16 @@
-"""What the processes of a run do one after another, or one for all, without waiting for one that has gone."""
+"""What the processes of a run do one after another, or one for all, without waiting for one that has gone; and how a
+file says which process it is of."""
 
+import json
+import os
+import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -42,3 +49,29 @@ def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def this_process() -> dict[str, Any]:
+    """What a file says of the process that it is of: "host", "pid", "started" in seconds and "since" in words."""
+    started = psutil.Process().create_time()
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
+    return {"host": platform.node(), "pid": os.getpid(), "started": started, "since": since}
+
+
+def read_process(path: Path) -> dict[str, Any]:
+    """What `this_process` has said in a file, as JSON; {}: it says nothing."""
+    try:
+        owner = json.loads(path.read_text())
+        return owner if owner.keys() >= {"host", "pid", "started", "since"} else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def is_gone(process: dict[str, Any]) -> bool:
+    """Whether a process of this host is no more, or another has its number now. Of other hosts nobody knows."""
+    if process.get("host") != platform.node():
+        return False
+    try:
+        return abs(psutil.Process(process["pid"]).create_time() - process["started"]) >= 1
+    except psutil.Error:
+        return True

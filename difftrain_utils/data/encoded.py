@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 import time
 import uuid
@@ -28,7 +26,7 @@ from safetensors.torch import save
 
 from difftrain_utils.errors import InputError, warn, writing
 from difftrain_utils.files import file_digest, write_file
-from difftrain_utils.processes import main_process_first
+from difftrain_utils.processes import is_gone, main_process_first, read_process, this_process
 from difftrain_utils.terminal import announce, progress
 
 SHARD_BYTES, ENTRIES_PER_BATCH = 2**26, 16
@@ -222,7 +220,7 @@ def claim(path: Path) -> bool:
         while not path.exists():
             try:
                 with mark.open("x") as file:
-                    file.write(f"{platform.node()} {os.getpid()}")
+                    json.dump(this_process(), file)
             except FileExistsError:
                 if not _is_abandoned(mark):
                     return False
@@ -247,15 +245,10 @@ def _is_abandoned(mark: Path) -> bool:
     """By the process that it names, or by the clock that its file system has, which another machine may have."""
     clock = mark.with_name(f"clock.{uuid.uuid4().hex}")
     try:
-        host, _, process = mark.read_text().rpartition(" ")
-        if host == platform.node():
-            os.kill(int(process), 0)
         clock.touch()
-        return clock.stat().st_mtime - mark.stat().st_mtime > ABANDONED
-    except (FileNotFoundError, ProcessLookupError):  # given up, or gone
+        return is_gone(read_process(mark)) or clock.stat().st_mtime - mark.stat().st_mtime > ABANDONED
+    except FileNotFoundError:  # given up
         return True
-    except (PermissionError, ValueError):  # somebody else's, or not written yet
-        return False
     finally:
         clock.unlink(missing_ok=True)
 

@@ -3,13 +3,10 @@
 import fcntl
 import json
 import os
-import platform
-import time
 from pathlib import Path
 
-import psutil
-
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.processes import is_gone, read_process, this_process
 from difftrain_utils.run.run_folder import LOCK_FILE, holds_run
 
 _held: dict[Path, int] = {}  # descriptors, which stay open as long as the process lives
@@ -34,11 +31,11 @@ def lock_folder(output_dir: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        _refuse(output_dir, _read(path))
+        _refuse(output_dir, read_process(path))
     except OSError:  # no locks here
         _own(path.with_name(f"{path.name}.owner"), output_dir)
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+    os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
     _held[path] = descriptor
 
 
@@ -52,38 +49,16 @@ def _own(path: Path, output_dir: Path) -> None:
     for _ in range(2):
         try:
             with path.open("x") as file:
-                json.dump(_myself(), file)
+                json.dump(this_process(), file)
             return
         except FileExistsError:
-            owner = _read(path)
-            if owner.get("host") != platform.node() or _is_alive(owner):
+            owner = read_process(path)
+            if not is_gone(owner):
                 _refuse(output_dir, owner, f"; if it is not, delete {path}")
             path.unlink(missing_ok=True)
-    _refuse(output_dir, _read(path))
+    _refuse(output_dir, read_process(path))
 
 
 def _refuse(output_dir: Path, owner: dict, more: str = "") -> None:
     who = f" (process {owner['pid']} on {owner['host']}, since {owner['since']})" if owner else ""
     raise InputError(f"train.output_dir: another run is writing into {output_dir}{who}{more}")
-
-
-def _myself() -> dict:
-    started = psutil.Process().create_time()
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started))
-    return {"host": platform.node(), "pid": os.getpid(), "started": started, "since": since}
-
-
-def _is_alive(owner: dict) -> bool:
-    """Whether the process is there, and no other that has its number now."""
-    try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1
-    except psutil.Error:
-        return False
-
-
-def _read(path: Path) -> dict:
-    try:
-        owner = json.loads(path.read_text())
-        return owner if owner.keys() >= {"host", "pid", "started", "since"} else {}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import platform
 import shutil
 import signal
 import subprocess
@@ -52,6 +51,7 @@ from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError, RunError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import file_digest
+from difftrain_utils.processes import this_process
 from difftrain_utils.run.meter import StepTimer
 
 BOTH = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
@@ -156,10 +156,10 @@ class TestEncodedCache:
 
     @pytest.mark.parametrize("left", ["gone", "silent", "alive"])
     def test_a_claim_lasts_as_long_as_who_made_it(self, tmp_path, left, monkeypatch):
-        path, host = tmp_path / "shard.safetensors", platform.node() if left == "gone" else "another machine"
+        path, host = tmp_path / "shard.safetensors", {} if left == "gone" else {"host": "another machine"}
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
-        cache_module.claim_of(path).write_text(f"{host} {process.pid}")
+        cache_module.claim_of(path).write_text(json.dumps(this_process() | {"pid": process.pid} | host))
         if left == "silent":
             monkeypatch.setattr(cache_module, "ABANDONED", -1)
         assert cache_module.claim(path) == (left != "alive")
