@@ -73,7 +73,7 @@ def main(config: TextToImageConfig) -> int:
 
     # ── Onto the device, and back to the checkpoint ──────────────────────────────────────────────────────────
     schedule, device = family.schedule, accelerator.device
-    family.move_frozen_parts(accelerator)
+    family.move_frozen_parts(accelerator, config.train)
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
     denoiser, text_encoders = state.models["denoiser"], state.models.get("text_encoders")
@@ -151,7 +151,8 @@ def main(config: TextToImageConfig) -> int:
     weights, ema = None, state.averages.get("ema")
     if state.is_finished:
         with state.evaluation_mode():
-            weights = export_pipeline(accelerator, family, denoiser, ema, config.train.output_dir)
+            plain = state.plain["denoiser"]
+            weights = export_pipeline(accelerator, family, denoiser, plain, ema, config.train.output_dir)
     record.end(state.step, interruptions.stop, weights)
     accelerator.end_training()
     return 0 if state.is_finished else STOPPED

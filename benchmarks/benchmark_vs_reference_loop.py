@@ -45,7 +45,7 @@ def reference_loop(config, end_block):
     accelerator = Accelerator(mixed_precision=MIXED_PRECISION[config.train.precision])
     set_seed(config.train.seed)
     family, size = load_family(config), config.data.resolution
-    family.move_frozen_parts(accelerator)
+    family.move_frozen_parts(accelerator, config.train)
     unet, weight_dtype = family.load_denoiser(), family.weight_dtype
     vae, text_encoder, tokenizer = (family.part(name) for name in ("vae", "text_encoder", "tokenizer"))
     noise_scheduler = DDPMScheduler.from_config(family.sampler.config)

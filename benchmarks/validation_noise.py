@@ -31,7 +31,7 @@ config = parse_config(TextToImageConfig, ["--config", str(run / "config.resolved
 accelerator, family = Accelerator(mixed_precision="no"), load_family(config)
 _, validation_rows = split_rows(map_rows(config.data), config.data)
 denoiser = family.load_denoiser().to(accelerator.device).eval()
-family.move_frozen_parts(accelerator)
+family.move_frozen_parts(accelerator, config.train)
 
 checkpoints = list_checkpoints(run)
 steps, losses = [], {"fixed": [], "fresh": []}

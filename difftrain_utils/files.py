@@ -9,10 +9,11 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from difftrain_utils.errors import warn, writing
@@ -117,12 +118,14 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256sums(folder: Path) -> str:
-    """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them."""
+def sha256sums(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A line for each file but SHA256SUMS itself, sorted by name, as `sha256sum` prints and checks them; those whose
+    digest is `known` are not read."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS_FILE)
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(file_digest, paths))
-    return "".join(f"{d}  {path.relative_to(folder).as_posix()}\n" for d, path in zip(digests, paths, strict=True))
+        digests = list(pool.map(lambda name: known.get(name) or file_digest(folder / name), names))
+    return "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
 
 
 def find_damage(folder: Path, listed: tuple[str, ...] = ()) -> str | None:
@@ -156,9 +159,9 @@ def weights_digest(module: "torch.nn.Module") -> str:
     return tensors_digest(module.state_dict())
 
 
-def tensors_digest(tensors: "dict[str, torch.Tensor]") -> str:
+def tensors_digest(tensors: "Mapping[str, torch.Tensor]") -> str:
     """The same over any named tensors."""
-    return _tensors_digest(tensors, tensors.__getitem__)
+    return digest_of_each(tensors, tensors.__getitem__)
 
 
 def part_digest(folder: Path, variant: str | None = None) -> str:
@@ -182,10 +185,11 @@ def part_digest(folder: Path, variant: str | None = None) -> str:
             tensor = readers[name](name)
             return tensor.float() if tensor.is_floating_point() else tensor
 
-        return _tensors_digest(readers, in_float32)
+        return digest_of_each(readers, in_float32)
 
 
-def _tensors_digest(names: Iterable[str], tensor_of: "Callable[[str], torch.Tensor]") -> str:
+def digest_of_each(names: Iterable[str], tensor_of: "Callable[[str], torch.Tensor]") -> str:
+    """The same over any named tensors, of which one at a time is asked for."""
     import torch
 
     digest = hashlib.sha256()

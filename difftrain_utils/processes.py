@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -49,6 +50,21 @@ def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def largest_of_all(*numbers: int, device: torch.device | str) -> list[int]:
+    """Each number as the process with the largest has it."""
+    values = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values.tolist()
+
+
+def share_out(accelerator: Accelerator, number: int, batch_size: int) -> list[range]:
+    """The batches of this process's share of `number` things: every process has as many, because all take part in each
+    forward pass of a model whose weights are shared out. Those with fewer things have an empty one at the end."""
+    largest = -(-number // accelerator.num_processes)
+    mine = range(accelerator.process_index, number, accelerator.num_processes)
+    return [mine[start : start + batch_size] for start in range(0, largest, batch_size)]
 
 
 def this_process() -> dict[str, Any]:

@@ -14,7 +14,6 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from difftrain_utils.builtins.checkpoints import BUILTINS
@@ -28,8 +27,9 @@ from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.load import describe_family, load_family, trained_models
-from difftrain_utils.optimization.trained import is_trained_whole, load_trained, trained_parameters, trained_weights
+from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
+from difftrain_utils.run.saved_tensors import SavedTensors
 from difftrain_utils.run.source import EMA, RAW, Source
 from difftrain_utils.run.weights import load_weights
 
@@ -189,17 +189,12 @@ def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
         return
     if source.weights == RAW:
         _refuse_two_kinds_of_raw(config)
-    with blame(source.path, *LOAD_ERRORS):
+    with blame(source.path, *LOAD_ERRORS), SavedTensors(folder) as saved:
         for name in ("denoiser", "text_encoders"):
             if name in loaded.models:
-                load_trained(loaded.models[name], folder / f"{name}.safetensors")
+                saved.load(name, saved_state(loaded.models[name]))
         if source.weights == EMA:
-            average = load_file(folder / "ema.safetensors")
-            parameters = trained_parameters(*models)
-            if len(average) != len(parameters):
-                raise ValueError(f"the average is of {len(average)} weights, and {len(parameters)} are trained")
-            for i, parameter in enumerate(parameters):
-                parameter.copy_(average[str(i)])
+            saved.load("ema", {str(i): p.detach() for i, p in enumerate(trained_parameters(*models))})
 
 
 def _refuse_two_kinds_of_raw(config: TextToImageConfig) -> None:

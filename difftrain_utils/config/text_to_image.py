@@ -47,6 +47,13 @@ class TextToImageConfig(Config):
         requires["data"](None in (data.epochs, self.train.max_steps), "epochs", rule)
         rule = f"must divide train.batch_size, which is {self.train.batch_size}"
         requires["data"](data.lanes is None or self.train.batch_size % data.lanes == 0, "lanes", rule)
+        if self.train.shard == "full":
+            what = "there is DDP for it, train.shard none"
+            requires["train"](not self.model.train_text_encoder, "shard", f"not with model.train_text_encoder; {what}")
+            is_quantized = self.model.lora is not None and self.model.lora.quantization is not None
+            requires["train"](not is_quantized, "shard", f"not with model.lora.quantization; {what}")
+        rule = "goes without data.cache_text, with which there are no encoders to share out"
+        requires["train"](not (self.train.shard_encoders and data.cache_text), "shard_encoders", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
         for name in ("lora", "trainable", "train_text_encoder"):

@@ -46,6 +46,17 @@ class TrainConfig:
     step_minutes: float | None = 30.0
     """Minutes for a step to end, its data and what it compiles included, before a process that hangs ends with an
     error, to be started again; null: no limit."""
+    shard: Literal["none", "full"] = "none"
+    """Give each process a share of weights, gradients, optimizer state and averages (FSDP2), instead of all of them."""
+    shard_size: int | None = None
+    """Share among so many processes, and have such groups of them hold the same (HSDP); null: among all."""
+    reshard_after_forward: bool = True
+    """With `shard`: let go of a block's gathered weights after its forward pass and gather them again for the backward
+    pass (ZeRO-3); false: keep them until then (ZeRO-2), which is faster and takes more memory."""
+    shard_offload: bool = False
+    """With `shard`: keep the shares in main memory instead of the GPU's; slower."""
+    shard_encoders: bool = False
+    """Share out the frozen text encoders as well: slower, for those that are larger than the denoiser."""
     gradient_accumulation_steps: int = 1
     """Parts that a batch is split into to save memory; the losses stay the same."""
     gradient_checkpointing: bool = False
@@ -86,6 +97,9 @@ class TrainConfig:
     """Minutes after which a checkpoint is written besides; null: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0: all."""
+    save_in_background: bool = False
+    """Write checkpoints while training goes on, from a copy of them in main memory; each is there `log_every` steps
+    later."""
     save_weights_every: int = 0
     """Steps between two files of the trained weights alone, in `weights/`, all of which are kept; 0: none."""
     keep_best: str | None = None
@@ -117,11 +131,13 @@ class TrainConfig:
             require(value is None or value > 0, name, "must be above 0, or null")
         for name in ("eval_every", "save_every", "keep_checkpoints", "save_weights_every", "max_skipped_steps"):
             require(getattr(self, name) >= 0, name, "must be 0 or more")
-        for name in ("cpu_threads", "group_size"):
+        for name in ("cpu_threads", "group_size", "shard_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "must be at least 1, or null")
         rule = f"must be one of {', '.join(BEST_IS)}, or null"
         require(self.keep_best is None or self.keep_best in BEST_IS, "keep_best", rule)
+        for name in ("shard_size", "shard_offload", "shard_encoders"):
+            require(self.shard == "full" or not getattr(self, name), name, "needs train.shard full")
         require(not (self.overwrite and self.resume_from), "overwrite", "cannot go with train.resume_from")
         require(self.profile >= 0, "profile", "must be true, false or a number of steps")
         fits = (self.max_steps or 0) * self.batch_size < 2**63

@@ -15,9 +15,10 @@ from difftrain_utils.evaluation.grids import generate, save_grid
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
-from difftrain_utils.processes import main_process_first
+from difftrain_utils.processes import main_process_first, share_out
 from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
 from difftrain_utils.run.tracking import log_images
+from difftrain_utils.terminal import progress
 
 
 class Evaluation:
@@ -70,9 +71,11 @@ class Evaluation:
 
     def generate_grid(self, denoiser: torch.nn.Module) -> list:
         """The images of all evaluation prompts, of which each process makes its share."""
-        evaluation, resolution = self.config.evaluation, self.config.data.resolution
-        mine = range(self.accelerator.process_index, len(evaluation.prompts), self.accelerator.num_processes)
-        prompts = [evaluation.prompts[i] for i in mine]
-        made = generate(self.family, denoiser, evaluation, resolution, prompts, mine)
-        images = dict(gather_object(list(zip(mine, made, strict=True))))
+        evaluation, resolution, made = self.config.evaluation, self.config.data.resolution, []
+        batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
+        for share in progress(batches, len(batches), "Drawing, batches"):
+            keys = share or [0]  # of which the image is dropped
+            prompts = [evaluation.prompts[i] for i in keys]
+            made += zip(share, generate(self.family, denoiser, evaluation, resolution, prompts, keys), strict=False)
+        images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

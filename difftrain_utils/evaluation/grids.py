@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import torch_generator_for
-from difftrain_utils.terminal import progress
 
 MARGIN = 6  # pixels between images
 
@@ -25,21 +24,16 @@ def generate(
     keys: Sequence[int],
 ) -> list[Image.Image]:
     """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone."""
-    images = []
-    starts = range(0, len(prompts), config.batch_size)
-    for start in progress(starts, len(starts), "Drawing, batches"):
-        some = slice(start, start + config.batch_size)
-        images += family.generate(
-            denoiser,
-            prompts[some],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            guidance_rescale=config.guidance_rescale,
-            generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys[some]],
-        )
-    return images
+    return family.generate(
+        denoiser,
+        prompts,
+        height=resolution,
+        width=resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_rescale=config.guidance_rescale,
+        generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys],
+    )
 
 
 def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:

@@ -23,7 +23,8 @@ from difftrain_utils.data.samples import read_row_or_substitute
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.grids import generate
 from difftrain_utils.media.image import to_square
-from difftrain_utils.terminal import announce
+from difftrain_utils.processes import share_out
+from difftrain_utils.terminal import announce, progress
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
@@ -63,9 +64,9 @@ def image_metrics(
     Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
     """
     evaluation, batches = config.evaluation, []
-    mine = range(accelerator.process_index, evaluation.num_metric_images, accelerator.num_processes)
-    for start in range(0, len(mine), evaluation.batch_size):
-        keys = mine[start : start + evaluation.batch_size]
+    shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
+    for share in progress(shares, len(shares), "Drawing for metrics, batches"):
+        keys = share or [0]  # of which the result is dropped
         held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
         captions = [captions[0] for _, captions, _ in held_out]
         images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
@@ -76,7 +77,8 @@ def image_metrics(
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)
-        batches.append({name: values.cpu() for name, values in batch.items()})
+        if share:
+            batches.append({name: values.cpu() for name, values in batch.items()})
     batches = gather_object(batches)
     values = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
     metrics = {}

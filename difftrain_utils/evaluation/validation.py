@@ -18,6 +18,7 @@ from difftrain_utils.keyed_random import keyed_rand, keyed_randn
 from difftrain_utils.media.image import resize_and_crop_mask, to_square
 from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import progress
 
 
@@ -36,10 +37,9 @@ def validation_losses(
     """
     evaluation, schedule = config.evaluation, family.schedule
     found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
-    mine = range(accelerator.process_index, evaluation.num_validation_samples, accelerator.num_processes)
-    starts = range(0, len(mine), evaluation.batch_size)
-    for start in progress(starts, len(starts), "Validating, batches"):
-        keys = mine[start : start + evaluation.batch_size]
+    batches = share_out(accelerator, len(found), evaluation.batch_size)
+    for share in progress(batches, len(batches), "Validating, batches"):
+        keys = share or [0]  # of which the result is dropped
         held_out = [read_row_or_substitute(rows, j % len(rows), config.data, evaluation.seed, j) for j in keys]
         pixel_values, crops = zip(*(to_square(image, config.data) for image, _, _ in held_out), strict=True)
         batch = {
@@ -61,7 +61,8 @@ def validation_losses(
             losses *= scale_masks(masks.to(accelerator.device), losses.shape[-2:])
         losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
-        found[keys.start : keys.stop : keys.step] = losses
+        if share:
+            found[share.start : share.stop : share.step] = losses
     return accelerator.reduce(found, "sum").cpu()
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, not_installed, some
 from difftrain_utils.families.family import Conditioning
@@ -30,7 +31,9 @@ from difftrain_utils.families.text_encoders import TextEncoders
 from difftrain_utils.files import file_digest, part_digest, tensors_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.optimization.sharding import is_sharded, shard_encoder
 from difftrain_utils.optimization.trained import is_trained_whole
+from difftrain_utils.processes import largest_of_all
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
 DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
@@ -102,6 +105,8 @@ class DiffusersFamily:
     vae_slicing: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
+    shares_encoders: bool = False
+    """Whether the processes share the text encoders' weights out; see `train.shard_encoders`."""
     cached: tuple[str, ...] = ()
     """The frozen parts that training does without: their work is cached."""
     text_encoders: TextEncoders | None = None
@@ -271,12 +276,20 @@ class DiffusersFamily:
         """The names of the parts besides the denoiser that are trained."""
         return () if self.text_encoders is None else self.trained_text_parts
 
-    def move_frozen_parts(self, accelerator: Accelerator) -> None:
-        """Those that are loaded, and those that will be."""
+    def move_frozen_parts(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        """Those that are loaded, and those that will be; but encoders that are shared out (`train.shard_encoders`) are
+        loaded here."""
         self.free_cached()  # an offloaded one cannot be moved
-        self.device, self.weight_dtype = accelerator.device, weight_dtype(accelerator.mixed_precision)
+        self.weight_dtype = weight_dtype(accelerator.mixed_precision)
+        self.shares_encoders = config.shard_encoders and is_sharded(config, accelerator.num_processes)
+        for name in self.text_parts if self.shares_encoders else ():
+            part = self.part(name) if self.has_part(name) else None
+            if isinstance(part, torch.nn.Module):
+                shard_encoder(move_part(part, "cpu", self.weight_dtype), accelerator, config)
+        self.device = accelerator.device
         for name, part in self._parts.items():
-            if isinstance(part, torch.nn.Module) and name not in self.trained_parts:
+            is_moved = name in self.trained_parts or (self.shares_encoders and name in self.text_parts)
+            if isinstance(part, torch.nn.Module) and not is_moved:
                 move_part(part, self.device, self.weight_dtype)
 
     def free_cached(self) -> None:
@@ -401,12 +414,15 @@ class DiffusersFamily:
         ones are encoded once, and none by itself."""
         texts = list(dict.fromkeys(caption for caption in captions if caption is not None))
         at_once, encoded = 1 if torch.device(self.device).type == "cpu" else ENCODED_AT_ONCE, {}
-        for start in range(0, len(texts), at_once):
-            lot = texts[start : start + at_once]
+        num_lots, has_none = -(-len(texts) // at_once), None in captions
+        if self.shares_encoders:  # all processes take part in each of their passes
+            num_lots, has_none = largest_of_all(num_lots, has_none, device=self.device)
+        for number in range(num_lots):
+            lot = texts[number * at_once : (number + 1) * at_once]
             with quiet():
-                values = self.encode_texts((lot * at_once)[:at_once])
+                values = self.encode_texts(((lot or [""]) * at_once)[:at_once])
             encoded |= {text: {name: value[i] for name, value in values.items()} for i, text in enumerate(lot)}
-        if None in captions:
+        if has_none:
             with quiet():
                 encoded[None] = {name: value[0] for name, value in self.encode_nothing().items()}
         rows = [encoded[caption] for caption in captions]
@@ -550,6 +566,7 @@ class DiffusersFamily:
         if has_adapters(denoiser) or not is_trained_whole(denoiser):
             denoiser = with_trained(self.load_denoiser(), denoiser)
         plain = {"weight_dtype": torch.float32, "channels_last": False, "offload_text_encoders": False}
+        plain["shares_encoders"] = False
         fresh = dataclasses.replace(self, device="cpu", text_encoders=None, _parts={}, **plain)
         for name in self.trained_parts:
             with_trained(fresh.part(name), self.part(name))

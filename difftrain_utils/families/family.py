@@ -11,6 +11,7 @@ from PIL import Image
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.objective.schedule import Schedule
 
 Conditioning = dict[str, torch.Tensor]  # batch first
@@ -73,8 +74,9 @@ class Family(Protocol):
     def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> torch.nn.Module:
         """Make `text_encoders`, in float32 on the CPU, with adapters if there is `lora`."""
 
-    def move_frozen_parts(self, accelerator: Accelerator) -> None:
-        """Bring the frozen parts onto the device, in its precision."""
+    def move_frozen_parts(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        """Bring the frozen parts onto the device, in its precision; with `train.shard_encoders` a share of the text
+        encoders."""
 
     def free_cached(self) -> None:
         """Drop the frozen parts whose work is cached from memory; they are loaded again when they are used again."""

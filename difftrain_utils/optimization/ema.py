@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from difftrain_utils.config.training import EmaConfig
+from difftrain_utils.optimization.sharding import reshard
 from difftrain_utils.optimization.trained import trained_parameters
 
 
@@ -68,22 +69,13 @@ class EMA:
         """The averages themselves, not copies, for a checkpoint, by position."""
         return {str(i): average for i, average in enumerate(self.averages)}
 
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_tensors` gave.
-
-        Raises:
-            KeyError, RuntimeError: one is missing, or of another shape.
-        """
-        for name, average in self.state_tensors().items():
-            average.copy_(tensors[name])
-
 
 @contextmanager
 def evaluation_weights(ema: EMA | None, *models: torch.nn.Module | None) -> Iterator[None]:
     """Give models their EMA weights (if there are any) and eval mode, for as long as the block runs. The average is of
     the `trained_parameters` of these models."""
     models = [model for model in models if model is not None]
+    reshard(*models)
     parameters = trained_parameters(*models)
     if ema is not None:
         ema.store(parameters)
@@ -97,5 +89,6 @@ def evaluation_weights(ema: EMA | None, *models: torch.nn.Module | None) -> Iter
     finally:
         for model in models:
             model.train()
+        reshard(*models)
         if ema is not None:
             ema.restore(parameters)

@@ -16,6 +16,7 @@ from diffusers.optimization import get_scheduler
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError, blame, shorten, some
 from difftrain_utils.optimization.muon import MuonWithAdamW
+from difftrain_utils.optimization.sharding import whole
 from difftrain_utils.optimization.trained import trained_weights
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -116,7 +117,7 @@ def clip_gradients(
     norms = []
     for name, limit in max_norms.items():
         parameters = [p for group in optimizer.param_groups if group["name"] == name for p in group["params"]]
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)))
     return torch.stack(norms).max()
 
 

@@ -12,14 +12,13 @@ profile, one of any other width is the combination of the stored ones whose prof
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from difftrain_utils.errors import some
 from difftrain_utils.files import new_file
 
 MAX_SIGMA_REL = 0.28  # γ = 0, the plain mean of all steps, has 0.289
@@ -126,45 +125,23 @@ class PowerEMA:
         """The averages themselves, not copies, for a checkpoint: width and position, e.g. "0.050/12"."""
         return {
             f"{sigma_rel:.3f}/{i}": average
-            for sigma_rel, averages in zip(self.sigma_rels, self.averages, strict=True)
+            for sigma_rel, averages in self.by_width.items()
             for i, average in enumerate(averages)
         }
 
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_tensors` gave.
-
-        Raises:
-            ValueError: a name is missing or unknown, or a shape or type is another; nothing was changed.
-        """
-        own = self.state_tensors()
-        problems = {
-            "missing": [name for name in own if name not in tensors],
-            "unknown": [name for name in tensors if name not in own],
-            "of another shape or type": [
-                f"{name} {_describe(tensors[name])} instead of {_describe(own[name])}"
-                for name in own
-                if name in tensors and _describe(tensors[name]) != _describe(own[name])
-            ],
-        }
-        if any(problems.values()):
-            raise ValueError("; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names))
-        for name, average in own.items():
-            average.copy_(tensors[name])
-
-    def save_snapshot(self, folder: Path, global_step: int, names: list[str]) -> None:
-        """Write `folder/step-000500-0.050.safetensors` for each width: whole or not at all.
-
-        `names` are the parameters' names in the denoiser's state dict, in order. Save before the checkpoint of the
-        same step, so that a run which resumes from it has all earlier snapshots.
-        """
-        for sigma_rel, averages in zip(self.sigma_rels, self.averages, strict=True):
-            path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
-            tensors = {name: average.contiguous() for name, average in zip(names, averages, strict=True)}
-            with new_file(path) as partial:
-                of = json.dumps({"sigma_rel": sigma_rel, "step": global_step})
-                save_file(tensors, partial, {"ema_snapshot": of})  # of several entries the order would be any
+    @property
+    def by_width(self) -> dict[float, list[torch.Tensor]]:
+        """The averages of each width, beside the parameters."""
+        return dict(zip(self.sigma_rels, self.averages, strict=True))
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def save_snapshot(folder: Path, global_step: int, sigma_rel: float, averages: Mapping[str, torch.Tensor]) -> None:
+    """Write `folder/step-000500-0.050.safetensors`, the averages of a width by the parameters' names in the denoiser's
+    state dict: whole or not at all. Save before the checkpoint of the same step, so that a run which resumes from it
+    has all earlier snapshots.
+    """
+    path = folder / f"step-{global_step:06d}-{sigma_rel:.3f}.safetensors"
+    tensors = {name: average.contiguous() for name, average in averages.items()}
+    with new_file(path) as partial:
+        of = json.dumps({"sigma_rel": sigma_rel, "step": global_step})
+        save_file(tensors, partial, {"ema_snapshot": of})  # of several entries the order would be any

@@ -1,11 +1,8 @@
 """Which weights of a model are trained. The others are frozen: no optimizer, no average and no checkpoint has them."""
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, load_model
+from torch.distributed.tensor import DTensor
 
-from difftrain_utils.errors import some
 from difftrain_utils.optimization.quantized import quantize_frozen
 
 
@@ -31,16 +28,15 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in trained_weights(model).items()}
 
 
-def load_trained(model: torch.nn.Module, path: Path) -> None:
-    """Give a model what a checkpoint's file holds of it (`trained_state`). Raises what safetensors and torch raise, or
-    ValueError, if it is not of this model."""
-    if is_trained_whole(model):
-        load_model(model, path)  # of tied weights there is one
-        return
-    tensors = load_file(path)
-    if differing := sorted(tensors.keys() ^ trained_weights(model).keys()):
-        raise ValueError(f"{path} and the model do not both have {some(differing)}")
-    model.load_state_dict(tensors, strict=False)
+def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The same with tied weights once, by the first of their names."""
+    found: dict[tuple, str] = {}
+    for name, tensor in sorted(trained_state(model).items()):
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        is_empty = not values.numel()  # which have no place in memory
+        found.setdefault((name,) if is_empty else (values.data_ptr(), values.shape, values.stride()), name)
+    state = trained_state(model)
+    return {name: state[name] for name in found.values()}
 
 
 def round_frozen(model: torch.nn.Module, dtype: torch.dtype, quantization: str | None = None) -> None:

@@ -1,14 +1,15 @@
 """Checkpoints to resume from: complete or absent, never half, and verified before they are loaded.
 
-`checkpoint-500/` holds accelerate's `save_state` (optimizer, learning rate, loss scale), each trained model and each
-average of weights as `NAME.safetensors`, `training_state.json`, and the record of the run that it is from. It is
-written aside, with the digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is
+`checkpoint-500/` holds accelerate's `save_state` (learning rate, loss scale), the tensors of each trained model, of the
+optimizer and of each average of weights (`saved_tensors`), what else the optimizer has in `optimizer.json`,
+`training_state.json`, and the record of the run that it is from. It is written aside, with the digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is
 no random state in it, because keyed samples need none, and nothing that is unpickled."""
 
 import dataclasses
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,18 +18,28 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.training import EmaConfig, TrainConfig
-from difftrain_utils.errors import InputError, RunError, blame, one_line, some, warn
-from difftrain_utils.files import DIGESTS_FILE, PARTIAL, local_path, replace_folder, sha256sums, sync_all
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, one_line, some, warn
+from difftrain_utils.files import (
+    DIGESTS_FILE,
+    PARTIAL,
+    file_digest,
+    local_path,
+    replace_folder,
+    sha256sums,
+    sync,
+    sync_all,
+)
 from difftrain_utils.keyed_random import STREAM_VERSION
-from difftrain_utils.optimization.averages import AVERAGES, Averages, build_averages
-from difftrain_utils.optimization.trained import trained_parameters, trained_state
+from difftrain_utils.optimization.averages import AVERAGES, build_averages
+from difftrain_utils.optimization.sharding import is_sharded, like_share
+from difftrain_utils.optimization.trained import saved_state, trained_parameters
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.lock import lock_folder
 from difftrain_utils.run.manifest import Record
@@ -37,6 +48,7 @@ from difftrain_utils.run.run_folder import (
     LORA,
     MANIFEST_FILE,
     METRICS_FILE,
+    OPTIMIZER_FILE,
     PIPELINE,
     STATE_FILE,
     WRITTEN,
@@ -48,6 +60,16 @@ from difftrain_utils.run.run_folder import (
     list_checkpoints,
     read_manifest,
     step_of,
+)
+from difftrain_utils.run.saved_tensors import (
+    INDEX_FILE,
+    OPTIMIZER,
+    Parts,
+    SavedTensors,
+    files_to_write,
+    from_json,
+    merge_indices,
+    to_json,
 )
 
 DAMAGED = ".damaged"
@@ -63,7 +85,8 @@ FREE_FIELDS = {
     *("data.cache_latents", "data.cache_text"),
     *(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "max_steps", "max_hours")),
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
-    *("train.save_weights_every", "train.init_minutes", "train.step_minutes"),
+    *("train.save_weights_every", "train.save_in_background", "train.init_minutes", "train.step_minutes"),
+    *("train.shard", "train.shard_size", "train.reshard_after_forward", "train.shard_offload", "train.shard_encoders"),
     *(
         f"train.{name}"
         for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
@@ -77,84 +100,130 @@ FREE_FIELDS = {
 }
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    state: dict[str, Any],
-    record: dict[str, str],
-    averages: Averages,
-    keep: int,
-    required: bool,
-) -> None:
-    """Write `output_dir/checkpoint-{state["global_step"]}`, then delete all but the `keep` newest (0: none).
+class Checkpoint:
+    """`output_dir/checkpoint-{step}` that is being written: by a thread in each process, with all that processes do
+    together when it is made and in `finish`, which all processes call.
 
-    All processes call it. `state` is what else the loop needs to go on, as JSON, `record` are files of the run by name.
-    A failed write leaves the older checkpoints as they are. The run goes on with a warning, because the next save may
-    do.
+    `documents` are its files of text, by name; `parts` are the tensors of each part of the run, which with
+    `in_background` are copied, so that training may go on."""
 
-    Raises:
-        RunError: a write failed, and the checkpoint is `required`: there will be no next one.
-    """
-    folder = output_dir / checkpoint_name(state["global_step"])
-    if folder.exists():  # the same step of the same run
-        return
-    partial, failure = folder.with_name(folder.name + PARTIAL), None
-    if accelerator.is_main_process:
-        for left_over in output_dir.glob(f"checkpoint-*{PARTIAL}"):
-            shutil.rmtree(left_over, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-    except WRITE_ERRORS as error:
-        failure = one_line(error)
-    average_tensors = {  # safetensors wants them contiguous, which channels_last is not
-        name: {key: tensor.contiguous() for key, tensor in average.state_tensors().items()}
-        for name, average in averages.items()
-    }
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and failure is None:
-        try:
-            for random_state in partial.glob("random_states_*.pkl"):
-                random_state.unlink()
-            for name, tensors in average_tensors.items():
-                save_file(tensors, partial / f"{name}.safetensors")
-            for name, content in (record | {STATE_FILE: json.dumps(state, indent=2) + "\n"}).items():
-                (partial / name).write_text(content, encoding="utf-8")
-            with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
-                synced = pool.submit(sync_all, partial)
-                digests = sha256sums(partial)
-                synced.result()
-            (partial / DIGESTS_FILE).write_text(digests, encoding="utf-8")
-            replace_folder(partial, folder)
-        except WRITE_ERRORS as error:
-            failure = one_line(error)
-    failures = [text for text in gather_object([failure]) if text is not None]
-    if failures:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        step: int,
+        documents: dict[str, str],
+        parts: Parts,
+        in_background: bool = False,
+    ):
+        self.accelerator, self.output_dir, self.step = accelerator, output_dir, step
+        self.folder = output_dir / checkpoint_name(step)
+        self.partial = self.folder.with_name(self.folder.name + PARTIAL)
+        self.failure: str | None = None
+        self.digests: dict[str, str] = {}
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        newest = list_checkpoints(output_dir)
-        there = f"the newest checkpoint is {newest[-1][1].name}" if newest else "there is no checkpoint yet"
-        if required:
-            raise RunError(f"cannot save {folder}: {failures[0]}; {there}")
-        warn(f"cannot save {folder}: {failures[0]}; training goes on, {there}")
-    elif keep and accelerator.is_main_process:
-        for _, old in list_checkpoints(output_dir)[:-keep]:
-            leaving = old.rename(old.with_name(old.name + PARTIAL))  # never half a checkpoint by its name
-            shutil.rmtree(leaving, ignore_errors=True)
+            for left_over in output_dir.glob(f"checkpoint-*{PARTIAL}"):
+                shutil.rmtree(left_over, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(self.partial))
+        except WRITE_ERRORS as error:
+            self.failure = one_line(error)
+        files, self.index = files_to_write(accelerator, parts, copy=in_background)
+        self.thread = threading.Thread(
+            target=self._write, args=(files, documents if accelerator.is_main_process else {})
+        )
+        self.thread.start()
+
+    def _write(self, files: dict[str, dict[str, torch.Tensor]], documents: dict[str, str]) -> None:
+        """This process's own files, onto the disk, and their digests."""
+        try:
+            for name, content in documents.items():
+                (self.partial / name).write_text(content, encoding="utf-8")
+            for name, tensors in files.items():
+                save_file(tensors, self.partial / name)
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the digests are taken
+                synced = pool.submit(lambda: [sync(self.partial / name) for name in files])
+                self.digests = {name: file_digest(self.partial / name) for name in files}
+                synced.result()
+        except WRITE_ERRORS as error:
+            self.failure = self.failure or one_line(error)
+
+    def finish(self, keep: int, required: bool) -> None:
+        """Wait until all of it is on the disk, and give it its name; then delete all but the `keep` newest checkpoints
+        (0: none). A failed write leaves the older ones as they are. The run goes on with a warning, because the next
+        save may do.
+
+        Raises:
+            RunError: a write failed, and the checkpoint is `required`: there will be no next one.
+        """
+        self.thread.join()
+        accelerator, folder = self.accelerator, self.folder
+        written = gather_object([(self.failure, self.digests, self.index)])  # the barrier, too
+        failures = [failure for failure, _, _ in written if failure is not None]
+        if accelerator.is_main_process and not failures:
+            try:
+                self._commit({n: digest for _, digests, _ in written for n, digest in digests.items()}, written)
+            except WRITE_ERRORS as error:
+                failures = [one_line(error)]
+        failures = broadcast_object_list([failures])[0]
+        if failures:
+            if accelerator.is_main_process:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            newest = list_checkpoints(self.output_dir)
+            there = f"the newest checkpoint is {newest[-1][1].name}" if newest else "there is no checkpoint yet"
+            if required:
+                raise RunError(f"cannot save {folder}: {failures[0]}; {there}")
+            warn(f"cannot save {folder}: {failures[0]}; training goes on, {there}")
+        elif keep and accelerator.is_main_process:
+            for _, old in list_checkpoints(self.output_dir)[:-keep]:
+                leaving = old.rename(old.with_name(old.name + PARTIAL))  # never half a checkpoint by its name
+                shutil.rmtree(leaving, ignore_errors=True)
+
+    def _commit(self, digests: dict[str, str], written: list) -> None:
+        for random_state in self.partial.glob("random_states_*.pkl"):
+            random_state.unlink()
+        if self.index is not None:
+            index = merge_indices([index for _, _, index in written])
+            (self.partial / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
+        (self.partial / DIGESTS_FILE).write_text(sha256sums(self.partial, digests), encoding="utf-8")
+        sync_all(self.partial)
+        replace_folder(self.partial, folder=self.folder)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, averages: Averages) -> dict[str, Any]:
-    """Bring everything that was prepared, and the averages, back to where `folder` left them; returns the `state` that
-    was saved with them.
+def load_checkpoint(accelerator: Accelerator, folder: Path, parts: Parts) -> None:
+    """Bring everything that was prepared, and the tensors of the `parts` of the run, back to where `folder` left them.
 
     Raises:
-        OSError, RuntimeError, ValueError, KeyError: it is no checkpoint of these models, optimizer and averages.
+        OSError, RuntimeError, ValueError, LookupError: it is no checkpoint of these models and averages.
     """
-    state = read_state(folder)
     accelerator.load_state(str(folder))
-    for name, average in averages.items():
-        average.load_state_tensors(load_file(folder / f"{name}.safetensors"))
-    return state
+    with SavedTensors(folder) as saved:
+        for name, tensors in parts.items():
+            saved.load(name, tensors)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Bring an optimizer back to where `folder` left it: each process with its share of the state, as of the weights.
+
+    Raises:
+        OSError, RuntimeError, ValueError, LookupError, TypeError: it is no checkpoint of this optimizer.
+    """
+    before = folder / "optimizer.bin"  # as a checkpoint had it before
+    if before.is_file():
+        tensors: dict[str, torch.Tensor] = {}
+        tree = to_json(torch.load(before, "cpu", weights_only=True), tensors)
+    else:
+        tree = json.loads((folder / OPTIMIZER_FILE).read_text(encoding="utf-8"))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with SavedTensors(folder) as saved:
+
+        def tensor_of(name: str) -> torch.Tensor:
+            kind, number, *_ = name.split(".")
+            like = parameters[int(number)] if kind == "state" else torch.empty(0)
+            return like_share(tensors[name], like) if before.is_file() else saved.read_like(OPTIMIZER, name, like)
+
+        optimizer.load_state_dict(from_json(tree, tensor_of))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -305,18 +374,15 @@ def check_weights(folder: Path, models: Mapping[str, torch.nn.Module], config: E
         trained = trained_parameters(models["denoiser"], models.get("text_encoders"))
         likes = [torch.empty(parameter.shape, dtype=parameter.dtype) for parameter in trained]
     averages = build_averages(dataclasses.replace(config, on_cpu=False), likes)
-    expected = {name: trained_state(model) for name, model in models.items()}
+    expected = {name: saved_state(model) for name, model in models.items()}
     expected |= {name: average.state_tensors() for name, average in averages.items()}
-    there = {path.stem for path in folder.glob("*.safetensors")}
-    for name in sorted(expected.keys() | (there - AVERAGES)):
+    with blame(f"train.resume_from: {folder}", *LOAD_ERRORS), SavedTensors(folder) as saved:
+        there = {name: saved.shapes(name) for name in saved.parts.keys() - {OPTIMIZER}}
+    for name in sorted(expected.keys() | (there.keys() - AVERAGES)):
         if name not in there or name not in expected:
             state = "it has no" if name in expected else "this run has no"
             raise InputError(f"train.resume_from: {folder} is of other models or averages: {state} {name!r}")
-        path = folder / f"{name}.safetensors"
-        with blame(f"train.resume_from: {path}", OSError, SafetensorError), safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            shapes |= {tied: shapes[kept] for tied, kept in (file.metadata() or {}).items() if kept in shapes}
-        wanted = {key: tuple(tensor.shape) for key, tensor in expected[name].items()}
+        shapes, wanted = there[name], {key: tuple(tensor.shape) for key, tensor in expected[name].items()}
         if shapes != wanted:
             key = min(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
             was, now = shapes.get(key, "not there"), wanted.get(key, "not there")
@@ -407,6 +473,13 @@ def begin_run(
         record.begin(output_dir, step, checkpoint)
 
     on_main_process(accelerator, make_ready)
+    if is_sharded(config, accelerator.num_processes):
+        is_there = gather_object([(output_dir / MANIFEST_FILE).is_file()])
+        if not all(is_there):
+            raise InputError(
+                f"train.output_dir: with train.shard, each process writes into {output_dir}, and process "
+                f"{is_there.index(False)} has another one: it must be a folder that all machines share"
+            )
 
 
 def set_damaged_aside(output_dir: Path, last_step: int) -> None:

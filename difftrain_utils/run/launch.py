@@ -62,6 +62,8 @@ def launch(config: Config) -> Accelerator:
     trackers = check_trackers(train.report_to)
     meeting = init_method(train.init_minutes)
     warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    # gloo for shares that lie in main memory
+    backend = {"backend": "cpu:gloo,cuda:nccl"} if train.shard_offload and torch.cuda.is_available() else {}
     late = f"the processes came, but do not hear each other {train.init_minutes:g} minutes later (train.init_minutes)"
     with time_limit(2 * train.init_minutes, late):
         with blame("train.precision", ValueError):  # what this device cannot do
@@ -74,7 +76,7 @@ def launch(config: Config) -> Accelerator:
                 log_with=trackers or None,
                 project_dir=Path(train.output_dir) / TRACKERS,
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(init_method=meeting, timeout=LONGEST_WAIT),
+                    InitProcessGroupKwargs(**backend, init_method=meeting, timeout=LONGEST_WAIT),
                     # Else DDP lays its gradients out anew after the first step, and after the first of a resume; and
                     # the order in which three processes or more are summed depends on where a number lies.
                     DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -145,12 +147,20 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
             )
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(f"accelerate launch: asked for {engine}; this script runs on one device or with DDP")
+            raise InputError(
+                f"accelerate launch: asked for {engine}; this script shares weights out by itself: --train.shard full "
+                "with accelerate_configs/multi_gpu.yaml"
+            )
     if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
         raise InputError(f"accelerate launch: asked for torch.compile ({backend}); --train.compile does that here")
     if accelerator.mixed_precision not in MIXED_PRECISION.values():
         raise InputError(f"accelerate launch: asked for {accelerator.mixed_precision}; there is fp32, fp16 and bf16")
     config.check_split(accelerator.num_processes)
+    size = config.train.shard_size
+    if size is not None and accelerator.num_processes % size:
+        raise InputError(f"train.shard_size: must divide {accelerator.num_processes}, the processes, got {size}")
+    if config.train.shard == "full" and accelerator.mixed_precision == "fp16":
+        raise InputError("train.precision: fp16 is not with train.shard full; there is bf16 and fp32")
     asked = MIXED_PRECISION[config.train.precision]
     if asked not in (None, accelerator.mixed_precision):
         raise InputError(f"train.precision: asked for {asked}, accelerate runs with {accelerator.mixed_precision}")

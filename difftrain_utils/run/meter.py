@@ -37,7 +37,7 @@ class Meter:
         self.samples_per_epoch, self.first_step_time = data.samples_per_epoch, None
         self.slow_lines, self.said_busy = 0, False
         self.metrics = Metrics(accelerator, config, state.step)
-        self.timer, self.limit = StepTimer(accelerator, config.train), ExitStack()
+        self.timer, self.limit = StepTimer(accelerator, state.plain["denoiser"], config.train), ExitStack()
 
     def __enter__(self) -> "Meter":
         state, train = self.state, self.config.train
@@ -124,8 +124,9 @@ class StepTimer:
     the wall clock's. What a process measures is its own; the main process's is logged.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig):
-        self.accelerator, self.batch_size, self.device = accelerator, config.batch_size, accelerator.device
+    def __init__(self, accelerator: Accelerator, denoiser: torch.nn.Module, config: TrainConfig):
+        self.accelerator, self.denoiser, self.device = accelerator, denoiser, accelerator.device
+        self.batch_size = config.batch_size
         self.peak_tflops, self.flops_of_shape = peak_tflops(accelerator, config), {}
         self.started = None
         self._begin()
@@ -149,9 +150,8 @@ class StepTimer:
         inputs = (noisy_latents, timesteps, predict.keywords)
         shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), inputs))
         if shapes not in self.flops_of_shape:
-            denoiser = self.accelerator.unwrap_model(predict.args[0])
             inputs = noisy_latents, timesteps
-            self.flops_of_shape[shapes] = training_flops(denoiser, predict.func, *inputs, **predict.keywords)
+            self.flops_of_shape[shapes] = training_flops(self.denoiser, predict.func, *inputs, **predict.keywords)
         self.flops += self.flops_of_shape[shapes]
 
     def end_step(self) -> None:

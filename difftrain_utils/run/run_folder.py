@@ -36,8 +36,8 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
 }
 
 
-STATE_FILE = "training_state.json"  # of a checkpoint
-CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.pt", STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE)
+STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.json"  # of a checkpoint
+CHECKPOINT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", CONFIG_FILE)
 
 
 def checkpoint_damage(folder: Path) -> str | None:

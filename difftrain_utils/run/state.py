@@ -1,32 +1,39 @@
 """All that changes while a run trains, and what of it a checkpoint holds."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file, save_model
+from accelerate.optimizer import AcceleratedOptimizer
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.samples import Samples
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, RunError, blame, go_on_without
 from difftrain_utils.optimization.averages import Averages
-from difftrain_utils.optimization.trained import (
-    is_trained_whole,
-    load_trained,
-    round_frozen,
-    trained_parameters,
-    trained_state,
-    trained_weights,
-)
-from difftrain_utils.run.checkpoints import load_checkpoint, save_checkpoint
+from difftrain_utils.optimization.power_ema import save_snapshot
+from difftrain_utils.optimization.sharding import is_sharded, shard_models, whole, wholes
+from difftrain_utils.optimization.trained import round_frozen, saved_state, trained_parameters, trained_weights
+from difftrain_utils.processes import on_main_process
+from difftrain_utils.run.checkpoints import Checkpoint, load_checkpoint, load_optimizer, read_state
 from difftrain_utils.run.manifest import Record
-from difftrain_utils.run.run_folder import BEST_FILE, EMA_SNAPSHOTS, WEIGHTS, checkpoint_name, list_checkpoints
-from difftrain_utils.run.weights import is_best, save_weights
+from difftrain_utils.run.run_folder import (
+    BEST_FILE,
+    EMA_SNAPSHOTS,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    WEIGHTS,
+    checkpoint_name,
+    list_checkpoints,
+)
+from difftrain_utils.run.saved_tensors import OPTIMIZER, to_json
+from difftrain_utils.run.weights import is_best, named_weights, save_weights
 
 RUINED = 1e8  # no weight of a model that learns is as large
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons
@@ -119,16 +126,22 @@ class TrainState:
         lora = record.config.model.lora
         for model in models.values():
             round_frozen(model, weight_dtype(accelerator.mixed_precision), lora and lora.quantization)
-        prepared = accelerator.prepare(*models.values(), optimizer, lr_scheduler)
-        *prepared, self.optimizer, self.lr_scheduler = prepared
-        self.models = dict(zip(models, prepared, strict=True))
+        self.plain = shard_models(accelerator, models, optimizer, config, record.config.optimizer)
+        is_alone = is_sharded(config, accelerator.num_processes)  # or wrapped in DDP
+        prepare = partial(accelerator.prepare_model, evaluation_mode=is_alone)
+        self.models = {name: prepare(model) for name, model in models.items()}
+        # not by `prepare`: its state is saved as the weights are, and not by accelerate, which pickles it
+        self.optimizer = AcceleratedOptimizer(optimizer, scaler=accelerator.scaler)
+        self.lr_scheduler = accelerator.prepare_scheduler(lr_scheduler)
         self.optimizer.train()  # of those that know it, as schedule-free ones do
         self.averages: Averages = {}
         self.step, self.skipped_steps = 0, 0
         self.totals = Totals(accelerator, config.gradient_accumulation_steps)
         self._is_finite = True  # of the step that is being made
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
+        self.saving: Checkpoint | None = None
+        # models are saved by their names, and not by accelerate, which numbers them
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     # ── A step ───────────────────────────────────────────────────────────────────────────────────────────────
     def add(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
@@ -160,7 +173,7 @@ class TrainState:
     def _blame_the_update(self) -> None:
         """Raise RunError if the weights themselves are ruined: it is not the samples then, and not to be saved."""
         weights = [weight.detach() for model in self.models.values() for weight in trained_parameters(model)]
-        largest = torch.nn.utils.get_total_norm(weights, torch.inf).item()
+        largest = whole(torch.nn.utils.get_total_norm(weights, torch.inf)).item()
         if not largest < RUINED:  # or nan
             newest = list_checkpoints(Path(self.config.output_dir))
             there = newest[-1][1] if newest else "no checkpoint"
@@ -183,6 +196,8 @@ class TrainState:
         """The update is made, or left out."""
         self.totals.end_step(self._is_finite)
         self.step += 1
+        if self.step % self.config.log_every == 0:
+            self.finish_saving()
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -213,9 +228,27 @@ class TrainState:
     # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
     def save(self, required: bool = False) -> None:
         """Write a checkpoint of this step, unless it is there. Raises RunError if that fails and is `required`."""
+        self.finish_saving(required)
+        folder = Path(self.config.output_dir)
+        if (folder / checkpoint_name(self.step)).exists():  # the same step of the same run
+            return
         state = {"global_step": self.step, "skipped_steps": self.skipped_steps, "totals": self.totals.state()}
-        folder, keep = Path(self.config.output_dir), self.config.keep_checkpoints
-        save_checkpoint(self.accelerator, folder, state, self.record.files, self.averages, keep, required)
+        of_optimizer: dict[str, torch.Tensor] = {}
+        documents = self.record.files | {
+            STATE_FILE: json.dumps(state, indent=2) + "\n",
+            OPTIMIZER_FILE: json.dumps(to_json(self.optimizer.optimizer.state_dict(), of_optimizer)) + "\n",
+        }
+        in_background = self.config.save_in_background and not required
+        parts = self._parts() | {OPTIMIZER: of_optimizer}
+        self.saving = Checkpoint(self.accelerator, folder, self.step, documents, parts, in_background)
+        if not in_background:
+            self.finish_saving(required)
+
+    def finish_saving(self, required: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.finish(self.config.keep_checkpoints, required)
 
     def load(self, checkpoint: Path | None) -> None:
         """Go back to where a checkpoint was written; None: nothing to do.
@@ -226,7 +259,9 @@ class TrainState:
         if checkpoint is None:
             return
         with blame(f"train.resume_from: cannot load {checkpoint}", *LOAD_ERRORS):
-            state = load_checkpoint(self.accelerator, checkpoint, self.averages)
+            state = read_state(checkpoint)
+            load_checkpoint(self.accelerator, checkpoint, self._parts())
+            load_optimizer(self.optimizer.optimizer, checkpoint)
             self.step, self.skipped_steps = state["global_step"], state["skipped_steps"]
             self.totals.load_state(state["totals"])
         self.accelerator.print(f"Resuming from {checkpoint} at step {self.step} of {self.config.max_steps}")
@@ -236,41 +271,35 @@ class TrainState:
         if "power_ema" not in self.averages:
             return
         names = list(trained_weights(self._plain("denoiser")))
-        if self.accelerator.is_main_process:
-            with go_on_without():
-                self.averages["power_ema"].save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, names)
+        for sigma_rel, averages in self.averages["power_ema"].by_width.items():
+            tensors = wholes(self.accelerator, dict(zip(names, averages, strict=True)))
+            if self.accelerator.is_main_process:
+                with go_on_without():
+                    save_snapshot(Path(self.config.output_dir) / EMA_SNAPSHOTS, self.step, sigma_rel, tensors)
 
     def save_weights(self, logs: dict[str, Any]) -> None:
         """Keep the trained weights every `train.save_weights_every` steps, and as the best ones if `logs`, this step's
         line of metrics, which is written, have the best `train.keep_best` so far."""
         folder, metric, files = Path(self.config.output_dir), self.config.keep_best, {}
-        if not self.accelerator.is_main_process:
-            return
         if self.is_due(self.config.save_weights_every):
             files[f"step-{self.step:06d}.safetensors"] = {"step": self.step}
-        if metric in logs and is_best(folder, self.step, metric, logs[metric]):
+        if metric in logs and on_main_process(
+            self.accelerator, partial(is_best, folder, self.step, metric, logs[metric])
+        ):
             files[BEST_FILE] = {"step": self.step, "metric": metric, "value": logs[metric]}
         for name, about in files.items():
             ema = None if about.get("metric") == "validation_loss" else self.averages.get("ema")  # what it is of
-            with go_on_without(), self.evaluation_mode():
-                models = {part: self._plain(part) for part in self.models}
-                save_weights(folder / WEIGHTS / name, models, ema, about)
+            with self.evaluation_mode():
+                weights = named_weights({part: self._plain(part) for part in self.models}, ema)
+                weights = wholes(self.accelerator, weights)
+                if self.accelerator.is_main_process:
+                    with go_on_without():
+                        save_weights(folder / WEIGHTS / name, weights, about | {"weights": "ema" if ema else "raw"})
 
     def _plain(self, name: str) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.models[name])
 
-    def _save_models(self, models: list, weights: list, folder: str) -> None:
-        """Instead of accelerate, which numbers them."""
-        weights.clear()
-        if self.accelerator.is_main_process:
-            for name in self.models:
-                model, path = self._plain(name), Path(folder) / f"{name}.safetensors"
-                if is_trained_whole(model):
-                    save_model(model, path)  # tied weights once
-                else:
-                    save_file({key: value.contiguous() for key, value in trained_state(model).items()}, path)
-
-    def _load_models(self, models: list, folder: str) -> None:
-        models.clear()
-        for name in self.models:
-            load_trained(self._plain(name), Path(folder) / f"{name}.safetensors")
+    def _parts(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors themselves of models and averages."""
+        averages = {name: average.state_tensors() for name, average in self.averages.items()}
+        return {name: saved_state(self._plain(name)) for name in self.models} | averages

@@ -24,17 +24,22 @@ from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import BEST_FILE, METRICS_FILE, WEIGHTS, read_about_weights
 
 
-def save_weights(path: Path, models: Mapping[str, torch.nn.Module], ema: EMA | None, about: dict[str, Any]) -> None:
-    """Write the weights of the "denoiser" and the "text_encoders", or their averages, whole or not at all.
+def named_weights(models: Mapping[str, torch.nn.Module], ema: EMA | None = None) -> dict[str, torch.Tensor]:
+    """What is trained of the "denoiser" and the "text_encoders", or its average, by its name in a file."""
+    parts = [part for part in ("denoiser", "text_encoders") if part in models]
+    names = {f"{part}.{name}": value for part in parts for name, value in trained_weights(models[part]).items()}
+    return names if ema is None else dict(zip(names, ema.averages, strict=True))
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Write `named_weights`, whole or not at all.
 
     Raises:
         RunError: they cannot be written.
     """
-    names = _names(models)
-    values = names.values() if ema is None else ema.averages
-    tensors = {name: value.detach().contiguous() for name, value in zip(names, values, strict=True)}
+    tensors = {name: value.detach().contiguous() for name, value in weights.items()}
     with new_file(path) as partial:
-        save_file(tensors, partial, {WEIGHTS: json.dumps(about | {"weights": "raw" if ema is None else "ema"})})
+        save_file(tensors, partial, {WEIGHTS: json.dumps(about)})
 
 
 def load_weights(path: Path, denoiser: torch.nn.Module, text_encoders: torch.nn.Module | None = None) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def load_weights(path: Path, denoiser: torch.nn.Module, text_encoders: torch.nn.
         InputError: it is damaged, no such file, or of other models.
     """
     about = read_about_weights(path)
-    names = _names({"denoiser": denoiser} | ({} if text_encoders is None else {"text_encoders": text_encoders}))
+    names = named_weights({"denoiser": denoiser} | ({} if text_encoders is None else {"text_encoders": text_encoders}))
     with blame(str(path), OSError, SafetensorError), safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(shapes.keys() | names.keys()):
@@ -78,9 +83,3 @@ def describe_best(output_dir: Path) -> str | None:
     about = read_about_weights(path)
     with blame(str(path), LookupError):
         return f"{path} holds the weights of step {about['step']} ({about['metric']} {about['value']:.4g})"
-
-
-def _names(models: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by its name in a file, in the order of the averages."""
-    parts = [part for part in ("denoiser", "text_encoders") if part in models]
-    return {f"{part}.{name}": value for part in parts for name, value in trained_weights(models[part]).items()}

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data import caches as caches_module
 from difftrain_utils.data import encoded as cache_module
 from difftrain_utils.data.caches import load_caches
@@ -540,7 +541,9 @@ class TestKey:
         fingerprints = inspect_splits(data.rows, None, config.data)
         for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
             family = load_family(config)
-            family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+            family.move_frozen_parts(
+                SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision), TrainConfig()
+            )
             caches = load_caches(Accelerator(cpu=True), family, data, fingerprints, config)
             assert caches["latents"][0]["moments"].dtype == caches["text"][0]["prompt_embeds"].dtype == dtype
             seen.append(folders_of(caches))

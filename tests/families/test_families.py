@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from helpers import CACHES, DREAM, data_of, metrics_without_times, options, parse_config, pipeline_bytes, train
 
 from difftrain_utils.builtins.tiny.parts import fill_zeros
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
@@ -272,7 +273,7 @@ def test_frozen_parts_in_half_precision_are_those_of_diffusers(family, precision
     """Rotary frequencies stay in float32, and in fp16 what of T5 would overflow."""
     denoiser = {family.denoiser_part: None}
     theirs = DiffusionPipeline.from_pretrained(family.source, torch_dtype=dtype, **denoiser)
-    family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision))
+    family.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision), TrainConfig())
     for part, module in family.frozen_modules().items():
         ours = dict([*module.named_parameters(), *module.named_buffers()])
         plain = getattr(theirs, part)

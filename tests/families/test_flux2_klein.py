@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from helpers import CACHES, assert_one_line, options, parse_config
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.flux2_klein import NUM_STEPS
 from difftrain_utils.families.load import load_family
 from difftrain_utils.keyed_random import torch_generator_for
@@ -32,7 +33,7 @@ def test_patches_are_normalised_in_float32_whatever_the_vae_is_in(klein_run, fie
     """And without the VAE in memory where its work is cached."""
     family = load_family(parse_config([*klein_run, *options(fields)]))
     latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
-    family.move_frozen_parts(SimpleNamespace(device="cpu", mixed_precision="bf16"))
+    family.move_frozen_parts(SimpleNamespace(device="cpu", mixed_precision="bf16"), TrainConfig())
     normalised = family.normalise(latents)
     assert normalised.shape == (2, 16, 3, 4)
     assert ("vae" in family._parts) == (not fields)

@@ -1,0 +1,185 @@
+"""The tensors of a checkpoint, without pickle: of each part of the run (a model, the optimizer, an average) by name.
+
+One process writes `PART.safetensors`. Where each holds a share (`train.shard`), each writes its own, of all parts, to
+`shard-00000.safetensors` and so on, as "PART/NAME"; `index.json` then has for each of these names its "shape" and its
+"chunks", [file, offset, shape]. Any number of processes reads either: each what it holds itself."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+from difftrain_utils.errors import some
+from difftrain_utils.optimization.sharding import as_share, share_of
+
+INDEX_FILE, OPTIMIZER = "index.json", "optimizer"
+Parts = Mapping[str, Mapping[str, torch.Tensor]]
+Index = dict[str, dict[str, Any]]
+
+
+def files_to_write(accelerator: Accelerator, parts: Parts, copy: bool) -> tuple[dict[str, dict], Index | None]:
+    """({file: {name: tensor}} of this process, its entries of the index, None where there shall be none). The tensors
+    are in main memory and contiguous; with `copy` they are copies."""
+    is_shared = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
+    is_main = accelerator.is_main_process
+
+    def here(values: torch.Tensor) -> torch.Tensor:
+        return values.to("cpu", copy=copy).contiguous()
+
+    if not is_shared:
+        own = parts.items() if is_main else ()
+        return {f"{part}.safetensors": {n: here(t.detach()) for n, t in tensors.items()} for part, tensors in own}, None
+    file, mine, index = f"shard-{accelerator.process_index:05d}.safetensors", {}, {}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            offset, values, is_first = share_of(tensor, is_main)
+            entry = index[f"{part}/{name}"] = {"shape": list(tensor.shape), "chunks": []}
+            if is_first and values.numel():
+                mine[f"{part}/{name}"] = here(values)
+                entry["chunks"].append([file, list(offset), list(values.shape)])
+    return {file: mine}, index
+
+
+def merge_indices(indices: list[Index]) -> Index:
+    """The index of all processes from theirs."""
+    merged = {}
+    for name, entry in sorted(indices[0].items()):
+        merged[name] = entry | {"chunks": [chunk for index in indices for chunk in index[name]["chunks"]]}
+    return merged
+
+
+class SavedTensors:
+    """The tensors in a checkpoint's folder, open to be read.
+
+    Raises what json and safetensors raise, or LookupError, TypeError or ValueError, if they are none."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.is_shared = folder, (folder / INDEX_FILE).is_file()
+        self.parts: dict[str, Index] = {}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        if self.is_shared:
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            for key, entry in index.items():
+                part, _, name = key.partition("/")
+                self.parts.setdefault(part, {})[name] = entry
+            return
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            entries = {n: {"shape": s, "chunks": [[path.name, [0] * len(s), s]]} for n, s in shapes.items()}
+            self.parts[path.stem] = entries
+
+    def __enter__(self) -> "SavedTensors":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of a part."""
+        return {name: tuple(entry["shape"]) for name, entry in self.parts[part].items()}
+
+    def read(self, part: str, name: str) -> torch.Tensor:
+        """A whole tensor, in main memory."""
+        shape = self.parts[part][name]["shape"]
+        return self._region(part, name, [0] * len(shape), shape)
+
+    def read_like(self, part: str, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of which each process holds the share that it has of `like`; the whole where the two differ in
+        shape or `like` is no DTensor."""
+        if not isinstance(like, DTensor) or like.shape != tuple(self.parts[part][name]["shape"]):
+            return self.read(part, name)
+        offset, held, _ = share_of(like, True)
+        return as_share(self._region(part, name, offset, held.shape).to(held.device), like)
+
+    @torch.no_grad()
+    def load(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Read a part into tensors of the same names and shapes.
+
+        Raises:
+            ValueError: names or shapes are others; nothing was changed.
+        """
+        if part not in self.parts:
+            raise ValueError(f"{self.folder} has no {part!r}")
+        there, here = self.shapes(part), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if differing := sorted(there.keys() ^ here.keys()):
+            raise ValueError(f"{self.folder} and this run do not both have {some(differing)} of {part}")
+        for name in here:
+            if there[name] != here[name]:
+                raise ValueError(f"{part}: {name} is {there[name]} in {self.folder}, and here {here[name]}")
+        for name, tensor in tensors.items():
+            offset, held, _ = share_of(tensor, True)
+            held.copy_(self._region(part, name, offset, held.shape))
+
+    def _region(self, part: str, name: str, offset, shape) -> torch.Tensor:
+        """The values from `offset` on, of this shape, put together from the chunks that overlap it."""
+        chunks, key = self.parts[part][name]["chunks"], f"{part}/{name}" if self.is_shared else name
+        if not shape:
+            return self._open(chunks[0][0]).get_tensor(key)
+        if 0 in shape:
+            return self._open(chunks[0][0]).get_slice(key)[0:0].new_empty(shape)
+        region, filled = None, 0
+        for file, start, size in chunks:
+            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, start, size, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            values = self._open(file).get_slice(key)[_slices(low, high, start)]
+            if list(values.shape) == list(shape):
+                return values
+            region = values.new_empty(shape) if region is None else region
+            region[_slices(low, high, offset)] = values
+            filled += values.numel()
+        if region is None or filled != region.numel():
+            raise ValueError(f"{self.folder} has {filled} values of {part}/{name}, which is {tuple(shape)}")
+        return region
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            if Path(name).name != name:
+                raise ValueError(f"{self.folder / INDEX_FILE} names {name!r}, which is no file beside it")
+            self._files[name] = self._stack.enter_context(safe_open(self.folder / name, "pt"))
+        return self._files[name]
+
+
+def _slices(low, high, origin) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+# ── Trees, such as an optimizer's state ──────────────────────────────────────────────────────────────────────
+def to_json(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+    """What JSON can hold of nested dicts, lists and tuples: each tensor is put into `tensors`, by a name that says
+    where it was. Raises TypeError for anything else."""
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree
+        return {"tensor": path}
+    if isinstance(tree, dict):
+        return {"dict": [[key, to_json(value, tensors, f"{path}.{key}".lstrip("."))] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        values = [to_json(value, tensors, f"{path}.{number}") for number, value in enumerate(tree)]
+        return values if isinstance(tree, list) else {"tuple": values}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"{path} is a {type(tree).__name__}, which a checkpoint cannot hold")
+
+
+def from_json(tree: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
+    """What `to_json` was given."""
+    if isinstance(tree, list):
+        return [from_json(value, tensor_of) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensor_of(content)
+    if kind == "tuple":
+        return tuple(from_json(value, tensor_of) for value in content)
+    return {key: from_json(value, tensor_of) for key, value in content}
