@@ -7,6 +7,7 @@ Saves a UNet with AdamW by accelerate's `save_state`, reads the files back once,
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -18,7 +19,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from difftrain_utils.files import find_damage
-from difftrain_utils.run.checkpoints import save_checkpoint
+from difftrain_utils.optimization.trained import saved_state
+from difftrain_utils.run.checkpoints import Checkpoint
+from difftrain_utils.run.run_folder import OPTIMIZER_FILE, STATE_FILE
+from difftrain_utils.run.saved_tensors import to_json
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--folder", type=Path, help="where to write, as the disk matters (default: a temporary folder)")
@@ -39,6 +43,7 @@ for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)
 optimizer.step()
 
+own = Accelerator(cpu=True)  # which saves neither model nor optimizer by itself
 folder = Path(tempfile.mkdtemp(dir=args.folder))
 seconds = {"save_state": [], "read": [], "save_checkpoint": [], "verify": []}
 
@@ -57,13 +62,23 @@ def read(path: Path) -> None:
                 pass
 
 
+def save_checkpoint(step: int) -> None:
+    parts = {"denoiser": saved_state(model), "optimizer": {}}
+    state = {"global_step": step}
+    documents = {
+        STATE_FILE: json.dumps(state),
+        OPTIMIZER_FILE: json.dumps(to_json(optimizer.state_dict(), parts["optimizer"])),
+    }
+    Checkpoint(own, folder, step, documents, parts).finish(keep=0, required=True)
+
+
 try:
     for step in range(args.repeats + 1):
         timed("save_state", accelerator.save_state, str(folder / "bare"))
         timed("read", read, folder / "bare")
         size = sum(file.stat().st_size for file in (folder / "bare").iterdir())
         shutil.rmtree(folder / "bare")
-        timed("save_checkpoint", save_checkpoint, accelerator, folder, {"global_step": step}, {}, {}, 0, True)
+        timed("save_checkpoint", save_checkpoint, step)
         timed("verify", find_damage, folder / f"checkpoint-{step}")
         shutil.rmtree(folder / f"checkpoint-{step}")
 finally:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from photos import write_photos
+from safetensors.torch import load_file, save_file
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.caches import TextCache
@@ -204,10 +205,11 @@ def move_to_step(checkpoint: Path, step: int) -> None:
     scheduler = torch.load(checkpoint / "scheduler.bin", weights_only=True)
     scheduler |= {"last_epoch": step, "_step_count": step + 1}
     torch.save(scheduler, checkpoint / "scheduler.bin")
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    for values in optimizer["state"].values():
-        values["step"].fill_(step)
-    torch.save(optimizer, checkpoint / "optimizer.bin")
+    optimizer = load_file(checkpoint / "optimizer.safetensors")
+    for name, values in optimizer.items():
+        if name.endswith(".step"):
+            values.fill_(step)
+    save_file(optimizer, checkpoint / "optimizer.safetensors")
     (checkpoint / DIGESTS_FILE).write_text(sha256sums(checkpoint))
 
 

@@ -141,27 +141,38 @@ def launch(argv: list[str], timeout: float | None = None, **kwargs) -> subproces
 
 
 def start_two(argv: list[str], environment: Mapping[str, str] = MappingProxyType({}), **kwargs) -> list[Run]:
-    """Two processes that find each other, as under srun, which kills neither where the other one fails."""
+    """`start_several` of two."""
+    return start_several(2, argv, environment, **kwargs)
+
+
+def start_several(
+    number: int, argv: list[str], environment: Mapping[str, str] = MappingProxyType({}), **kwargs
+) -> list[Run]:
+    """Processes that find each other, as under srun, which kills none where another one fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
     return [start(argv, environment=world | rank | environment, **kwargs) for rank in ranks]
 
 
 def launch_two(argv: list[str], timeout: float | None = None, **kwargs) -> subprocess.CompletedProcess:
-    """Both of `start_two` to their end, as if they were one."""
-    runs = start_two(argv, **kwargs)
+    """`launch_several` of two."""
+    return launch_several(2, argv, timeout, **kwargs)
+
+
+def launch_several(number: int, argv: list[str], timeout: float | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """All of `start_several` to their end, as if they were one."""
+    runs = start_several(number, argv, **kwargs)
     try:
-        first, second = [run.completed(timeout) for run in runs]
+        ended = [run.completed(timeout) for run in runs]
     finally:
         for run in runs:
             run.kill()
-    assert first.returncode == second.returncode, first.stderr + second.stderr
-    return subprocess.CompletedProcess(
-        first.args, first.returncode, first.stdout + second.stdout, first.stderr + second.stderr
-    )
+    codes, outputs, errors = zip(*((end.returncode, end.stdout, end.stderr) for end in ended), strict=True)
+    assert len(set(codes)) == 1, "".join(errors)
+    return subprocess.CompletedProcess(ended[0].args, codes[0], "".join(outputs), "".join(errors))
 
 
 def difftrain(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,9 +1,10 @@
 """Checkpoints to resume from: complete or absent, never half, and verified before they are loaded.
 
 `checkpoint-500/` holds accelerate's `save_state` (learning rate, loss scale), the tensors of each trained model, of the
-optimizer and of each average of weights (`saved_tensors`), what else the optimizer has in `optimizer.json`,
-`training_state.json`, and the record of the run that it is from. It is written aside, with the digests of its files in `SHA256SUMS` last, and renamed when all of it is on the disk. There is
-no random state in it, because keyed samples need none, and nothing that is unpickled."""
+optimizer and of each average of weights (`saved_tensors`), the rest of the optimizer in `optimizer.json`,
+`training_state.json`, and the record of the run that it is from. It is written aside, with the digests of its files in
+`SHA256SUMS` last, and renamed when all of it is on the disk. There is no random state in it, because keyed samples need
+none, and nothing that is unpickled."""
 
 import dataclasses
 import json
@@ -146,7 +147,7 @@ class Checkpoint:
                 synced = pool.submit(lambda: [sync(self.partial / name) for name in files])
                 self.digests = {name: file_digest(self.partial / name) for name in files}
                 synced.result()
-        except WRITE_ERRORS as error:
+        except Exception as error:  # whatever it is, this is no checkpoint
             self.failure = self.failure or one_line(error)
 
     def finish(self, keep: int, required: bool) -> None:

@@ -1,0 +1,202 @@
+"""`train.shard`: the same run, of which each process holds a share (FSDP2, on a CPU over gloo)."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    launch_several,
+    metrics_without_times,
+    options,
+    pipeline_bytes,
+    train,
+    without_dropout,
+)
+from safetensors.torch import load_file
+
+from difftrain_utils.run.saved_tensors import SavedTensors
+
+FULL = {"train.shard": "full"}
+LORA = {"model.lora.rank": 4}
+ALL = {  # of what a step does, all that there is
+    "data.validation_split": 0.3,
+    "train.eval_every": 6,
+    "evaluation.num_validation_samples": 24,
+    "evaluation.prompts": ["a", "b", "c"],
+    "evaluation.batch_size": 1,
+    "evaluation.num_inference_steps": 2,
+    "train.gradient_accumulation_steps": 2,
+    "loss.learned_uncertainty": True,
+    "ema.power_sigma_rels": [0.1],
+    "ema.snapshot_every": 3,
+    "train.save_weights_every": 3,
+    "train.keep_best": "validation_loss_ema",
+    "strategy.dream_training": True,
+    "strategy.dream_start_step": 2,
+    "train.keep_checkpoints": 0,
+    "train.peak_tflops": 0.1,
+}
+
+
+@pytest.fixture
+def run(short_run, tmp_path):
+    """run(name, number, fields): the output folder of so many processes."""
+    common = [*short_run, *options({"model.pretrained_model_name_or_path": without_dropout(short_run, tmp_path)})]
+
+    def run(name: str, number: int, fields: dict, *more: str) -> Path:
+        argv = [*common, *options(fields), "--output-dir", str(tmp_path / name), *more]
+        if number == 1:
+            return train(argv)
+        result = launch_several(number, argv, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    return run
+
+
+def values_of(folder: Path, name: str) -> torch.Tensor:
+    found = [entry[name] for entry in metrics_without_times(folder) if name in entry]
+    assert found
+    return torch.tensor(found, dtype=torch.float64).flatten()
+
+
+def assert_same_losses(folders: list[Path], *names: str) -> None:
+    for name in ("loss", "grad_norm", *names):
+        for one, other in pairwise(folders):
+            torch.testing.assert_close(values_of(other, name), values_of(one, name), rtol=1e-5, atol=1e-9)
+
+
+def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    with SavedTensors(checkpoint) as tensors:
+        return {f"{part}/{name}": tensors.read(part, name) for part in tensors.parts for name in tensors.shapes(part)}
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    folders = "checkpoint-6", "ema_snapshots", "weights", "samples", "validation", "pipeline"
+    paths = [path for folder in folders for path in sorted((run / folder).rglob("*")) if path.is_file()]
+    own = ("run_manifest.json", "config.resolved.yaml", "env.json", "SHA256SUMS")
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths if path.name not in own}
+
+
+def test_a_sharded_run_is_the_same_run(run):
+    """With all that a step does: as one process, and resumed to the same bytes."""
+    one = run("one", 1, ALL | {"train.gradient_accumulation_steps": 1})
+    two = run("two", 2, ALL | FULL)
+    assert_same_losses([one, two], "validation_loss", "validation_loss_ema_bins")
+    assert sorted(path.name for path in (two / "checkpoint-6").glob("*.safetensors")) == [
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    of_one, of_two = files_of(one), files_of(two)
+    different = {name for name in of_one.keys() ^ of_two.keys() if not name.startswith("checkpoint-6/")}
+    assert not different
+    for name in (n for n in of_one if n.startswith(("weights/", "ema_snapshots/"))):
+        tensors, others = load_file(one / name), load_file(two / name)
+        torch.testing.assert_close(others, tensors, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(saved(two / "checkpoint-6"), saved(one / "checkpoint-6"), rtol=1e-4, atol=2e-6)
+    resumed = run("resumed", 2, ALL | FULL, "--resume-from", str(two / "checkpoint-4"))
+    assert metrics_without_times(resumed) == metrics_without_times(two)[4:]
+    of_resumed = files_of(resumed)
+    assert "pipeline/unet/diffusion_pytorch_model.safetensors" in of_resumed
+    assert all(of_two[name] == content for name, content in of_resumed.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "LoRA"])
+@pytest.mark.parametrize("model", ["unet", "builtin:tiny-pixart-sigma", "builtin:tiny-sd3"])
+def test_any_number_of_processes_makes_the_same_losses(run, kind, model, tmp_path):
+    """20 steps of 1, 2 and 4 processes, DDP and FSDP2 (ZeRO-3, ZeRO-2 and HSDP); a resume at another number, and from
+    the one to the other."""
+    fields = {"train.max_steps": 20, "train.save_every": 10, "train.keep_checkpoints": 0}
+    fields |= LORA | {"optimizer.init_args.lr": 1e-2} if kind == "LoRA" else {}
+    if model != "unet":
+        fields["model.pretrained_model_name_or_path"] = model
+    hybrid = FULL | {"train.shard_size": 2, "train.reshard_after_forward": False}
+    kinds = {"ddp-2": (2, {}), "fsdp-2": (2, FULL), "fsdp-4": (4, FULL), "hybrid-4": (4, hybrid)}
+    runs = {"one": run("one", 1, fields)} | {name: run(name, n, fields | more) for name, (n, more) in kinds.items()}
+    assert_same_losses(list(runs.values()))
+    checkpoints = [saved(folder / "checkpoint-20") for folder in runs.values()]
+    for checkpoint in checkpoints[1:]:
+        torch.testing.assert_close(checkpoint, checkpoints[0], rtol=1e-3, atol=1e-5)
+    for source, number, more in (
+        ("fsdp-2", 1, {}),
+        ("fsdp-2", 4, FULL),
+        ("fsdp-4", 2, hybrid | {"train.shard_size": 1}),
+        ("ddp-2", 2, FULL),
+        ("hybrid-4", 2, {}),
+    ):
+        name = f"{source} at {number}, {more.get('train.shard')}"
+        resume = ["--resume-from", str(runs[source] / "checkpoint-10")]
+        resumed = run(name, number, fields | more, *resume)
+        found, expected = values_of(resumed, "loss"), values_of(runs["one"], "loss")[10:]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_adapters_are_shared_out_and_exported(run, tmp_path):
+    one = run("one", 1, LORA)
+    two = run("two", 2, LORA | FULL)
+    assert_same_losses([one, two])
+    name = "lora/pytorch_lora_weights.safetensors"
+    torch.testing.assert_close(load_file(two / name), load_file(one / name), rtol=1e-4, atol=1e-6)
+    back = run("back", 1, LORA, "--resume-from", str(two / "checkpoint-4"))
+    torch.testing.assert_close(load_file(back / name), load_file(one / name), rtol=1e-4, atol=1e-6)
+
+
+def test_encoders_are_shared_out(run):
+    """Where the processes have different numbers of captions, and one none at all."""
+    fields = {"data.caption_dropout": 0.7, "train.eval_every": 6, "evaluation.prompts": ["a", "b", "c"]}
+    fields |= {"evaluation.num_inference_steps": 2}
+    one, two = run("one", 1, fields), run("two", 2, fields | FULL | {"train.shard_encoders": True})
+    assert_same_losses([one, two])
+    assert pipeline_bytes(two).keys() == pipeline_bytes(one).keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train.shard_size": 2}, "train.shard_size: needs train.shard full"),
+        (FULL | {"model.train_text_encoder": True}, "train.shard: not with model.train_text_encoder"),
+        (FULL | {"train.shard_encoders": True, "data.cache_text": True}, "train.shard_encoders: goes without"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(short_run, fields, message):
+    from helpers import launch
+
+    result = launch([*short_run, *options(fields)])
+    assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train.shard_size": 3}, "train.shard_size: must divide 2, the processes, got 3"),
+        (
+            {"optimizer.class_path": "torch.optim.Adafactor"},
+            "train.shard: torch.optim.Adafactor does not work on shares of weights: ",
+        ),
+    ],
+)
+def test_two_processes_refuse_in_one_line(short_run, tmp_path, fields, message):
+    result = launch_several(2, [*short_run, *options(FULL | fields)], timeout=120)
+    assert result.returncode != 0 and result.stderr.count("error: ") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_index_names_what_lies_beside_it(run, tmp_path):
+    folder = run("two", 2, FULL) / "checkpoint-6"
+    index = json.loads((folder / "index.json").read_text())
+    assert {chunk[0] for entry in index.values() for chunk in entry["chunks"]} == {
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    }
+    entry = next(entry for entry in index.values() if entry["shape"])
+    entry["chunks"][0][0] = "../elsewhere.safetensors"
+    (folder / "index.json").write_text(json.dumps(index))
+    with SavedTensors(folder) as tensors, pytest.raises(ValueError, match="no file beside it"):
+        for part in tensors.parts:
+            for name in tensors.shapes(part):
+                tensors.read(part, name)
