@@ -352,7 +352,7 @@ class Evil:
 
 REMADE = {  # with digests that fit
     "malicious": ("optimizer.bin", pickle.dumps(Evil()), "train.resume_from: cannot load .*checkpoint-4: "),
-    "no optimizer": ("optimizer.bin", b"", "train.resume_from: cannot load .*checkpoint-4: "),
+    "no optimizer": ("optimizer.json", b"", "train.resume_from: cannot load .*checkpoint-4: "),
     "no scheduler": ("scheduler.bin", b"\x80", "train.resume_from: cannot load .*checkpoint-4: "),
     "no weights": ("denoiser.safetensors", b"x" * 9, "train.resume_from: .*denoiser.safetensors: "),
     "no state": ("training_state.json", b"[", "train.resume_from: .*training_state.json: "),

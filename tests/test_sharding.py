@@ -1,6 +1,8 @@
 """`train.shard`: the same run, of which each process holds a share (FSDP2, on a CPU over gloo)."""
 
 import json
+import signal
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -200,3 +202,69 @@ def test_index_names_what_lies_beside_it(run, tmp_path):
         for part in tensors.parts:
             for name in tensors.shapes(part):
                 tensors.read(part, name)
+
+
+KILLED_WHILE_SAVING = """
+    import os, runpy, signal, time
+    from difftrain_utils.run import checkpoints
+
+    save_file = checkpoints.save_file
+
+    def save_and_die(tensors, path):
+        save_file(tensors, path)
+        if "checkpoint-4" in str(path):
+            time.sleep(1)  # while training goes on, and the other has written its share
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.save_file = save_and_die
+    runpy.run_path("train_text_to_image.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_while_a_share_is_saved_leaves_the_checkpoint_before(run, short_run, tmp_path, number):
+    fields = FULL | {"train.save_in_background": True, "train.log_every": 2, "train.keep_checkpoints": 0}
+    expected = run("whole", number, fields)
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED_WHILE_SAVING))
+    argv = [*short_run, *options({"model.pretrained_model_name_or_path": tmp_path / "model"} | fields)]
+    argv += ["--output-dir", str(tmp_path / "killed")]
+    killed = launch_several(number, argv, timeout=200, script=script)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*[0-9]")] == ["checkpoint-2"]
+    assert (tmp_path / "killed/checkpoint-4.partial").is_dir()
+    resumed = run("killed", number, fields, "--resume-from", "latest")
+    assert files_of(resumed) == files_of(expected)
+    assert metrics_without_times(resumed) == metrics_without_times(expected)
+    assert not list(resumed.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["regional", "whole"])
+def test_compiled_shares(run, how):
+    fields = FULL | {"train.max_steps": 3, "train.gradient_checkpointing": how == "regional"}
+    eager, compiled = run("eager", 2, fields), run("compiled", 2, fields | {"train.compile": how})
+    assert_same_losses([eager, compiled])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.buckets": True},
+        {"data.cache_latents": True, "data.cache_text": True},
+        {"optimizer.class_path": "torch.optim.Muon", "optimizer.init_args": {"lr": 1e-3}},
+        {"train.precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_each_once(run, tmp_path, fields):
+    """On two processes as on one, and resumed to the same bytes."""
+    one, two = run("one", 1, fields), run("two", 2, fields | FULL | {"train.keep_checkpoints": 0})
+    if "train.precision" in fields:
+        torch.testing.assert_close(values_of(two, "loss"), values_of(one, "loss"), rtol=2e-2, atol=0)
+    else:
+        assert_same_losses([one, two])
+    resumed = run("resumed", 2, fields | FULL, "--resume-from", str(two / "checkpoint-2"))
+    of_two = files_of(two)
+    assert all(of_two[name] == content for name, content in files_of(resumed).items())

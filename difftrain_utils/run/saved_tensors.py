@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
 from difftrain_utils.errors import some
@@ -71,8 +71,11 @@ class SavedTensors:
                 self.parts.setdefault(part, {})[name] = entry
             return
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            try:
+                with safe_open(path, "pt") as file:
+                    shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"{path.name}: {error}") from error
             entries = {n: {"shape": s, "chunks": [[path.name, [0] * len(s), s]]} for n, s in shapes.items()}
             self.parts[path.stem] = entries
 

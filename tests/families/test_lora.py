@@ -131,10 +131,10 @@ def test_the_base_stays_as_it_was(short_run, tmp_path, precision):
     argv = [*short_run, *options(LORA | {"train.precision": precision, "train.save_every": 0})]
     kept = {}
 
-    def export_pipeline(accelerator, family, denoiser, ema, output_dir):
+    def export_pipeline(accelerator, family, denoiser, *more):
         kept["base"] = base_state(accelerator.unwrap_model(denoiser))
         kept["adapters"] = trained_weights(accelerator.unwrap_model(denoiser))
-        return export.export_pipeline(accelerator, family, denoiser, ema, output_dir)
+        return export.export_pipeline(accelerator, family, denoiser, *more)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("train_text_to_image.export_pipeline", export_pipeline)

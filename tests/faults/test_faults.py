@@ -208,7 +208,7 @@ def test_a_byte_that_flips_in_a_checkpoint_is_noticed(short_run, tmp_path):
     explicit = parse_config([*common, "--output-dir", str(tmp_path / "branch"), "--resume-from", str(newest)])
     assert find_checkpoint(latest) == find_checkpoint(explicit) == newest
     paths = sorted(path for path in newest.iterdir())
-    assert len(paths) == 10
+    assert len(paths) == 11
     chance = random.Random(0)
     for path in paths:
         content = path.read_bytes()

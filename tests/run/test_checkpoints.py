@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import metrics_without_times, parse_config, pipeline_bytes, train
+import torch
+from helpers import metrics_without_times, options, parse_config, pipeline_bytes, train
+from safetensors.torch import save_file
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.model import ModelConfig
@@ -22,6 +24,7 @@ from difftrain_utils.run.run_folder import (
     list_checkpoints,
     read_manifest,
 )
+from difftrain_utils.run.saved_tensors import SavedTensors, from_json
 
 
 def config(output_dir: Path, resume_from: str | None, **train) -> TextToImageConfig:
@@ -275,3 +278,48 @@ def test_sources_are_the_same_in_another_place_and_without_fields_that_came_late
     now = dataclasses.asdict(SourceConfig("b", weight=1.0))
     assert _without_places([older]) == _without_places([now])
     assert _without_places([older]) != _without_places([now | {"mask_column": "mask"}])
+
+
+@pytest.fixture
+def old_checkpoint(short_run, tmp_path):
+    """A run, and its checkpoint of step 4 with the optimizer as it was saved before: pickled."""
+    run = train(short_run)
+    folder = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    with SavedTensors(folder) as saved:
+        tree = json.loads((folder / "optimizer.json").read_text())
+        torch.save(from_json(tree, lambda name: saved.read("optimizer", name)), folder / "optimizer.bin")
+    (folder / "optimizer.json").unlink()
+    (folder / "optimizer.safetensors").unlink()
+    (folder / DIGESTS_FILE).write_text(sha256sums(folder))
+    return run, folder
+
+
+def test_an_older_checkpoint_is_gone_on_from(short_run, old_checkpoint, tmp_path):
+    run, folder = old_checkpoint
+    resumed = train([*short_run, "--output-dir", str(tmp_path / "resumed"), "--resume-from", str(folder)])
+    assert pipeline_bytes(resumed) == pipeline_bytes(run)
+
+
+def test_saving_in_the_background_saves_the_same(short_run, tmp_path):
+    """Each is there at the next line of metrics, and before the one after it."""
+    background = {"train.save_in_background": True, "train.log_every": 1, "train.keep_checkpoints": 0}
+    plain = train([*short_run, *options({"train.keep_checkpoints": 0}), "--output-dir", str(tmp_path / "plain")])
+    run = train([*short_run, *options(background), "--output-dir", str(tmp_path / "background")])
+    for step in (2, 4, 6):
+        for name in ("denoiser", "ema", "optimizer"):
+            path = Path(f"checkpoint-{step}/{name}.safetensors")
+            assert (run / path).read_bytes() == (plain / path).read_bytes()
+        assert checkpoint_damage(run / f"checkpoint-{step}") is None
+
+
+def test_a_background_save_that_fails_is_reported_and_training_goes_on(short_run, tmp_path, monkeypatch, capsys):
+    def fail(tensors, path):
+        if "checkpoint-2" in str(path):
+            raise ValueError("no such thing")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("difftrain_utils.run.checkpoints.save_file", fail)
+    run = train([*short_run, *options({"train.save_in_background": True, "train.log_every": 1})])
+    assert "checkpoint-2: no such thing; training goes on" in capsys.readouterr().err
+    assert [step for step, _ in list_checkpoints(run)] == [4, 6]
+    assert not list(run.glob("*.partial"))

@@ -23,7 +23,11 @@ from difftrain_utils.run.launch import check_launch
         ({"OMPI_COMM_WORLD_SIZE": "4"}, {}, "launched were 4 processes, accelerate runs 1"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}, "launched were 8 processes, accelerate runs 1"),
         ({}, {"num_processes": 2}, "train.num_processes asks for 2 processes, accelerate runs 1"),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "asked for FSDP; this script runs on one device or with DDP"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            {},
+            "asked for FSDP; this script .*: --train.shard full",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asked for DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "asked for Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, r"asked for torch.compile \(INDUCTOR\)"),

@@ -25,7 +25,7 @@ from difftrain_utils.run.metrics import TIMES
 
 
 def test_what_a_step_takes_and_how_long_it_waits():
-    timer = StepTimer(Accelerator(cpu=True), TrainConfig(batch_size=8))
+    timer = StepTimer(Accelerator(cpu=True), torch.nn.Identity(), TrainConfig(batch_size=8))
 
     def loader():
         for _ in range(8):
