@@ -108,21 +108,32 @@ def test_a_sharded_run_is_the_same_run(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
-@pytest.mark.parametrize("model", ["unet", "builtin:tiny-pixart-sigma", "builtin:tiny-sd3"])
+@pytest.mark.parametrize("model", ["unet", "builtin:tiny-pixart-sigma"])
 def test_any_number_of_processes_makes_the_same_losses(run, kind, model, tmp_path):
     """20 steps of 1, 2 and 4 processes, DDP and FSDP2 (ZeRO-3, ZeRO-2 and HSDP); a resume at another number, and from
     the one to the other."""
     fields = {"train.max_steps": 20, "train.save_every": 10, "train.keep_checkpoints": 0}
     fields |= LORA | {"optimizer.init_args.lr": 1e-2} if kind == "LoRA" else {}
     if model != "unet":
-        fields["model.pretrained_model_name_or_path"] = model
+        fields |= {"model.pretrained_model_name_or_path": model} | (
+            {"model.lora.merge": True} if kind == "LoRA" else {}
+        )
     hybrid = FULL | {"train.shard_size": 2, "train.reshard_after_forward": False}
     kinds = {"ddp-2": (2, {}), "fsdp-2": (2, FULL), "fsdp-4": (4, FULL), "hybrid-4": (4, hybrid)}
     runs = {"one": run("one", 1, fields)} | {name: run(name, n, fields | more) for name, (n, more) in kinds.items()}
     assert_same_losses(list(runs.values()))
     checkpoints = [saved(folder / "checkpoint-20") for folder in runs.values()]
     for checkpoint in checkpoints[1:]:
-        torch.testing.assert_close(checkpoint, checkpoints[0], rtol=1e-3, atol=1e-5)
+        assert checkpoint.keys() == checkpoints[0].keys()
+        # together: some biases have no gradient but rounding, of which Adam makes steps as large as any
+        whole, difference = (
+            torch.cat([t.double().flatten() for t in tensors])
+            for tensors in (
+                checkpoints[0].values(),
+                [value - checkpoint[name] for name, value in checkpoints[0].items()],
+            )
+        )
+        assert difference.norm() < 1e-4 * whole.norm()
     for source, number, more in (
         ("fsdp-2", 1, {}),
         ("fsdp-2", 4, FULL),
@@ -251,15 +262,17 @@ def test_compiled_shares(run, how):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"data.buckets": True},
-        {"data.cache_latents": True, "data.cache_text": True},
-        {"optimizer.class_path": "torch.optim.Muon", "optimizer.init_args": {"lr": 1e-3}},
+        {"data.buckets": "auto", "data.dataset": "mixed", "train.gradient_accumulation_steps": 2},
+        {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True},
+        {"data.dataset": "mixed", "data.streaming": True, "data.shuffle_buffer": 5},
+        {"optimizer.class_path": "torch.optim.Muon"},
         {"train.precision": "bf16"},
     ],
     ids=str,
 )
-def test_each_once(run, tmp_path, fields):
+def test_each_once(run, mixed_folder, fields):
     """On two processes as on one, and resumed to the same bytes."""
+    fields = fields | ({"data.dataset": str(mixed_folder)} if "data.dataset" in fields else {})
     one, two = run("one", 1, fields), run("two", 2, fields | FULL | {"train.keep_checkpoints": 0})
     if "train.precision" in fields:
         torch.testing.assert_close(values_of(two, "loss"), values_of(one, "loss"), rtol=2e-2, atol=0)

@@ -214,12 +214,13 @@ def test_a_run_logs_them_resumes_exactly_and_is_otherwise_the_same(measured_run,
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(measured_run, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_processes_measure_what_one_does(measured_run, tmp_path, shard):
     """Three images do not split evenly over them."""
     argv = [*measured_run, "--train.max_steps", "1", "--lr_scheduler.num_warmup_steps", "0"]
     argv += ["--optimizer.init_args.lr", "0"]  # the same weights, whatever dropout did
     one = train(argv)
-    result = launch_two([*argv, "--output-dir", str(tmp_path / "two")])
+    result = launch_two([*argv, "--train.shard", shard, "--output-dir", str(tmp_path / "two")])
     assert result.returncode == 0, result.stderr
     (expected,), (got,) = metrics_without_times(one), metrics_without_times(tmp_path / "two")
     for name in ("fid", "kid", "clip_score"):
