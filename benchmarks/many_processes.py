@@ -53,7 +53,7 @@ def bare_loop(config, end_block) -> None:
     average = [parameter.detach().clone() for parameter in denoiser.parameters()]
     size = config.train.batch_size // accelerator.num_processes
     latents, conditioning = torch.randn(size, 4, 8, 8), family.encode_prompts(["a red circle"] * size)
-    denoiser = torch.nn.parallel.DistributedDataParallel(denoiser, find_unused_parameters=True)
+    denoiser = torch.nn.parallel.DistributedDataParallel(denoiser)
     for step in range(1, config.train.max_steps + 1):
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (size,))
         noisy_latents = family.schedule.add_noise(latents, noise, timesteps)

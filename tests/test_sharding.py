@@ -266,6 +266,8 @@ def test_compiled_shares(run, how):
         {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True},
         {"data.dataset": "mixed", "data.streaming": True, "data.shuffle_buffer": 5},
         {"optimizer.class_path": "torch.optim.Muon"},
+        {"optimizer.class_path": "torch.optim.Adagrad"},
+        {"optimizer.class_path": "schedulefree.AdamWScheduleFree", "train.save_weights_every": 3},
         {"train.precision": "bf16"},
     ],
     ids=str,

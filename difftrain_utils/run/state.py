@@ -214,7 +214,8 @@ class TrainState:
         finally:
             self.optimizer.train()
             with torch.no_grad():
-                torch._foreach_copy_(parameters, kept)
+                for parameter, values in zip(parameters, kept, strict=True):
+                    parameter.copy_(values)
 
     def is_due(self, every: int) -> bool:
         """Whether what comes every so many steps comes now; at the last step it does. 0: never."""
