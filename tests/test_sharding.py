@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ROOT,
+    launch,
     launch_several,
     metrics_without_times,
     options,
@@ -176,8 +178,6 @@ def test_encoders_are_shared_out(run):
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(short_run, fields, message):
-    from helpers import launch
-
     result = launch([*short_run, *options(fields)])
     assert result.returncode == 2 and message in result.stderr
 
@@ -197,6 +197,26 @@ def test_two_processes_refuse_in_one_line(short_run, tmp_path, fields, message):
     assert result.returncode != 0 and result.stderr.count("error: ") == 1
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_takes_a_share_for_the_whole_is_refused(short_run, tmp_path):
+    (tmp_path / "shortsighted.py").write_text(
+        textwrap.dedent("""
+            import torch
+
+            class Normalized(torch.optim.SGD):
+                def step(self, closure=None):
+                    for group in self.param_groups:
+                        for parameter in group["params"]:
+                            local = getattr(parameter.grad, "to_local", lambda: parameter.grad)()
+                            local.div_(local.norm() + 1e-8)
+                    super().step()
+        """)
+    )
+    argv = [*short_run, *options(FULL | {"optimizer.class_path": "shortsighted.Normalized"})]
+    result = launch_several(2, argv, timeout=120, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1
+    assert "shortsighted.Normalized does not work on shares of weights: two steps with the shares" in result.stderr
 
 
 def test_index_names_what_lies_beside_it(run, tmp_path):
