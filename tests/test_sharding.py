@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    ROOT,
     launch,
     launch_several,
     metrics_without_times,
@@ -199,22 +198,28 @@ def test_two_processes_refuse_in_one_line(short_run, tmp_path, fields, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_optimizer_that_takes_a_share_for_the_whole_is_refused(short_run, tmp_path):
-    (tmp_path / "shortsighted.py").write_text(
-        textwrap.dedent("""
-            import torch
+SHORTSIGHTED = """
+    import runpy, sys, types
+    import torch
 
-            class Normalized(torch.optim.SGD):
-                def step(self, closure=None):
-                    for group in self.param_groups:
-                        for parameter in group["params"]:
-                            local = getattr(parameter.grad, "to_local", lambda: parameter.grad)()
-                            local.div_(local.norm() + 1e-8)
-                    super().step()
-        """)
-    )
+    class Normalized(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    local = getattr(parameter.grad, "to_local", lambda: parameter.grad)()
+                    local.div_(local.norm() + 1e-8)
+            super().step()
+
+    sys.modules["shortsighted"] = types.SimpleNamespace(Normalized=Normalized)
+    runpy.run_path("train_text_to_image.py", run_name="__main__")
+"""
+
+
+def test_an_optimizer_that_takes_a_share_for_the_whole_is_refused(short_run, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SHORTSIGHTED))
     argv = [*short_run, *options(FULL | {"optimizer.class_path": "shortsighted.Normalized"})]
-    result = launch_several(2, argv, timeout=120, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    result = launch_several(2, argv, timeout=120, script=script)
     assert result.returncode == 2 and result.stderr.count("error: ") == 1
     assert "shortsighted.Normalized does not work on shares of weights: two steps with the shares" in result.stderr
 
