@@ -127,9 +127,9 @@ class TrainState:
         for model in models.values():
             round_frozen(model, weight_dtype(accelerator.mixed_precision), lora and lora.quantization)
         self.plain = shard_models(accelerator, models, optimizer, config, record.config.optimizer)
-        is_alone = is_sharded(config, accelerator.num_processes)  # or wrapped in DDP
-        prepare = partial(accelerator.prepare_model, evaluation_mode=is_alone)
-        self.models = {name: prepare(model) for name, model in models.items()}
+        is_shared = is_sharded(config, accelerator.num_processes)  # and neither to be moved nor wrapped in DDP
+        how = {"device_placement": False, "evaluation_mode": True} if is_shared else {}
+        self.models = {name: accelerator.prepare_model(model, **how) for name, model in models.items()}
         # not by `prepare`: its state is saved as the weights are, and not by accelerate, which pickles it
         self.optimizer = AcceleratedOptimizer(optimizer, scaler=accelerator.scaler)
         self.lr_scheduler = accelerator.prepare_scheduler(lr_scheduler)

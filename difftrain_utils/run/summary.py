@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name
+from difftrain_utils.optimization.sharding import is_sharded
 from difftrain_utils.run.memory import summarise_memory
 from difftrain_utils.run.run_folder import step_of
 
@@ -102,7 +103,10 @@ def _device(accelerator: Accelerator, config: Config) -> str:
         threads = torch.get_num_threads()
         name += f" ({threads} thread{'s' * (threads > 1)})"
     compiled = "" if config.train.compile is None else "; the first step compiles the denoiser, which takes a while"
-    return f"{name}, {accelerator.mixed_precision.replace('no', 'fp32')}{compiled}"
+    processes = accelerator.num_processes
+    shares = f", all shared out among {config.train.shard_size or processes} processes"
+    shares = shares if is_sharded(config.train, processes) else ""
+    return f"{name}, {accelerator.mixed_precision.replace('no', 'fp32')}{shares}{compiled}"
 
 
 def _output(config: Config) -> str:
