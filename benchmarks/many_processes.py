@@ -19,6 +19,7 @@ import os
 import socket
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -138,6 +139,10 @@ def measure_time(args: argparse.Namespace) -> None:
                 took = max(connection.recv() for connection in connections)
                 if repeat:  # the first block warms up
                     seconds[name].append(took / args.block)
+        for connection in chain.from_iterable(groups.values()):
+            connection.send("go on")  # to the end
+        for process in multiprocessing.active_children():
+            process.join()
     print(f"{number} processes, batch of {args.batch}, medians of {args.repeats} blocks of {args.block} steps")
     for name, values in seconds.items():
         pairs = [ours / bare for ours, bare in zip(values, seconds["bare loop"], strict=True)]
