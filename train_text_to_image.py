@@ -38,6 +38,7 @@ from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer, clip_gradients
 from difftrain_utils.optimization.trained import trained_parameters
+from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import begin_run, count_epochs, find_checkpoint, is_finished
 from difftrain_utils.run.export import export_pipeline
 from difftrain_utils.run.interruptions import Interruptions
@@ -55,7 +56,7 @@ def main(config: TextToImageConfig) -> int:
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
     accelerator = launch(config)
-    checkpoint = find_checkpoint(config)
+    checkpoint = on_main_process(accelerator, partial(find_checkpoint, config))
     if is_finished(config, checkpoint):
         accelerator.print(f"Nothing to do: {config.train.output_dir} is finished, at {checkpoint.name}")
         return 0
@@ -143,6 +144,8 @@ def main(config: TextToImageConfig) -> int:
             if state.is_due(config.ema.snapshot_every):
                 state.save_ema_snapshot()
             state.save_weights(logs)
+            if state.is_due(config.train.log_every):
+                state.finish_saving()  # of a checkpoint that was begun in the background
             if state.is_due(config.train.save_every) or state.is_finished or interruptions.stop or interruptions.save:
                 state.save(required=state.is_finished or interruptions.stop is not None)
                 interruptions.saved()

@@ -52,6 +52,15 @@ def on_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
     return result
 
 
+def gather_on_main(accelerator: Accelerator, value: T) -> list[T]:
+    """The values of all processes, in their order, on the main process; none on the others."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object(value, values)
+    return values or []
+
+
 def largest_of_all(*numbers: int, device: torch.device | str) -> list[int]:
     """Each number as the process with the largest has it."""
     values = torch.tensor(numbers, device=device)
@@ -60,11 +69,12 @@ def largest_of_all(*numbers: int, device: torch.device | str) -> list[int]:
 
 
 def share_out(accelerator: Accelerator, number: int, batch_size: int) -> list[range]:
-    """The batches of this process's share of `number` things: every process has as many, because all take part in each
-    forward pass of a model whose weights are shared out. Those with fewer things have an empty one at the end."""
-    largest = -(-number // accelerator.num_processes)
-    mine = range(accelerator.process_index, number, accelerator.num_processes)
-    return [mine[start : start + batch_size] for start in range(0, largest, batch_size)]
+    """The batches of this process's share of `number` things, as their numbers: each process has batches of the same
+    sizes, because all take part in each forward pass of a model whose weights are shared out. So some numbers may be
+    beyond the last; what is made for them, of any thing, is to be dropped."""
+    processes = accelerator.num_processes
+    mine = range(accelerator.process_index, -(-number // processes) * processes, processes)
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 def this_process() -> dict[str, Any]:

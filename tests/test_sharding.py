@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from helpers import (
     launch,
     launch_several,
@@ -19,6 +20,9 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from difftrain_utils.builtins.checkpoints import BUILTINS
+from difftrain_utils.commands.repetition import checkpoint_digest, compare_weights
+from difftrain_utils.optimization.sharding import blocks_of
 from difftrain_utils.run.saved_tensors import SavedTensors
 
 FULL = {"train.shard": "full"}
@@ -100,7 +104,11 @@ def test_a_sharded_run_is_the_same_run(run):
         tensors, others = load_file(one / name), load_file(two / name)
         torch.testing.assert_close(others, tensors, rtol=1e-4, atol=2e-6)
     torch.testing.assert_close(saved(two / "checkpoint-6"), saved(one / "checkpoint-6"), rtol=1e-4, atol=2e-6)
+    checkpoints = [folder / "checkpoint-6" for folder in (one, two)]
+    compared = compare_weights("weights", checkpoints, [{"sha256": checkpoint_digest(path)} for path in checkpoints])
+    assert 0 < compared.relative < 1e-5
     resumed = run("resumed", 2, ALL | FULL, "--resume-from", str(two / "checkpoint-4"))
+    assert checkpoint_digest(resumed / "checkpoint-6") == checkpoint_digest(two / "checkpoint-6")
     assert metrics_without_times(resumed) == metrics_without_times(two)[4:]
     of_resumed = files_of(resumed)
     assert "pipeline/unet/diffusion_pytorch_model.safetensors" in of_resumed
@@ -168,6 +176,51 @@ def test_encoders_are_shared_out(run):
     assert pipeline_bytes(two).keys() == pipeline_bytes(one).keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILTINS)
+def test_every_family(run, name):
+    """A step, FLOPs and an evaluation that does not split evenly, with the encoders shared out where there are some."""
+    fields = {"model.pretrained_model_name_or_path": name, "train.max_steps": 1, "train.peak_tflops": 0.1}
+    fields |= {"evaluation.prompts": ["a", "b", "c"], "evaluation.batch_size": 2, "evaluation.num_inference_steps": 1}
+    fields |= {"train.eval_every": 1, "data.validation_split": 0.3, "data.caption_dropout": 0.5}
+    fields |= {"lr_scheduler.num_warmup_steps": 0, "train.save_every": 0}
+    if name in ("builtin:tiny-dit", "builtin:tiny-ddpm"):
+        fields |= {"data.dataset": "builtin:shapes", "data.validation_split": 0.02}
+        fields["evaluation.prompts"] = ["a red circle", "a blue square", "a green triangle"]
+        fields |= {"evaluation.prompts": []} if name == "builtin:tiny-ddpm" else {}
+    else:
+        fields |= {"train.shard_encoders": True}
+    one, two = (
+        run("one", 1, {n: v for n, v in fields.items() if n != "train.shard_encoders"}),
+        run("two", 2, fields | FULL),
+    )
+    assert_same_losses([one, two], "validation_loss")
+    assert sorted(path.name for path in (two / "samples").glob("*")) == sorted(
+        p.name for p in (one / "samples").glob("*")
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "largest"),
+    [
+        (lambda: DiTTransformer2DModel(), 0.05),
+        (lambda: UNet2DModel(block_out_channels=(128, 256, 512, 512)), 0.4),
+        (lambda: UNet2DConditionModel(), 0.1),
+        (lambda: SD3Transformer2DModel(), 0.1),
+    ],
+    ids=["DiT", "UNet2D", "UNet2DCondition", "SD3"],
+)
+def test_no_part_that_is_gathered_is_most_of_a_model(model, largest):
+    with torch.device("meta"):
+        model = model()
+    seen, sizes = set(), []
+    for block in [*reversed(blocks_of(model)), model]:  # what is within another before it, as it is sharded
+        own = set(block.parameters()) - seen
+        sizes.append(sum(parameter.numel() for parameter in own))
+        seen |= own
+    assert max(sizes) < largest * sum(sizes)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -222,6 +275,26 @@ def test_an_optimizer_that_takes_a_share_for_the_whole_is_refused(short_run, tmp
     result = launch_several(2, argv, timeout=120, script=script)
     assert result.returncode == 2 and result.stderr.count("error: ") == 1
     assert "shortsighted.Normalized does not work on shares of weights: two steps with the shares" in result.stderr
+
+
+ELSEWHERE = """
+    import os, runpy, sys
+
+    script = os.path.abspath("train_text_to_image.py")
+    os.chdir(os.path.join(os.path.dirname(__file__), os.environ["RANK"]))
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_a_folder_that_the_processes_do_not_share_is_refused(short_run, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(ELSEWHERE))
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    result = launch_several(2, [*short_run, *options(FULL), "--output-dir", "run"], timeout=120, script=script)
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1
+    assert "train.output_dir: with train.shard, all processes write into it" in result.stderr
+    assert not list(tmp_path.glob("[01]/*"))
 
 
 def test_index_names_what_lies_beside_it(run, tmp_path):

@@ -1,18 +1,19 @@
 """A run and its repetition: what was otherwise, whether it came out the same, and if not, why."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from difftrain_utils.commands.compare import Run, brief, differing, facts_of, flatten
-from difftrain_utils.files import tensors_digest
+from difftrain_utils.files import digest_of_each
 from difftrain_utils.run.manifest import loss_trace_digest
 from difftrain_utils.run.metrics import TIMES
 from difftrain_utils.run.run_folder import METRICS_FILE
+from difftrain_utils.run.saved_tensors import OPTIMIZER, SavedTensors
 
 ALLOWED = 1e-5  # relative difference of a metric that float rounding explains, as between splits of a batch
 ALLOWED_WEIGHTS = 1e-4  # norm of the weights' difference over their norm (40 steps on 1 and 2 threads: 6e-8)
@@ -130,9 +131,26 @@ class Weights(NamedTuple):
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over all safetensors of a checkpoint: the weights and their averages."""
-    files = sorted(folder.glob("*.safetensors"))
-    return tensors_digest({f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()})
+    """SHA-256 over the weights of a checkpoint and their averages, whoever wrote them."""
+    with weights_in(folder) as parts:
+        names = {
+            f"{part}/{name}": (saved, saved_part, name)
+            for part, (saved, saved_part) in parts.items()
+            for name in saved.shapes(saved_part)
+        }
+        return digest_of_each(names, lambda key: names[key][0].read(*names[key][1:]))
+
+
+@contextmanager
+def weights_in(folder: Path) -> Iterator[dict[str, tuple[SavedTensors, str]]]:
+    """All weights below a folder by their part: whose part of that name they are. An optimizer's state is none."""
+    with ExitStack() as stack:
+        found = {}
+        for place in sorted({path.parent for path in folder.rglob("*.safetensors")}):
+            saved = stack.enter_context(SavedTensors(place))
+            of_place = place.relative_to(folder)
+            found |= {str(of_place / part): (saved, part) for part in saved.parts if part != OPTIMIZER}
+        yield found
 
 
 def compare_weights(name: str, folders: list[Path], digests: list[dict[str, str]]) -> Weights:
@@ -140,26 +158,25 @@ def compare_weights(name: str, folders: list[Path], digests: list[dict[str, str]
 
     The last of the digests now is the one to show.
     """
-    weights, (then, now) = Weights(name, list(digests[1].values())[-1], digests[0] == digests[1]), folders
+    weights = Weights(name, list(digests[1].values())[-1], digests[0] == digests[1])
     if weights.same:
         return weights
-    names = [{path.relative_to(folder) for path in folder.rglob("*.safetensors")} for folder in (then, now)]
-    largest, relative = [0.0], [0.0]
-    for file in names[0] & names[1]:
-        with safe_open(then / file, "pt") as a, safe_open(now / file, "pt") as b:
-            shapes = [{key: f.get_slice(key).get_shape() for key in f.keys()} for f in (a, b)]  # noqa: SIM118
-            if shapes[0] != shapes[1]:
-                return weights._replace(largest=math.inf, relative=math.inf)
+    unknown, largest, relative = weights._replace(largest=math.inf, relative=math.inf), [0.0], [0.0]
+    with weights_in(folders[0]) as then, weights_in(folders[1]) as now:
+        shapes = [{part: saved.shapes(name) for part, (saved, name) in of.items()} for of in (then, now)]
+        if shapes[0] != shapes[1]:
+            return unknown
+        for part, names in shapes[0].items():
             norms, changes = [], []
-            for key in shapes[0]:  # tensor by tensor, for the memory's sake
-                tensor = a.get_tensor(key).double()
-                change = b.get_tensor(key).double() - tensor
-                norms.append(torch.linalg.vector_norm(tensor).item())
+            for key in names:  # tensor by tensor, for the memory's sake
+                tensors = [saved.read(saved_part, key).double() for saved, saved_part in (then[part], now[part])]
+                change = tensors[1] - tensors[0]
+                norms.append(torch.linalg.vector_norm(tensors[0]).item())
                 changes.append(torch.linalg.vector_norm(change).item())
                 largest.append(torch.linalg.vector_norm(change, torch.inf).item() if change.numel() else 0.0)
             relative.append(math.hypot(*changes) / (math.hypot(*norms) or 1.0))
-    if names[0] != names[1] or not all(map(math.isfinite, relative)):
-        return weights._replace(largest=math.inf, relative=math.inf)
+    if not all(map(math.isfinite, relative)):
+        return unknown
     return weights._replace(largest=max(largest), relative=max(relative))
 
 

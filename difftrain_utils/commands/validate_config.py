@@ -7,6 +7,7 @@ Where a run has left checkpoints, its record stays as it is. What a step will ne
 options would save of it.
 """
 
+from functools import partial
 from pathlib import Path
 
 from difftrain_utils.config.command_line import parse_config
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.evaluation.evaluate import Evaluation
     from difftrain_utils.families.load import load_family, trained_models
     from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
+    from difftrain_utils.processes import on_main_process
     from difftrain_utils.run.checkpoints import count_epochs, find_checkpoint
     from difftrain_utils.run.launch import launch, prepare
     from difftrain_utils.run.memory import describe_memory
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.run.summary import describe_run
 
     accelerator = launch(config)
-    checkpoint = find_checkpoint(config)
+    checkpoint = on_main_process(accelerator, partial(find_checkpoint, config))
 
     # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
     family = load_family(config)

@@ -74,8 +74,7 @@ class Evaluation:
         evaluation, resolution, made = self.config.evaluation, self.config.data.resolution, []
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
         for share in progress(batches, len(batches), "Drawing, batches"):
-            keys = share or [0]  # of which the image is dropped
-            prompts = [evaluation.prompts[i] for i in keys]
-            made += zip(share, generate(self.family, denoiser, evaluation, resolution, prompts, keys), strict=False)
+            prompts = [evaluation.prompts[min(i, len(evaluation.prompts) - 1)] for i in share]
+            made += zip(share, generate(self.family, denoiser, evaluation, resolution, prompts, share), strict=True)
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

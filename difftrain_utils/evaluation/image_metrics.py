@@ -66,7 +66,8 @@ def image_metrics(
     evaluation, batches = config.evaluation, []
     shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
     for share in progress(shares, len(shares), "Drawing for metrics, batches"):
-        keys = share or [0]  # of which the result is dropped
+        keys = [min(key, evaluation.num_metric_images - 1) for key in share]
+        num_kept = sum(key < evaluation.num_metric_images for key in share)
         held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
         captions = [captions[0] for _, captions, _ in held_out]
         images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
@@ -77,8 +78,7 @@ def image_metrics(
                 batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)
-        if share:
-            batches.append({name: values.cpu() for name, values in batch.items()})
+        batches.append({name: values[:num_kept].cpu() for name, values in batch.items()})
     batches = gather_object(batches)
     values = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
     metrics = {}

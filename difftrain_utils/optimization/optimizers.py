@@ -18,6 +18,7 @@ from difftrain_utils.errors import InputError, blame, shorten, some
 from difftrain_utils.optimization.muon import MuonWithAdamW
 from difftrain_utils.optimization.sharding import whole
 from difftrain_utils.optimization.trained import trained_weights
+from difftrain_utils.run.saved_tensors import to_json
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
@@ -91,7 +92,8 @@ def _groups_of(name: str, model: torch.nn.Module, config: OptimizerConfig) -> li
 
 def _try(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], options: Mapping[str, Any] = {}) -> None:
     """Make a step of a small matrix and a bias, in a group with `options`: only then some optimizers say that an
-    argument is wrong, or that they need more than gradients. It must have a learning rate to be scheduled."""
+    argument is wrong, or that they need more than gradients. It must have a learning rate to be scheduled, and a state
+    that a checkpoint can hold."""
     device = "cuda" if torch.cuda.is_available() else "cpu"  # what some are made for
     parameters = [torch.nn.Parameter(torch.ones(*shape, device=device)) for shape in ((2, 2), (2,))]
     for parameter in parameters:
@@ -103,6 +105,7 @@ def _try(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], options: M
     if hasattr(optimizer, "train"):
         optimizer.train()
     optimizer.step()
+    to_json(optimizer.state_dict(), {})
 
 
 def clip_gradients(

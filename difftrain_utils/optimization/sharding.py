@@ -8,6 +8,7 @@ what needs a whole tensor (`whole`) needs all processes."""
 import copy
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
 from difftrain_utils.config.training import OptimizerConfig, TrainConfig
 from difftrain_utils.devices import weight_dtype
@@ -62,8 +64,9 @@ def shard_models(
     outlines = {name: outline(model) for name, model in models.items()}
     before = [list(model.parameters()) for model in models.values()]
     for name, model in models.items():
+        dtype = torch.float32 if name == "uncertainty" else weight_dtype(accelerator.mixed_precision)
         with blame(f"train.shard: not for this {name}, a {type(model).__name__}", *ERRORS):
-            shard_module(model, mesh, config, weight_dtype(accelerator.mixed_precision))
+            shard_module(model, mesh, config, dtype)
     after = chain.from_iterable(model.parameters() for model in models.values())
     share_of_whole = dict(zip(chain.from_iterable(before), after, strict=True))
     for group in optimizer.param_groups:
@@ -94,6 +97,9 @@ def shard_encoder(part: torch.nn.Module, accelerator: Accelerator, config: Train
     """Leave each process its share of a frozen part, in place, whose weights are in the type that they are to have."""
     config = dataclasses.replace(config, reshard_after_forward=True)  # no backward pass would let go of them
     shard_module(part, mesh_of(accelerator, config), config, torch.float32)
+    for module in part.modules():  # transformers knows by the class which hidden states there are, and it is new
+        if hasattr(module, "_can_record_outputs"):
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
 
 def shard_module(module: torch.nn.Module, mesh: DeviceMesh, config: TrainConfig, dtype: torch.dtype) -> None:
@@ -105,18 +111,22 @@ def shard_module(module: torch.nn.Module, mesh: DeviceMesh, config: TrainConfig,
         options["mp_policy"] = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     if config.shard_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    for block in blocks_of(module):
+    # SD3's, DiT's and others' last operation is a view, of which nothing is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for block in reversed(blocks_of(module)):  # what is within another before it
         fully_shard(block, **options)
     fully_shard(module, **options)
 
 
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost modules within one whose class diffusers or transformers name as not to be split or as repeated."""
+    """The modules within one whose class diffusers or transformers name as not to be split or as repeated, those that
+    are within others after these; where they name none, the items of its outermost lists of modules."""
     names = {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
     blocks: dict[str, torch.nn.Module] = {}
     for name, part in module.named_modules():
-        within = any(name.startswith(f"{block}.") for block in blocks)
-        if name and type(part).__name__ in names and not within:
+        is_item = name.rpartition(".")[2].isdecimal() and not any(name.startswith(f"{block}.") for block in blocks)
+        is_block = type(part).__name__ in names if names else is_item
+        if name and is_block and any(True for _ in part.parameters()):
             blocks[name] = part
     return list(blocks.values())
 

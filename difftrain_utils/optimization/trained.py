@@ -1,7 +1,6 @@
 """Which weights of a model are trained. The others are frozen: no optimizer, no average and no checkpoint has them."""
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from difftrain_utils.optimization.quantized import quantize_frozen
 
@@ -30,13 +29,11 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def saved_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The same with tied weights once, by the first of their names."""
-    found: dict[tuple, str] = {}
-    for name, tensor in sorted(trained_state(model).items()):
-        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        is_empty = not values.numel()  # which have no place in memory
-        found.setdefault((name,) if is_empty else (values.data_ptr(), values.shape, values.stride()), name)
-    state = trained_state(model)
-    return {name: state[name] for name in found.values()}
+    state, names = trained_state(model), {}
+    tensors = model.state_dict(keep_vars=True)
+    for name in sorted(state):
+        names.setdefault(id(tensors[name]), name)  # tied ones are one parameter
+    return {name: state[name] for name in names.values()}
 
 
 def round_frozen(model: torch.nn.Module, dtype: torch.dtype, quantization: str | None = None) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,12 +37,13 @@ from difftrain_utils.files import (
     sha256sums,
     sync,
     sync_all,
+    write_file,
 )
 from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.optimization.averages import AVERAGES, build_averages
 from difftrain_utils.optimization.sharding import is_sharded, like_share
 from difftrain_utils.optimization.trained import saved_state, trained_parameters
-from difftrain_utils.processes import on_main_process
+from difftrain_utils.processes import gather_on_main, on_main_process
 from difftrain_utils.run.lock import lock_folder
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
@@ -65,6 +67,7 @@ from difftrain_utils.run.run_folder import (
 from difftrain_utils.run.saved_tensors import (
     INDEX_FILE,
     OPTIMIZER,
+    Index,
     Parts,
     SavedTensors,
     files_to_write,
@@ -130,7 +133,11 @@ class Checkpoint:
             accelerator.save_state(str(self.partial))
         except WRITE_ERRORS as error:
             self.failure = one_line(error)
-        files, self.index = files_to_write(accelerator, parts, copy=in_background)
+        files, self.index = {}, None
+        try:
+            files, self.index = files_to_write(accelerator, parts, copy=in_background)
+        except (*WRITE_ERRORS, MemoryError) as error:
+            self.failure = self.failure or f"{type(error).__name__}: {one_line(error)}"
         self.thread = threading.Thread(
             target=self._write, args=(files, documents if accelerator.is_main_process else {})
         )
@@ -160,12 +167,13 @@ class Checkpoint:
         """
         self.thread.join()
         accelerator, folder = self.accelerator, self.folder
-        written = gather_object([(self.failure, self.digests, self.index)])  # the barrier, too
+        written = gather_on_main(accelerator, (self.failure, self.digests, self.index))  # the barrier, too
         failures = [failure for failure, _, _ in written if failure is not None]
         if accelerator.is_main_process and not failures:
             try:
-                self._commit({n: digest for _, digests, _ in written for n, digest in digests.items()}, written)
-            except WRITE_ERRORS as error:
+                digests = {name: digest for _, of_process, _ in written for name, digest in of_process.items()}
+                self._commit(digests, [index for _, _, index in written])
+            except (*WRITE_ERRORS, ValueError) as error:
                 failures = [one_line(error)]
         failures = broadcast_object_list([failures])[0]
         if failures:
@@ -181,11 +189,14 @@ class Checkpoint:
                 leaving = old.rename(old.with_name(old.name + PARTIAL))  # never half a checkpoint by its name
                 shutil.rmtree(leaving, ignore_errors=True)
 
-    def _commit(self, digests: dict[str, str], written: list) -> None:
+    def _commit(self, digests: dict[str, str], indices: list[Index | None]) -> None:
+        """Raises OSError if a process has written into another folder than this."""
+        for name in digests:
+            (self.partial / name).stat()
         for random_state in self.partial.glob("random_states_*.pkl"):
             random_state.unlink()
         if self.index is not None:
-            index = merge_indices([index for _, _, index in written])
+            index = merge_indices(indices)
             (self.partial / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
         (self.partial / DIGESTS_FILE).write_text(sha256sums(self.partial, digests), encoding="utf-8")
         sync_all(self.partial)
@@ -473,14 +484,29 @@ def begin_run(
         set_damaged_aside(output_dir, step)
         record.begin(output_dir, step, checkpoint)
 
-    on_main_process(accelerator, make_ready)
     if is_sharded(config, accelerator.num_processes):
-        is_there = gather_object([(output_dir / MANIFEST_FILE).is_file()])
-        if not all(is_there):
-            raise InputError(
-                f"train.output_dir: with train.shard, each process writes into {output_dir}, and process "
-                f"{is_there.index(False)} has another one: it must be a folder that all machines share"
-            )
+        _check_is_shared(accelerator, output_dir)
+    on_main_process(accelerator, make_ready)
+
+
+def _check_is_shared(accelerator: Accelerator, folder: Path) -> None:
+    """Raise InputError unless what the main process writes into the nearest folder that there is, the others see."""
+    folder = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+    def leave_a_sign() -> str:
+        sign = f".{uuid.uuid4().hex}"
+        write_file(folder / sign, "")
+        return sign
+
+    sign = on_main_process(accelerator, leave_a_sign)
+    is_there = gather_object([(folder / sign).is_file()])
+    if accelerator.is_main_process:
+        (folder / sign).unlink()
+    if not all(is_there):
+        raise InputError(
+            f"train.output_dir: with train.shard, all processes write into it, and what process 0 writes into {folder} "
+            f"process {is_there.index(False)} does not see: it must be a folder that all machines share"
+        )
 
 
 def set_damaged_aside(output_dir: Path, last_step: int) -> None:

@@ -40,7 +40,7 @@ def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
     return peaks and peaks[0 if accelerator.mixed_precision in ("bf16", "fp16") else 1 if config.tf32 else 2]
 
 
-def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inputs: Any, **more: Any) -> int:
+def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inputs: Any, **more: Any) -> int | None:
     """FLOPs of forward and backward pass of `predict(denoiser, *inputs, **more)`, a tensor: matrix products,
     convolutions and attention.
 
@@ -50,6 +50,8 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     attention). The backward pass then takes as many for the activations' gradients, and as many again for those of the
     weights, of which those that are trained get their share: too many where the first layers are frozen. What is
     computed once more (gradient checkpointing) or besides (VAE, text encoder, DREAM's probe) does not count.
+
+    None where values are asked for and the denoiser has none, as with `train.shard`.
     """
 
     def to_meta(value):
@@ -73,7 +75,8 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
             with torch.enable_grad(), _without_checkpointing(denoiser):
                 return count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
         except RuntimeError:  # what torch says of a value that is asked for; it may be a NotImplementedError
-            pass
+            if any(parameter.is_meta for parameter in denoiser.parameters()):
+                return None
     with torch.no_grad():
         flops = count(denoiser, inputs, more, quantized_flops() if is_quantized(denoiser) else None)
     # a byte holds two weights of 4 bits

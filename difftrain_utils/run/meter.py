@@ -151,7 +151,12 @@ class StepTimer:
         shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), inputs))
         if shapes not in self.flops_of_shape:
             inputs = noisy_latents, timesteps
-            self.flops_of_shape[shapes] = training_flops(self.denoiser, predict.func, *inputs, **predict.keywords)
+            flops = training_flops(self.denoiser, predict.func, *inputs, **predict.keywords)
+            if flops is None:
+                warn("mfu cannot be counted for this model with train.shard, and is left out")
+                self.peak_tflops = None
+                return
+            self.flops_of_shape[shapes] = flops
         self.flops += self.flops_of_shape[shapes]
 
     def end_step(self) -> None:

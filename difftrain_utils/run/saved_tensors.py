@@ -5,7 +5,7 @@ One process writes `PART.safetensors`. Where each holds a share (`train.shard`),
 "chunks", [file, offset, shape]. Any number of processes reads either: each what it holds itself."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ Parts = Mapping[str, Mapping[str, torch.Tensor]]
 Index = dict[str, dict[str, Any]]
 
 
-def files_to_write(accelerator: Accelerator, parts: Parts, copy: bool) -> tuple[dict[str, dict], Index | None]:
+def files_to_write(
+    accelerator: Accelerator, parts: Parts, copy: bool
+) -> tuple[dict[str, dict[str, torch.Tensor]], Index | None]:
     """({file: {name: tensor}} of this process, its entries of the index, None where there shall be none). The tensors
     are in main memory and contiguous; with `copy` they are copies."""
     is_shared = any(isinstance(tensor, DTensor) for tensors in parts.values() for tensor in tensors.values())
@@ -39,18 +41,25 @@ def files_to_write(accelerator: Accelerator, parts: Parts, copy: bool) -> tuple[
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             offset, values, is_first = share_of(tensor, is_main)
-            entry = index[f"{part}/{name}"] = {"shape": list(tensor.shape), "chunks": []}
-            if is_first and values.numel():
+            shape = list(tensor.shape)
+            is_written = is_first and (values.numel() > 0 or (is_main and 0 in shape))
+            if is_written:
                 mine[f"{part}/{name}"] = here(values)
-                entry["chunks"].append([file, list(offset), list(values.shape)])
+            if is_main or is_written:
+                chunks = [[file, list(offset), list(values.shape)]] if is_written else []
+                index[f"{part}/{name}"] = {"shape": shape, "chunks": chunks}
     return {file: mine}, index
 
 
-def merge_indices(indices: list[Index]) -> Index:
-    """The index of all processes from theirs."""
-    merged = {}
-    for name, entry in sorted(indices[0].items()):
-        merged[name] = entry | {"chunks": [chunk for index in indices for chunk in index[name]["chunks"]]}
+def merge_indices(indices: Sequence[Index]) -> Index:
+    """The index of all processes from theirs, of which the first has all names."""
+    merged = {name: entry | {"chunks": list(entry["chunks"])} for name, entry in sorted(indices[0].items())}
+    for index in indices[1:]:
+        for name, entry in index.items():
+            merged[name]["chunks"] += entry["chunks"]
+    for name, entry in merged.items():
+        entry["chunks"].sort(key=lambda chunk: chunk[1])
+        _check_chunks(name, entry)
     return merged
 
 
@@ -68,6 +77,7 @@ class SavedTensors:
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             for key, entry in index.items():
                 part, _, name = key.partition("/")
+                _check_chunks(key, entry)
                 self.parts.setdefault(part, {})[name] = entry
             return
         for path in sorted(folder.glob("*.safetensors")):
@@ -122,28 +132,20 @@ class SavedTensors:
             offset, held, _ = share_of(tensor, True)
             held.copy_(self._region(part, name, offset, held.shape))
 
-    def _region(self, part: str, name: str, offset, shape) -> torch.Tensor:
+    def _region(self, part: str, name: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The values from `offset` on, of this shape, put together from the chunks that overlap it."""
         chunks, key = self.parts[part][name]["chunks"], f"{part}/{name}" if self.is_shared else name
         if not shape:
             return self._open(chunks[0][0]).get_tensor(key)
-        if 0 in shape:
+        if 0 in shape:  # of nothing, too, the type is in a file
             return self._open(chunks[0][0]).get_slice(key)[0:0].new_empty(shape)
-        region, filled = None, 0
+        found, columns = [], tuple(slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True))
         for file, start, size in chunks:
-            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, start, size, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            values = self._open(file).get_slice(key)[_slices(low, high, start)]
-            if list(values.shape) == list(shape):
-                return values
-            region = values.new_empty(shape) if region is None else region
-            region[_slices(low, high, offset)] = values
-            filled += values.numel()
-        if region is None or filled != region.numel():
-            raise ValueError(f"{self.folder} has {filled} values of {part}/{name}, which is {tuple(shape)}")
-        return region
+            first, last = max(offset[0], start[0]), min(offset[0] + shape[0], start[0] + size[0])
+            if first < last:
+                rows = slice(first - start[0], last - start[0])
+                found.append(self._open(file).get_slice(key)[(rows, *columns)])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
@@ -153,8 +155,15 @@ class SavedTensors:
         return self._files[name]
 
 
-def _slices(low, high, origin) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+def _check_chunks(name: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError unless the chunks are all rows of a tensor, one after the other."""
+    shape, next_row = entry["shape"], 0
+    for _, start, size in entry["chunks"] if shape else ():
+        if [next_row, *[0] * (len(shape) - 1)] != start or size[1:] != shape[1:]:
+            raise ValueError(f"of {name}, which is {tuple(shape)}, a chunk begins at {start} and is {tuple(size)}")
+        next_row += size[0]
+    if not entry["chunks"] or (shape and next_row != shape[0]):
+        raise ValueError(f"of {name}, which is {tuple(shape)}, there are {next_row} rows")
 
 
 # ── Trees, such as an optimizer's state ──────────────────────────────────────────────────────────────────────
@@ -162,6 +171,8 @@ def to_json(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """What JSON can hold of nested dicts, lists and tuples: each tensor is put into `tensors`, by a name that says
     where it was. Raises TypeError for anything else."""
     if isinstance(tree, torch.Tensor):
+        if path in tensors:
+            raise TypeError(f"two tensors would be called {path} in a checkpoint")
         tensors[path] = tree
         return {"tensor": path}
     if isinstance(tree, dict):

@@ -196,8 +196,6 @@ class TrainState:
         """The update is made, or left out."""
         self.totals.end_step(self._is_finite)
         self.step += 1
-        if self.step % self.config.log_every == 0:
-            self.finish_saving()
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -229,7 +227,7 @@ class TrainState:
     # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────
     def save(self, required: bool = False) -> None:
         """Write a checkpoint of this step, unless it is there. Raises RunError if that fails and is `required`."""
-        self.finish_saving(required)
+        self.finish_saving()  # if it fails and is of this step, it is written again
         folder = Path(self.config.output_dir)
         if (folder / checkpoint_name(self.step)).exists():  # the same step of the same run
             return

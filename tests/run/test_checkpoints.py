@@ -312,14 +312,17 @@ def test_saving_in_the_background_saves_the_same(short_run, tmp_path):
         assert checkpoint_damage(run / f"checkpoint-{step}") is None
 
 
-def test_a_background_save_that_fails_is_reported_and_training_goes_on(short_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_background_save_that_fails_is_reported_and_training_goes_on(
+    short_run, tmp_path, monkeypatch, capsys, log_every
+):
     def fail(tensors, path):
         if "checkpoint-2" in str(path):
             raise ValueError("no such thing")
         save_file(tensors, path)
 
     monkeypatch.setattr("difftrain_utils.run.checkpoints.save_file", fail)
-    run = train([*short_run, *options({"train.save_in_background": True, "train.log_every": 1})])
+    run = train([*short_run, *options({"train.save_in_background": True, "train.log_every": log_every})])
     assert "checkpoint-2: no such thing; training goes on" in capsys.readouterr().err
     assert [step for step, _ in list_checkpoints(run)] == [4, 6]
     assert not list(run.glob("*.partial"))

@@ -38,16 +38,23 @@ def test_shares_are_put_together(shared):
             assert torch.equal(part, matrix[ends[0], ends[1]]) and part.dtype == matrix.dtype
 
 
-def test_what_is_missing_is_said(shared):
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ([0], r"of denoiser/weight, which is \(5, 4\), there are 3 rows"),
+        ([], r"of denoiser/weight, which is \(5, 4\), there are 0 rows"),
+        ([0, 0], r"of denoiser/weight, which is \(5, 4\), a chunk begins at \[0, 0\] and is \(3, 4\)"),
+        ([1], r"a chunk begins at \[3, 0\]"),
+    ],
+)
+def test_what_is_missing_or_twice_is_said(shared, chunks, message):
     folder, _ = shared
     index = json.loads((folder / "index.json").read_text())
-    index["denoiser/weight"]["chunks"].pop()
+    entry = index["denoiser/weight"]
+    entry["chunks"] = [entry["chunks"][number] for number in chunks]
     (folder / "index.json").write_text(json.dumps(index))
-    with (
-        SavedTensors(folder) as saved,
-        pytest.raises(ValueError, match=r"has 12 values of denoiser/weight, .*\(5, 4\)"),
-    ):
-        saved.read("denoiser", "weight")
+    with pytest.raises(ValueError, match=message):
+        SavedTensors(folder)
 
 
 @pytest.mark.parametrize(
@@ -76,5 +83,7 @@ def test_trees_survive_json():
     text = json.dumps(to_json(tree, tensors))
     assert list(tensors) == ["state.0.exp_avg", "state.0.step", "state.0.lists.0"]
     assert str(from_json(json.loads(text), tensors.__getitem__)) == str(tree)
+    with pytest.raises(TypeError, match=r"two tensors would be called a\.b"):
+        to_json({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, {})
     with pytest.raises(TypeError, match=r"state\.0\.of is a set, which a checkpoint cannot hold"):
         to_json({"state": {0: {"of": {1}}}}, {})
