@@ -1,7 +1,7 @@
 """Activations: what a forward pass keeps for the backward pass, counted without computing it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,17 @@ class _Values(TorchDispatchMode):
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
+        if function is torch.ops.aten.index.Tensor:
+            args = args[0], [place for index in args[1] for place in _places(index)]
         return function(*args, **kwargs)
+
+
+def _places(index: torch.Tensor | None) -> Iterable[torch.Tensor | None]:
+    """A mask that has values as the places that it lets through, whose number is then known."""
+    if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
 
 
 def without_values(
