@@ -250,9 +250,7 @@ class DiffusersFamily:
             part = cls(config) if self.model_index[name][0] == "transformers" else cls.from_config(config)
         return part.eval().requires_grad_(False)
 
-    def of_shapes(
-        self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]
-    ) -> "DiffusersFamily":
+    def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "DiffusersFamily":
         """See `Family`. Tokenizers are as they were."""
         parts = {
             name: self.part(name)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.optimization.trained import trained_parameters
 
+NO_VALUES = (torch.ops.aten.empty.memory_format,)
 Storages = dict[int, torch.UntypedStorage]  # by address
 
 
@@ -48,7 +49,9 @@ class _Values(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        # a mask that a model makes, torch.ones(…, dtype=torch.long), has values
+        is_mask = not tensors and kwargs.get("dtype") in (torch.int64, torch.bool) and function not in NO_VALUES
+        if is_mask or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if function is torch.ops.aten.index.Tensor:

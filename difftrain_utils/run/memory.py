@@ -6,7 +6,8 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
+from difftrain_utils.families.family import Conditioning, Family
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
@@ -150,11 +152,8 @@ class Planner:
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
         self.shapes, self.device, self.uncounted = Shapes(), accelerator.device, None
         # each once
-        self._denoiser_of, self._count, self._on_meta = (
-            cache(self._denoiser_of),
-            cache(self._count),
-            cache(family.on_meta),
-        )
+        for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def held(self, config: Config) -> dict[str, int]:
         """Bytes by what holds them."""
@@ -256,7 +255,7 @@ class Planner:
         """Bytes of the frozen parts that are in memory, or of those that caches stand in for; none of what
         stays on the disk."""
         sizes = {}
-        for name, module in self._on_meta(self.dtype(config)).frozen_modules().items():
+        for name, module in self._family_of(self.dtype(config)).frozen_modules().items():
             is_image_part = name == self.family.image_part
             if config.model.offload_text_encoders and not is_image_part:
                 continue
@@ -289,26 +288,41 @@ class Planner:
         return counted.kept
 
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> Activations:
-        family = self._on_meta(dtype)
-        moments = family.encode_images(torch.empty(1, 3, *size, device="meta"))
-        latents = family.sample_latents(moments, torch.empty_like(moments[:, 0]))
-        try:
-            conditioning = family.null_conditioning()
-        except Exception:  # an encoder that asks for values
-            conditioning = self.family.null_conditioning()
-            self.family.free_cached()
-        time = torch.float32 if family.schedule.has_continuous_time else torch.int64
+        with self._shapes_in(dtype):
+            return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
 
-        def drawn(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-            return torch.empty(batch, *tensor.shape[1:], dtype=dtype or tensor.dtype, device=self.device)
+    def inputs(
+        self, batch: int, size: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+        """What the denoiser is given besides itself, without values; captions fill their length."""
+        latents, conditioning = self._inputs_of(size, dtype)
+        time = torch.float32 if self.family.schedule.has_continuous_time else torch.int64
 
-        masks = {name: value for name, value in conditioning.items() if name.endswith("_mask")}
-        masks = {name: torch.ones(batch, *mask.shape[1:], dtype=mask.dtype) for name, mask in masks.items()}
+        def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            shape, options = (batch, *tensor.shape[1:]), {"dtype": tensor.dtype, "device": self.device}
+            return torch.ones(shape, dtype=tensor.dtype) if name.endswith("_mask") else torch.empty(shape, **options)
+
+        masks = {name: drawn(name, value) for name, value in conditioning.items() if name.endswith("_mask")}
+        with self.shapes:
+            others = {name: drawn(name, value) for name, value in conditioning.items() if name not in masks}
+            timesteps = torch.empty(batch, dtype=time, device=self.device)
+            return drawn("latents", latents), timesteps, {name: (masks | others)[name] for name in conditioning}
+
+    def _inputs_of(self, size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, Conditioning]:
+        """The latents and the conditioning of one sample."""
+        family = self._family_of(dtype)
+        with self.shapes, torch.no_grad():
+            moments = family.encode_images(torch.empty(1, 3, *size))
+            return family.sample_latents(moments, torch.empty_like(moments[:, 0])), family.null_conditioning()
+
+    def _family_of(self, dtype: torch.dtype) -> Family:
+        return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))
+
+    @contextmanager
+    def _shapes_in(self, dtype: torch.dtype) -> Iterator[None]:
         is_mixed = dtype != torch.float32
         with self.shapes, torch.autocast(self.device.type, dtype if is_mixed else None, enabled=is_mixed):
-            inputs = drawn(latents), torch.empty(batch, dtype=time, device=self.device)
-            conditioning = {name: masks.get(name, drawn(value)) for name, value in conditioning.items()}
-            return count_activations(denoiser, self.family.predict, *inputs, conditioning)
+            yield
 
 
 def state_per_element(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], ndim: int) -> Counter[torch.dtype]:
