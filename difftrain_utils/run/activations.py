@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.optimization.trained import trained_parameters
 
-NO_VALUES = (torch.ops.aten.empty.memory_format,)
+EMPTY = torch.ops.aten.empty.memory_format
 Storages = dict[int, torch.UntypedStorage]  # by address
 
 
@@ -50,7 +50,7 @@ class _Values(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         # a mask that a model makes, torch.ones(…, dtype=torch.long), has values
-        is_mask = not tensors and kwargs.get("dtype") in (torch.int64, torch.bool) and function not in NO_VALUES
+        is_mask = not tensors and kwargs.get("dtype") in (torch.int64, torch.bool) and function is not EMPTY
         if is_mask or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
@@ -129,8 +129,10 @@ def rounded_bytes(denoiser: torch.nn.Module) -> int:
     """Bytes of the weights that autocast, if it is on, rounds and holds."""
     parameters = trained_parameters(denoiser)
     kind = parameters[0].device.type
-    itemsize = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else 0
-    return itemsize * sum(parameter.numel() for parameter in parameters)
+    if not torch.is_autocast_enabled(kind):
+        return 0
+    dtype = torch.get_autocast_dtype(kind)
+    return dtype.itemsize * sum(parameter.numel() for parameter in parameters if parameter.dtype != dtype)
 
 
 def num_bytes(storages: Storages, without: Storages | None = None) -> int:
