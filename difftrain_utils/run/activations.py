@@ -72,8 +72,10 @@ def without_values(
 ) -> torch.nn.Module:
     """A copy whose parameters and buffers are empty, on the device; with `Shapes`, shapes alone."""
     emptied = {}
-    with shapes or nullcontext():  # not while copying: tensors that a module holds besides keep their values
-        for tensor in (*module.parameters(), *module.buffers()):
+    besides = tree_leaves([list(vars(part).values()) for part in module.modules()])
+    besides = [value for value in besides if isinstance(value, torch.Tensor) and value.is_meta]
+    with shapes or nullcontext():  # not while copying: what else a module holds keeps its values
+        for tensor in (*module.parameters(), *module.buffers(), *besides):
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             emptied[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if is_parameter else value

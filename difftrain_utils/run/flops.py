@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,7 +56,7 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     if not is_quantized(denoiser):
         state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
         try:
-            with torch.enable_grad(), _without_checkpointing(denoiser):
+            with torch.enable_grad(), without_checkpointing(denoiser):
                 return count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
         except RuntimeError:  # what torch says of a value that is asked for; it may be a NotImplementedError
             pass
@@ -66,8 +68,19 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     return round((2 + trained_share) * flops)
 
 
+def flops_of_shapes(shapes: AbstractContextManager, function: Callable[..., Any], *inputs: Any) -> int:
+    """FLOPs of `function(*inputs)` on tensors without values (`activations.Shapes`), and of the backward pass where
+    gradients are on. Attention is that of separate products: torch does not count a CPU's own kernel."""
+    counter = FlopCounterMode(display=False)
+    with torch.compiler.set_stance("force_eager"), shapes, sdpa_kernel(SDPBackend.MATH), counter:
+        output = function(*inputs)
+        if torch.is_grad_enabled():
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
 @contextlib.contextmanager
-def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
     """Without gradient checkpointing, and then with it as it was, so that nothing is compiled anew."""
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     try:

@@ -24,6 +24,7 @@ from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
+from difftrain_utils.run.flops import flops_of_shapes, without_checkpointing
 
 MEASURED_AT = 2**16  # elements of the weight that an optimizer's state is measured with
 EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"  # or another such class: its states are a quarter of float32
@@ -343,6 +344,26 @@ class Planner:
         with self._shapes_in(dtype):
             return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
 
+    def flops(self, config: Config) -> dict[str, int]:
+        """FLOPs of a process's part of a batch by what takes them: the denoiser's forward and backward pass, what
+        gradient checkpointing computes once more, and the encoders that no cache stands in for."""
+        size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
+        denoiser, inputs = self.denoiser(config), self.inputs(batch, size, dtype)
+        predict = partial(self.family.predict, denoiser)
+        with without_checkpointing(denoiser):
+            with torch.enable_grad():
+                flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
+            if config.train.gradient_checkpointing:
+                with torch.no_grad():
+                    flops["recomputed"] = flops_of_shapes(self.shapes, predict, *inputs)
+        family = self._family_of(dtype)
+        with torch.no_grad():
+            if family.image_part and not config.data.cache_latents:
+                flops[family.image_part] = batch * flops_of_shapes(self.shapes, _latents_of, family, size)
+            if not config.data.cache_text:
+                flops["text encoders"] = batch * flops_of_shapes(self.shapes, family.null_conditioning)
+        return {name: number for name, number in flops.items() if number}
+
     def inputs(
         self, batch: int, size: tuple[int, int], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
@@ -364,8 +385,7 @@ class Planner:
         """The latents and the conditioning of one sample."""
         family = self._family_of(dtype)
         with self.shapes, torch.no_grad():
-            moments = family.encode_images(torch.empty(1, 3, *size))
-            return family.sample_latents(moments, torch.empty_like(moments[:, 0])), family.null_conditioning()
+            return _latents_of(family, size), family.null_conditioning()
 
     def _family_of(self, dtype: torch.dtype) -> Family:
         return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))
@@ -375,6 +395,12 @@ class Planner:
         is_mixed = dtype != torch.float32
         with self.shapes, torch.autocast(self.device.type, dtype if is_mixed else None, enabled=is_mixed):
             yield
+
+
+def _latents_of(family: Family, size: tuple[int, int]) -> torch.Tensor:
+    """Those of an image without values."""
+    moments = family.encode_images(torch.empty(1, 3, *size))
+    return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
 
 
 def units(model: torch.nn.Module) -> Iterator[Iterable[torch.nn.Parameter]]:
