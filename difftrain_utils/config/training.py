@@ -61,6 +61,10 @@ class TrainConfig:
     """Parts that a batch is split into to save memory; the losses stay the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
+    gradient_accumulation_steps: int = 1
+    """Parts that a batch is split into to save memory; the losses stay the same."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
     shard: Literal["none", "full"] = "none"
     """Give each process a share of weights, gradients, optimizer state and averages (FSDP2), instead of all of them."""
     shard_size: int | None = None

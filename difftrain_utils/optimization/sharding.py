@@ -107,12 +107,14 @@ def shard_module(module: torch.nn.Module, mesh: DeviceMesh, config: TrainConfig,
 
 
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost modules within one whose class diffusers or transformers name as not to be split or as repeated."""
+    """The outermost modules within one whose class diffusers or transformers name as not to be split or as repeated;
+    where they name none, the items of its lists of modules."""
     names = {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
     blocks: dict[str, torch.nn.Module] = {}
     for name, part in module.named_modules():
+        is_block = type(part).__name__ in names if names else name.rpartition(".")[2].isdecimal()
         within = any(name.startswith(f"{block}.") for block in blocks)
-        if name and type(part).__name__ in names and not within:
+        if name and is_block and not within and any(True for _ in part.parameters()):
             blocks[name] = part
     return list(blocks.values())
 

@@ -22,6 +22,7 @@ from difftrain_utils.errors import InputError, one_line, shorten
 from difftrain_utils.families.family import Conditioning, Family
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
+from difftrain_utils.optimization.sharding import blocks_of
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
 from difftrain_utils.run.flops import flops_of_shapes, without_checkpointing
@@ -208,7 +209,9 @@ class Planner:
         block, and what they are sent from, in float32."""
         itemsize, weights, gradients = self.dtype(config).itemsize, 0, [0]
         for model in (self.denoiser(config), *(m for name, m in self.models.items() if name != "denoiser")):
-            *blocks, rest = [list(unit) for unit in units(model)]
+            blocks = [list(block.parameters()) for block in blocks_of(model)]
+            in_blocks = {parameter for block in blocks for parameter in block}
+            rest = [parameter for parameter in model.parameters() if parameter not in in_blocks]
             sizes = [sum(p.numel() for p in block) for block in blocks]
             weights += sum(p.numel() for p in rest)
             weights += 2 * max(sizes, default=0) if config.train.reshard_after_forward else sum(sizes)
@@ -401,19 +404,6 @@ def _latents_of(family: Family, size: tuple[int, int]) -> torch.Tensor:
     """Those of an image without values."""
     moments = family.encode_images(torch.empty(1, 3, *size))
     return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
-
-
-def units(model: torch.nn.Module) -> Iterator[Iterable[torch.nn.Parameter]]:
-    """What sharding gathers at a time: the parameters of each outermost block that the model names as one not to be
-    split, or else of each item of its lists of modules; and last, those in no block."""
-    names, in_blocks, outermost = getattr(model, "_no_split_modules", None) or (), set(), []
-    for name, module in model.named_modules():
-        is_block = type(module).__name__ in names if names else name.rpartition(".")[2].isdecimal()
-        if is_block and not any(name.startswith(f"{other}.") for other in outermost):
-            outermost.append(name)
-            in_blocks |= set(module.parameters())
-            yield module.parameters()
-    yield [parameter for parameter in model.parameters() if parameter not in in_blocks]
 
 
 def state_per_element(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], ndim: int) -> Counter[torch.dtype]:
