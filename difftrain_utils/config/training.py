@@ -61,21 +61,6 @@ class TrainConfig:
     """Parts that a batch is split into to save memory; the losses stay the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
-    gradient_accumulation_steps: int = 1
-    """Parts that a batch is split into to save memory; the losses stay the same."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
-    shard: Literal["none", "full"] = "none"
-    """Give each process a share of weights, gradients, optimizer state and averages (FSDP2), instead of all of them."""
-    shard_size: int | None = None
-    """Shard within so many processes and replicate between such groups (HSDP); null: within all."""
-    reshard_after_forward: bool = True
-    """With `shard`: let go of a block's gathered weights after its forward pass and gather them again for the backward
-    pass (ZeRO-3); false: keep them until then (ZeRO-2), which is faster and takes more memory."""
-    shard_offload: bool = False
-    """With `shard`: keep the shares in main memory; slow."""
-    shard_encoders: bool = False
-    """Shard the frozen encoders, too, where they are larger than the denoiser."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; null: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
