@@ -40,6 +40,8 @@ class Family(Protocol):
     """What an image's sides must be multiples of."""
     weight_dtype: torch.dtype
     """Of the frozen parts."""
+    has_weights: bool
+    """False: all parts are on the meta device."""
     lora_targets: tuple[str, ...]
     """The ends of the names of the denoiser's layers that adapters are for."""
     takes_gradient_checkpointing: bool

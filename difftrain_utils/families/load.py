@@ -81,7 +81,8 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled, or has no such weights
             (`model.trainable`) or layers (`model.lora`).
     """
-    announce(f"Loading its {family.denoiser_part}")
+    if family.has_weights:
+        announce(f"Loading its {family.denoiser_part}")
     denoiser = family.load_denoiser()
     choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)

@@ -86,6 +86,13 @@ class Memory:
         return "\n".join(lines)
 
 
+def price_of(option: str) -> int:
+    """0 for an option that leaves what is trained as it is, 1 for what is slow besides, 2 for what trains otherwise."""
+    if option.startswith(("an optimizer", "train.precision", "model.lora")):
+        return 2
+    return int(option.startswith(("train.shard_offload", "ema.on_cpu")))
+
+
 def _row(name: str, size: int) -> str:
     return f"  {name:<40} {size / 1e9:>8.3g}"
 
@@ -122,15 +129,9 @@ def plan_memory(
     touched, and nothing but shapes is computed. Of several buckets the largest counts, and all captions as if they
     filled their length."""
     planner = Planner(accelerator, family, models, optimizer, data, config)
-    held, saved = planner.held(config), {}
-    for option, changed in planner.options(config) if with_savings else ():
-        try:
-            changed.check()
-        except InputError:  # it does not go with the others
-            continue
-        less = sum(held.values()) - sum(planner.held(changed).values())
-        if less > 0:
-            saved[option] = less
+    held = planner.held(config)
+    options = planner.that_need_less(config) if with_savings else ()
+    saved = {option: sum(held.values()) - total for option, _, total in options}
     is_gpu = accelerator.device.type == "cuda"
     height, width = planner.size(config)
     sample = "sample" if planner.micro_batch(config) == 1 else "samples"
@@ -147,10 +148,20 @@ def plan_memory(
 class Planner:
     """Counts, for a config and for others that differ from it in the fields of `options` alone."""
 
-    def __init__(self, accelerator: Accelerator, family, models, optimizer, data: Data, config: Config):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family,
+        models: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        data: Data,
+        config: Config,
+        counted_on: torch.device | None = None,
+    ):
+        """`counted_on`: the device whose kernels are looked at, where `accelerator.device` is not here."""
         self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
-        self.shapes, self.device, self.uncounted = Shapes(), accelerator.device, None
+        self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
         self.class_path = config.optimizer.class_path
         # each once
         for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
@@ -190,7 +201,7 @@ class Planner:
 
     def average_bytes(self, config: Config, everywhere: bool = False) -> int:
         """Of all averages on the device, or `everywhere`."""
-        is_here = everywhere or not config.ema.on_cpu or self.device.type == "cpu"
+        is_here = everywhere or not config.ema.on_cpu or self.accelerator.device.type == "cpu"
         averaged = num_bytes(trained_parameters(self.denoiser(config), self.models.get("text_encoders")))
         return averaged * ((config.ema.enabled and is_here) + len(config.ema.power_sigma_rels))
 
@@ -218,6 +229,31 @@ class Planner:
             gradients += [sum(p.numel() for p in unit if p.requires_grad) for unit in (*blocks, rest)]
         return itemsize * weights, (itemsize + 4) * max(gradients)
 
+    def that_need_less(self, config: Config) -> Iterator[tuple[str, Config, int]]:
+        """Those of the `options` that the config takes and that save something, each with the bytes then needed."""
+        total = sum(self.held(config).values())
+        for option, changed in self.options(config):
+            try:
+                changed.check()
+                changed.check_split(self.accelerator.num_processes)
+            except InputError:  # it does not go with the others
+                continue
+            if (needed := sum(self.held(changed).values())) < total:
+                yield option, changed, needed
+
+    def way_below(self, config: Config, limit: int) -> list[tuple[str, Config, int]]:
+        """Options one on top of the other, each with the bytes then needed, until a step needs `limit` bytes at most or
+        there are no more: always the one that saves most, and what is slow or trains otherwise only where nothing else
+        is left (`price_of`)."""
+        way, total = [], sum(self.held(config).values())
+        while total > limit:
+            found = sorted(self.that_need_less(config), key=lambda option: (price_of(option[0]), option[2]))
+            if not found:
+                break
+            way.append(found[0])
+            _, config, total = found[0]
+        return way
+
     def options(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Configs of the same run that may need less, by what they change."""
         train, data = config.train, config.data
@@ -233,7 +269,7 @@ class Planner:
             yield "train.gradient_checkpointing", change("train", gradient_checkpointing=True)
         if config.optimizer.class_path == self.class_path and train.shard == "none":  # its states cannot be shared out
             yield "an optimizer with 8-bit states", change("optimizer", class_path=EIGHT_BIT)
-        if self.accelerator.num_processes > 1 and train.shard == "none":
+        if self.accelerator.num_processes > 1 and train.shard == "none" and self.dtype(config) != torch.float16:
             yield "train.shard full", change("train", shard="full")
         if train.shard != "none" and not train.reshard_after_forward:
             yield "train.reshard_after_forward", change("train", reshard_after_forward=True)
@@ -349,7 +385,8 @@ class Planner:
 
     def flops(self, config: Config) -> dict[str, int]:
         """FLOPs of a process's part of a batch by what takes them: the denoiser's forward and backward pass, what
-        gradient checkpointing computes once more, and the encoders that no cache stands in for."""
+        gradient checkpointing computes once more, and the encoders that no cache stands in for, where they are trained
+        with a backward pass of twice the forward one."""
         size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
         denoiser, inputs = self.denoiser(config), self.inputs(batch, size, dtype)
         predict = partial(self.family.predict, denoiser)
@@ -364,7 +401,10 @@ class Planner:
             if family.image_part and not config.data.cache_latents:
                 flops[family.image_part] = batch * flops_of_shapes(self.shapes, _latents_of, family, size)
             if not config.data.cache_text:
-                flops["text encoders"] = batch * flops_of_shapes(self.shapes, family.null_conditioning)
+                times = 3 if config.model.train_text_encoder else 1
+                flops["text encoders"] = times * batch * flops_of_shapes(self.shapes, family.null_conditioning)
+            if config.strategy.dream_training:
+                flops["DREAM's probe"] = flops_of_shapes(self.shapes, predict, *inputs)
         return {name: number for name, number in flops.items() if number}
 
     def inputs(
