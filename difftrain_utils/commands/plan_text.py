@@ -166,8 +166,8 @@ class Plan:
         gpu, machines, train = self.machines.gpu, self.machines, self.config.train
         found = [
             f"Memory: {machines.name} has {gpu.memory_gb:g}·10⁹ bytes, of which {FULL:.0%} are for what is counted. "
-            "Not counted are CUDA itself, workspaces of kernels, gradients of activations, fragmentation and evaluation. "
-            "Measured on a CPU, a step's most was up to a tenth above the plan (docs/plan.md)."
+            "Not counted are CUDA itself, workspaces of kernels, gradients of activations, fragmentation and "
+            "evaluation. docs/plan.md has what was measured."
         ]
         if self.estimate.time is not None:
             found.append(

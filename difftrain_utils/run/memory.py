@@ -178,7 +178,16 @@ class Planner:
             held[name] = math.ceil(size / self.num_shards(config)) if config.train.shard_encoders else size
         if (activations := self.activations(config)) is not None:
             held["activations"] = activations
+            held["not at the same time"] = -min(self.growing(config, held), activations // 2)
         return held
+
+    def growing(self, config: Config, held: dict[str, int]) -> int:
+        """Of what is held, the bytes that there are only at the end of the backward pass, when half the activations at
+        most are left: gradients, unless those of an earlier part of the batch are there before, and with shares what
+        they are sent from. DDP's own memory for them is always there."""
+        first = config.train.gradient_accumulation_steps == 1
+        names = ["gradients"] * first + ["gradients on their way"] * (config.train.shard != "none")
+        return sum(held.get(name, 0) for name in names)
 
     def shares(self, config: Config) -> dict[str, int]:
         """Of what is trained or trained around: with `train.shard` a process's share of it, which with
@@ -215,8 +224,8 @@ class Planner:
 
     def gathered(self, config: Config) -> tuple[int, int]:
         """With `train.shard`, bytes of the whole weights of a step, in its precision, and of the gradients that are not
-        shared out yet. Weights are those of the block that computes, of the next one, which is fetched meanwhile, and
-        of what is in no block, or without `train.reshard_after_forward` of all blocks. Gradients are those of one
+        shared out yet. Weights are those of the block that computes, of the next one, which is fetched meanwhile, as if
+        these were the two largest, and of what is in no block, or without `train.reshard_after_forward` of all blocks. Gradients are those of one
         block, and what they are sent from, in float32."""
         itemsize, weights, gradients = self.dtype(config).itemsize, 0, [0]
         for model in (self.denoiser(config), *(m for name, m in self.models.items() if name != "denoiser")):
@@ -225,7 +234,7 @@ class Planner:
             rest = [parameter for parameter in model.parameters() if parameter not in in_blocks]
             sizes = [sum(p.numel() for p in block) for block in blocks]
             weights += sum(p.numel() for p in rest)
-            weights += 2 * max(sizes, default=0) if config.train.reshard_after_forward else sum(sizes)
+            weights += sum(sorted(sizes)[-2:]) if config.train.reshard_after_forward else sum(sizes)
             gradients += [sum(p.numel() for p in unit if p.requires_grad) for unit in (*blocks, rest)]
         return itemsize * weights, (itemsize + 4) * max(gradients)
 
@@ -388,8 +397,8 @@ class Planner:
         gradient checkpointing computes once more, and the encoders that no cache stands in for, where they are trained
         with a backward pass of twice the forward one."""
         size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
-        denoiser, inputs = self.denoiser(config), self.inputs(batch, size, dtype)
-        predict = partial(self.family.predict, denoiser)
+        denoiser = self._denoiser_of(config.model.lora is not None and not self.has_lora, dtype)
+        inputs, predict = self.inputs(batch, size, dtype), partial(self.family.predict, denoiser)
         with without_checkpointing(denoiser):
             with torch.enable_grad():
                 flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
