@@ -225,8 +225,8 @@ class Planner:
     def gathered(self, config: Config) -> tuple[int, int]:
         """With `train.shard`, bytes of the whole weights of a step, in its precision, and of the gradients that are not
         shared out yet. Weights are those of the block that computes, of the next one, which is fetched meanwhile, as if
-        these were the two largest, and of what is in no block, or without `train.reshard_after_forward` of all blocks. Gradients are those of one
-        block, and what they are sent from, in float32."""
+        these were the two largest, and of what is in no block, or without `train.reshard_after_forward` of all blocks.
+        Gradients are those of one block, and what they are sent from, in float32."""
         itemsize, weights, gradients = self.dtype(config).itemsize, 0, [0]
         for model in (self.denoiser(config), *(m for name, m in self.models.items() if name != "denoiser")):
             blocks = [list(block.parameters()) for block in blocks_of(model)]
