@@ -46,7 +46,17 @@ def main(argv: list[str] | None = None) -> None:
     args, of_config = parse_arguments(sys.argv[2:] if argv is None else argv)
     config = parse_config(TextToImageConfig, of_config, prog="difftrain plan")
     check_split(args.gpus, config)
+    with contextlib.redirect_stdout(sys.stderr):  # what is being done
+        plan = make_plan(args, config)
+    print(json.dumps(plan.to_json(), indent=2) if args.json else plan)
 
+
+def make_plan(args: argparse.Namespace, config: TextToImageConfig):
+    """What is to be printed.
+
+    Raises:
+        InputError: there is no such checkpoint, or the config does not fit it, or its data.
+    """
     # after the command line, so that a typo is reported at once
     import torch
 
@@ -59,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machines = Machines(args.gpu, GPUS[args.gpu], args.gpus, args.gpus_per_node, args.between)
     laptop = Laptop(args.gpus, MIXED_PRECISION[config.train.precision] or "no", torch.device("cuda"))
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries', about a step that is not made
         family = load_family(config, has_weights=False)
         models = trained_models(family, config)
@@ -69,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         shapes = data or data_of_shapes(family, config)
         planner = Planner(laptop, family, models, optimizer, shapes, config, counted_on=here)
         estimate = make_estimate(planner, data, machines, args.mfu, config)
-    plan = Plan(estimate, planner, machines, config, args.mfu, args.storage, args.price)
-    print(json.dumps(plan.to_json(), indent=2) if args.json else plan)
+    return Plan(estimate, planner, machines, config, args.mfu, args.storage, args.price)
 
 
 # ── What is asked for ────────────────────────────────────────────────────────────────────────────────────────
