@@ -14,7 +14,6 @@ from difftrain_utils.run.memory import Planner
 from difftrain_utils.run.summary import count
 
 LABEL, WIDTH = 44, 80  # columns
-HIDDEN = "if all communication is hidden behind computing, and if none is"
 
 
 @dataclass
@@ -49,7 +48,8 @@ class Plan:
         yield from _entry("on", f"{self._on}, {self._precision}; {self._engine}")
         height, width = planner.size(config)
         parts, micro_batch = train.gradient_accumulation_steps, planner.micro_batch(config)
-        split = [f"{self.machines.number} GPUs"] + [f"{parts} parts"] * (parts > 1) + [f"{micro_batch}"]
+        number = self.machines.number
+        split = [f"{number} GPU{'s' * (number > 1)}"] + [f"{parts} parts"] * (parts > 1) + [f"{micro_batch}"]
         of = "" if len(planner.data.buckets.sizes if planner.data.buckets else ()) < 2 else ", the largest bucket"
         yield from _entry("batch", f"{train.batch_size} samples of {width}x{height}{of} = {' × '.join(split)}")
 
@@ -139,7 +139,7 @@ class Plan:
         yield _row(f"read while training, of {what}", _gb(samples * each))
         if self.estimate.time is not None:
             rate = config.train.batch_size * each / self.estimate.time.step[0]
-            yield _row("the same a second, at most", _gb(rate))
+            yield _row("the same, at most", f"{_gb(rate)}", "a second")
 
     def _checkpoints(self) -> Iterator[str]:
         estimate, train = self.estimate, self.config.train
