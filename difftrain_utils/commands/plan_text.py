@@ -13,7 +13,7 @@ from difftrain_utils.run.estimate import FULL, Estimate, Machines, peak_tflops
 from difftrain_utils.run.memory import Planner
 from difftrain_utils.run.summary import count
 
-LABEL, WIDTH = 44, 80  # columns
+LABEL, WIDTH = 40, 80  # columns
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Plan:
 
     def _main_memory(self) -> Iterator[str]:
         node = "" if self.machines.number == 1 else " of a node"
-        yield _row(f"main memory{node} at the start, at least", _gb(self.estimate.main_memory))
+        yield _row(f"main memory{node} at the start", _gb(self.estimate.main_memory))
         if self.estimate.main_memory_later:
-            yield _row(f"main memory{node} later, at least", _gb(self.estimate.main_memory_later))
+            yield _row(f"main memory{node} later", _gb(self.estimate.main_memory_later))
 
     def _step(self) -> Iterator[str]:
         yield "A step"
@@ -128,8 +128,8 @@ class Plan:
         else:
             total = reading.images * reading.mean_image
             yield _row(f"{reading.images} images, {reading.mean_image / 1e3:.4g} kB each", _gb(total))
-            again = ", to check and to cache" if config.data.cache_latents else ", to check"
-            yield _row(f"read before the first step{again}", _gb((1 + config.data.cache_latents) * total))
+            again = " and cache" if config.data.cache_latents else ""
+            yield _row(f"read before step 1, to check{again}", _gb((1 + config.data.cache_latents) * total))
         samples, each = config.train.max_steps * config.train.batch_size, reading.cached
         if not config.data.cache_latents:
             if reading.mean_image is None:
