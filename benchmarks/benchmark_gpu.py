@@ -43,7 +43,7 @@ from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError, one_line
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.run.flops import PEAK_TFLOPS
+from difftrain_utils.run.gpus import PEAK_TFLOPS
 
 # The public configs of stable-diffusion-v1-5: what they say other than the defaults of diffusers
 SD15 = {

@@ -22,7 +22,7 @@ from difftrain_utils.files import find_damage
 from difftrain_utils.optimization.trained import saved_state
 from difftrain_utils.run.checkpoints import Checkpoint
 from difftrain_utils.run.run_folder import OPTIMIZER_FILE, STATE_FILE
-from difftrain_utils.run.saved_tensors import to_json
+from difftrain_utils.trees import to_json
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--folder", type=Path, help="where to write, as the disk matters (default: a temporary folder)")

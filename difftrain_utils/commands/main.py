@@ -19,6 +19,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "caption": "write captions for a folder of photos, by a model",
     "check-data": "find all that is wrong with the data of a config",
     "validate-config": "check a config, its model and its data without training",
+    "plan": "estimate memory, time and data of a run on other GPUs",
     "train": "start the training script on the GPUs of this machine, or CPU",
     "generate": "draw with a run, a checkpoint of it or any pipeline",
     "compare": "compare runs: whether one won, and whether that is fair",
@@ -28,7 +29,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "push": "upload what a run has learned to the hub, with a model card",
     "draw-shapes": "write the built-in data set as a folder of images",
 }
-TAKE_CONFIG = ("train", "validate-config", "check-data")
+TAKE_CONFIG = ("train", "validate-config", "plan", "check-data")
 
 
 def main() -> None:

@@ -162,6 +162,13 @@ class TrainConfig:
                 + (f", or gradient_accumulation_steps {', '.join(map(str, allowed))}" if allowed else "")
             )
 
+    def check_shards(self, num_processes: int, mixed_precision: str | None) -> None:
+        """Raise InputError unless the processes can share out what is trained, in this precision."""
+        if self.shard_size is not None and num_processes % self.shard_size:
+            raise InputError(f"train.shard_size: must divide {num_processes}, the processes, got {self.shard_size}")
+        if self.shard == "full" and mixed_precision == "fp16":
+            raise InputError("train.precision: fp16 is not with train.shard full; there is bf16 and fp32")
+
     def check_groups(self, num_processes: int) -> None:
         """Raise InputError unless each group of `group_size` samples lies in one part of a batch."""
         parts = self.gradient_accumulation_steps * num_processes

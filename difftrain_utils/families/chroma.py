@@ -9,7 +9,7 @@ from diffusers import ChromaPipeline, DiffusionPipeline
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.families.flux import packed_arguments, unpack
 
 
@@ -29,13 +29,13 @@ class Chroma(DiffusersFamily):
     takes_gradient_checkpointing: ClassVar[bool] = False
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Chroma":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Chroma":
         if config.train.gradient_checkpointing:
             raise InputError(
                 "train.gradient_checkpointing: must be false for a ChromaPipeline, whose denoiser drops the mask of "
                 "the captions then, got true"
             )
-        return super().load(source, model_index, config, from_scratch)
+        return super().load(source, model_index, config, weights)
 
     @property
     def patch_size(self) -> int:

@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -25,10 +25,10 @@ class DDPM(DiffusersFamily):
     has_fixed_size: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "DDPM":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "DDPM":
         if config.data.cache_text:
             raise InputError("data.cache_text: must be false, a DDPMPipeline takes no captions, got True")
-        family = super().load(source, model_index, config, from_scratch)
+        family = super().load(source, model_index, config, weights)
         unet = family.config_of("unet")
         if (channels := (unet.in_channels, unet.out_channels)) != (3, 3):
             raise ValueError(f"unet: in_channels and out_channels must be 3, as images', got {channels}")

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, not_installed, some
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.families.lora import base_state, has_adapters, save_adapters, with_trained
 from difftrain_utils.families.samplers import build_schedule
 from difftrain_utils.families.text_encoders import TextEncoders
@@ -94,6 +94,8 @@ class DiffusersFamily:
     """Of the same schedule, for pipelines."""
     init_seed: int | None = None
     """The seed of the denoiser's random weights; None: the checkpoint's weights."""
+    has_weights: bool = True
+    """False: all parts are on the meta device, and of the checkpoint only configs and tokenizers are read."""
     max_sequence_length: int | None = None
     """Tokens that captions are cut and padded to; None: the pipeline's own default."""
     guidance: float = GUIDANCE
@@ -116,7 +118,7 @@ class DiffusersFamily:
     _configs: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "DiffusersFamily":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "DiffusersFamily":
         """Load what is frozen, but for the parts whose work is cached. Raises InputError if a part cannot be loaded."""
         revision, data = config.model.revision, config.data
         own = load_part(source, model_index, "scheduler", revision=revision)
@@ -133,7 +135,8 @@ class DiffusersFamily:
             model_index,
             schedule,
             sampler,
-            init_seed=config.train.seed if from_scratch else None,
+            init_seed=config.train.seed if weights == "random" else None,
+            has_weights=weights != "none",
             max_sequence_length=config.model.max_sequence_length,
             guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,
             lora=config.model.lora,
@@ -208,6 +211,8 @@ class DiffusersFamily:
         at = {"revision": self.revision}
         if name.startswith("tokenizer"):
             return load_part(self.source, self.model_index, name, **at)
+        if not self.has_weights:
+            return self._on_meta(name)
         at["variant"] = self.variant  # and at once in the run's precision: a large encoder would fill main memory twice
         at["dtype" if self.model_index[name][0] == "transformers" else "torch_dtype"] = self.weight_dtype
         is_offloaded = self.offload_text_encoders and name in self.text_parts
@@ -224,6 +229,8 @@ class DiffusersFamily:
 
     def load_denoiser(self) -> torch.nn.Module:
         """See `Family`. Random weights are a function of the seed."""
+        if not self.has_weights:
+            return self.denoiser_on_meta()
         name, at = self.denoiser_part, {"revision": self.revision}
         if self.init_seed is None:
             return load_weights(self.source, self.model_index, name, variant=self.variant, **at)
@@ -241,18 +248,22 @@ class DiffusersFamily:
         names = [name for name in self.frozen_parts if name not in self.trained_parts]
         return {name: self.part(name) for name in names if not name.startswith("tokenizer")}
 
-    def on_meta(self, dtype: torch.dtype) -> "DiffusersFamily":
+    def _on_meta(self, name: str) -> torch.nn.Module:
+        """A frozen part without weights."""
+        cls, config = part_class(self.model_index, name), self.config_of(name)
+        with torch.device("meta"):
+            part = cls(config) if self.model_index[name][0] == "transformers" else cls.from_config(config)
+        return part.eval().requires_grad_(False)
+
+    def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "DiffusersFamily":
         """See `Family`. Tokenizers are as they were."""
-        parts = {}
-        for name in self.frozen_parts:
-            if name.startswith("tokenizer"):
-                parts[name] = self.part(name)
-                continue
-            cls, config = part_class(self.model_index, name), self.config_of(name)
-            with torch.device("meta"):
-                part = cls(config) if self.model_index[name][0] == "transformers" else cls.from_config(config)
-            parts[name] = move_part(part.eval().requires_grad_(False), "meta", dtype)
-        return dataclasses.replace(self, device="meta", weight_dtype=dtype, _parts=parts)
+        parts = {
+            name: self.part(name)
+            if name.startswith("tokenizer")
+            else empty(move_part(self._on_meta(name), "meta", dtype))
+            for name in self.frozen_parts
+        }
+        return dataclasses.replace(self, device="cpu", weight_dtype=dtype, _parts=parts)
 
     def config_of(self, name: str) -> Any:
         """The config of a part with its defaults, without its weights."""

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, some
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 NO_CLASS = 1000  # as the pipeline has it, whatever the transformer's number of classes
 
@@ -30,8 +30,8 @@ class DiT(DiffusersFamily):
     has_fixed_size: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "DiT":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "DiT":
+        family = super().load(source, model_index, config, weights)
         transformer = family.config_of("transformer")
         if transformer.num_embeds_ada_norm != NO_CLASS:
             raise ValueError(

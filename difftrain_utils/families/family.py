@@ -1,8 +1,8 @@
 """What a model family is: the contract that scripts, data and evaluation rely on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.objective.schedule import Schedule
 
 Conditioning = dict[str, torch.Tensor]  # batch first
+Weights = Literal["pretrained", "random", "none"]
 
 
 class Family(Protocol):
@@ -39,6 +40,8 @@ class Family(Protocol):
     """What an image's sides must be multiples of."""
     weight_dtype: torch.dtype
     """Of the frozen parts."""
+    has_weights: bool
+    """False: all parts are on the meta device."""
     lora_targets: tuple[str, ...]
     """The ends of the names of the denoiser's layers that adapters are for."""
     takes_gradient_checkpointing: bool
@@ -49,9 +52,10 @@ class Family(Protocol):
     """Those that encode captions as one module (captions -> conditioning), if they are trained, too."""
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Family":
-        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser; that will have
-        random weights if it is to be trained `from_scratch`. Raises InputError if a part cannot be loaded."""
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Family":
+        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser. `weights` are
+        the denoiser's; with "none" no part has any: all are on the meta device. Raises InputError if a part cannot be
+        loaded."""
 
     def load_denoiser(self) -> torch.nn.Module:
         """The denoiser in float32 on the CPU, from the checkpoint's weights or from random ones."""
@@ -84,9 +88,9 @@ class Family(Protocol):
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """The frozen parts that have weights, by name, also those whose work is cached."""
 
-    def on_meta(self, dtype: torch.dtype) -> "Family":
-        """The same family with frozen parts of this dtype on the meta device, which have no weights: what they put out
-        has a shape and nothing else."""
+    def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "Family":
+        """The same family on the CPU, with frozen parts of this dtype as `empty` makes them of those on the meta
+        device: without weights, so that what they put out has a shape and nothing else."""
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of what images are in latents, (batch, 2, *latent); 0 where there is no

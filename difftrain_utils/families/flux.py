@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Flux(DiffusersFamily):
     gives_sigmas: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Flux":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Flux":
+        family = super().load(source, model_index, config, weights)
         family.check_clip("tokenizer", "text_encoder")
         return family
 

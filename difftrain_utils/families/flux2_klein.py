@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily, caption_start
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 # A shift of this family depends on the number of steps, too, and training has none: it takes what the pipeline takes.
 NUM_STEPS = inspect.signature(Flux2KleinPipeline.__call__).parameters["num_inference_steps"].default
@@ -32,11 +32,14 @@ class Flux2Klein(DiffusersFamily):
     """Mean and standard deviation of patches, each (1, 4 · channels, 1, 1), float32."""
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Flux2Klein":
-        """See `Family`. The statistics are weights of the VAE, read before that is rounded, or freed."""
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Flux2Klein":
+        """See `Family`. The statistics are weights of the VAE, read before that is rounded, or freed; without weights,
+        they are any."""
+        family = super().load(source, model_index, config, weights)
         norm, eps = family.part("vae").bn, family.config_of("vae").batch_norm_eps
         mean, variance = (values.view(1, -1, 1, 1).clone() for values in (norm.running_mean, norm.running_var))
+        if weights == "none":
+            mean, variance = (torch.zeros(values.shape) for values in (mean, variance))
         family._statistics = mean, (variance + eps).sqrt()
         family.free_cached()
         return family

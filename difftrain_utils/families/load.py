@@ -52,23 +52,24 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
-def load_family(config: Config) -> Family:
+def load_family(config: Config, has_weights: bool = True) -> Family:
     """The family of the checkpoint that `model.pretrained_model_name_or_path` names, its frozen parts on the CPU in
-    float32.
+    float32; or without any weights, which then need not be there (`Family.load`).
 
     Raises:
         InputError: there is no such checkpoint, a part of it is missing, its family is not known, or its noise
             schedule cannot be what the config asks for.
     """
     name = config.model.pretrained_model_name_or_path
-    announce(f"Loading the frozen parts of {name}")
+    announce(f"{'Loading' if has_weights else 'Reading the configs of'} the frozen parts of {name}")
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, config.model.revision)
         family_class = FAMILIES[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:
             raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
-        from_scratch = config.model.train_from_scratch or name in BUILTINS
-        return family_class.load(source, model_index, config, from_scratch)
+        is_random = config.model.train_from_scratch or name in BUILTINS
+        weights = "none" if not has_weights else "random" if is_random else "pretrained"
+        return family_class.load(source, model_index, config, weights)
 
 
 def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]:
@@ -80,7 +81,8 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
         InputError: the denoiser's weights cannot be loaded, or it cannot be compiled, or has no such weights
             (`model.trainable`) or layers (`model.lora`).
     """
-    announce(f"Loading its {family.denoiser_part}")
+    if family.has_weights:
+        announce(f"Loading its {family.denoiser_part}")
     denoiser = family.load_denoiser()
     choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, Lumina2Pipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Lumina2(DiffusersFamily):
     gives_sigmas: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "Lumina2":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Lumina2":
+        family = super().load(source, model_index, config, weights)
         if family.vae_scale_factor != 8:
             raise ValueError(f"vae makes 1/{family.vae_scale_factor} of the size, and a Lumina2Pipeline takes 1/8")
         return family

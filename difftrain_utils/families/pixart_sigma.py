@@ -9,7 +9,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -24,8 +24,8 @@ class PixArtSigma(DiffusersFamily):
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "PixArtSigma":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "PixArtSigma":
+        family = super().load(source, model_index, config, weights)
         if family.denoiser_on_meta().use_additional_conditions:
             raise ValueError("transformer: use_additional_conditions: a PixArtSigmaPipeline tells it no sizes")
         return family

@@ -15,7 +15,7 @@ from PIL import Image
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, not_installed
 from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -36,7 +36,7 @@ class PRXPixel(DiffusersFamily):
     }
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "PRXPixel":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "PRXPixel":
         """See `Family`. Noise levels are flow matching's, as its sampler's are, whatever is predicted of them."""
         if config.model.prediction_type not in (None, "sample"):
             got = config.model.prediction_type
@@ -46,7 +46,7 @@ class PRXPixel(DiffusersFamily):
                 f"model.pretrained_model_name_or_path: a PRXPixelPipeline cleans captions, and {not_installed('ftfy')}"
             )
         flow = dataclasses.replace(config, model=dataclasses.replace(config.model, prediction_type=None))
-        family = super().load(source, model_index, flow, from_scratch)
+        family = super().load(source, model_index, flow, weights)
         family.schedule = dataclasses.replace(family.schedule, prediction_type="sample")
         if (channels := family.config_of("transformer").in_channels) != 3:
             raise ValueError(f"transformer: in_channels must be 3, as images', got {channels}")

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, QwenImagePipeline
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -27,10 +27,10 @@ class QwenImage(DiffusersFamily):
     """To the longest of a batch, as the pipeline; not where each length would be compiled."""
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "QwenImage":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "QwenImage":
         if config.train.channels_last:
             raise InputError("train.channels_last: not for the weights of a VAE for videos, got true; leave it false")
-        family = super().load(source, model_index, config, from_scratch)
+        family = super().load(source, model_index, config, weights)
         if family.has_guidance_embedding:
             raise ValueError("transformer: guidance_embeds is true, which its class takes and cannot run")
         family.trims_captions = config.train.compile is None

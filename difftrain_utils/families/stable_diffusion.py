@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -22,8 +22,8 @@ class StableDiffusion(DiffusersFamily):
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "StableDiffusion":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "StableDiffusion":
+        family = super().load(source, model_index, config, weights)
         family.check_clip("tokenizer", "text_encoder")
         family.refuse_shift()
         return family

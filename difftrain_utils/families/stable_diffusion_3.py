@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import JOINT_ATTENTION, DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 SUFFIXES = ("", "_2", "_3")
 
@@ -28,8 +28,8 @@ class StableDiffusion3(DiffusersFamily):
     )
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "StableDiffusion3":
-        family = super().load(source, model_index, config, from_scratch)
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "StableDiffusion3":
+        family = super().load(source, model_index, config, weights)
         for suffix in SUFFIXES[:2]:
             family.check_clip(f"tokenizer{suffix}", f"text_encoder{suffix}")
         return family

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning
+from difftrain_utils.families.family import Conditioning, Weights
 
 
 @dataclass
@@ -25,10 +25,10 @@ class StableDiffusionXL(DiffusersFamily):
     has_init_noise_sigma: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, from_scratch: bool) -> "StableDiffusionXL":
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "StableDiffusionXL":
         if not (model_index.get("text_encoder") or (None,))[0]:
             raise ValueError("it has no text_encoder, as the refiner of Stable Diffusion XL, which is told other sizes")
-        family = super().load(source, model_index, config, from_scratch)
+        family = super().load(source, model_index, config, weights)
         for suffix in ("", "_2"):
             family.check_clip(f"tokenizer{suffix}", f"text_encoder{suffix}")
         family.refuse_shift()

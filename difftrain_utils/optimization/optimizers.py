@@ -18,7 +18,7 @@ from difftrain_utils.errors import InputError, blame, shorten, some
 from difftrain_utils.optimization.muon import MuonWithAdamW
 from difftrain_utils.optimization.sharding import whole
 from difftrain_utils.optimization.trained import trained_weights
-from difftrain_utils.run.saved_tensors import to_json
+from difftrain_utils.trees import to_json
 
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
 

@@ -24,6 +24,8 @@ from difftrain_utils.config.training import OptimizerConfig, TrainConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import blame
 
+# blocks of which a part is called from outside, when they are not gathered: its embedding of the time, once more
+CALLED_FROM_OUTSIDE = {"DiTTransformer2DModel": {"transformer_blocks.0"}}
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, AssertionError)
 
 
@@ -126,9 +128,19 @@ def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
     for name, part in module.named_modules():
         is_item = name.rpartition(".")[2].isdecimal() and not any(name.startswith(f"{block}.") for block in blocks)
         is_block = type(part).__name__ in names if names else is_item
-        if name and is_block and any(True for _ in part.parameters()):
+        is_gathered = name in CALLED_FROM_OUTSIDE.get(type(module).__name__, ())  # with what is in no block
+        if name and is_block and not is_gathered and any(True for _ in part.parameters()):
             blocks[name] = part
     return list(blocks.values())
+
+
+def units_of(module: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """The parameters that are gathered at a time: of each block without those within it, and last what is in none."""
+    seen, units = set(), []
+    for part in (*reversed(blocks_of(module)), module):
+        units.append([parameter for parameter in part.parameters() if parameter not in seen])
+        seen.update(units[-1])
+    return units
 
 
 def reshard(*models: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Activations: what a forward pass keeps for the backward pass, counted without computing it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.optimization.trained import trained_parameters
 
+EMPTY = torch.ops.aten.empty.memory_format
 Storages = dict[int, torch.UntypedStorage]  # by address
 
 
@@ -48,10 +49,22 @@ class _Values(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        # a mask that a model makes, torch.ones(…, dtype=torch.long), has values
+        is_mask = not tensors and kwargs.get("dtype") in (torch.int64, torch.bool) and function is not EMPTY
+        if is_mask or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
+        if function is torch.ops.aten.index.Tensor:
+            args = args[0], [place for index in args[1] for place in _places(index)]
         return function(*args, **kwargs)
+
+
+def _places(index: torch.Tensor | None) -> Iterable[torch.Tensor | None]:
+    """A mask that has values as the places that it lets through, whose number is then known."""
+    if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
 
 
 def without_values(
@@ -59,8 +72,10 @@ def without_values(
 ) -> torch.nn.Module:
     """A copy whose parameters and buffers are empty, on the device; with `Shapes`, shapes alone."""
     emptied = {}
-    with shapes or nullcontext():  # not while copying: tensors that a module holds besides keep their values
-        for tensor in (*module.parameters(), *module.buffers()):
+    besides = tree_leaves([list(vars(part).values()) for part in module.modules()])
+    besides = [value for value in besides if isinstance(value, torch.Tensor) and value.is_meta]
+    with shapes or nullcontext():  # not while copying: what else a module holds keeps its values
+        for tensor in (*module.parameters(), *module.buffers(), *besides):
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             emptied[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if is_parameter else value
@@ -116,8 +131,10 @@ def rounded_bytes(denoiser: torch.nn.Module) -> int:
     """Bytes of the weights that autocast, if it is on, rounds and holds."""
     parameters = trained_parameters(denoiser)
     kind = parameters[0].device.type
-    itemsize = torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else 0
-    return itemsize * sum(parameter.numel() for parameter in parameters)
+    if not torch.is_autocast_enabled(kind):
+        return 0
+    dtype = torch.get_autocast_dtype(kind)
+    return dtype.itemsize * sum(parameter.numel() for parameter in parameters if parameter.dtype != dtype)
 
 
 def num_bytes(storages: Storages, without: Storages | None = None) -> int:

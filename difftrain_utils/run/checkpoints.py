@@ -71,10 +71,9 @@ from difftrain_utils.run.saved_tensors import (
     Parts,
     SavedTensors,
     files_to_write,
-    from_json,
     merge_indices,
-    to_json,
 )
+from difftrain_utils.trees import from_json, to_json
 
 DAMAGED = ".damaged"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # RuntimeError is torch.save's

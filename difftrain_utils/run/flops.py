@@ -2,33 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.optimization.quantized import is_quantized, quantized_flops
-
-# Dense TFLOP/s in (fp16 and bf16 with float32 sums, TF32, float32), by torch.cuda.get_device_name(). From NVIDIA's data
-# sheets of H100, H200, A100, L40S and L4 (figures with sparsity halved), and its white papers of the Ada and the GA102
-# architecture. The same name always means the same peak, unless somebody has lowered the power limit.
-H100_SXM, H100_NVL, A100 = (989.4, 494.7, 66.9), (835.5, 417.5, 60.0), (312.0, 156.0, 19.5)
-PEAK_TFLOPS = {
-    "NVIDIA H200": H100_SXM,
-    "NVIDIA H200 NVL": H100_NVL,
-    "NVIDIA H100 80GB HBM3": H100_SXM,
-    "NVIDIA H100 NVL": H100_NVL,
-    "NVIDIA H100 PCIe": (756.0, 378.0, 51.2),
-    **{f"NVIDIA A100{variant}": A100 for variant in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")},
-    "NVIDIA L40S": (362.05, 183.0, 91.6),
-    "NVIDIA L4": (121.0, 60.0, 30.3),
-    "NVIDIA GeForce RTX 4090": (165.2, 82.6, 82.6),
-    "NVIDIA GeForce RTX 3090": (71.0, 35.6, 35.6),
-}
+from difftrain_utils.run.gpus import PEAK_TFLOPS, peak_of
 
 
 def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
@@ -37,7 +23,7 @@ def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
     if config.peak_tflops is not None or accelerator.device.type != "cuda":
         return config.peak_tflops
     peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(accelerator.device))
-    return peaks and peaks[0 if accelerator.mixed_precision in ("bf16", "fp16") else 1 if config.tf32 else 2]
+    return peaks and peak_of(peaks, accelerator.mixed_precision, config.tf32)
 
 
 def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inputs: Any, **more: Any) -> int | None:
@@ -72,7 +58,7 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     if not is_quantized(denoiser):
         state = to_meta({**dict(denoiser.named_parameters()), **dict(denoiser.named_buffers())})
         try:
-            with torch.enable_grad(), _without_checkpointing(denoiser):
+            with torch.enable_grad(), without_checkpointing(denoiser):
                 return count(_WithState(denoiser, state), to_meta(inputs), to_meta(more))
         except RuntimeError:  # what torch says of a value that is asked for; it may be a NotImplementedError
             if any(parameter.is_meta for parameter in denoiser.parameters()):
@@ -85,8 +71,19 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     return round((2 + trained_share) * flops)
 
 
+def flops_of_shapes(shapes: AbstractContextManager, function: Callable[..., Any], *inputs: Any) -> int:
+    """FLOPs of `function(*inputs)` on tensors without values (`activations.Shapes`), and of the backward pass where
+    gradients are on. Attention is that of separate products: torch does not count a CPU's own kernel."""
+    counter = FlopCounterMode(display=False)
+    with torch.compiler.set_stance("force_eager"), shapes, sdpa_kernel(SDPBackend.MATH), counter:
+        output = function(*inputs)
+        if torch.is_grad_enabled():
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
 @contextlib.contextmanager
-def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
     """Without gradient checkpointing, and then with it as it was, so that nothing is compiled anew."""
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     try:

@@ -156,11 +156,7 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
     if accelerator.mixed_precision not in MIXED_PRECISION.values():
         raise InputError(f"accelerate launch: asked for {accelerator.mixed_precision}; there is fp32, fp16 and bf16")
     config.check_split(accelerator.num_processes)
-    size = config.train.shard_size
-    if size is not None and accelerator.num_processes % size:
-        raise InputError(f"train.shard_size: must divide {accelerator.num_processes}, the processes, got {size}")
-    if config.train.shard == "full" and accelerator.mixed_precision == "fp16":
-        raise InputError("train.precision: fp16 is not with train.shard full; there is bf16 and fp32")
+    config.train.check_shards(accelerator.num_processes, accelerator.mixed_precision)
     asked = MIXED_PRECISION[config.train.precision]
     if asked not in (None, accelerator.mixed_precision):
         raise InputError(f"train.precision: asked for {asked}, accelerate runs with {accelerator.mixed_precision}")

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
+from difftrain_utils.families.family import Conditioning, Family
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
+from difftrain_utils.optimization.sharding import units_of
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
+from difftrain_utils.run.flops import flops_of_shapes, without_checkpointing
 
 MEASURED_AT = 2**16  # elements of the weight that an optimizer's state is measured with
-EIGHT_BIT = 1 / 4  # of float32
+EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"  # or another such class: its states are a quarter of float32
 
 
 @dataclasses.dataclass
@@ -82,6 +86,13 @@ class Memory:
         return "\n".join(lines)
 
 
+def price_of(option: str) -> int:
+    """0 for an option that leaves what is trained as it is, 1 for what is slow besides, 2 for what trains otherwise."""
+    if option.startswith(("an optimizer", "train.precision", "model.lora")):
+        return 2
+    return int(option.startswith(("train.shard_offload", "ema.on_cpu")))
+
+
 def _row(name: str, size: int) -> str:
     return f"  {name:<40} {size / 1e9:>8.3g}"
 
@@ -118,17 +129,9 @@ def plan_memory(
     touched, and nothing but shapes is computed. Of several buckets the largest counts, and all captions as if they
     filled their length."""
     planner = Planner(accelerator, family, models, optimizer, data, config)
-    held, saved = planner.held(config), {}
-    for option, changed in planner.options(config) if with_savings else ():
-        try:
-            changed.check()
-        except InputError:  # it does not go with the others
-            continue
-        less = sum(held.values()) - sum(planner.held(changed).values())
-        if less > 0:
-            saved[option] = less
-    if with_savings and (float32 := planner.state_bytes(config)[torch.float32]):
-        saved["an optimizer with 8-bit states"] = round(float32 * (1 - EIGHT_BIT))
+    held = planner.held(config)
+    options = planner.that_need_less(config) if with_savings else ()
+    saved = {option: sum(held.values()) - total for option, _, total in options}
     is_gpu = accelerator.device.type == "cuda"
     height, width = planner.size(config)
     sample = "sample" if planner.micro_batch(config) == 1 else "samples"
@@ -145,37 +148,118 @@ def plan_memory(
 class Planner:
     """Counts, for a config and for others that differ from it in the fields of `options` alone."""
 
-    def __init__(self, accelerator: Accelerator, family, models, optimizer, data: Data, config: Config):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family,
+        models: dict[str, torch.nn.Module],
+        optimizer: torch.optim.Optimizer,
+        data: Data,
+        config: Config,
+        counted_on: torch.device | None = None,
+    ):
+        """`counted_on`: the device whose kernels are looked at, where `accelerator.device` is not here."""
         self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
-        self.shapes, self.device, self.uncounted = Shapes(), accelerator.device, None
+        self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
+        self.class_path = config.optimizer.class_path
         # each once
-        self._denoiser_of, self._count, self._on_meta = (
-            cache(self._denoiser_of),
-            cache(self._count),
-            cache(family.on_meta),
-        )
+        for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def held(self, config: Config) -> dict[str, int]:
         """Bytes by what holds them."""
+        held = {} if self.is_offloaded(config) else self.shares(config)
+        if config.train.shard != "none":
+            held["gathered weights"], held["gradients on their way"] = self.gathered(config)
+        elif self.accelerator.num_processes > 1:
+            held["gradients on their way"] = self.trained_bytes(config)
+        for name, size in self.frozen(config, cached=False).items():
+            held[name] = math.ceil(size / self.num_shards(config)) if config.train.shard_encoders else size
+        if (activations := self.activations(config)) is not None:
+            held["activations"] = activations
+            held["not at the same time"] = -min(self.growing(config, held), activations // 2)
+        return held
+
+    def growing(self, config: Config, held: dict[str, int]) -> int:
+        """Of what is held, the bytes that there are only at the end of the backward pass, when half the activations at
+        most are left: gradients, unless those of an earlier part of the batch are there before, and with shares what
+        they are sent from. DDP's own memory for them is always there."""
+        first = config.train.gradient_accumulation_steps == 1
+        names = ["gradients"] * first + ["gradients on their way"] * (config.train.shard != "none")
+        return sum(held.get(name, 0) for name in names)
+
+    def shares(self, config: Config) -> dict[str, int]:
+        """Of what is trained or trained around: with `train.shard` a process's share of it, which with
+        `train.shard_offload` is in main memory."""
         parameters = self.parameters(config)
-        trained, frozen = (num_bytes(p for p in parameters if p.requires_grad == which) for which in (True, False))
+        frozen = num_bytes(p for p in parameters if not p.requires_grad)
         if config.model.lora is not None and (quantization := config.model.lora.quantization):
             itemsize = self.dtype(config).itemsize
             for model in filter(None, (self.denoiser(config), self.models.get("text_encoders"))):
                 for _, layer in frozen_linears(model):
                     frozen += quantized_bytes(layer, quantization) - layer.weight.numel() * itemsize
+        trained = self.trained_bytes(config)
         held = {"trained weights": trained, "frozen weights": frozen, "gradients": trained}
-        if self.accelerator.num_processes > 1:
-            held["gradients on their way (DDP)"] = trained
         held["optimizer state"] = self.state_bytes(config).total()
-        is_here = config.ema.enabled and not (config.ema.on_cpu and self.device.type != "cpu")
+        held["averages"] = self.average_bytes(config)
+        return {name: math.ceil(size / self.num_shards(config)) for name, size in held.items()}
+
+    def trained_bytes(self, config: Config) -> int:
+        return num_bytes(p for p in self.parameters(config) if p.requires_grad)
+
+    def average_bytes(self, config: Config, everywhere: bool = False) -> int:
+        """Of all averages on the device, or `everywhere`."""
+        is_here = everywhere or not config.ema.on_cpu or self.accelerator.device.type == "cpu"
         averaged = num_bytes(trained_parameters(self.denoiser(config), self.models.get("text_encoders")))
-        held["averages"] = averaged * (is_here + len(config.ema.power_sigma_rels))
-        held |= self.frozen(config, cached=False)
-        if (activations := self.activations(config)) is not None:
-            held["activations"] = activations
-        return held
+        return averaged * ((config.ema.enabled and is_here) + len(config.ema.power_sigma_rels))
+
+    def num_shards(self, config: Config) -> int:
+        """How many processes share what is trained."""
+        is_sharded = config.train.shard != "none"
+        return (config.train.shard_size or self.accelerator.num_processes) if is_sharded else 1
+
+    def is_offloaded(self, config: Config) -> bool:
+        return config.train.shard != "none" and config.train.shard_offload
+
+    def gathered(self, config: Config) -> tuple[int, int]:
+        """With `train.shard`, bytes of the whole weights of a step, in its precision, and of the gradients that are not
+        shared out yet. Weights are those of the block that computes, of the next one, which is fetched meanwhile, as if
+        these were the two largest, and of what is in no block, or without `train.reshard_after_forward` of all blocks.
+        Gradients are those of one block, and what they are sent from, in float32."""
+        itemsize, weights, gradients = self.dtype(config).itemsize, 0, [0]
+        for model in (self.denoiser(config), *(m for name, m in self.models.items() if name != "denoiser")):
+            *blocks, rest = units_of(model)
+            sizes = [sum(p.numel() for p in block) for block in blocks]
+            weights += sum(p.numel() for p in rest)
+            weights += sum(sorted(sizes)[-2:]) if config.train.reshard_after_forward else sum(sizes)
+            gradients += [sum(p.numel() for p in unit if p.requires_grad) for unit in (*blocks, rest)]
+        return itemsize * weights, (itemsize + 4) * max(gradients)
+
+    def that_need_less(self, config: Config) -> Iterator[tuple[str, Config, int]]:
+        """Those of the `options` that the config takes and that save something, each with the bytes then needed."""
+        total = sum(self.held(config).values())
+        for option, changed in self.options(config):
+            try:
+                changed.check()
+                changed.check_split(self.accelerator.num_processes)
+            except InputError:  # it does not go with the others
+                continue
+            if (needed := sum(self.held(changed).values())) < total:
+                yield option, changed, needed
+
+    def way_below(self, config: Config, limit: int) -> list[tuple[str, Config, int]]:
+        """Options one on top of the other, each with the bytes then needed, until a step needs `limit` bytes at most or
+        there are no more: always the one that saves most, and what is slow or trains otherwise only where nothing else
+        is left (`price_of`)."""
+        way, total = [], sum(self.held(config).values())
+        while total > limit:
+            found = sorted(self.that_need_less(config), key=lambda option: (price_of(option[0]), option[2]))
+            if not found:
+                break
+            way.append(found[0])
+            _, config, total = found[0]
+        return way
 
     def options(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Configs of the same run that may need less, by what they change."""
@@ -185,11 +269,21 @@ class Planner:
             changed = dataclasses.replace(getattr(config, section), **fields)
             return dataclasses.replace(config, **{section: changed})
 
-        if not train.gradient_checkpointing and self.family.takes_gradient_checkpointing:
-            yield "train.gradient_checkpointing", change("train", gradient_checkpointing=True)
         if self.micro_batch(config) % 2 == 0:
             parts = 2 * train.gradient_accumulation_steps
             yield f"train.gradient_accumulation_steps {parts}", change("train", gradient_accumulation_steps=parts)
+        if not train.gradient_checkpointing and self.family.takes_gradient_checkpointing:
+            yield "train.gradient_checkpointing", change("train", gradient_checkpointing=True)
+        if config.optimizer.class_path == self.class_path and train.shard == "none":  # its states cannot be shared out
+            yield "an optimizer with 8-bit states", change("optimizer", class_path=EIGHT_BIT)
+        if self.accelerator.num_processes > 1 and train.shard == "none" and self.dtype(config) != torch.float16:
+            yield "train.shard full", change("train", shard="full")
+        if train.shard != "none" and not train.reshard_after_forward:
+            yield "train.reshard_after_forward", change("train", reshard_after_forward=True)
+        if train.shard != "none" and not train.shard_offload:
+            yield "train.shard_offload", change("train", shard_offload=True)
+        if train.shard != "none" and not train.shard_encoders:
+            yield "train.shard_encoders", change("train", shard_encoders=True)
         if self.dtype(config) == torch.float32:
             yield "train.precision bf16", change("train", precision="bf16")
         if self.can_have_lora(config):
@@ -228,11 +322,14 @@ class Planner:
         """Its shapes, with the adapters that `model.lora` asks for."""
         return self._denoiser_of(config.model.lora is not None and not self.has_lora, self.dtype(config))
 
-    def _denoiser_of(self, is_adapted: bool, dtype: torch.dtype) -> torch.nn.Module:
+    def _denoiser_of(self, is_adapted: bool, dtype: torch.dtype, is_gathered: bool = False) -> torch.nn.Module:
+        """With `is_gathered`, as sharded weights are when they compute."""
         denoiser = without_values(self.models["denoiser"], torch.device("meta"))
         if is_adapted:
             add_adapters(denoiser, LoraConfig(), self.family.lora_targets, self.seed)
         round_frozen(denoiser, dtype)
+        for parameter in denoiser.parameters() if is_gathered else ():
+            parameter.data = parameter.data.to(dtype)
         return without_values(denoiser, self.device, self.shapes)
 
     def can_have_lora(self, config: Config) -> bool:
@@ -256,7 +353,7 @@ class Planner:
         """Bytes of the frozen parts that are in memory, or of those that caches stand in for; none of what
         stays on the disk."""
         sizes = {}
-        for name, module in self._on_meta(self.dtype(config)).frozen_modules().items():
+        for name, module in self._family_of(self.dtype(config)).frozen_modules().items():
             is_image_part = name == self.family.image_part
             if config.model.offload_text_encoders and not is_image_part:
                 continue
@@ -271,16 +368,17 @@ class Planner:
             numbers[parameter.ndim] += parameter.numel() if parameter.requires_grad else 0
         for ndim, number in numbers.items():
             for dtype, size in state_per_element(type(self.optimizer), config.optimizer.init_args, ndim).items():
-                sizes[dtype] += round(size * number)
+                is_rounded = config.optimizer.class_path != self.class_path and dtype == torch.float32
+                sizes[dtype] += round(size * number / (4 if is_rounded else 1))
         return sizes
 
     # ── Activations ──────────────────────────────────────────────────────────────────────────────────────────
     def activations(self, config: Config) -> int | None:
         """Their bytes; None, and `uncounted` says why, where they cannot be counted."""
         try:
-            counted = self._count(
-                self.denoiser(config), self.micro_batch(config), self.size(config), self.dtype(config)
-            )
+            is_adapted, dtype = config.model.lora is not None and not self.has_lora, self.dtype(config)
+            denoiser = self._denoiser_of(is_adapted, dtype, config.train.shard != "none")
+            counted = self._count(denoiser, self.micro_batch(config), self.size(config), dtype)
         except Exception as error:  # whatever libraries raise on tensors that have no values
             self.uncounted = shorten(one_line(error), 100)
             return None
@@ -289,26 +387,70 @@ class Planner:
         return counted.kept
 
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> Activations:
-        family = self._on_meta(dtype)
-        moments = family.encode_images(torch.empty(1, 3, *size, device="meta"))
-        latents = family.sample_latents(moments, torch.empty_like(moments[:, 0]))
-        try:
-            conditioning = family.null_conditioning()
-        except Exception:  # an encoder that asks for values
-            conditioning = self.family.null_conditioning()
-            self.family.free_cached()
-        time = torch.float32 if family.schedule.has_continuous_time else torch.int64
+        with self._shapes_in(dtype):
+            return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
 
-        def drawn(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-            return torch.empty(batch, *tensor.shape[1:], dtype=dtype or tensor.dtype, device=self.device)
+    def flops(self, config: Config) -> dict[str, int]:
+        """FLOPs of a process's part of a batch by what takes them: the denoiser's forward and backward pass, what
+        gradient checkpointing computes once more, and the encoders that no cache stands in for, where they are trained
+        with a backward pass of twice the forward one."""
+        size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
+        denoiser = self._denoiser_of(config.model.lora is not None and not self.has_lora, dtype)
+        inputs, predict = self.inputs(batch, size, dtype), partial(self.family.predict, denoiser)
+        with without_checkpointing(denoiser):
+            with torch.enable_grad():
+                flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
+            if config.train.gradient_checkpointing:
+                with torch.no_grad():
+                    flops["recomputed"] = flops_of_shapes(self.shapes, predict, *inputs)
+        family = self._family_of(dtype)
+        with torch.no_grad():
+            if family.image_part and not config.data.cache_latents:
+                flops[family.image_part] = batch * flops_of_shapes(self.shapes, _latents_of, family, size)
+            if not config.data.cache_text:
+                times = 3 if config.model.train_text_encoder else 1
+                flops["text encoders"] = times * batch * flops_of_shapes(self.shapes, family.null_conditioning)
+            if config.strategy.dream_training:
+                flops["DREAM's probe"] = flops_of_shapes(self.shapes, predict, *inputs)
+        return {name: number for name, number in flops.items() if number}
 
-        masks = {name: value for name, value in conditioning.items() if name.endswith("_mask")}
-        masks = {name: torch.ones(batch, *mask.shape[1:], dtype=mask.dtype) for name, mask in masks.items()}
+    def inputs(
+        self, batch: int, size: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+        """What the denoiser is given besides itself, without values; captions fill their length."""
+        latents, conditioning = self._inputs_of(size, dtype)
+        time = torch.float32 if self.family.schedule.has_continuous_time else torch.int64
+
+        def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            shape, options = (batch, *tensor.shape[1:]), {"dtype": tensor.dtype, "device": self.device}
+            return torch.ones(shape, dtype=tensor.dtype) if name.endswith("_mask") else torch.empty(shape, **options)
+
+        masks = {name: drawn(name, value) for name, value in conditioning.items() if name.endswith("_mask")}
+        with self.shapes:
+            others = {name: drawn(name, value) for name, value in conditioning.items() if name not in masks}
+            timesteps = torch.empty(batch, dtype=time, device=self.device)
+            return drawn("latents", latents), timesteps, {name: (masks | others)[name] for name in conditioning}
+
+    def _inputs_of(self, size: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, Conditioning]:
+        """The latents and the conditioning of one sample."""
+        family = self._family_of(dtype)
+        with self.shapes, torch.no_grad():
+            return _latents_of(family, size), family.null_conditioning()
+
+    def _family_of(self, dtype: torch.dtype) -> Family:
+        return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))
+
+    @contextmanager
+    def _shapes_in(self, dtype: torch.dtype) -> Iterator[None]:
         is_mixed = dtype != torch.float32
         with self.shapes, torch.autocast(self.device.type, dtype if is_mixed else None, enabled=is_mixed):
-            inputs = drawn(latents), torch.empty(batch, dtype=time, device=self.device)
-            conditioning = {name: masks.get(name, drawn(value)) for name, value in conditioning.items()}
-            return count_activations(denoiser, self.family.predict, *inputs, conditioning)
+            yield
+
+
+def _latents_of(family: Family, size: tuple[int, int]) -> torch.Tensor:
+    """Those of an image without values."""
+    moments = family.encode_images(torch.empty(1, 3, *size))
+    return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
 
 
 def state_per_element(cls: type[torch.optim.Optimizer], init_args: dict[str, Any], ndim: int) -> Counter[torch.dtype]:

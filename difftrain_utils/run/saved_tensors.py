@@ -5,7 +5,7 @@ One process writes `PART.safetensors`. Where each holds a share (`train.shard`),
 "chunks", [file, offset, shape]. Any number of processes reads either: each what it holds itself."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -164,36 +164,3 @@ def _check_chunks(name: str, entry: dict[str, Any]) -> None:
         next_row += size[0]
     if not entry["chunks"] or (shape and next_row != shape[0]):
         raise ValueError(f"of {name}, which is {tuple(shape)}, there are {next_row} rows")
-
-
-# ── Trees, such as an optimizer's state ──────────────────────────────────────────────────────────────────────
-def to_json(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
-    """What JSON can hold of nested dicts, lists and tuples: each tensor is put into `tensors`, by a name that says
-    where it was. Raises TypeError for anything else."""
-    if isinstance(tree, torch.Tensor):
-        if path in tensors:
-            raise TypeError(f"two tensors would be called {path} in a checkpoint")
-        tensors[path] = tree
-        return {"tensor": path}
-    if isinstance(tree, dict):
-        return {"dict": [[key, to_json(value, tensors, f"{path}.{key}".lstrip("."))] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        values = [to_json(value, tensors, f"{path}.{number}") for number, value in enumerate(tree)]
-        return values if isinstance(tree, list) else {"tuple": values}
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise TypeError(f"{path} is a {type(tree).__name__}, which a checkpoint cannot hold")
-
-
-def from_json(tree: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
-    """What `to_json` was given."""
-    if isinstance(tree, list):
-        return [from_json(value, tensor_of) for value in tree]
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
-        return tensor_of(content)
-    if kind == "tuple":
-        return tuple(from_json(value, tensor_of) for value in content)
-    return {key: from_json(value, tensor_of) for key, value in content}

@@ -32,8 +32,9 @@ from difftrain_utils.run.run_folder import (
     checkpoint_name,
     list_checkpoints,
 )
-from difftrain_utils.run.saved_tensors import OPTIMIZER, to_json
+from difftrain_utils.run.saved_tensors import OPTIMIZER
 from difftrain_utils.run.weights import is_best, named_weights, save_weights
+from difftrain_utils.trees import to_json
 
 RUINED = 1e8  # no weight of a model that learns is as large
 MIN_LOSS_SCALE = 1e-4  # of fp16: below it, the gradient is infinite for other reasons

@@ -24,7 +24,8 @@ from difftrain_utils.run.run_folder import (
     list_checkpoints,
     read_manifest,
 )
-from difftrain_utils.run.saved_tensors import SavedTensors, from_json
+from difftrain_utils.run.saved_tensors import SavedTensors
+from difftrain_utils.trees import from_json
 
 
 def config(output_dir: Path, resume_from: str | None, **train) -> TextToImageConfig:

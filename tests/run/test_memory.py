@@ -16,7 +16,7 @@ from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_optimizer
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
-from difftrain_utils.run.memory import Planner, plan_memory, state_per_element
+from difftrain_utils.run.memory import Planner, plan_memory, price_of, state_per_element
 
 SHORT = {"model.max_sequence_length": 24}
 FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT, "tiny-flux": SHORT}
@@ -128,7 +128,8 @@ def test_all_else_is_what_a_run_holds(short_run, precision):
 
 @pytest.mark.slow
 def test_each_option_saves_what_it_says(short_run):
-    memory = plan_memory(*run_of(config_of(short_run, "tiny-stable-diffusion")))
+    batch = {"train.batch_size": 16}  # whose activations outweigh the gradients that its first half would leave
+    memory = plan_memory(*run_of(config_of(short_run, "tiny-stable-diffusion", **batch)))
     fields = {
         "train.gradient_checkpointing": True,
         "train.gradient_accumulation_steps": 2,
@@ -142,7 +143,7 @@ def test_each_option_saves_what_it_says(short_run):
     assert states == 0.75 * memory.held["optimizer state"]
     for field, value in fields.items():
         more = {"data.center_crop": True} if field.startswith("data") else {}
-        changed = held(config_of(short_run, "tiny-stable-diffusion", **{field: value} | more))
+        changed = held(config_of(short_run, "tiny-stable-diffusion", **batch | {field: value} | more))
         option = next(name for name in saved if name.startswith(field))
         assert memory.total - sum(changed.values()) == saved.pop(option) > 0, field
     assert saved == {}  # on a CPU, ema.on_cpu saves nothing
@@ -158,6 +159,58 @@ def test_what_is_proposed_can_be_asked_for(short_run):
     lines = str(dataclasses.replace(plain, capacity=plain.total - size)).splitlines()
     assert "  it does not fit" in lines
     assert [line.split("  ")[1] for line in lines if line.endswith("then it fits")] == [option]
+
+
+def shared(config, number: int = 4) -> Planner:
+    """The plan of so many GPUs."""
+    accelerator = SimpleNamespace(num_processes=number, mixed_precision="no", device=torch.device("cuda"))
+    return Planner(accelerator, *run_of(config)[1:], counted_on=torch.device("cpu"))
+
+
+def test_each_process_holds_a_share(short_run):
+    config = config_of(short_run, "tiny-dit")
+    planner = shared(config)
+    whole = planner.held(config)
+    config.train.shard = "full"
+    share = planner.held(config)
+    for name in ("trained weights", "gradients", "optimizer state", "averages"):
+        assert share[name] == whole[name] / 4 > 0, name
+    blocks = planner.models["denoiser"].transformer_blocks[1:]  # of the first a part is called from outside
+    blocks = [4 * sum(p.numel() for p in block.parameters()) for block in blocks]
+    rest = whole["trained weights"] - sum(blocks)
+    assert share["gathered weights"] == rest + sum(sorted(blocks)[-2:])
+    assert share["gradients on their way"] == 2 * max(rest, *blocks)
+    config.train.reshard_after_forward = False
+    assert planner.held(config)["gathered weights"] == whole["trained weights"]
+    config.train.shard_size = 2
+    assert planner.held(config)["trained weights"] == whole["trained weights"] / 2
+    config.train.shard_offload = True
+    assert "trained weights" not in planner.held(config)
+
+
+def test_gradients_come_when_activations_have_gone(short_run):
+    """Unless the batch has parts, of which the first has left its gradients."""
+    config = config_of(short_run, "tiny-dit")
+    planner = shared(config, 1)
+    held = planner.held(config)
+    assert held["not at the same time"] == -min(held["gradients"], held["activations"] // 2) < 0
+    config.train.gradient_accumulation_steps = 2
+    assert planner.held(config)["not at the same time"] == 0
+
+
+def test_what_trains_the_same_is_proposed_first(short_run):
+    config = config_of(short_run, "tiny-dit")
+    planner = shared(config)
+    total, sharded = (
+        sum(planner.held(c).values()) for c in (config, dict(planner.options(config))["train.shard full"])
+    )
+    assert planner.way_below(config, total) == []
+    ((option, _, needed),) = planner.way_below(config, sharded)
+    assert option == "train.shard full" and needed == sharded
+    way = [option for option, *_ in planner.way_below(config, sharded // 2)]
+    assert way[0] == "train.shard full" and len(way) > 1
+    all_of_it = [price_of(option) for option, *_ in planner.way_below(config, 0)]
+    assert all_of_it == sorted(all_of_it) and set(all_of_it) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from difftrain_utils.run.saved_tensors import SavedTensors, from_json, merge_indices, to_json
+from difftrain_utils.run.saved_tensors import SavedTensors, merge_indices
 
 
 @pytest.fixture
@@ -69,21 +69,3 @@ def test_other_models_are_refused(shared, tensors, message):
     with SavedTensors(shared[0]) as saved, pytest.raises(ValueError, match=message):
         saved.load("denoiser", tensors)
     assert all(not tensor.any() for tensor in tensors.values())
-
-
-def test_trees_survive_json():
-    tree = {
-        "state": {
-            0: {"exp_avg": torch.ones(2), "step": torch.tensor(3.0), "lists": [torch.zeros(1), (1, None)]},
-            1: {},
-        },
-        "param_groups": [{"betas": (0.9, 0.999), "lr": 1e-4, "d": float("inf"), "name": "denoiser", "params": [0, 1]}],
-    }
-    tensors = {}
-    text = json.dumps(to_json(tree, tensors))
-    assert list(tensors) == ["state.0.exp_avg", "state.0.step", "state.0.lists.0"]
-    assert str(from_json(json.loads(text), tensors.__getitem__)) == str(tree)
-    with pytest.raises(TypeError, match=r"two tensors would be called a\.b"):
-        to_json({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, {})
-    with pytest.raises(TypeError, match=r"state\.0\.of is a set, which a checkpoint cannot hold"):
-        to_json({"state": {0: {"of": {1}}}}, {})
