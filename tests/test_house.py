@@ -27,7 +27,7 @@ CHECKED = "Model and data. What is wrong with the input shows here, before anyth
 # The folders from the ground up, each importing from those before it alone. "": the modules beside them.
 FLOORS = ["", "config", "media", "objective", "objectives", "optimization", "builtins", "families", "data", "run"]
 FLOORS += ["evaluation", "commands", "__main__"]
-GROUND = {"errors", "files", "devices", "processes", "keyed_random", "terminal"}
+GROUND = {"errors", "files", "devices", "processes", "keyed_random", "terminal", "trees"}
 
 
 def parts_of(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import blame
 
 # blocks of which a part is called from outside, when they are not gathered: its embedding of the time, once more
-CALLED_FROM_OUTSIDE = {"DiTTransformer2DModel": {"transformer_blocks.0"}}
+CALLED_FROM_OUTSIDE = {"DiTTransformer2DModel": "transformer_blocks.0."}
 ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, AssertionError)
 
 
@@ -128,8 +128,8 @@ def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
     for name, part in module.named_modules():
         is_item = name.rpartition(".")[2].isdecimal() and not any(name.startswith(f"{block}.") for block in blocks)
         is_block = type(part).__name__ in names if names else is_item
-        is_gathered = name in CALLED_FROM_OUTSIDE.get(type(module).__name__, ())  # with what is in no block
-        if name and is_block and not is_gathered and any(True for _ in part.parameters()):
+        is_apart = f"{name}.".startswith(CALLED_FROM_OUTSIDE.get(type(module).__name__, "."))
+        if name and is_block and not is_apart and any(True for _ in part.parameters()):
             blocks[name] = part
     return list(blocks.values())
 
