@@ -140,10 +140,10 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
 def series(run: Run, name: str) -> list[tuple[int, float]]:
     """The (step, value) pairs of a scalar metric."""
-    return [(entry["step"], entry[name]) for entry in run.metrics if _is_number(entry.get(name))]
+    return [(entry["step"], entry[name]) for entry in run.metrics if is_number(entry.get(name))]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -156,7 +156,7 @@ def validation_bins(run: Run) -> tuple[int | None, list[float]]:
     """The last step with losses per bin of noise levels, and these losses, from low to high noise."""
     for name in ("validation_loss_ema_bins", "validation_loss_bins"):
         for entry in reversed(run.metrics):
-            if isinstance(entry.get(name), list) and all(map(_is_number, entry[name])):
+            if isinstance(entry.get(name), list) and all(map(is_number, entry[name])):
                 return entry["step"], entry[name]
     return None, []
 
@@ -195,13 +195,14 @@ def from_scratch(run: Run) -> bool:
     return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
 
 
-def settings_of(runs: list[Run]) -> list[list[Run]]:
-    """Runs that are equal in all but their seed, together; of repeats of one seed only the first."""
+def settings_of(runs: list[Run], at_one_step: bool = True) -> list[list[Run]]:
+    """Runs that are equal in all but their seed, together, if they are at the same step (unless not `at_one_step`); of
+    repeats of one seed only the first."""
     settings: dict[str, dict[Any, Run]] = {}
     for run in runs:
         config = {name: value for name, value in run.config.items() if name not in (*IGNORED, "train.seed")}
         facts = {name: v for name, v in run.facts.items() if not (name == DENOISER and from_scratch(run))}
-        key = as_text([config, facts, steps_done(run)])
+        key = as_text([config, facts, steps_done(run) if at_one_step else None])
         settings.setdefault(key, {}).setdefault(run.config.get("train.seed"), run)
     return [list(by_seed.values()) for by_seed in settings.values()]
 
