@@ -70,12 +70,23 @@ class Run:
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 def load_runs(folders: list[Path]) -> list[Run]:
+    check_folders(folders)
+    return [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def check_folders(folders: list[Path]) -> None:
+    """Raise InputError unless they are some folders, each given once."""
     if not folders:
         raise InputError("no RUN: give the output folder of at least one run")
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise InputError(f"{folder}: given twice")
-    return [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+        check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -86,8 +97,7 @@ def short_names(folders: list[Path]) -> list[str]:
 
 
 def load_run(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    check_folder(folder)
     for file in (CONFIG_FILE, MANIFEST_FILE, ENVIRONMENT_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
@@ -144,7 +154,7 @@ def series(run: Run, name: str) -> list[tuple[int, float]]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float)  # of JSON; not true or false
 
 
 def validation_losses(run: Run) -> list[tuple[int, float]]:

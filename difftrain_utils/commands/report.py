@@ -4,9 +4,10 @@
 
     difftrain report runs/mse-0 --serve
 
-A RUN is a run's output folder. The page needs no other file and no network: curves to zoom into (linear or log, smoothed),
-validation by noise level, the grids of samples by step, throughput, the manifest, and what differs between the runs. Runs
-that differ only in their seed can be shown as bands. --serve shows it on this machine alone, and keeps it up to date.
+A RUN is a run's output folder. The page needs no other file and no network: curves to zoom into (linear or log,
+smoothed), validation by noise level, the grids of samples by step, throughput, the manifest, and what differs between
+the runs. Runs that differ only in their seed can be shown as bands. --serve shows it on this machine alone, and keeps
+it up to date.
 """
 
 import base64
@@ -61,14 +62,13 @@ LEVELS = ("validation_loss_ema_bins", "validation_loss_bins")  # the first one t
 # ── Curves ───────────────────────────────────────────────────────────────────────────────────────────────────
 def curves_of(run: Run) -> dict[str, list[tuple[int, float]]]:
     """The points of each scalar metric by its name, and of each noise level as `level N`, from 1 (low noise)."""
-    names = dict.fromkeys(name for entry in run.metrics for name in entry if name != "step")
-    curves = {name: points for name in names if (points := compare.series(run, name))}
-    for bins in (name for name in LEVELS if name in names):
-        lines = [(entry["step"], entry[bins]) for entry in run.metrics if isinstance(entry.get(bins), list)]
-        lines = [(step, losses) for step, losses in lines if all(map(compare.is_number, losses))]
-        for i in range(max((len(losses) for _, losses in lines), default=0)):
-            curves[f"level {i + 1}"] = [(step, losses[i]) for step, losses in lines if i < len(losses)]
-        break
+    curves: dict[str, list[tuple[int, float]]] = {}
+    bins = next((name for name in LEVELS if any(name in entry for entry in run.metrics)), None)
+    for entry in run.metrics:
+        losses = entry.get(bins) if isinstance(entry.get(bins), list) else []
+        for name, value in [*entry.items(), *((f"level {i}", loss) for i, loss in enumerate(losses, 1))]:
+            if name != "step" and compare.is_number(value):
+                curves.setdefault(name, []).append((entry["step"], value))
     return curves
 
 
@@ -119,8 +119,11 @@ def charts(runs: list[Run]) -> tuple[list[dict], list[list[int]], str]:
         found.append({"name": name, "title": TITLES.get(name, name), "kind": kind, "curves": drawn})
     longest = max((len(points) for of_run in curves for points in of_run.values()), default=0)
     size = -(-longest // limit)
-    thinned = f"Long curves are thinned: a point is the mean of up to {size} logged lines, and the shade behind it reaches"
-    return found, [list(x) for x in steps], f"{thinned} from their lowest to their highest." if size > 1 else ""
+    thinned = (
+        f"Long curves are thinned: a point is the mean of up to {size} logged lines. Their lowest and highest are said "
+        "at the pointer, and are the shade behind up to six runs."
+    )
+    return found, [list(x) for x in steps], thinned if size > 1 else ""
 
 
 # ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,11 +143,11 @@ def some_grids(runs: list[Run], size: int) -> tuple[list[dict], str]:
     each = max(2, size // with_grids // PICTURE)
     kept = [spread(list(of_run), each) for of_run in grids]
     count = sum(map(len, kept))
-    found, smaller = [], 0
+    found, smaller, scale = [], 0, 1.0
     for i, steps in enumerate(kept):
         for step in steps:
-            content, is_smaller = shrink(grids[i][step], size // count - 200)
-            smaller += is_smaller
+            content, scale = shrink(grids[i][step], size // count - 200, scale)
+            smaller += scale < 1
             source = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
             found.append({"run": i, "step": step, "source": source})
     total = sum(map(len, grids))
@@ -160,22 +163,22 @@ def spread(steps: list[int], count: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
 
 
-def shrink(path: Path, size: int) -> tuple[bytes, bool]:
-    """A picture as WebP of at most about `size` bytes, and whether it has fewer pixels for that. Raises InputError if it
-    cannot be read."""
+def shrink(path: Path, size: int, scale: float) -> tuple[bytes, float]:
+    """A picture as WebP of at most about `size` bytes, and at which scale: that of the picture before it, or smaller.
+    Raises InputError if it cannot be read."""
     from PIL import Image
 
     with blame(str(path), *LOAD_ERRORS, Image.DecompressionBombError):
         picture = Image.open(path).convert("RGB")
-    scale = min(1.0, 1600 / max(picture.size))
+    scale = min(scale, 1600 / max(picture.size))
     while True:
         width, height = (max(1, round(side * scale)) for side in picture.size)
         resized = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         buffer = BytesIO()
-        resized.save(buffer, "WEBP", quality=80)
+        resized.save(buffer, "WEBP", quality=80, method=2)
         content = buffer.getvalue()
         if len(content) <= size or max(width, height) <= 64:
-            return content, scale < 1
+            return content, scale
         scale *= min(0.9, math.sqrt(size / len(content)))
 
 
@@ -196,9 +199,11 @@ def manifest_tables(runs: list[Run]) -> list[dict[str, Any]]:
         compare.flatten({k: v for k, v in manifest.items() if k not in elsewhere}) | compare.flatten(environment)
         for manifest, environment in zip(manifests, environments, strict=True)
     ]
-    commands = [["run", "command"], *([r.name, compare.as_text(m.get("command", "–"))] for r, m in zip(runs, manifests, strict=True))]
+    commands = [["run", "command"]]
+    for run, manifest in zip(runs, manifests, strict=True):
+        commands.append([run.name, compare.as_text(manifest.get("command", "–"))])
     return [
-        {"title": "Starts", "rows": starts},
+        {"title": "Starts", "rows": starts, "kind": "lines"},
         {"title": "Commands", "rows": commands},
         {"title": "Code, versions, data and machine", "rows": in_common(ran)},
         {"title": "Config", "rows": in_common([run.config for run in runs])},
@@ -231,11 +236,12 @@ def content_of(runs: list[Run]) -> dict[str, Any]:
     settings = compare.settings_of(runs, at_one_step=False)
     groups = compare.group_names(settings)
     drawn, steps, thinned = charts(runs)
+    header, *rows = compare.summary_table(runs)
     return {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "runs": [{"name": run.name, "group": groups.get(run.name)} for run in runs],
-        "summary": compare.summary_table(runs),
+        "summary": [header, *rows[len(runs) :], *rows[: len(runs)]],  # the means of groups first
         "notes": compare.notes(runs),
         "thinned": thinned,
         "steps": steps,
@@ -377,18 +383,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--port: needs --serve")
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
-    runs = compare.load_runs(args.runs)
-    if not args.serve:
-        output = args.output or Path("report.html")
-        content = static_page(runs)
-        with blame(f"--output {output}", OSError):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, content)
-        print(f"{output} shows {len(runs)} run{'s' * (len(runs) > 1)} ({len(content.encode()) / 1e6:.1f} MB)")
-        return
-    with server(Live(args.runs), PORT if args.port is None else args.port) as httpd:
-        print(f"http://127.0.0.1:{httpd.server_port}/ shows it, until Ctrl-C", flush=True)
-        try:
+    if args.serve:
+        compare.check_folders(args.runs)  # what is wrong in them, the page says: perhaps they have only begun
+        with server(Live(args.runs), PORT if args.port is None else args.port) as httpd:
+            print(f"http://127.0.0.1:{httpd.server_port}/ shows it, until Ctrl-C", flush=True)
             httpd.serve_forever()
-        except KeyboardInterrupt:
-            pass
+    output, runs = args.output or Path("report.html"), compare.load_runs(args.runs)
+    content = static_page(runs)
+    with blame(f"--output {output}", OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, content)
+    print(f"{output} shows {len(runs)} run{'s' * (len(runs) > 1)} ({len(content.encode()) / 1e6:.1f} MB)")

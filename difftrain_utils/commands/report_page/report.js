@@ -3,7 +3,8 @@
 
 const COLORS = ["#2f80c9", "#e0672a", "#1f9d74", "#c84f9b", "#a9851d", "#7a63d0", "#d3404a", "#3aa6b8", "#7f8a1e", "#8a8f98"];
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
-const WINDOWS = [0, 1, 2, 4, 8, 16, 32, 64, 128]; // neighbours on each side that are averaged
+const WINDOWS = [0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16]; // of a curve's points on each side of one, to be averaged
+const FEW = 6; // lines of which also is drawn what they were before they were smoothed or thinned
 const REFRESH = 5000; // milliseconds between two questions to the server
 const $ = (id) => document.getElementById(id);
 const state = { hidden: new Set(), wide: new Set(), zoom: {}, gridStep: null, levelRun: null };
@@ -44,7 +45,8 @@ function entities() {
 }
 
 // The mean of each point and some neighbours, fewer towards the ends; gaps stay gaps.
-function smoothed(values, half) {
+function smoothed(values, share) {
+  const half = Math.round(values.length * share);
   if (half === 0) return values;
   return values.map((value, i) => {
     if (value === null) return null;
@@ -56,16 +58,16 @@ function smoothed(values, half) {
 }
 
 // The curve of an entity: x, y, what is faint behind it (values or a band), and whether the band is of seeds.
-function curveOf(entity, curves, half) {
+function curveOf(entity, curves, share) {
   const own = curves.filter((curve) => entity.runs.includes(curve.run));
   if (own.length === 0) return null;
   if (own.length === 1) {
-    const [curve] = own, y = smoothed(curve.y, half);
+    const [curve] = own, y = smoothed(curve.y, share);
     const found = { x: data.steps[curve.x], y, low: curve.low, high: curve.high };
-    return half && !curve.low ? { ...found, faint: curve.y } : found;
+    return y !== curve.y && !curve.low ? { ...found, faint: curve.y } : found;
   }
   const tables = own.map((curve) => new Map(data.steps[curve.x].map((x, i) => [x, i])));
-  const values = own.map((curve) => smoothed(curve.y, half));
+  const values = own.map((curve) => smoothed(curve.y, share));
   const x = data.steps[own[0].x].filter((step) => tables.every((table) => table.has(step))); // where all seeds are
   const at = x.map((step) => values.map((y, i) => y[tables[i].get(step)]));
   const whole = (f) => at.map((row) => row.includes(null) ? null : f(row));
@@ -79,18 +81,19 @@ function curveOf(entity, curves, half) {
 function drawChart(place, key, title, lines) {
   const logX = $("log-x").checked, logY = $("log-y").checked;
   const tables = [], series = [{}], bands = [], shown = [];
+  const few = lines.length <= FEW;
   let dropped = 0;
   const usable = (values) => logY ? values.map((v) => v !== null && v <= 0 ? (dropped++, null) : v) : values;
   for (const line of lines) {
     if (!line || line.x.length === 0) continue;
     const table = [line.x], alone = line.x.length === 1;
     const add = (values, options) => { table.push(usable(values)); return series.push({ ...options, points: { show: false } }) - 1; };
-    if (line.low) {
+    if (line.low && (line.seeds || few)) {
       const edge = { stroke: "transparent", width: 0 };
       const low = add(line.low, edge), high = add(line.high, edge);
       bands.push({ series: [high, low], fill: line.color + "38" });
     }
-    if (line.faint) add(line.faint, { stroke: line.color + "55", width: 1 });
+    if (line.faint && few) add(line.faint, { stroke: line.color + "55", width: 1 });
     const main = add(line.y, { stroke: line.color, width: 1.7, dash: line.dash });
     if (line.x.length < 25) series[main].points = { show: true, size: alone ? 8 : 5, fill: line.color };
     tables.push(table);
@@ -110,6 +113,7 @@ function drawChart(place, key, title, lines) {
   const tip = element("div", { className: "tip", hidden: true });
   const axis = () => ({ stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1, size: 4 }, font: "12px system-ui, sans-serif" });
   const values = (u, splits) => splits.map((v) => v === null ? null : v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e6) ? v.toExponential().replace("e+", "e") : String(+v.toPrecision(6)));
+  const onLog = { splits: logSplits, filter: (u, splits) => splits };
   const roomy = (u, low, high) => {
     if (low === null) return [null, null];
     if (logY) return [low / 1.1, high * 1.1];
@@ -122,21 +126,26 @@ function drawChart(place, key, title, lines) {
       x: { time: false, distr: logX ? 3 : 1, range: (u, low, high) => low === high ? [Math.max(logX ? 0.5 : -Infinity, low - 1), high + 1] : [low, high] },
       y: { distr: logY ? 3 : 1, range: roomy },
     },
-    axes: [{ ...axis(), values, space: 60, size: 34 }, { ...axis(), values, size: 58 }],
+    axes: [{ ...axis(), ...(logX ? onLog : {}), values, space: 60, size: 34 }, { ...axis(), ...(logY ? onLog : {}), values, size: 58 }],
     cursor: { sync: { key: "steps", setSeries: false, scales: ["x", null] }, drag: { x: true, y: true, uni: 30 }, points: { show: false } },
     hooks: {
       setCursor: [(u) => showTip(u, tip, shown)],
-      setSelect: [(u) => {
+      setSelect: [(u) => { // of the chart under the pointer; its steps go for all charts
+        if (!u.over.matches(":hover")) return;
         const { left, top, width, height } = u.select, value = (place, scale) => u.posToVal(place, scale);
-        state.zoom[key] = { x: [value(left, "x"), value(left + width, "x")] };
-        if (height < u.over.clientHeight) state.zoom[key].y = [value(top + height, "y"), value(top, "y")];
+        if (width < u.over.clientWidth) state.zoom.x = [value(left, "x"), value(left + width, "x")];
+        if (height < u.over.clientHeight) state.zoom[key] = [value(top + height, "y"), value(top, "y")];
       }],
     },
   }, uPlot.join(tables), box);
   u.over.append(tip);
   u.over.addEventListener("mouseleave", () => { tip.hidden = true; });
-  u.over.addEventListener("dblclick", () => { delete state.zoom[key]; });
-  for (const [scale, [min, max]] of Object.entries(state.zoom[key] ?? {})) u.setScale(scale, { min, max });
+  u.over.addEventListener("dblclick", () => {
+    state.zoom = {};
+    plots.forEach((plot) => plot.u.setData(plot.u.data));
+  });
+  const zoomed = { x: state.zoom.x, y: state.zoom[key] };
+  for (const scale of ["x", "y"]) if (zoomed[scale]) u.setScale(scale, { min: zoomed[scale][0], max: zoomed[scale][1] });
   if (dropped) box.append(element("p", { className: "said", textContent: `${dropped} values of 0 or less are not on a log scale` }));
   toggle.addEventListener("click", () => {
     state.wide.has(key) ? state.wide.delete(key) : state.wide.add(key);
@@ -144,6 +153,17 @@ function drawChart(place, key, title, lines) {
     plots.forEach((plot) => plot.fit());
   });
   plots.push({ u, fit: () => { if (box.clientWidth) u.setSize(size()); } });
+}
+
+// Round numbers for a log axis: decades, or 1, 2, 5 of each, or equal distances where less than those fit in.
+function logSplits(u, axis, low, high) {
+  const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))], found = [];
+  for (let power = from; power <= to; power++) for (const times of to - from > 4 ? [1] : [1, 2, 5]) found.push(+`${times}e${power}`);
+  const within = found.filter((value) => value >= low && value <= high);
+  if (within.length > 2) return within;
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((times) => times * power).find((value) => value >= rough);
+  return Array.from({ length: 9 }, (_, i) => (Math.ceil(low / step) + i) * step).filter((value) => value <= high);
 }
 
 // The values nearest to the pointer, highest first.
@@ -171,9 +191,11 @@ function showTip(u, tip, shown) {
   for (const { line, at, value, nearest } of rows.sort((a, b) => b.value - a.value)) {
     const x = u.data[0][at] === step ? "" : ` @ ${u.data[0][at]}`;
     const place = line.low ? line.x.indexOf(u.data[0][at]) : -1;
+    const logged = line.faint?.[line.x.indexOf(u.data[0][at])];
+    const was = logged === undefined || logged === null ? "" : ` (logged ${number(logged)})`;
     const span = place >= 0 && line.low[place] !== null ? ` (${number(line.low[place])} – ${number(line.high[place])})` : "";
     const row = element("div", { className: nearest ? "near" : "" }, swatch(line), element("span", { textContent: line.name }),
-      element("b", { textContent: number(value) + span + x }));
+      element("b", { textContent: number(value) + was + span + x }));
     tip.append(row);
   }
   tip.hidden = false;
@@ -222,7 +244,7 @@ function drawChips(list) {
   $("chips").scrollTop = scrolled;
 }
 
-function drawLevels(list, half) {
+function drawLevels(list, share) {
   const levels = data.charts.filter((chart) => chart.kind === "levels"), place = document.querySelector("#levels .charts");
   $("levels").hidden = levels.length === 0;
   place.replaceChildren();
@@ -237,7 +259,7 @@ function drawLevels(list, half) {
   const chosen = withLevels.find((entity) => entity.key === state.levelRun);
   const ramp = (i) => toHex(`hsl(${Math.round(205 + 185 * i / Math.max(1, levels.length - 1))} 65% 52%)`);
   const lines = levels.map((chart, i) => {
-    const curve = curveOf(chosen, chart.curves, half);
+    const curve = curveOf(chosen, chart.curves, share);
     return curve && { ...curve, low: undefined, name: chart.name, color: ramp(i), dash: [] };
   });
   drawChart(place, "levels of one", `${chosen.name}: all levels`, lines);
@@ -245,7 +267,7 @@ function drawLevels(list, half) {
   place.lastChild.append(element("div", { className: "legend" }, ...legend));
   if (list.length > 1) {
     const chart = levels[+$("level").value - 1];
-    drawChart(place, "one level", `All runs: ${chart.name} of ${levels.length}`, linesOf(list, chart, half));
+    drawChart(place, "one level", `All runs: ${chart.name} of ${levels.length}`, linesOf(list, chart, share));
   }
 }
 
@@ -255,8 +277,8 @@ function toHex(color) {
   return context.fillStyle;
 }
 
-const linesOf = (list, chart, half) => list.filter(isShown).map((entity) => {
-  const curve = curveOf(entity, chart.curves, half);
+const linesOf = (list, chart, share) => list.filter(isShown).map((entity) => {
+  const curve = curveOf(entity, chart.curves, share);
   return curve && { ...entity, ...curve };
 });
 
@@ -273,10 +295,11 @@ function drawGrids(list) {
     const own = data.grids.filter((grid) => grid.run === i);
     if (own.length === 0 || !list.some((entity) => isShown(entity) && entity.runs.includes(i))) return [];
     const grid = own[nearest(own.map((one) => one.step), steps[step])], caption = `${run.name}, step ${grid.step}`;
-    const open = element("button", { title: "enlarge" }, element("img", { src: grid.source, alt: caption, loading: "lazy" }));
+    const open = element("button", { title: "enlarge" }, element("img", { loading: live ? "lazy" : "eager", alt: caption, src: grid.source }));
     open.addEventListener("click", () => enlarge(grid));
     return [element("figure", {}, open, element("figcaption", { textContent: caption }))];
   });
+  document.querySelector(".pictures").classList.toggle("many", figures.length > FEW);
   document.querySelector(".pictures").replaceChildren(...figures);
 }
 
@@ -312,23 +335,23 @@ function turn(event) {
 
 // ── All of it ────────────────────────────────────────────────────────────────────────────────────────────────
 function draw() {
-  const list = entities(), half = WINDOWS[+$("smooth").value];
+  const list = entities(), share = WINDOWS[+$("smooth").value];
   plots.forEach((plot) => plot.u.destroy());
   plots = [];
-  $("smooth-value").textContent = half ? `over ${2 * half + 1} points` : "off";
+  $("smooth-value").textContent = share ? `over ${200 * share} % of a curve` : "off";
   drawChips(list);
   for (const kind of ["curves", "throughput"]) {
     const place = document.querySelector(`#${kind} .charts`), charts = data.charts.filter((chart) => chart.kind === kind);
     $(kind).hidden = charts.length === 0;
     place.replaceChildren();
-    for (const chart of charts) drawChart(place, chart.name, chart.title, linesOf(list, chart, half));
+    for (const chart of charts) drawChart(place, chart.name, chart.title, linesOf(list, chart, chart.name === "lr" ? 0 : share));
   }
-  drawLevels(list, half);
+  drawLevels(list, share);
   drawGrids(list);
 }
 
 function show(content) {
-  const first = data === null;
+  const first = data === null, hasGroups = content.runs?.some((run) => run.group !== null);
   $("problem").hidden = !content.error;
   $("problem").textContent = content.error ?? "";
   if (content.error) return;
@@ -338,19 +361,18 @@ function show(content) {
   document.querySelector("main").hidden = false;
   fillTable(document.querySelector("#summary .table"), data.summary, "numbers");
   document.querySelector("#summary .notes").replaceChildren(...paragraphs(data.notes, ""));
-  document.querySelector("#curves .hint").textContent = `Over optimizer steps. Drag to zoom in, double click to zoom out. ${data.thinned}`;
+  document.querySelector("#curves .hint").textContent = ["Over optimizer steps. Drag to zoom in, double click to zoom out.", data.thinned, hasGroups ? "A band of seeds has their mean and reaches from the lowest to the highest, each smoothed, as far as all have come." : ""].join(" ");
   const differs = data.differs;
   $("differences").hidden = !differs.headline;
   document.querySelector("#differences .headline").textContent = differs.headline;
   document.querySelector("#differences .notes").replaceChildren(...paragraphs(differs.unfair, "unfair"));
   fillTable(document.querySelector("#differences .table"), differs.rows, "values");
   const open = [...document.querySelectorAll("#manifest details[open] summary")].map((one) => one.textContent);
-  document.querySelector("#manifest .tables").replaceChildren(...data.manifest.map(({ title, rows }, i) => {
+  document.querySelector("#manifest .tables").replaceChildren(...data.manifest.map(({ title, rows, kind }, i) => {
     const place = element("div", { className: "table" });
-    fillTable(place, rows, "values");
-    return element("details", { open: first ? i === 0 : open.includes(title), hidden: rows.length < 2 }, element("summary", { textContent: title }), place);
+    fillTable(place, rows, kind ?? "values");
+    return element("details", { open: first ? i === 0 && data.runs.length < 4 : open.includes(title), hidden: rows.length < 2 }, element("summary", { textContent: title }), place);
   }));
-  const hasGroups = data.runs.some((run) => run.group !== null);
   $("bands").parentElement.hidden = !hasGroups;
   if (first) $("bands").checked = hasGroups;
   draw();
