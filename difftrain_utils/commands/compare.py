@@ -48,7 +48,8 @@ from difftrain_utils.run.run_folder import (
 )
 from difftrain_utils.terminal import printable
 
-IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
+# These say where a run lies and what it is called, not what it is
+IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "project", "run_name"))
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
