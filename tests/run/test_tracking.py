@@ -90,9 +90,10 @@ def test_tensorboard_shows_all(tmp_path):
 
 
 def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     track("wandb", tmp_path, project="a project", run_name="a run")
+    wandb.teardown()  # its own process writes, and is waited for
     (folder,) = tmp_path.glob("logs/wandb/offline-run-*")
     written = next(folder.glob("run-*.wandb")).read_bytes()
     for text in (b"a project", b"a run", b"validation_loss_bins/2"):
