@@ -102,6 +102,8 @@ function drawChart(place, key, title, lines) {
   const box = element("div", { className: "chart" });
   const toggle = element("button", { textContent: "⤢", title: "wider or narrower" });
   toggle.setAttribute("aria-label", `${title}: wider or narrower`);
+  box.setAttribute("role", "figure");
+  box.setAttribute("aria-label", title);
   box.append(element("h3", {}, element("span", { textContent: title }), toggle));
   place.append(box);
   if (state.wide.has(key)) box.classList.add("wide");
