@@ -235,9 +235,8 @@ def common_beginning(texts: list[str]) -> str:
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (n - 1; nan for one run); None unless every run has a value."""
-    values = [summary(run).get(column) for run in runs]
+def mean_and_sd(values: list[float | None]) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (n - 1; nan for one run) of the runs' values; None unless each has one."""
     if None in values:
         return None
     if not all(map(math.isfinite, values)):
@@ -262,7 +261,8 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
         name = run.name if run.name.startswith(group) else f"{run.name} ({group})"
         rows.append([name, steps, *(cells.get(column, "–") for column in columns)])
     for group in (runs for runs in settings if len(runs) > 1):
-        spreads = [mean_and_sd(group, column) for column in columns]
+        of_group = [values for run, values in zip(runs, summaries, strict=True) if run in group]
+        spreads = [mean_and_sd([values.get(column) for values in of_group]) for column in columns]
         name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
         cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
         rows.append([name, f"{steps_done(group[0])}", *cells])
