@@ -48,7 +48,8 @@ from difftrain_utils.run.run_folder import (
 )
 from difftrain_utils.terminal import printable
 
-IGNORED = ("train.output_dir", "train.resume_from", "train.overwrite")  # say where a run lies, not what it is
+# These say where a run lies and what it is called, not what it is
+IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "project", "run_name"))
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
@@ -70,12 +71,23 @@ class Run:
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 def load_runs(folders: list[Path]) -> list[Run]:
+    check_folders(folders)
+    return [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+
+
+def check_folders(folders: list[Path]) -> None:
+    """Raise InputError unless they are some folders, each given once."""
     if not folders:
         raise InputError("no RUN: give the output folder of at least one run")
     for i, folder in enumerate(folders):
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise InputError(f"{folder}: given twice")
-    return [load_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+        check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -86,8 +98,7 @@ def short_names(folders: list[Path]) -> list[str]:
 
 
 def load_run(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    check_folder(folder)
     for file in (CONFIG_FILE, MANIFEST_FILE, ENVIRONMENT_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
@@ -140,11 +151,11 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
 def series(run: Run, name: str) -> list[tuple[int, float]]:
     """The (step, value) pairs of a scalar metric."""
-    return [(entry["step"], entry[name]) for entry in run.metrics if _is_number(entry.get(name))]
+    return [(entry["step"], entry[name]) for entry in run.metrics if is_number(entry.get(name))]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # of JSON; not true or false
 
 
 def validation_losses(run: Run) -> list[tuple[int, float]]:
@@ -156,7 +167,7 @@ def validation_bins(run: Run) -> tuple[int | None, list[float]]:
     """The last step with losses per bin of noise levels, and these losses, from low to high noise."""
     for name in ("validation_loss_ema_bins", "validation_loss_bins"):
         for entry in reversed(run.metrics):
-            if isinstance(entry.get(name), list) and all(map(_is_number, entry[name])):
+            if isinstance(entry.get(name), list) and all(map(is_number, entry[name])):
                 return entry["step"], entry[name]
     return None, []
 
@@ -195,13 +206,14 @@ def from_scratch(run: Run) -> bool:
     return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
 
 
-def settings_of(runs: list[Run]) -> list[list[Run]]:
-    """Runs that are equal in all but their seed, together; of repeats of one seed only the first."""
+def settings_of(runs: list[Run], at_one_step: bool = True) -> list[list[Run]]:
+    """Runs that are equal in all but their seed, together, if they are at the same step (unless not `at_one_step`); of
+    repeats of one seed only the first."""
     settings: dict[str, dict[Any, Run]] = {}
     for run in runs:
         config = {name: value for name, value in run.config.items() if name not in (*IGNORED, "train.seed")}
         facts = {name: v for name, v in run.facts.items() if not (name == DENOISER and from_scratch(run))}
-        key = as_text([config, facts, steps_done(run)])
+        key = as_text([config, facts, steps_done(run) if at_one_step else None])
         settings.setdefault(key, {}).setdefault(run.config.get("train.seed"), run)
     return [list(by_seed.values()) for by_seed in settings.values()]
 
@@ -223,9 +235,8 @@ def common_beginning(texts: list[str]) -> str:
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def mean_and_sd(runs: list[Run], column: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (n - 1; nan for one run); None unless every run has a value."""
-    values = [summary(run).get(column) for run in runs]
+def mean_and_sd(values: list[float | None]) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (n - 1; nan for one run) of the runs' values; None unless each has one."""
     if None in values:
         return None
     if not all(map(math.isfinite, values)):
@@ -250,7 +261,8 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
         name = run.name if run.name.startswith(group) else f"{run.name} ({group})"
         rows.append([name, steps, *(cells.get(column, "–") for column in columns)])
     for group in (runs for runs in settings if len(runs) > 1):
-        spreads = [mean_and_sd(group, column) for column in columns]
+        of_group = [values for run, values in zip(runs, summaries, strict=True) if run in group]
+        spreads = [mean_and_sd([values.get(column) for values in of_group]) for column in columns]
         name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
         cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
         rows.append([name, f"{steps_done(group[0])}", *cells])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -110,6 +111,10 @@ class TrainConfig:
     their SHA-256."""
     report_to: str | list[str] | None = None
     """Accelerate trackers besides metrics.jsonl: `tensorboard`, `wandb`, … or a list of them."""
+    project: str = "difftrain"
+    """What trackers call the project, or experiment, of the run."""
+    run_name: str | None = None
+    """What trackers call the run; null: as its folder. TensorBoard shows the folder."""
 
     def __post_init__(self) -> None:
         self.output_dir = os.path.expanduser(self.output_dir)
@@ -119,6 +124,9 @@ class TrainConfig:
         require(self.output_dir[:1] != "~", "output_dir", "there is no such user's home")
         require("\0" not in self.output_dir, "output_dir", "must have no null character")
         require("://" not in self.output_dir, "output_dir", "must be a folder of this machine")
+        is_name = re.fullmatch(r"\w[\w .-]*", self.project) is not None  # a folder of TensorBoard's is called so
+        require(is_name, "project", "must be letters, digits, spaces, dots, - and _")
+        require(self.run_name != "", "run_name", "must not be empty")
         require(self.seed >= 0, "seed", "must be 0 or more")
         rule = f"must be at most {MAX_BATCH} (MAX_BATCH in difftrain_utils/config/training.py)"
         require(self.batch_size <= MAX_BATCH, "batch_size", rule)

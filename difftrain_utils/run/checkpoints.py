@@ -90,10 +90,8 @@ FREE_FIELDS = {
     *(f"train.{name}" for name in ("log_every", "eval_every", "save_every", "save_minutes", "keep_checkpoints")),
     *("train.save_weights_every", "train.save_in_background", "train.init_minutes", "train.step_minutes"),
     *("train.shard", "train.shard_size", "train.reshard_after_forward", "train.shard_offload", "train.shard_encoders"),
-    *(
-        f"train.{name}"
-        for name in ("report_to", "cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")
-    ),
+    *("train.report_to", "train.project", "train.run_name"),
+    *(f"train.{name}" for name in ("cpu_threads", "num_processes", "gradient_accumulation_steps", "precision")),
     *(
         f"train.{name}"
         for name in ("compile", "channels_last", "plain_attention", "profile", "peak_tflops", "record_diff")
@@ -531,7 +529,8 @@ def delete_run(output_dir: Path) -> None:
     left = []
     for name, patterns in WRITTEN.items():
         folder = output_dir / name
-        for path in [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]:
+        found = {path for pattern in patterns for path in folder.glob(pattern)}
+        for path in [path for path in found if path.is_symlink() or not path.is_dir()]:
             path.unlink()
         left += [path for path in folder.rglob("*") if not path.is_dir()]
         for path in sorted([folder, *folder.rglob("*")], reverse=True):  # what is within a folder before it

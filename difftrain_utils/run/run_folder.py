@@ -23,7 +23,10 @@ KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
     SAMPLES: ("step-*.png",),
     VALIDATION: ("step-*.safetensors",),
-    TRACKERS: tuple(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
+    TRACKERS: (
+        *(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
+        "wandb/**/*",
+    ),
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
     WEIGHTS: ("step-*.safetensors", BEST_FILE),

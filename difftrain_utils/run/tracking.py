@@ -54,10 +54,11 @@ class Metrics:
         if accelerator.log_with:
             sections = dataclasses.asdict(config).items()
             flat = {f"{s}.{name}": _primitive(value) for s, fields in sections for name, value in fields.items()}
-            # a resumed TensorBoard run hides what the run that was cut off logged after this step
-            tensorboard = {"purge_step": global_step + 1} if global_step else {}
-            with writing(Path(config.train.output_dir) / TRACKERS):
-                accelerator.init_trackers("difftrain", flat, init_kwargs={"tensorboard": tensorboard})
+            folder = Path(config.train.output_dir) / TRACKERS
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)  # wandb takes another where it is not there
+                options = _options(folder, config.train.run_name or folder.resolve().parent.name, global_step)
+                accelerator.init_trackers(config.train.project, flat, init_kwargs=options)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -65,7 +66,10 @@ class Metrics:
                 file.write(json.dumps({"step": step, **values}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        _each_tracker(self.accelerator, lambda tracker: tracker.log(values, step=step))
+        scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
+        for name in values.keys() - scalars:  # by noise level
+            scalars |= {f"{name}/{i}": value for i, value in enumerate(values[name], 1)}
+        _each_tracker(self.accelerator, lambda tracker: tracker.log(scalars, step=step))
 
     def close(self) -> None:
         """Let the trackers write what they still hold."""
@@ -74,14 +78,36 @@ class Metrics:
 
 
 def log_images(accelerator: Accelerator, step: int, name: str, images: list[Image.Image]) -> None:
-    """Show images of one size in the trackers that show images (TensorBoard, Weights & Biases)."""
+    """Show images of one size in the trackers that show images. To be called by the main process alone."""
 
     def show(tracker: GeneralTracker) -> None:
-        kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if tracker.name in ("tensorboard", "wandb"):
-            tracker.log_images({name: np.stack([np.asarray(image) for image in images])}, step=step, **kwargs)
+        if tracker.name == "tensorboard":
+            pixels = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: images}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({f"{name}/{i}": trackio.Image(image) for i, image in enumerate(images, 1)}, step=step)
+        elif tracker.name == "mlflow":
+            import mlflow
+
+            for i, image in enumerate(images, 1):
+                mlflow.log_image(image, key=f"{name}-{i}", step=step)
 
     _each_tracker(accelerator, show)
+
+
+def _options(folder: Path, run_name: str, global_step: int) -> dict[str, dict[str, Any]]:
+    """What each tracker is to be begun with, in its own words, for a run that goes on from `global_step`."""
+    return {
+        # of what the run that was cut off logged after this step, TensorBoard shows nothing
+        "tensorboard": {"purge_step": global_step + 1} if global_step else {},
+        "wandb": {"name": run_name, "dir": str(folder)},
+        "trackio": {"name": run_name, "resume": "allow" if global_step else "never"},
+        "mlflow": {"run_name": run_name},
+    }
 
 
 def _each_tracker(accelerator: Accelerator, act: Callable[[GeneralTracker], None]) -> None:

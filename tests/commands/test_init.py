@@ -43,6 +43,7 @@ def test_a_wheel_has_all_modules_and_the_scripts(installed):
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "difftrain_utils").rglob("*.py")}
     starter = [*ROOT.glob("train_*.py"), *(ROOT / "configs").rglob("*.*")]
     starter += [*(ROOT / "accelerate_configs").iterdir(), *(ROOT / "launch").iterdir()]
+    here |= {str(path.relative_to(ROOT)) for path in (ROOT / "difftrain_utils/commands/report_page").iterdir()}
     here |= {f"difftrain_utils/starter/{path.relative_to(ROOT)}" for path in starter}
     assert here - names == set()
     added = {name for name in names if name.startswith("difftrain_utils/") and name not in here}

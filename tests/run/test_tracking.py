@@ -3,14 +3,16 @@ import json
 import pytest
 from accelerate import Accelerator
 from helpers import ROOT, metrics_without_times
+from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import EXTRAS, InputError, not_installed
+from difftrain_utils.run.checkpoints import delete_run
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.tracking import Metrics, check_trackers
+from difftrain_utils.run.tracking import Metrics, check_trackers, log_images
 
 
 def start(output_dir, global_step: int) -> Metrics:
@@ -58,3 +60,70 @@ def test_a_package_of_an_extra_is_named_with_it():
     assert not_installed("scipy") == "scipy is not installed (pip install -c constraints.txt -e '.[immiscible]')"
     project = (ROOT / "pyproject.toml").read_text()
     assert all(f'\n{extra} = ["{package}>' in project for package, extra in EXTRAS.items())
+
+
+# ── Each tracker really run, where it is installed ───────────────────────────────────────────────────────────
+def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
+    """Two lines of metrics and two pictures, as a run logs them."""
+    train = TrainConfig(output_dir=str(output_dir), report_to=tracker, **train)
+    config = TextToImageConfig(ModelConfig("model"), DataConfig("data"), train)
+    output_dir.mkdir(exist_ok=True)
+    accelerator = Accelerator(log_with=tracker, project_dir=output_dir / "logs")
+    metrics = Metrics(accelerator, config, global_step)
+    for step in (global_step + 1, global_step + 2):
+        pictures = [Image.new("RGB", (40, 24), color) for color in ("red", "blue")]
+        log_images(accelerator, step, "samples", pictures)
+        metrics.log(step, {"loss": 1 / step, "validation_loss_bins": [0.25, 0.75]})
+    assert [one.name for one in accelerator.trackers] == [tracker]  # not dropped for an error
+    metrics.close()
+
+
+def test_tensorboard_shows_all(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track("tensorboard", tmp_path, project="a project")
+    events = EventAccumulator(str(tmp_path / "logs/a project")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+    assert events.Scalars("validation_loss_bins/2")[0].value == 0.75
+    assert [event.step for event in events.Images("samples")] == [1, 2]
+
+
+def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    track("wandb", tmp_path, project="a project", run_name="a run")
+    wandb.teardown()  # its own process writes, and is waited for
+    (folder,) = tmp_path.glob("logs/wandb/offline-run-*")
+    written = next(folder.glob("run-*.wandb")).read_bytes()
+    for text in (b"a project", b"a run", b"validation_loss_bins/2"):
+        assert text in written
+    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 4
+    delete_run(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and "stay" not in capsys.readouterr().err
+
+
+def test_trackio_goes_on_in_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which is read when it is imported
+    trackio = pytest.importorskip("trackio")
+    track("trackio", tmp_path / "quick", project="a-project")
+    track("trackio", tmp_path / "quick", project="a-project", global_step=2)
+    (run,) = trackio.Api().runs("a-project")
+    assert run.name == "quick"  # as its folder
+    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("a-project", "quick")
+    assert [line["loss"] for line in logs if "loss" in line] == [1, 0.5, 1 / 3, 0.25]
+    assert sum("samples/2" in line for line in logs) == 4
+
+
+def test_mlflow_shows_all(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # where artefacts go
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    track("mlflow", tmp_path / "quick", project="a project", run_name="a run")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("a project").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("a run", "FINISHED")
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+    assert run.data.metrics["validation_loss_bins/2"] == 0.75
+    assert len([f for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]) == 4

@@ -179,7 +179,7 @@ DIFFUSERS: Table = {
     "resume_from_checkpoint": Ours("train.resume_from", resume),
     "report_to": Ours("train.report_to", TRACKERS),
     "logging_dir": "trackers write into train.output_dir/logs",
-    "tracker_project_name": "runs are told apart by train.output_dir",
+    "tracker_project_name": Ours("train.project"),
     "push_to_hub": HUB,
     "hub_token": HUB,
     "hub_model_id": HUB,
