@@ -1,0 +1,48 @@
+"""docs/mvp_smoke_checklist.md, gone through as a user does: on the GPU of this machine, if it has one."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, launch_environment
+
+ROWS = re.findall(r"^\| (\d+) \| `(.*?)` \|(.*)\|$", (ROOT / "docs/mvp_smoke_checklist.md").read_text(), re.MULTILINE)
+PROGRAMS = {  # what the installation calls by these names, of this checkout
+    "difftrain": "from difftrain_utils.commands.main import main; main()",
+    "accelerate": "from accelerate.commands.accelerate_cli import main; main()",
+    "make_dummy_imagefolder": "from difftrain_utils.commands.main import make_dummy_imagefolder as main; main()",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke")
+    for name in ("configs", "train_text_to_image.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_the_list_is_whole_and_in_order():
+    assert [int(number) for number, _, _ in ROWS] == list(range(1, len(ROWS) + 1)) and len(ROWS) >= 12
+
+
+@pytest.mark.integration
+@pytest.mark.text2image
+@pytest.mark.parametrize(("number", "command", "leaves"), ROWS)
+def test_each_command_of_the_list_runs(folder, number, command, leaves):
+    """In the order of the list: later ones need what earlier ones leave."""
+    program, *argv = shlex.split(command)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAMS[program], *argv],
+        cwd=folder,
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for path in re.findall(r"`(.*?)`", leaves):
+        assert (folder / path).is_file(), path
