@@ -1,4 +1,5 @@
 # source scripts/setup_runtime_env.sh
+# shellcheck shell=bash
 #
 # The environment of runs on a machine that is set up for them. Caches of models, data, kernels and packages go into one folder,
 # DIFFTRAIN_CACHE (default: .cache of the current folder), so that a job finds what the one before it fetched. cuBLAS is told to
