@@ -38,6 +38,12 @@ def main() -> None:
         sys.exit(run(sys.argv[1:]))
 
 
+def make_dummy_imagefolder() -> None:
+    """What `difftrain draw-shapes` was called in the MVP."""
+    with one_line_errors():
+        sys.exit(run(["draw-shapes", *sys.argv[1:]]))
+
+
 def run(argv: list[str]) -> int | None:
     """Run a command; returns its exit code, None for 0. Raises InputError if there is no such command."""
     name, arguments = (argv or ["--help"])[0], argv[1:]

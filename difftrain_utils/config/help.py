@@ -40,10 +40,10 @@ def sections(config_class: type[Config]) -> dict[str, tuple[str, list[Field]]]:
     """What each section is, and its fields; those of a field come as a section after the one that has it."""
     found = {}
     for section in dataclasses.fields(config_class):
-        found[section.name] = _describe(section.name, section.type)
+        found[section.name] = describe(section.name, section.type)
         for name, cls in NESTED.items():
             if name.startswith(f"{section.name}."):
-                found[name] = _describe(name, cls)
+                found[name] = describe(name, cls)
     return found
 
 
@@ -94,7 +94,8 @@ def choices(kind: Any) -> list[str]:
     return name.split("|") if known else []
 
 
-def _describe(name: str, cls: type) -> tuple[str, list[Field]]:
+def describe(name: str, cls: type) -> tuple[str, list[Field]]:
+    """What a dataclass of fields is, and its fields, under a dotted name."""
     doc = docstring_parser.parse_from_object(cls)
     texts = {param.arg_name: " ".join(param.description.split()) for param in doc.params}
     return " ".join(doc.description.split()), list(_fields(name, cls, texts))
