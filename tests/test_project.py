@@ -86,7 +86,7 @@ def test_cuda(): pass
         (["-m", "text2image", "--run-slow"], {"trains", "slow"}),
         (["-m", "not slow"], {"quick", "trains"}),
     ],
-    ids=lambda value: " ".join(value),
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_markers_choose(tmp_path, options, chosen):
     (tmp_path / "test_examples.py").write_text(EXAMPLES)
