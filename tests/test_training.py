@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
     family = load_family(parse_config(short_run))
     assert manifest["base_model"]["sha256"] == family.digests(family.load_denoiser())
     assert manifest["data"]["train"]["num_images"] == 10 and manifest["seed"] == 0 and manifest["num_processes"] == 1
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     resolved = parse_config(["--config", str(output_dir / "config.resolved.yaml")])
     assert resolved.evaluation.prompts == prompts and resolved.train.max_steps == 6
 
