@@ -10,7 +10,7 @@ import torch.distributed.run as torchrun
 from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT, parse_config
 
-from difftrain_utils.commands import main
+from difftrain_utils.commands import main, plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = (
@@ -116,6 +116,8 @@ def test_a_command_is_one_of_today(page, command, monkeypatch):
     program, *argv = words(command)
     if program.startswith("--"):
         check_config([program, *argv])
+    elif argv[:1] == ["plan"]:
+        check_config(plan.parse_arguments(argv[1:])[1])
     elif program == "difftrain" and argv[0] in main.TAKE_CONFIG:
         check_config(argv[1:])
     elif program in ("difftrain", "make_dummy_imagefolder"):
