@@ -1,23 +1,28 @@
 """Nested dicts and lists, such as an optimizer's state, as JSON with the tensors beside it."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 
-def to_json(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+def to_json(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """What JSON can hold of nested dicts, lists and tuples: each tensor is put into `tensors`, by a name that says
-    where it was. Raises TypeError for anything else."""
+    where it was; one that is in several places once. Raises TypeError for anything else."""
+    return _to_json(tree, tensors, {}, "")
+
+
+def _to_json(tree: Any, tensors: dict[str, torch.Tensor], names: dict[int, str], path: str) -> Any:
     if isinstance(tree, torch.Tensor):
-        if path in tensors:
+        name = names.setdefault(id(tree), path)
+        if name == path and tensors.setdefault(path, tree) is not tree:
             raise TypeError(f"two tensors would be called {path} in a checkpoint")
-        tensors[path] = tree
-        return {"tensor": path}
+        return {"tensor": name}
     if isinstance(tree, dict):
-        return {"dict": [[key, to_json(value, tensors, f"{path}.{key}".lstrip("."))] for key, value in tree.items()]}
+        return {"dict": [[k, _to_json(v, tensors, names, f"{path}.{k}".lstrip("."))] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
-        values = [to_json(value, tensors, f"{path}.{number}") for number, value in enumerate(tree)]
+        values = [_to_json(value, tensors, names, f"{path}.{number}") for number, value in enumerate(tree)]
         return values if isinstance(tree, list) else {"tuple": values}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
@@ -25,14 +30,18 @@ def to_json(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
 
 
 def from_json(tree: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
-    """What `to_json` was given."""
+    """What `to_json` was given; each tensor is asked for once."""
+    return _from_json(tree, cache(tensor_of))
+
+
+def _from_json(tree: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
     if isinstance(tree, list):
-        return [from_json(value, tensor_of) for value in tree]
+        return [_from_json(value, tensor_of) for value in tree]
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensor_of(content)
     if kind == "tuple":
-        return tuple(from_json(value, tensor_of) for value in content)
-    return {key: from_json(value, tensor_of) for key, value in content}
+        return tuple(_from_json(value, tensor_of) for value in content)
+    return {key: _from_json(value, tensor_of) for key, value in content}

@@ -22,3 +22,11 @@ def test_trees_survive_json():
         to_json({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, {})
     with pytest.raises(TypeError, match=r"state\.0\.of is a set, which a checkpoint cannot hold"):
         to_json({"state": {0: {"of": {1}}}}, {})
+
+
+def test_a_tensor_in_several_places_is_one():
+    shared, tensors = torch.ones(2), {}
+    tree = to_json({"a": {"map": shared}, "b": {"map": shared}, "c": shared.clone()}, tensors)
+    assert list(tensors) == ["a.map", "c"]
+    back = from_json(tree, lambda name: tensors[name].clone())
+    assert back["a"]["map"] is back["b"]["map"] is not back["c"]

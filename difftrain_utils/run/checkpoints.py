@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.training import EmaConfig, TrainConfig
-from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, one_line, some, warn
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, one_line, shorten, some, warn
 from difftrain_utils.files import (
     DIGESTS_FILE,
     PARTIAL,
@@ -152,7 +152,7 @@ class Checkpoint:
                 self.digests = {name: file_digest(self.partial / name) for name in files}
                 synced.result()
         except Exception as error:  # whatever it is, this is no checkpoint
-            self.failure = self.failure or one_line(error)
+            self.failure = self.failure or shorten(one_line(error), 300)
 
     def finish(self, keep: int, required: bool) -> None:
         """Wait until all of it is on the disk, and give it its name; then delete all but the `keep` newest checkpoints

@@ -110,6 +110,6 @@ def test_a_process_is_killed_and_the_job_starts_again_by_itself(short_run, tmp_p
     assert [s["from_step"] for s in read_manifest(tmp_path / "killed")["segments"]] == [0, 2]
     assert pipeline_bytes(tmp_path / "killed") == pipeline_bytes(tmp_path / "unbroken")
     assert metrics_without_times(tmp_path / "killed") == metrics_without_times(tmp_path / "unbroken")
-    for name in ("denoiser.safetensors", "ema.safetensors", "optimizer.bin"):
+    for name in ("denoiser.safetensors", "ema.safetensors", "optimizer.safetensors"):
         paths = [tmp_path / folder / "checkpoint-6" / name for folder in ("killed", "unbroken")]
         assert os.path.exists(paths[0]) and paths[0].read_bytes() == paths[1].read_bytes(), name
