@@ -68,13 +68,14 @@ def largest_of_all(*numbers: int, device: torch.device | str) -> list[int]:
     return values.tolist()
 
 
-def share_out(accelerator: Accelerator, number: int, batch_size: int) -> list[range]:
-    """The batches of this process's share of `number` things, as their numbers: each process has batches of the same
-    sizes, because all take part in each forward pass of a model whose weights are shared out. So some numbers may be
-    beyond the last; what is made for them, of any thing, is to be dropped."""
+def share_out(accelerator: Accelerator, number: int, batch_size: int) -> list[tuple[list[int], int]]:
+    """The batches of this process's share of `number` things: their numbers, and how many of these count. Each process
+    has batches of the same sizes, because all take part in each forward pass of a model whose weights are shared out;
+    where there are not as many things, the last one fills up, and what is made for it then is to be dropped."""
     processes = accelerator.num_processes
     mine = range(accelerator.process_index, -(-number // processes) * processes, processes)
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return [([min(i, number - 1) for i in batch], sum(i < number for i in batch)) for batch in batches]
 
 
 def this_process() -> dict[str, Any]:

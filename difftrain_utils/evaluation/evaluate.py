@@ -73,8 +73,9 @@ class Evaluation:
         """The images of all evaluation prompts, of which each process makes its share."""
         evaluation, resolution, made = self.config.evaluation, self.config.data.resolution, []
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
-        for share in progress(batches, len(batches), "Drawing, batches"):
-            prompts = [evaluation.prompts[min(i, len(evaluation.prompts) - 1)] for i in share]
-            made += zip(share, generate(self.family, denoiser, evaluation, resolution, prompts, share), strict=True)
+        for keys, num_kept in progress(batches, len(batches), "Drawing, batches"):
+            prompts = [evaluation.prompts[i] for i in keys]
+            drawn = generate(self.family, denoiser, evaluation, resolution, prompts, keys)
+            made += list(zip(keys, drawn, strict=True))[:num_kept]
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

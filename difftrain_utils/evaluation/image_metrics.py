@@ -65,9 +65,7 @@ def image_metrics(
     """
     evaluation, batches = config.evaluation, []
     shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
-    for share in progress(shares, len(shares), "Drawing for metrics, batches"):
-        keys = [min(key, evaluation.num_metric_images - 1) for key in share]
-        num_kept = sum(key < evaluation.num_metric_images for key in share)
+    for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
         held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
         captions = [captions[0] for _, captions, _ in held_out]
         images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)

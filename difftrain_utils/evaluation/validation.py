@@ -38,8 +38,7 @@ def validation_losses(
     evaluation, schedule = config.evaluation, family.schedule
     found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
     batches = share_out(accelerator, len(found), evaluation.batch_size)
-    for share in progress(batches, len(batches), "Validating, batches"):
-        keys = [min(key, len(found) - 1) for key in share]
+    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
         held_out = [read_row_or_substitute(rows, j % len(rows), config.data, evaluation.seed, j) for j in keys]
         pixel_values, crops = zip(*(to_square(image, config.data) for image, _, _ in held_out), strict=True)
         batch = {
@@ -61,7 +60,6 @@ def validation_losses(
             losses *= scale_masks(masks.to(accelerator.device), losses.shape[-2:])
         losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
-        num_kept = sum(key < len(found) for key in share)
         found[keys[:num_kept]] = losses[:num_kept]
     return accelerator.reduce(found, "sum").cpu()
 

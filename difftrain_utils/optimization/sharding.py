@@ -204,7 +204,7 @@ def wholes(accelerator: Accelerator, tensors: Mapping[str, torch.Tensor]) -> dic
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of this process's shares."""
+    """Of tensors, of those that are shared out of this process's shares."""
     return sum(share_of(tensor, True).values.nbytes for tensor in tensors)
 
 

@@ -4,7 +4,7 @@
 optimizer and of each average of weights (`saved_tensors`), the rest of the optimizer in `optimizer.json`,
 `training_state.json`, and the record of the run that it is from. It is written aside, with the digests of its files in
 `SHA256SUMS` last, and renamed when all of it is on the disk. There is no random state in it, because keyed samples need
-none, and nothing that is unpickled."""
+none, and nothing whose loading runs code: accelerate's files are read with `weights_only`."""
 
 import dataclasses
 import json
@@ -36,7 +36,6 @@ from difftrain_utils.files import (
     replace_folder,
     sha256sums,
     sync,
-    sync_all,
     write_file,
 )
 from difftrain_utils.keyed_random import STREAM_VERSION
@@ -117,7 +116,7 @@ class Checkpoint:
         parts: Parts,
         in_background: bool = False,
     ):
-        self.accelerator, self.output_dir, self.step = accelerator, output_dir, step
+        self.accelerator, self.output_dir = accelerator, output_dir
         self.folder = output_dir / checkpoint_name(step)
         self.partial = self.folder.with_name(self.folder.name + PARTIAL)
         self.failure: str | None = None
@@ -196,8 +195,7 @@ class Checkpoint:
             index = merge_indices(indices)
             (self.partial / INDEX_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
         (self.partial / DIGESTS_FILE).write_text(sha256sums(self.partial, digests), encoding="utf-8")
-        sync_all(self.partial)
-        replace_folder(self.partial, folder=self.folder)
+        replace_folder(self.partial, self.folder)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, parts: Parts) -> None:

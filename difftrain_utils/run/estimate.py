@@ -10,8 +10,9 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, read_bytes
 from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
+from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
-from difftrain_utils.run.memory import Planner, num_bytes
+from difftrain_utils.run.memory import Planner
 
 FULL = 0.9  # of a GPU's memory; the rest is for what is not counted
 MEASURED_ROWS = 500  # for the mean size of an image

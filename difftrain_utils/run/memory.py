@@ -5,7 +5,7 @@ import importlib.util
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -22,7 +22,7 @@ from difftrain_utils.errors import InputError, one_line, shorten
 from difftrain_utils.families.family import Conditioning, Family
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
-from difftrain_utils.optimization.sharding import units_of
+from difftrain_utils.optimization.sharding import num_bytes, units_of
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
 from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
 from difftrain_utils.run.flops import flops_of_shapes, without_checkpointing
@@ -468,7 +468,3 @@ def state_per_element(cls: type[torch.optim.Optimizer], init_args: dict[str, Any
         if isinstance(value, torch.Tensor) and value.numel() > 1:  # one counts the steps
             sizes[value.dtype] += value.nbytes / weight.numel()
     return sizes
-
-
-def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

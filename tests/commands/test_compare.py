@@ -656,11 +656,14 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     assert [run.name for run in load_runs(folders[1:])] == ["0", "1"]
 
 
-def test_starts_without_torch_and_reports_errors_in_one_line(tmp_path):
-    code = "import sys, difftrain_utils.commands.compare as c; c.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_starts_without_torch_and_reports_errors_in_one_line(tmp_path, command):
+    code = (
+        f"import sys, difftrain_utils.commands.{command} as c; c.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
     run, html = str(write_run(tmp_path / "a")), str(tmp_path / "report.html")
     assert subprocess.run([sys.executable, "-c", code, run, "--output", html]).returncode == 0
-    done = difftrain("compare", str(tmp_path / "nowhere"))
+    done = difftrain(command, str(tmp_path / "nowhere"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 

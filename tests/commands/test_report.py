@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from hashlib import sha256
@@ -12,7 +11,6 @@ from http.client import HTTPConnection
 
 import numpy as np
 import pytest
-from helpers import difftrain
 from PIL import Image
 from test_compare import seeds, write_run
 
@@ -227,12 +225,3 @@ def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=f"^{message}$"):
         main(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_starts_without_torch_and_reports_errors_in_one_line(tmp_path):
-    code = "import sys, difftrain_utils.commands.report as r; r.main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    run, html = str(write_run(tmp_path / "a")), str(tmp_path / "report.html")
-    assert subprocess.run([sys.executable, "-c", code, run, "--output", html]).returncode == 0
-    done = difftrain("report", str(tmp_path / "nowhere"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
