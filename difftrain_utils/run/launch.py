@@ -27,7 +27,7 @@ from difftrain_utils.errors import InputError, blame, not_installed
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.lock import lock_used_folder
-from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32
+from difftrain_utils.run.machine import check_compile, keep_freed_memory, set_deterministic, set_tf32, use_onednn
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.rendezvous import init_method
 from difftrain_utils.run.run_folder import TRACKERS
@@ -90,6 +90,7 @@ def launch(config: Config) -> Accelerator:
     check_compile(train, accelerator.device)
     set_tf32(train, accelerator.device)
     if accelerator.device.type == "cpu":
+        use_onednn(train)
         keep_freed_memory()
     return accelerator
 
