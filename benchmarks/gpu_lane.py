@@ -200,7 +200,7 @@ def main() -> None:
         "tests": lambda: check_tests(lane),
         "speed": lambda: measure_speed(lane, SPEED_SHARE * args.minutes, args.dry_run),
         "exactness": lambda: check_exactness(lane, 10 if args.dry_run else 60),
-        "quickstart": lambda: check_quickstart(lane, 20 if args.dry_run else 1600),
+        "quickstart": lambda: check_quickstart(lane, 20 if args.dry_run else 2000),
     }
     for name, part in parts.items():
         print(f"{name} …", flush=True)

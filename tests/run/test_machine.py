@@ -1,6 +1,9 @@
 """Options that make a step faster: the same training to rounding, exact resume, and no trace in what is saved."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +31,9 @@ from difftrain_utils.devices import seed_device
 from difftrain_utils.errors import InputError, one_line_errors
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.run import machine
 from difftrain_utils.run.checkpoints import FREE_FIELDS
-from difftrain_utils.run.machine import check_compile, set_tf32
+from difftrain_utils.run.machine import check_compile, set_tf32, use_onednn
 
 EVALUATION = {
     "evaluation.prompts": ["a red circle", "a blue square", "a green square"],
@@ -162,6 +166,45 @@ def test_tf32_needs_a_gpu_that_has_it(short_run, tmp_path, monkeypatch):
         set_tf32(TrainConfig(tf32=on), gpu)
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is on
     torch.backends.cudnn.allow_tf32 = True  # as it was
+
+
+def test_onednn_multiplies_where_it_keeps_float32(monkeypatch):
+    plain, multiplies = TrainConfig(plain_attention=True), machine._multiplies_in_float32
+    cases = [
+        ("medium", plain, {"avx512_f": True, "amx_tile": False}, True),
+        ("highest", TrainConfig(), {"avx512_f": True, "amx_tile": False}, True),
+        ("highest", plain, {"avx512_f": True, "amx_tile": True}, True),
+        ("highest", plain, {"avx2": True}, True),
+        ("highest", plain, {"avx512_f": True, "amx_tile": False}, False),
+    ]
+    for precision, config, capabilities, is_exact in cases:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        monkeypatch.setattr(machine, "_multiplies_in_float32", lambda exact=is_exact: exact)
+        use_onednn(config)
+        assert torch.get_float32_matmul_precision() == precision
+    assert multiplies()
+    rounded = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: rounded(a.bfloat16().to(a) if a.dtype == torch.float32 else a, b)
+    )
+    assert not multiplies()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_freed_memory_lies_on_huge_pages():
+    code = """
+import torch
+from difftrain_utils.run.machine import keep_freed_memory
+keep_freed_memory()
+there = torch.ones(2**24).data_ptr() + 2**25  # its middle
+for line in open("/proc/self/smaps"):
+    if line[0].isdigit() or line[0] in "abcdef":
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    elif line.startswith("VmFlags") and first <= there < last:
+        print(line)
+"""
+    flags = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hg" in flags  # what madvise(MADV_HUGEPAGE) leaves
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
