@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name
 from difftrain_utils.optimization.sharding import is_sharded
@@ -63,13 +64,15 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
     total = sum(p.numel() for p in weights)
     share = f"{count(trained)} of {count(total)}" if trained < total else f"all {count(total)}"
     of = f"parameters of {' and '.join(named)} are trained"
-    name = f"{config.model.pretrained_model_name_or_path} ({family.pipeline_class.__name__})"
+    name = f"{config.model.pretrained_model_name_or_path} ({family.class_name})"
     return ", ".join([f"{name}: {share} {of}", *how])
 
 
 def _data(data: Data, config: Config) -> str:
     section = config.data
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
+    if isinstance(config.model, TextModelConfig):
+        return f"{', '.join(map(str, names))}: {len(data.rows)} texts, samples of {section.sequence_length} tokens"
     images = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} images"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
     one_size = f"{section.resolution}x{section.resolution} pixels"
