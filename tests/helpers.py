@@ -25,6 +25,8 @@ from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, Rows, SourceRows
 from difftrain_utils.errors import one_line_errors
+from difftrain_utils.media.captions import captions_of
+from difftrain_utils.media.image import read_image
 from difftrain_utils.run import lock
 from difftrain_utils.run.metrics import TIMES
 
@@ -87,6 +89,12 @@ def as_rows(data: datasets.Dataset) -> MappedRows:
     """A data set with the columns image and text as the rows of a run."""
     data = data.cast_column("image", datasets.Image(decode=False))
     return MappedRows([SourceRows(data, SourceConfig("memory"))])
+
+
+def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
+    """The decoded image and the captions of a row."""
+    row = rows[index]
+    return read_image(row), captions_of(row.captions, row.name)
 
 
 def data_of(rows: Rows, seed: int = 0, batch_size: int = 1, buckets: Buckets | None = None) -> Data:

@@ -274,7 +274,7 @@ def arrange(pictures: list[Picture], output: Path) -> list[Grid]:
 
 def save_grids(images: dict[Picture, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
-    from difftrain_utils.evaluation.grids import labelled_grid, labelled_table
+    from difftrain_utils.media.grids import labelled_grid, labelled_table
 
     for grid in grids:
         made = [images[picture] for picture in grid.pictures]

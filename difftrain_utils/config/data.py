@@ -187,6 +187,11 @@ class DataConfig:
         """Whether samples have other tags than their captions."""
         return self.shuffle_tags or self.tag_dropout > 0
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether the model is told any."""
+        return self.caption_dropout < 1
+
     def check_sources(self, require: Require) -> None:
         """The rules of `dataset`, `sources` and their columns."""
         require(self.dataset != "", "dataset", "must not be empty")

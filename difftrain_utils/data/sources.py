@@ -18,6 +18,7 @@ from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
+from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
 VALIDATION = "data.validation_dataset"
@@ -49,13 +50,14 @@ def field_of(source: str, name: str) -> str:
     return f"{source}.{name}"
 
 
-def caption_columns(source: SourceConfig) -> list[str]:
-    """`caption_column` as a list."""
-    return [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
+def text_columns(source: SourceConfig) -> list[tuple[str, str]]:
+    """The columns of text that a source names, each with the field that does."""
+    found = [(getattr(source, field), field) for field in media_of(source).TEXT_COLUMNS]
+    return [(name, field) for names, field in found for name in ([names] if isinstance(names, str) else names or [])]
 
 
 def open_source(field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
-    """The images, undecoded ({"bytes", "path"}), and the captions of a source, mapped into memory.
+    """The rows of a source, files in them undecoded ({"bytes", "path"}), mapped into memory.
 
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
@@ -79,7 +81,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
                 data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
-        raise InputError(f"{field_of(field, 'dataset')}: {name} has no images")
+        raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
     if photos is not None:
         check_photo_captions(data, field, source, config)
     return used_columns(data, source)
@@ -181,7 +183,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
     """Raise InputError if photos have no caption, unless such rows are skipped and others have one."""
-    captions = zip(*(data[column] for column in caption_columns(source)), strict=True)
+    captions = zip(*(data[column] for column, _ in text_columns(source)), strict=True)
     missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
     is_fine = not missing or (config.on_bad_row == "skip" and len(missing) < len(data))
     if source.default_caption is not None or is_fine:
@@ -198,15 +200,15 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
     """Raise InputError unless the columns are there, and those of images and masks hold images."""
     name, columns = source.dataset, data.column_names
-    of_images = [(getattr(source, name), name) for name in ("image_column", "mask_column") if getattr(source, name)]
-    for column, asked_by in (*of_images, *((c, "caption_column") for c in caption_columns(source))):
+    of_files = [(column, name) for name in media_of(source).COLUMNS if (column := getattr(source, name))]
+    for column, asked_by in of_files + text_columns(source):
         # what nobody has asked for need not be there if there is another caption for all
         has_default = column == SourceConfig.caption_column and source.default_caption is not None
         if find_column(data, column) is None and not (asked_by == "caption_column" and has_default):
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
-    for column, asked_by in of_images:
+    for column, asked_by in of_files:
         feature = data.features.get(column)
         is_bytes = feature == datasets.Value("binary") or (
             isinstance(feature, dict) and set(feature) == {"bytes", "path"}
@@ -218,11 +220,11 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
 
 
 def used_columns(data, source: SourceConfig):
-    """A data set of the images and masks, undecoded, and the captions: other columns would be read with each row."""
-    of_images = [column for column in (source.image_column, source.mask_column) if column]
-    used = dict.fromkeys([*of_images, *(path[0] for path, _ in caption_features(data, source))])
+    """A data set of the columns that a source names, files undecoded: other columns would be read with each row."""
+    of_files = [column for name in media_of(source).COLUMNS if (column := getattr(source, name))]
+    used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source))])
     data = data.select_columns(list(used))
-    for column in of_images:
+    for column in of_files:
         data = data.cast_column(column, datasets.Image(decode=False))
     return data
 
@@ -239,10 +241,10 @@ def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
     return path
 
 
-def caption_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
-    """The path to each caption column that is there (`find_column`), and what `datasets` says that it holds."""
+def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
+    """The path to each column of text that is there (`find_column`), and what `datasets` says that it holds."""
     found = []
-    for path in filter(None, (find_column(data, column) for column in caption_columns(source))):
+    for path in filter(None, (find_column(data, column) for column, _ in text_columns(source))):
         feature = data.features
         for part in path:
             feature = feature[part]
@@ -322,9 +324,9 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
     for name in files_of(row, source):
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
             raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
-    has_caption = any(column in row or column.split(".")[0] in row for column in caption_columns(source))
+    has_caption = any(column in row or column.split(".")[0] in row for column, _ in text_columns(source))
     if not has_caption and source.default_caption is None:
-        columns = " or ".join(map(repr, caption_columns(source)))
+        columns = " or ".join(repr(column) for column, _ in text_columns(source))
         raise InputError(
             f"{field_of(field, 'caption_column')}: no {columns} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"

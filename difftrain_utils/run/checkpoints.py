@@ -39,6 +39,7 @@ from difftrain_utils.files import (
     write_file,
 )
 from difftrain_utils.keyed_random import STREAM_VERSION
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.averages import AVERAGES, build_averages
 from difftrain_utils.optimization.sharding import is_sharded, like_share
 from difftrain_utils.optimization.trained import saved_state, trained_parameters
@@ -406,13 +407,15 @@ def check_origin(folder: Path, record: Record, config: Config) -> None:
     is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
     with blame(f"train.resume_from: {folder / MANIFEST_FILE}", OSError, ValueError):
         saved, now = read_manifest(folder), record.manifest
+    media = media_of(config.data)
+    rows = f"the training {media.NOUN}{' or captions' if media.HAS_CAPTIONS else ''}"
     for what, was, value in (
         (
             "model.pretrained_model_name_or_path: the weights",
             saved["base_model"]["sha256"],
             now["base_model"]["sha256"],
         ),
-        ("data.dataset: the training images or captions", saved["data"].get("train"), now["data"].get("train")),
+        (f"data.dataset: {rows}", saved["data"].get("train"), now["data"].get("train")),
     ):
         differing = sorted(key for key in was if was[key] != value.get(key) and key != "dataset")
         if differing and was.get("streaming") == value.get("streaming"):  # a stream's digest is of its files

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.sharding import is_sharded
 from difftrain_utils.run.memory import summarise_memory
 from difftrain_utils.run.run_folder import step_of
@@ -69,16 +69,14 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
 
 
 def _data(data: Data, config: Config) -> str:
-    section = config.data
+    section, media = config.data, media_of(config.data)
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
-    if isinstance(config.model, TextModelConfig):
-        return f"{', '.join(map(str, names))}: {len(data.rows)} texts, samples of {section.sequence_length} tokens"
-    images = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} images"
+    rows = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} {media.NOUN}"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
-    one_size = f"{section.resolution}x{section.resolution} pixels"
+    one_size = media.describe_size(section)
     size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"
-    cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}")]
-    return f"{', '.join(map(str, names))}: {images}{held_out}, {size}" + (
+    cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}", False)]
+    return f"{', '.join(map(str, names))}: {rows}{held_out}, {size}" + (
         f"; cached: {' and '.join(cached)}" if cached else ""
     )
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import datasets
 
-from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 
@@ -49,3 +49,27 @@ def draw_tags(caption: str, config: DataConfig, seed: int, k: int) -> str:
 def complete(caption: str, config: DataConfig) -> str:
     """A caption between `data.caption_prefix` and `data.caption_suffix`, as the model is told it."""
     return config.caption_prefix + caption + config.caption_suffix
+
+
+def follow(row: dict[str, Any], path: str | list[str]) -> Any:
+    """What a row has at the path to a column (`find_column`, or a dotted name); None where it has nothing."""
+    if isinstance(path, str):
+        path = [path] if path in row else path.split(".")
+    value: Any = row
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: SourceConfig) -> Any:
+    """A row's captions, in the columns of `text_features`."""
+    return join_captions([label_text(follow(row, path), feature) for path, feature in columns], source)
+
+
+def join_captions(values: list[Any], source: SourceConfig) -> Any:
+    """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
+    caption if there are none."""
+    captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
+    if len(values) == 1:
+        captions = values[0]
+    return source.default_caption if captions in (None, []) and source.default_caption is not None else captions

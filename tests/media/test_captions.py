@@ -5,7 +5,7 @@ import pytest
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.errors import RowError
-from difftrain_utils.media.text import captions_of, complete, draw_tags, label_text
+from difftrain_utils.media.captions import captions_of, complete, draw_tags, label_text
 
 
 def test_a_string_is_one_caption_and_a_list_several():
