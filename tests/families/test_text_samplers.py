@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difftrain_utils.builtins.brackets import MASK, log_posterior, num_words, to_tokens, to_words, word_at
-from difftrain_utils.families.text_samplers import sample_tokens
+from difftrain_utils.families.text_samplers import _draw, sample_tokens
 
 NUM_PAIRS, LENGTH = 2, 4
 WORDS = [word_at(i, NUM_PAIRS) for i in range(num_words(NUM_PAIRS))]
@@ -52,6 +52,12 @@ def test_a_temperature_of_0_takes_the_likeliest_token_and_a_low_one_nearly_alway
     for temperature, share in ((1.0, 0.6), (0.5, 0.36 / (0.36 + 0.09 + 0.0036 + 0.0016)), (0.01, 1.0)):
         found = "".join(sample(lambda tokens: scores, start=start, temperature=temperature, sampler="ancestral"))
         assert found.count("(") / len(found) == pytest.approx(share, abs=0.04)
+
+
+def test_what_cannot_be_is_never_drawn():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(1, 4, -1)
+    draws = torch.tensor([[0.0, 0.4999, 0.5, 1 - 2**-24]])
+    assert _draw(logits, draws, 1.0).tolist() == [[1, 1, 3, 3]]
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "confidence"])

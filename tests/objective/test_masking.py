@@ -113,6 +113,8 @@ def test_only_masked_tokens_count_and_a_prompt_is_never_masked(fields):
     fractions = mask_fractions(config, 0, range(n), 200)
     noisy_tokens, masked = mask_tokens(config, tokens, maskable, fractions, 0, range(n), MASK)
     assert not (masked & ~maskable).any() and 0.3 < masked.sum() / maskable.sum() < 0.8
+    if config.estimator == "count":
+        assert torch.equal(masked.sum(1), (fractions * maskable.sum(1)).ceil().long())
     assert torch.equal(noisy_tokens == MASK, masked) and torch.equal(noisy_tokens[~masked], tokens[~masked])
     logits = predict(noisy_tokens).clone().requires_grad_()
     losses = masked_losses(config, logits, tokens, masked, maskable, fractions, MASK)
