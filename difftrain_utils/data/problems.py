@@ -17,11 +17,10 @@ from difftrain_utils.data.sources import (
     open_source,
     photo_folder,
     read_metadata_line,
-    text_columns,
 )
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.captions import captions_of, complete, follow, join_captions, label_text
-from difftrain_utils.media.image import Row, mask_in
+from difftrain_utils.media.image import Row, mask_in, text_columns
 from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import progress
 

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.sources import (
@@ -182,7 +182,7 @@ class MappedRows(Sequence):
         """
         digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits())).encode())
         for part in self.parts:
-            columns = [getattr(part.source, name) for name in OF_A_SOURCE]
+            columns = [getattr(part.source, name) for name in part.source.of_data()]
             files = [stamp(file["filename"]) for file in part.data.cache_files]
             digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
             digest.update(b"all" if part.indices is None else part.indices.tobytes())

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
-from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
@@ -40,7 +40,7 @@ def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
 
 
 def _source(dataset: str, config: DataConfig) -> SourceConfig:
-    return SourceConfig(dataset, **{name: getattr(config, name) for name in OF_A_SOURCE})
+    return config.SOURCE(dataset, **{name: getattr(config, name) for name in config.SOURCE.of_data()})
 
 
 def field_of(source: str, name: str) -> str:
@@ -48,12 +48,6 @@ def field_of(source: str, name: str) -> str:
     if source == VALIDATION:
         return VALIDATION if name == "dataset" else f"data.{name}"
     return f"{source}.{name}"
-
-
-def text_columns(source: SourceConfig) -> list[tuple[str, str]]:
-    """The columns of text that a source names, each with the field that does."""
-    found = [(getattr(source, field), field) for field in media_of(source).TEXT_COLUMNS]
-    return [(name, field) for names, field in found for name in ([names] if isinstance(names, str) else names or [])]
 
 
 def open_source(field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
@@ -183,7 +177,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
     """Raise InputError if photos have no caption, unless such rows are skipped and others have one."""
-    captions = zip(*(data[column] for column, _ in text_columns(source)), strict=True)
+    captions = zip(*(data[column] for column, _ in media_of(source).text_columns(source)), strict=True)
     missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
     is_fine = not missing or (config.on_bad_row == "skip" and len(missing) < len(data))
     if source.default_caption is not None or is_fine:
@@ -200,8 +194,8 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
     """Raise InputError unless the columns are there, and those of images and masks hold images."""
     name, columns = source.dataset, data.column_names
-    of_files = [(column, name) for name in media_of(source).COLUMNS if (column := getattr(source, name))]
-    for column, asked_by in of_files + text_columns(source):
+    media, of_files = media_of(source), media_of(source).file_columns(source)
+    for column, asked_by in of_files + media.text_columns(source):
         # what nobody has asked for need not be there if there is another caption for all
         has_default = column == SourceConfig.caption_column and source.default_caption is not None
         if find_column(data, column) is None and not (asked_by == "caption_column" and has_default):
@@ -221,7 +215,7 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
 
 def used_columns(data, source: SourceConfig):
     """A data set of the columns that a source names, files undecoded: other columns would be read with each row."""
-    of_files = [column for name in media_of(source).COLUMNS if (column := getattr(source, name))]
+    of_files = [column for column, _ in media_of(source).file_columns(source)]
     used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source))])
     data = data.select_columns(list(used))
     for column in of_files:
@@ -244,7 +238,7 @@ def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
 def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
     """The path to each column of text that is there (`find_column`), and what `datasets` says that it holds."""
     found = []
-    for path in filter(None, (find_column(data, column) for column, _ in text_columns(source))):
+    for path in filter(None, (find_column(data, column) for column, _ in media_of(source).text_columns(source))):
         feature = data.features
         for part in path:
             feature = feature[part]
@@ -324,11 +318,10 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
     for name in files_of(row, source):
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
             raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
-    has_caption = any(column in row or column.split(".")[0] in row for column, _ in text_columns(source))
-    if not has_caption and source.default_caption is None:
-        columns = " or ".join(repr(column) for column, _ in text_columns(source))
+    columns = [column for column, _ in media_of(source).text_columns(source)]
+    if not any(column in row or column.split(".")[0] in row for column in columns) and source.default_caption is None:
         raise InputError(
-            f"{field_of(field, 'caption_column')}: no {columns} in {line_name}; "
+            f"{field_of(field, 'caption_column')}: no {' or '.join(map(repr, columns))} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
     return row

@@ -31,7 +31,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
 NOUN, HAS_CAPTIONS = "images", True
-COLUMNS, TEXT_COLUMNS = ("image_column", "mask_column"), ("caption_column",)
 
 
 class Row(NamedTuple):
@@ -42,6 +41,16 @@ class Row(NamedTuple):
     image: dict[str, Any] | None
     captions: Any
     mask: dict[str, Any] | None = None
+
+
+def file_columns(source: SourceConfig) -> list[tuple[str, str]]:
+    columns = [(source.image_column, "image_column"), (source.mask_column, "mask_column")]
+    return [(column, field) for column, field in columns if column]
+
+
+def text_columns(source: SourceConfig) -> list[tuple[str, str]]:
+    columns = [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
+    return [(column, "caption_column") for column in columns]
 
 
 def row_of(content: dict[str, Any], name: str, source: SourceConfig, texts: list[tuple[list[str], Any]]) -> Row:

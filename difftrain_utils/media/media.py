@@ -23,12 +23,14 @@ class Media(Protocol):
     """What rows are called, in the plural."""
     HAS_CAPTIONS: bool
     """Whether rows have captions, which models are told."""
-    COLUMNS: tuple[str, ...]
-    """The fields of a source that name columns of undecoded files."""
-    TEXT_COLUMNS: tuple[str, ...]
-    """The fields of a source that name columns of text."""
     MIDDLE: Any
     """The place that caches and evaluations take."""
+
+    def file_columns(self, source: SourceConfig) -> list[tuple[str, str]]:
+        """The columns of undecoded files that a source names, each with the field that does."""
+
+    def text_columns(self, source: SourceConfig) -> list[tuple[str, str]]:
+        """Those of text."""
 
     def row_of(self, content: dict[str, Any], name: str, source: SourceConfig, texts: list) -> Row:
         """A row out of its columns, those of text as `text_features` has found them; `name`, if it has no better."""

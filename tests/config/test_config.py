@@ -11,6 +11,7 @@ from helpers import ROOT, options, parse_config, train
 from difftrain_utils.config.command_line import field_names
 from difftrain_utils.config.config import RENAMED
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.help import describe, sections
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
@@ -304,20 +305,14 @@ def test_help_explains_every_field(capsys):
         with pytest.raises(SystemExit):
             parse_config(["--help", *topic])
     output = " ".join(capsys.readouterr().out.split())
-    for section in dataclasses.fields(TextToImageConfig):
-        assert all(f"--{section.name}.{f.name}" in output for f in dataclasses.fields(section.type))
-    files = [ast.parse(path.read_text()) for path in (ROOT / "difftrain_utils/config").glob("*.py")]
-    classes = [node for file in files for node in file.body if isinstance(node, ast.ClassDef)]
-    for cls in (node for node in classes if node.name.endswith("Config") and not node.bases and node.name != "Config"):
-        documented = [n for n in cls.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-        fields = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
-        assert len(documented) == len(fields) + 1, cls.name  # the class and each field
-        if cls.name == "SourceConfig":  # explained by data.sources
-            source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
-            assert all(f"{f.target.id}: " in source_help for f in fields)
-            continue
-        for docstring in documented:
-            assert " ".join(docstring.value.value.split())[:40].rstrip(".") in output
+    described = sections(TextToImageConfig) | {"data.sources": describe("data.sources", SourceConfig)}
+    assert all(field.text for _, fields in described.values() for field in fields)
+    _, of_a_source = described.pop("data.sources")  # explained by data.sources
+    source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
+    assert all(f"{field.name.rpartition('.')[2]}: " in source_help for field in of_a_source)
+    for title, fields in described.values():
+        assert all(f"--{field.name}" in output for field in fields)
+        assert all(text[:40].rstrip(".") in output for text in (title, *(field.text for field in fields)))
 
 
 def test_print_config_prints_yaml(capsys):
