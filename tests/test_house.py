@@ -19,8 +19,8 @@ RULERS = {
     "The stream of samples, from the first one that this run has not seen": False,
     "One step: the gradient of a batch, in parts": False,
     "The update": True,
-    "Now and then: metrics, pictures, a checkpoint": True,
-    "What the run is for: a pipeline that plain diffusers loads": True,
+    "Now and then: metrics, samples, a checkpoint": True,
+    "What the run is for: a model that plain libraries load": True,
 }
 CHECKED = "Model and data. What is wrong with the input shows here, before anything is written"
 

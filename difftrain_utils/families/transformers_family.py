@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame
 from difftrain_utils.families.diffusers_family import refuse_incomplete
 from difftrain_utils.families.family import Weights
 from difftrain_utils.families.lora import base_state, has_adapters, save_peft_adapters, with_trained
+from difftrain_utils.families.text_samplers import sample_tokens
 from difftrain_utils.files import tensors_digest, text_digest
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.optimization.trained import is_trained_whole
@@ -179,7 +181,20 @@ class TransformersFamily:
         block_length: int | None,
         generators: Sequence[torch.Generator],
     ) -> list[str]:
-        raise NotImplementedError  # until there are samplers
+        starts = [self.tokenizer(prompt, add_special_tokens=False).input_ids[:length] for prompt in prompts]
+        rows = [start + [self.mask_token_id] * (length - len(start)) for start in starts]
+        tokens = torch.tensor(rows, device=self.device)
+        predict = partial(self.predict, denoiser, attention_mask=torch.ones_like(tokens, dtype=torch.bool))
+        how = {"num_inference_steps": num_inference_steps, "temperature": temperature, "block_length": block_length}
+        found = sample_tokens(predict, tokens, self.mask_token_id, generators, sampler=sampler, **how)
+        pairs = zip(starts, found.tolist(), strict=True)
+        return [self.text_of(start, row[len(start) :]) for start, row in pairs]
+
+    def text_of(self, start: list[int], tokens: list[int]) -> str:
+        """The text of a prompt's tokens and those after it, up to the first that ends a text."""
+        end = self.tokenizer.eos_token_id
+        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        return self.tokenizer.decode(start + tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     # ── What is left of a run ────────────────────────────────────────────────────────────────────────────────
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:

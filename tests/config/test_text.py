@@ -1,0 +1,41 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.help import sections
+from difftrain_utils.config.text import TextConfig
+from difftrain_utils.errors import InputError
+
+REQUIRED = ["--model.pretrained_model_name_or_path", "builtin:tiny-modernbert", "--data.dataset", "builtin:brackets"]
+
+
+def test_each_field_is_explained():
+    fields = [field for _, of_section in sections(TextConfig).values() for field in of_section]
+    assert len(fields) > 100 and all(field.text for field in fields)
+
+
+def test_what_it_prints_it_reads():
+    config = parse_config(TextConfig, [*REQUIRED, "--model.lora.rank", "4", "--masking.estimator", "time"])
+    assert config.model.lora.rank == 4 and config.train.max_steps == 1000
+    assert yaml.safe_load(config.to_yaml()) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--masking.antithetic", "true", "--train.batch_size", "3"], "masking.antithetic: needs an even train.batch"),
+        (["--evaluation.length", "200"], "evaluation.length: must be at most data.sequence_length, which is 128, got"),
+        (["--evaluation.block_length", "48"], "evaluation.block_length: must divide the length of a text, which is "),
+        (["--train.group_size", "4"], "train.group_size: is of images"),
+        (["--train.keep_best", "valid"], "train.keep_best: needs evaluation.judge and evaluation.num_samples, and "),
+        (["--train.keep_best", "fid"], "train.keep_best: needs another script: here it is one of validation_loss, "),
+        (["--train.max_steps", "5", "--data.epochs", "2"], "data.epochs: is train.max_steps in other words"),
+        (["--data.resolution", "64"], "--data.resolution: no such field"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+    with pytest.raises(InputError) as error:
+        parse_config(TextConfig, [*REQUIRED, *fields])
+    assert str(error.value).startswith(message)
