@@ -79,8 +79,9 @@ class TextConfig(Config):
         requires["masking"](is_even, "antithetic", f"needs an even train.batch_size (it is {train.batch_size})")
         require, length = requires["evaluation"], evaluation.length or longest
         require(length <= longest, "length", f"must be at most data.sequence_length, which is {longest}")
-        divides = evaluation.block_length is None or length % evaluation.block_length == 0
-        require(divides, "block_length", f"must divide the length of a text, which is {length}")
+        num_blocks = -(-length // (evaluation.block_length or length))
+        rule = f"must be at least 1 for each of {num_blocks} blocks of {evaluation.block_length} of {length} tokens"
+        require(evaluation.num_inference_steps >= num_blocks, "num_inference_steps", rule)
         held_out, texts = self.data.validation_split or self.data.validation_dataset, "held-out texts"
         best = {
             "validation_loss": (held_out, texts),

@@ -10,9 +10,9 @@ from accelerate.utils import gather_object
 
 from difftrain_utils.builtins import brackets
 from difftrain_utils.config.config import Config
-from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.rows import Rows
 from difftrain_utils.data.samples import read_held_out
-from difftrain_utils.errors import go_on_without
+from difftrain_utils.errors import InputError, go_on_without
 from difftrain_utils.evaluation.nelbo import by_mask_fraction, validation_nelbos
 from difftrain_utils.evaluation.validation import save_validation_losses
 from difftrain_utils.keyed_random import torch_generator_for
@@ -26,10 +26,20 @@ JUDGES = {"brackets": brackets.is_valid}
 
 
 class TextEvaluation:
-    """What is evaluated every `train.eval_every` steps."""
+    """What is evaluated every `train.eval_every` steps.
 
-    def __init__(self, accelerator: Accelerator, family, validation_rows: MappedRows | None, config: Config):
+    Raises:
+        InputError: a prompt leaves no room for its text.
+    """
+
+    def __init__(self, accelerator: Accelerator, family, validation_rows: Rows | None, config: Config):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
+        self.length = config.evaluation.length or config.data.sequence_length
+        for prompt in config.evaluation.prompts:
+            number = len(family.tokenizer(prompt, add_special_tokens=False).input_ids)
+            if number >= self.length:
+                what = f"{prompt!r:.60} has {number} tokens, and with its text {self.length} at most"
+                raise InputError(f"evaluation.prompts: {what} (evaluation.length, data.sequence_length)")
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
         """The line of metrics. All processes call it and share the work out; the page of samples is written by one.
@@ -83,7 +93,7 @@ class TextEvaluation:
             texts = self.family.generate(
                 denoiser,
                 [prompts[i] for i in keys],
-                length=evaluation.length or self.config.data.sequence_length,
+                length=self.length,
                 num_inference_steps=evaluation.num_inference_steps,
                 sampler=evaluation.sampler,
                 temperature=evaluation.temperature,

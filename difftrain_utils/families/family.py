@@ -184,9 +184,12 @@ class TextFamily(Family, Protocol):
     """How many logits a position has: the tokenizer's tokens, and perhaps some that it does not use."""
 
     @classmethod
-    def load(cls, source: str, config: Config, weights: Weights) -> "TextFamily":
+    def load(
+        cls, source: str, config: Config, weights: Weights, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "TextFamily":
         """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser. `weights` are
-        the denoiser's; with "none" it has none and is on the meta device.
+        the denoiser's; with "none" it has none and is on the meta device. A `tokenizer` takes the place of the
+        checkpoint's, for a denoiser of random weights.
 
         Raises:
             InputError: the config or the tokenizer cannot be loaded, no token stands for a masked one, or the model

@@ -7,7 +7,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from difftrain_utils.builtins.checkpoints import BUILTINS, TEXT_BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
@@ -62,9 +62,10 @@ TEXT_FAMILIES: dict[str, type[TextFamily]] = {
 }
 
 
-def load_family(config: Config, has_weights: bool = True) -> Family:
+def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedTokenizerBase | None = None) -> Family:
     """The family of the checkpoint that `model.pretrained_model_name_or_path` names, its frozen parts on the CPU in
-    float32; or without any weights, which then need not be there (`Family.load`).
+    float32; or without any weights, which then need not be there (`Family.load`). Of text, with a `tokenizer` of the
+    run's own, if there is one.
 
     Raises:
         InputError: there is no such checkpoint, a part of it is missing, its family is not known, or its noise
@@ -77,7 +78,7 @@ def load_family(config: Config, has_weights: bool = True) -> Family:
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         if isinstance(config.model, TextModelConfig):
             source, class_name = _find_text(name, config.model.revision)
-            return TEXT_FAMILIES[class_name].load(source, config, weights)
+            return TEXT_FAMILIES[class_name].load(source, config, weights, tokenizer)
         source, model_index = _find(name, config.model.revision)
         family_class = FAMILIES[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:

@@ -62,14 +62,21 @@ class TransformersFamily:
     weight_dtype: torch.dtype = torch.float32
 
     @classmethod
-    def load(cls, source: str, config: Config, weights: Weights) -> "TransformersFamily":
+    def load(
+        cls, source: str, config: Config, weights: Weights, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "TransformersFamily":
         """See `TextFamily`."""
         at = {"revision": config.model.revision}
         own = AutoConfig.from_pretrained(source, attn_implementation="sdpa", **cls.fixed, **at)
-        with blame(f"model.pretrained_model_name_or_path: {source}: tokenizer", *LOAD_ERRORS):
-            tokenizer = AutoTokenizer.from_pretrained(source, **at)
-            if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
-                raise ValueError("there is no fast one (tokenizer.json)")
+        if tokenizer is not None:
+            if weights == "pretrained":
+                raise InputError("data.tokenizer: needs model.train_from_scratch: the weights are for their own tokens")
+            tell_tokens(own, tokenizer)
+        else:
+            with blame(f"model.pretrained_model_name_or_path: {source}: tokenizer", *LOAD_ERRORS):
+                tokenizer = AutoTokenizer.from_pretrained(source, **at)
+                if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+                    raise ValueError("there is no fast one (tokenizer.json)")
         family = cls(
             source,
             config.model.revision,
@@ -181,7 +188,7 @@ class TransformersFamily:
         block_length: int | None,
         generators: Sequence[torch.Generator],
     ) -> list[str]:
-        starts = [self.tokenizer(prompt, add_special_tokens=False).input_ids[:length] for prompt in prompts]
+        starts = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
         rows = [start + [self.mask_token_id] * (length - len(start)) for start in starts]
         tokens = torch.tensor(rows, device=self.device)
         predict = partial(self.predict, denoiser, attention_mask=torch.ones_like(tokens, dtype=torch.bool))
@@ -215,6 +222,14 @@ class TransformersFamily:
         """See `Family`: as `PeftModel.from_pretrained(model, folder)` loads them."""
         self.check_denoiser(denoiser)
         save_peft_adapters(folder, denoiser, self.source)
+
+
+def tell_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the config, in place, that of a model of these tokens."""
+    config.vocab_size = len(tokenizer)
+    for name in ("pad", "bos", "eos", "cls", "sep"):
+        if hasattr(config, f"{name}_token_id"):
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
 
 
 def mask_token_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, token: str | None) -> int:

@@ -27,7 +27,10 @@ def test_what_it_prints_it_reads():
     [
         (["--masking.antithetic", "true", "--train.batch_size", "3"], "masking.antithetic: needs an even train.batch"),
         (["--evaluation.length", "200"], "evaluation.length: must be at most data.sequence_length, which is 128, got"),
-        (["--evaluation.block_length", "48"], "evaluation.block_length: must divide the length of a text, which is "),
+        (
+            ["--evaluation.block_length", "1"],
+            "evaluation.num_inference_steps: must be at least 1 for each of 128 blocks",
+        ),
         (["--train.group_size", "4"], "train.group_size: is of images"),
         (["--train.keep_best", "valid"], "train.keep_best: needs evaluation.judge and evaluation.num_samples, and "),
         (["--train.keep_best", "fid"], "train.keep_best: needs another script: here it is one of validation_loss, "),

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from text_families import LENGTH, LORA, ModelAlone, assert_asked_as_transformers_asks, assert_looks_both_ways, load
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from difftrain_utils.builtins.tiny.parts import text_tokenizer
 from difftrain_utils.config.model import TextModelConfig
@@ -86,6 +87,22 @@ def test_adapters_are_loaded_by_peft_and_merged(name, tmp_path):
         merged = AutoModelForMaskedLM.from_pretrained(tmp_path / "pipeline")
         torch.testing.assert_close(merged(tokens).logits, logits, rtol=1e-4, atol=1e-4)
         assert (family.predict(family.load_denoiser().eval(), tokens, attention_mask) - logits).abs().max() > 0.01
+
+
+def test_it_may_have_a_tokenizer_of_the_runs_own(bert_folder, tmp_path):
+    names = ["[PAD]", "[MASK]", "[EOS]", "a", "b"]
+    content = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, "[EOS]"))
+    special = {"pad_token": "[PAD]", "mask_token": "[MASK]", "eos_token": "[EOS]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=content, **special)
+    with pytest.raises(InputError, match=r"^data.tokenizer: needs model.train_from_scratch"):
+        load(str(bert_folder), tokenizer)
+    for name, model in ((MODERNBERT, {}), (str(bert_folder), {"train_from_scratch": True})):
+        family, denoiser = load(name, tokenizer, **model)
+        assert family.vocab_size == 5 and family.mask_token_id == 1
+        family.save_pipeline(tmp_path, denoiser)
+        again, config = load(str(tmp_path))[0], AutoModelForMaskedLM.from_pretrained(tmp_path).config
+        assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert (config.vocab_size, config.pad_token_id, config.eos_token_id, config.bos_token_id) == (5, 0, 2, None)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(bert_folder):

@@ -23,10 +23,10 @@ class ModelAlone(Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def load(name: str, **model) -> tuple:
+def load(name: str, tokenizer=None, **model) -> tuple:
     """The family and the denoiser of a checkpoint."""
     config = ModelAlone(TextModelConfig(name, **model))
-    family = load_family(config)
+    family = load_family(config, tokenizer=tokenizer)
     return family, trained_models(family, config)["denoiser"].eval()
 
 
