@@ -15,9 +15,11 @@ import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
+from difftrain_utils.media import image, text
 from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
@@ -56,17 +58,19 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    name, photos = source.dataset, photo_folder(field, source)
+    name, photos = source.dataset, photo_folder(field, source) if media_of(source) is image else None
     if photos is not None:
         with blame(cannot_load(field, source), Exception):  # such as names that are no Unicode
             data = read_photos(photos)
+    elif name.startswith("builtin:") and media_of(source) is text:
+        data = texts.builtin_texts(name, field_of(field, "dataset"))
     elif name in SHAPE_SETS:
         data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
         raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
     else:
         folder = local_path(name)
-        with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
+        with _blame_cache(), blame(cannot_load(field, source), Exception), texts.blame_file(source):
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
             elif (folder / "dataset_dict.json").is_file():
@@ -100,9 +104,10 @@ def _blame_cache() -> Iterator[None]:
 
 def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
-    is_folder = os.path.isdir(local_path(source.dataset))
+    place = local_path(source.dataset)
+    is_here = os.path.isdir(place) or (media_of(source) is text and os.path.isfile(place))
     return f"{field_of(field, 'dataset')}: cannot load {source.dataset!r}" + (
-        "" if is_folder else ", which is no folder here"
+        "" if is_here else ", which is no folder here"
     )
 
 
@@ -110,8 +115,11 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
 
     Raises:
-        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong.
+        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong; of texts see
+            `texts.load_arguments`.
     """
+    if media_of(source) is text:
+        return texts.load_arguments(source, field_of(field, "dataset"))
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
@@ -160,7 +168,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
     Raises:
         InputError: see `repeats_of`.
     """
-    photos = photo_folder(field, source)
+    photos = photo_folder(field, source) if media_of(source) is image else None
     folders = {} if photos is None else repeats_of(photos)
     if not folders:
         return [(source, 1)]
@@ -197,8 +205,8 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
     media, of_files = media_of(source), media_of(source).file_columns(source)
     for column, asked_by in of_files + media.text_columns(source):
         # what nobody has asked for need not be there if there is another caption for all
-        has_default = column == SourceConfig.caption_column and source.default_caption is not None
-        if find_column(data, column) is None and not (asked_by == "caption_column" and has_default):
+        is_default = asked_by == "caption_column" and column == SourceConfig.caption_column
+        if find_column(data, column) is None and not (is_default and source.default_caption is not None):
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )

@@ -20,7 +20,7 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError, one_line
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.captions import captions_in, captions_of
+from difftrain_utils.media.captions import captions_in, captions_of, complete
 from difftrain_utils.media.grids import labelled_grid
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
@@ -127,6 +127,10 @@ def size_of(config: DataConfig) -> tuple[int, int]:
     return config.resolution, config.resolution
 
 
+def describe(number: int, config: DataConfig) -> str:
+    return f"{number} {NOUN}"
+
+
 def describe_size(config: DataConfig) -> str:
     return f"{config.resolution}x{config.resolution} pixels"
 
@@ -146,9 +150,10 @@ def read(row: Row, place: Place, size: tuple[int, int], config: DataConfig, has_
     return sample
 
 
-def find_problems(row: Row, config: DataConfig) -> list[tuple[str, str]]:
-    """("error" or "warning", message) for what is wrong with a row, whose image is decoded for that."""
-    problems = []
+def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]]]:
+    """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
+    image is decoded for that."""
+    captions, problems = [], []
     try:
         image = read_image(row)
         if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
@@ -161,7 +166,21 @@ def find_problems(row: Row, config: DataConfig) -> list[tuple[str, str]]:
             problems.append(("warning", f"{row.name}: {width} × {height} pixels, {fate} {config.resolution}"))
     except RowError as error:
         problems.append(("error", str(error)))
-    return problems
+    try:
+        captions = captions_of(row.captions, row.name)
+        if not all(map(str.strip, captions)):
+            problems.append(("warning", f"{row.name}: an empty caption"))
+    except RowError as error:
+        problems.append(("error", str(error)))
+    return [complete(caption, config) for caption in captions], problems
+
+
+def token_problems(name: str, captions: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:
+    """The same of captions that have more tokens than the model takes."""
+    limit = tokenizer.model_max_length
+    for caption in captions:
+        if (number := len(tokenizer(caption, verbose=False).input_ids)) > limit:
+            yield "warning", f"{name}: a caption of {number} tokens, which is cut off after {limit}"
 
 
 def save(images: list[Image.Image], labels: list[str], path: Path) -> None:

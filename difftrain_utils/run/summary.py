@@ -71,7 +71,7 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
 def _data(data: Data, config: Config) -> str:
     section, media = config.data, media_of(config.data)
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
-    rows = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} {media.NOUN}"
+    rows = f"{'a stream of ' if section.streaming else ''}{media.describe(len(data.rows), section)}"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
     one_size = media.describe_size(section)
     size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"
