@@ -27,6 +27,7 @@ from functools import partial
 
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.samples import Samples, load_batches
+from difftrain_utils.data.tokenizer import load_text_tokenizer
 from difftrain_utils.devices import seed_device
 from difftrain_utils.evaluation.evaluate_text import TextEvaluation
 from difftrain_utils.families.load import load_family, trained_models
@@ -59,7 +60,7 @@ def main(config: TextConfig) -> int:
         return 0
 
     # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
-    family = load_family(config)
+    family = load_family(config, tokenizer=load_text_tokenizer(accelerator, config))
     models = trained_models(family, config)
     optimizer = build_optimizer(config.optimizer, models)
     data = load_data(accelerator, family, config)

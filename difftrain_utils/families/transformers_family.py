@@ -1,7 +1,6 @@
 """What all families of text models in transformers' format have in common."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,9 @@ from difftrain_utils.families.diffusers_family import refuse_incomplete
 from difftrain_utils.families.family import Weights
 from difftrain_utils.families.lora import base_state, has_adapters, save_peft_adapters, with_trained
 from difftrain_utils.families.text_samplers import sample_tokens
-from difftrain_utils.files import tensors_digest, text_digest
+from difftrain_utils.files import tensors_digest
 from difftrain_utils.keyed_random import seed_for
+from difftrain_utils.media.text import end_token, tokenizer_digest
 from difftrain_utils.optimization.trained import is_trained_whole
 
 OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")  # of BERT's files, which a masked language model has not
@@ -199,7 +199,7 @@ class TransformersFamily:
 
     def text_of(self, start: list[int], tokens: list[int]) -> str:
         """The text of a prompt's tokens and those after it, up to the first that ends a text."""
-        end = self.tokenizer.eos_token_id
+        end = end_token(self.tokenizer)
         tokens = tokens[: tokens.index(end)] if end in tokens else tokens
         return self.tokenizer.decode(start + tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -247,11 +247,3 @@ def mask_token_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
             raise ValueError(f"mask_token_id must be one of {len(tokenizer)} tokens, got {number!r}")
     tokenizer.mask_token = tokenizer.convert_ids_to_tokens(number)
     return number
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which tokens a text is."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return text_digest(backend.to_str() + json.dumps(tokenizer.special_tokens_map, sort_keys=True))

@@ -1,9 +1,11 @@
+import ast
 import dataclasses
 
 import pytest
 import yaml
+from helpers import ROOT
 
-from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.command_line import field_names, parse_config
 from difftrain_utils.config.help import sections
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.errors import InputError
@@ -11,9 +13,16 @@ from difftrain_utils.errors import InputError
 REQUIRED = ["--model.pretrained_model_name_or_path", "builtin:tiny-modernbert", "--data.dataset", "builtin:brackets"]
 
 
-def test_each_field_is_explained():
+def test_each_field_is_explained_and_read_somewhere():
     fields = [field for _, of_section in sections(TextConfig).values() for field in of_section]
     assert len(fields) > 100 and all(field.text for field in fields)
+    read = set()
+    for path in [*ROOT.glob("train_*.py"), *(ROOT / "difftrain_utils").rglob("*.py")]:
+        for scope in ast.walk(ast.parse(path.read_text())):
+            # checking looks at every field: that does not count as using it
+            if isinstance(scope, ast.FunctionDef) and not scope.name.startswith("check"):
+                read |= {node.attr for node in ast.walk(scope) if isinstance(node, ast.Attribute)}
+    assert [name for name in field_names(TextConfig) if name.split(".")[1] not in read] == []
 
 
 def test_what_it_prints_it_reads():
