@@ -19,12 +19,12 @@ import sys
 from tqdm import tqdm
 
 from difftrain_utils.config.command_line import parse_config
-from difftrain_utils.config.config import Config
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 
 
-def main(argv: list[str] | None = None, config_class: type[Config] = TextToImageConfig) -> None:
-    config = parse_config(config_class, argv, prog="difftrain check-data", about=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse_config(SCRIPTS[script_for(argv)], argv, prog="difftrain check-data", about=__doc__)
 
     # after the config, so that a typo is reported at once
     from difftrain_utils.data.problems import check_rows, list_rows

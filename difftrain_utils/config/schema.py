@@ -15,10 +15,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from difftrain_utils.config.config import RENAMED, Config
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.help import NESTED, Field, describe, sections
+from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_data import TextSourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.files import write_file
 
+FILES = {"schema.json": TextToImageConfig, "schema_text.json": TextConfig}
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
 OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys((SourceConfig, TextSourceConfig), "data.sources")
 
@@ -83,4 +85,5 @@ def to_json(config_class: type[Config]) -> str:
 
 
 if __name__ == "__main__":
-    write_file(Path("configs/schema.json"), to_json(TextToImageConfig))
+    for name, config_class in FILES.items():
+        write_file(Path("configs") / name, to_json(config_class))

@@ -112,11 +112,13 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
 
 def load_tokenizer(config: Config) -> Any:
     """The checkpoint's tokenizer that takes the longest captions, without the models: it cuts them at its
-    `model_max_length` tokens. None if the checkpoint has none.
+    `model_max_length` tokens. None if the checkpoint has none. Of text, the checkpoint's only one.
 
     Raises:
         InputError: there is no such checkpoint or tokenizer, or its family is not known.
     """
+    if isinstance(config.model, TextModelConfig):
+        return load_family(config, has_weights=False).tokenizer
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, revision)

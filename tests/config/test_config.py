@@ -8,10 +8,12 @@ import pytest
 import yaml
 from helpers import ROOT, options, parse_config, train
 
+from difftrain_utils.config import command_line
 from difftrain_utils.config.command_line import field_names
 from difftrain_utils.config.config import RENAMED
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.help import describe, sections
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
@@ -347,10 +349,11 @@ def test_a_typo_is_reported_before_torch_is_imported(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_the_configs_are_valid_and_begin_with_their_command(path, monkeypatch):
     _, text = path.read_text().replace("\\\n#", "").split("\n", 1)  # after the editors' line
-    options = re.match(r"# accelerate launch train_text_to_image\.py (.*)", text)[1].split()
-    assert str(path.relative_to(ROOT)) in options
+    script, options = re.match(r"# accelerate launch (\w+\.py) (.*)", text).groups()
+    assert str(path.relative_to(ROOT)) in options.split()
     monkeypatch.chdir(ROOT)
-    parse_config(options)
+    assert script_for(options.split()) == script
+    command_line.parse_config(SCRIPTS[script], options.split())
 
 
 TINY = {
