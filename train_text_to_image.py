@@ -133,7 +133,7 @@ def main(config: TextToImageConfig) -> int:
             for average in state.averages.values():
                 average.step(parameters, state.step)
 
-            # ── Now and then: metrics, pictures, a checkpoint ────────────────────────────────────────────────
+            # ── Now and then: metrics, samples, a checkpoint ─────────────────────────────────────────────────
             interruptions.poll()  # before anything is printed
             logs = meter.end_step(grad_norm, lr)
             profiler.step()
@@ -150,7 +150,7 @@ def main(config: TextToImageConfig) -> int:
                 state.save(required=state.is_finished or interruptions.stop is not None)
                 interruptions.saved()
 
-    # ── What the run is for: a pipeline that plain diffusers loads ───────────────────────────────────────────
+    # ── What the run is for: a model that plain libraries load ───────────────────────────────────────────────
     weights, ema = None, state.averages.get("ema")
     if state.is_finished:
         with state.evaluation_mode():

@@ -43,6 +43,7 @@ from difftrain_utils.data import samples
 from difftrain_utils.data.encoded import EncodedCache
 from difftrain_utils.families import diffusers_family
 from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.media import image
 from difftrain_utils.objective import loss, noise, timesteps
 from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.optimization import optimizers
@@ -67,12 +68,13 @@ PARTS = [
     (None, "encode_prompts", "text encoder"),
     (PreTrainedTokenizerBase, "__call__", "tokenizer"),
     (EMA, "step", "EMA"),
-    (samples, "read_row", "data: row, decoding"),
-    (samples, "crop_of resize_and_crop", "data: resize, crop, to tensor"),
+    (image, "read_image", "data: row, decoding"),
+    (image, "crop_of resize_and_crop", "data: resize, crop, to tensor"),
     (EncodedCache, "__getitem__", "data: caches"),
     (samples.Samples, "__getitem__", "data: other"),
     (samples, "collate", "data: other"),
     (samples, "generator_for", "keyed generators: data"),
+    (image, "generator_for", "keyed generators: data"),
     (timesteps, "generator_for", "keyed generators: timesteps"),
     (diffusers_family, "keyed_randn", "noise: drawing"),
     (noise, "sample_noise", "noise: drawing"),

@@ -63,10 +63,13 @@ def keyed_randn(seed: int, purpose: str, keys: Iterable[int], shape: Sequence[in
     return to_device(numbers.view(-1, *shape), device)
 
 
-def keyed_rand(seed: int, purpose: str, keys: Iterable[int]) -> torch.Tensor:
-    """Numbers uniform in [0, 1), shape (len(keys),), float64; entry i depends on keys[i] alone. They stay on the CPU:
-    not every device has float64, and float32 would round some up to 1."""
-    return torch.tensor([generator_for(seed, purpose, key).random() for key in keys], dtype=torch.float64)
+def keyed_rand(
+    seed: int, purpose: str, keys: Iterable[int], shape: Sequence[int] = (), dtype: type = np.float64
+) -> torch.Tensor:
+    """Numbers uniform in [0, 1), shape (len(keys), *shape); row i depends on keys[i] alone. They stay on the CPU: not
+    every device has float64, and rounding to float32 would make 1 of some. Those drawn as float32 have 24 bits."""
+    rows = [generator_for(seed, purpose, key).random(tuple(shape), dtype) for key in keys]
+    return torch.from_numpy(np.array(rows, dtype).reshape(len(rows), *shape))
 
 
 def keyed_randint(seed: int, purpose: str, keys: Iterable[int], low: int, high: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,16 +19,20 @@ from PIL import Image
 from warm import ROOT, Run
 
 from difftrain_utils.config import command_line
+from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, Rows, SourceRows
 from difftrain_utils.errors import one_line_errors
+from difftrain_utils.media.captions import captions_of
+from difftrain_utils.media.image import read_image
 from difftrain_utils.run import lock
 from difftrain_utils.run.metrics import TIMES
 
-SCRIPT = ROOT / "train_text_to_image.py"
+SCRIPT, TEXT_SCRIPT = ROOT / "train_text_to_image.py", ROOT / "train_text.py"
 BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
 CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
@@ -89,6 +93,12 @@ def as_rows(data: datasets.Dataset) -> MappedRows:
     return MappedRows([SourceRows(data, SourceConfig("memory"))])
 
 
+def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
+    """The decoded image and the captions of a row."""
+    row = rows[index]
+    return read_image(row), captions_of(row.captions, row.name)
+
+
 def data_of(rows: Rows, seed: int = 0, batch_size: int = 1, buckets: Buckets | None = None) -> Data:
     """Rows as all that a run trains on."""
     return Data(rows, rows.order(seed, batch_size, buckets), buckets=buckets)
@@ -112,10 +122,20 @@ def train(argv: list[str], exit_code: int = 0) -> Path:
     """Run the script's main in this process, which has to return this exit code; returns the output folder."""
     import train_text_to_image
 
+    return run_main(train_text_to_image.main, parse_config(argv), exit_code)
+
+
+def train_text(argv: list[str], exit_code: int = 0) -> Path:
+    """The same of train_text.py."""
+    import train_text
+
+    return run_main(train_text.main, command_line.parse_config(TextConfig, last_wins(argv)), exit_code)
+
+
+def run_main(main: Callable[[Config], int], config: Config, exit_code: int) -> Path:
     forget_accelerator()
-    config = parse_config(argv)
     try:
-        assert train_text_to_image.main(config) == exit_code
+        assert main(config) == exit_code
     finally:  # as at the end of a process
         while lock._held:
             os.close(lock._held.popitem()[1])

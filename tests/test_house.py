@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from difftrain_utils.config.scripts import SCRIPTS as SCRIPT_CONFIGS
+
 UTILS = ROOT / "difftrain_utils"
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 
@@ -19,8 +21,8 @@ RULERS = {
     "The stream of samples, from the first one that this run has not seen": False,
     "One step: the gradient of a batch, in parts": False,
     "The update": True,
-    "Now and then: metrics, pictures, a checkpoint": True,
-    "What the run is for: a pipeline that plain diffusers loads": True,
+    "Now and then: metrics, samples, a checkpoint": True,
+    "What the run is for: a model that plain libraries load": True,
 }
 CHECKED = "Model and data. What is wrong with the input shows here, before anything is written"
 
@@ -30,11 +32,16 @@ FLOORS += ["evaluation", "commands", "__main__"]
 GROUND = {"errors", "files", "devices", "processes", "keyed_random", "terminal", "trees"}
 
 
-def parts_of(path: Path) -> dict[str, str]:
-    """The text between the rulers of a script's `main`, by the rulers' titles."""
+def pieces_of(path: Path) -> list[tuple[str, str]]:
+    """The rulers' titles in a file, each with the text between it and the next ruler."""
     pieces = re.split(r"^ *# ── (.*?) ─+\n", path.read_text(), flags=re.MULTILINE)
     texts = [textwrap.dedent(text.split("\n\n\n")[0]).strip() for text in pieces[2::2]]
-    return dict(zip(pieces[1::2], texts, strict=True))
+    return list(zip(pieces[1::2], texts, strict=True))
+
+
+def parts_of(path: Path) -> dict[str, str]:
+    """The same of a script's `main`."""
+    return dict(pieces_of(path))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -61,8 +68,22 @@ def test_the_docs_name_tests_that_there_are():
 
 def test_validate_config_does_what_the_script_does():
     """Word for word, so that what it calls fine also starts."""
-    checked = parts_of(UTILS / "commands/validate_config.py")[CHECKED]
-    assert checked == parts_of(ROOT / "train_text_to_image.py")[CHECKED] and "prepare(" in checked
+    checked = [text for title, text in pieces_of(UTILS / "commands/validate_config.py") if title == CHECKED]
+    assert checked == [parts_of(ROOT / script)[CHECKED] for script in SCRIPT_CONFIGS]
+    assert all("prepare(" in text for text in checked)
+
+
+def test_each_script_has_its_config():
+    assert sorted(SCRIPT_CONFIGS) == [script.name for script in SCRIPTS]
+    for script, config_class in SCRIPT_CONFIGS.items():
+        assert f"parse_config({config_class.__name__})" in (ROOT / script).read_text()
+
+
+def test_scripts_stay_short_and_import_no_other():
+    for script in SCRIPTS:
+        source = script.read_text()
+        assert len(source.splitlines()) <= 190, script
+        assert not [other for other in SCRIPTS if re.search(rf"import {other.stem}|from {other.stem}", source)], script
 
 
 def imports_of(path: Path) -> set[str]:

@@ -37,6 +37,9 @@ def test_the_stream_is_the_same_in_every_version():
     assert generator.integers(1000, size=4).tolist() == [45, 218, 377, 446]
     assert generator.permutation(8).tolist() == [1, 7, 3, 0, 4, 5, 6, 2]
     assert keyed_rand(0, "crop", [5]).tolist() == [0.8942960476732033]
+    assert keyed_rand(0, "mask", [5], (3,), np.float32).tolist() == [
+        [0.5787902474403381, 0.43195098638534546, 0.10061323642730713]
+    ]
     assert keyed_randint(0, "row", [5], 0, 10**12).tolist() == [709581620205]
     assert keyed_randn(0, "noise", [5], (3,)).tolist() == [
         [-0.15569372475147247, -1.6112500429153442, 0.17800234258174896]
@@ -61,6 +64,9 @@ def test_rows_do_not_depend_on_the_batch_they_are_drawn_in():
         assert together.shape == (8, *shape)
         assert torch.equal(together, torch.cat([first, rest]))
         assert torch.equal(together[5], randn(generator_for(0, "noise", 5), *shape))
+    uniform = keyed_rand(0, "mask", range(8), (5, 3), np.float32)
+    assert uniform.dtype == torch.float32 and keyed_rand(0, "mask", [], (5, 3)).shape == (0, 5, 3)
+    assert torch.equal(uniform, torch.cat([keyed_rand(0, "mask", [k], (5, 3), np.float32) for k in range(8)]))
     integers = keyed_randint(0, "timestep", range(8), 0, 1000)
     assert torch.equal(integers, torch.cat([keyed_randint(0, "timestep", [k], 0, 1000) for k in range(8)]))
 

@@ -19,19 +19,21 @@ MADE = (
     *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel"),
 )
 """By `make` of the module in tiny/ that is called so."""
+MADE_FOR_TEXT = ("tiny-modernbert", "tiny-llada")
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
+TEXT_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_TEXT)
 
 
 def builtin_checkpoint(name: str) -> Path:
-    """The folder of the checkpoint `builtin:NAME`, in diffusers' format. Those that are made are kept in the folder of
-    Hugging Face's caches, for these versions of the libraries.
+    """The folder of the checkpoint `builtin:NAME`, in diffusers' or transformers' format. Those that are made
+    are kept in the folder of Hugging Face's caches, for these versions of the libraries.
 
     Raises:
         ValueError: there is none of this name.
         RunError: it cannot be written.
     """
-    if name not in BUILTINS:
-        raise ValueError(f"no such builtin; there is {', '.join(BUILTINS)}")
+    if name not in (*BUILTINS, *TEXT_BUILTINS):
+        raise ValueError(f"no such builtin; there is {', '.join((*BUILTINS, *TEXT_BUILTINS))}")
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]
@@ -46,7 +48,8 @@ def builtin_checkpoint(name: str) -> Path:
             torch.manual_seed(0)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                make().save_pretrained(Path(aside) / name)
+                for part in made if isinstance(made := make(), tuple) else (made,):
+                    part.save_pretrained(Path(aside) / name)
                 try:
                     (Path(aside) / name).rename(folder)
                 except OSError:

@@ -95,8 +95,7 @@ def files_to_write(folder: Path, overwrite: bool) -> list[tuple[Path, Path]]:
 def read_images(paths: list[Path]) -> tuple[dict[Path, "Image.Image"], list[str]]:
     """Those that can be read, and what is wrong with the others."""
     from difftrain_utils.data.photos import stored
-    from difftrain_utils.data.rows import read_bytes
-    from difftrain_utils.media.image import open_image
+    from difftrain_utils.media.image import open_image, read_bytes
 
     images, errors = {}, []
     for path in paths:

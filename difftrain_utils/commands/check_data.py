@@ -1,16 +1,17 @@
-"""Find all that is wrong with the images and captions of a config, before training does.
+"""Find all that is wrong with the rows of a config, before training does.
 
     difftrain check-data --config configs/sd15_finetune.yaml --data.dataset path/to/images
 
-Takes the options of train_text_to_image.py. Decodes every image of data.dataset (or of all data.sources) and of
+Takes the options of the training script. Decodes every image or text of data.dataset (or of all data.sources) and of
 data.validation_dataset, and prints a line for each problem, with file and line:
 
     error:    training stops at it, or with data.on_bad_row skip takes another row in its field; also an image that
-              metadata.jsonl names twice, which training would see twice as often
-    warning:  training takes it: an empty caption, one that is cut off, an image that is enlarged
+              metadata.jsonl names twice, which training would see twice as often, and a text that holds the mask token
+    warning:  training takes it: an empty caption or text, one that is cut off or has tokens that the tokenizer does not
+              know, an image that is enlarged
 
-Of the checkpoint it loads a tokenizer alone, that which takes the longest captions. Exit code 2 if there is an error,
-else 0.
+Of the checkpoint it loads a tokenizer alone, of several that which takes the longest captions. Exit code 2 if there is
+an error, else 0.
 """
 
 import sys
@@ -18,19 +19,24 @@ import sys
 from tqdm import tqdm
 
 from difftrain_utils.config.command_line import parse_config
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(TextToImageConfig, argv, prog="difftrain check-data", about=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse_config(SCRIPTS[script_for(argv)], argv, prog="difftrain check-data", about=__doc__)
 
     # after the config, so that a typo is reported at once
     from difftrain_utils.data.problems import check_rows, list_rows
     from difftrain_utils.data.sources import sources_of, validation_source
+    from difftrain_utils.data.tokenizer import make_tokenizer
     from difftrain_utils.families.load import load_tokenizer
+    from difftrain_utils.media import text
+    from difftrain_utils.media.media import media_of
 
-    tokenizer = load_tokenizer(config)
-    num_rows, kinds = 0, []
+    media, num_rows, kinds = media_of(config.data), 0, []
+    own = make_tokenizer(config.data) if media is text else None
+    tokenizer = own or load_tokenizer(config)
     sources = sources_of(config.data) + ([validation_source(config.data)] if config.data.validation_dataset else [])
     for field, source in sources:
         length, row_at, problems = list_rows(field, source, config.data)
@@ -40,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             kinds.append(kind)
             tqdm.write(f"{kind}: {message}")
     found = [f"{n} {kind}{'s' * (n > 1)}" for kind in ("error", "warning") if (n := kinds.count(kind))]
-    print(f"{num_rows} images and their captions: {' and '.join(found) or 'all fine'}")
+    what = f"{num_rows} {media.NOUN}{' and their captions' if media.HAS_CAPTIONS else ''}"
+    print(f"{what}: {' and '.join(found) or 'all fine'}")
     if "error" in kinds:
         sys.exit(2)

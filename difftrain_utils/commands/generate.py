@@ -222,6 +222,9 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         return settings
     with blame(f"{source.record / CONFIG_FILE}: not the config of a run", KeyError, TypeError, AttributeError):
         config = source.config
+        if "resolution" not in config["data"]:
+            what = "a run of text, whose samples are in samples/; its pipeline/ is a model of transformers"
+            raise InputError(f"{source.record}: {what}")
         known = {field.name for field in dataclasses.fields(EvaluationConfig)}
         evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
         evaluation.check(require_of(evaluation, "evaluation"))
@@ -274,7 +277,7 @@ def arrange(pictures: list[Picture], output: Path) -> list[Grid]:
 
 def save_grids(images: dict[Picture, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
-    from difftrain_utils.evaluation.grids import labelled_grid, labelled_table
+    from difftrain_utils.media.grids import labelled_grid, labelled_table
 
     for grid in grids:
         made = [images[picture] for picture in grid.pictures]

@@ -43,7 +43,7 @@ class Plan:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         total = sum(p.numel() for p in parameters)
         share = f"{count(trained)} of {count(total)}" if trained < total else f"all {count(total)}"
-        kind = planner.family.pipeline_class.__name__
+        kind = planner.family.class_name
         yield from _entry("model", f"{config.model.pretrained_model_name_or_path} ({kind}), {share} parameters trained")
         yield from _entry("on", f"{self._on}, {self._precision}; {self._engine}")
         height, width = planner.size(config)

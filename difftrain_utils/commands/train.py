@@ -2,9 +2,9 @@
 
     difftrain train --config configs/quickstart.yaml
 
-Takes the options of train_text_to_image.py, the one in this folder. Where `accelerate config` has said how to launch,
-it is `accelerate launch`, which starts as that says; else a process for each GPU, or one on a CPU, with all its cores.
-The command is printed first.
+Takes the options of a training script, and starts the one in this folder whose they are. Where `accelerate config` has
+said how to launch, it is `accelerate launch`, which starts as that says; else a process for each GPU, or one on a CPU,
+with all its cores. The command is printed first.
 """
 
 import os
@@ -13,21 +13,20 @@ import sys
 from pathlib import Path
 
 from difftrain_utils.config.command_line import parse_config
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import local_path
-
-SCRIPT = Path("train_text_to_image.py")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[2:] if argv is None else argv
-    parse_config(TextToImageConfig, argv, prog="difftrain train", about=__doc__)  # so that a typo is reported at once
-    if not SCRIPT.is_file():
-        raise InputError(f"difftrain train: no {SCRIPT} in this folder; `difftrain init FOLDER` makes one")
+    script = script_for(argv)
+    parse_config(SCRIPTS[script], argv, prog="difftrain train", about=__doc__)  # so that a typo is reported at once
+    if not Path(script).is_file():
+        raise InputError(f"difftrain train: no {script} in this folder; `difftrain init FOLDER` makes one")
     command = launch_command(num_gpus(), has_accelerate_config())
-    print("Starting", shlex.join([*command, str(SCRIPT), *argv]), flush=True)
-    os.execv(sys.executable, [sys.executable, *command[1:], str(SCRIPT), *argv])
+    print("Starting", shlex.join([*command, script, *argv]), flush=True)
+    os.execv(sys.executable, [sys.executable, *command[1:], script, *argv])
 
 
 def launch_command(num_gpus: int, is_configured: bool) -> list[str]:

@@ -17,7 +17,6 @@ import yaml
 
 from difftrain_utils.config.completion import add_fields, check_installed, completion
 from difftrain_utils.config.config import RENAMED, Config, rename_fields
-from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.foreign import sources as foreign
 from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network
@@ -93,7 +92,7 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         if (given := getattr(sections[section], field)) is not None:
             setattr(sections[section], field, cls(**vars(given)))
     if config.data.sources is not None:
-        config.data.sources = [SourceConfig(**vars(source)) for source in config.data.sources]
+        config.data.sources = [config.data.SOURCE(**vars(source)) for source in config.data.sources]
     config.check()
     use_cache_without_network(config.loaded_names())
     return config
@@ -222,8 +221,7 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
                     raise InputError(f"--{_no_such_field(unknown, known)}")
         elif name.removesuffix("+") == "data.sources":
             with contextlib.suppress(yaml.YAMLError):  # jsonargparse says what is wrong with it
-                for unknown in _unknown_source_fields(yaml.safe_load(value)):
-                    raise InputError(f"--{_no_such_field(unknown, known)}")
+                _check_source_fields(config_class, yaml.safe_load(value), "--")
     return argv
 
 
@@ -270,7 +268,8 @@ def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
             raise InputError(f"{path}: {section}: must hold fields, got {fields!r:.60}")
         for unknown in (f"{section}.{name}" for name in fields if f"{section}.{name}" not in [*known, *RENAMED]):
             raise InputError(f"{path}: {_no_such_field(unknown, known)}")
-        for unknown in [*_unknown_source_fields(fields.get("sources")), *_unknown_nested(section, fields)]:
+        _check_source_fields(config_class, fields.get("sources"), f"{path}: ")
+        for unknown in _unknown_nested(section, fields):
             raise InputError(f"{path}: {_no_such_field(unknown, known)}")
     return content
 
@@ -285,22 +284,18 @@ def _unknown_nested(section: str, fields: dict[str, Any]) -> Iterator[str]:
             yield from (n for n in (f"{section}.{name}.{key}" for key in value) if n not in _nested_names())
 
 
-def _unknown_source_fields(sources: Any) -> Iterator[str]:
+def _check_source_fields(config_class: type[Config], sources: Any, where: str) -> None:
+    """Raise InputError, which begins with `where`, for a field of an item of data.sources that there is not."""
+    data = next(section.type for section in _sections(config_class) if section.name == "data")
+    known = [field.name for field in dataclasses.fields(data.SOURCE)]
     for i, source in enumerate(sources if isinstance(sources, list) else []):
-        if isinstance(source, dict):
-            yield from (f"data.sources[{i}].{name}" for name in source if name not in _source_fields())
-
-
-def _source_fields() -> list[str]:
-    return [f.name for f in dataclasses.fields(SourceConfig)]
+        for name in (name for name in source if name not in known) if isinstance(source, dict) else ():
+            matches = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(known)}"
+            raise InputError(f"{where}data.sources[{i}].{name}: no such field; {hint}")
 
 
 def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
-    if name.startswith("data.sources["):
-        last = name.rpartition(".")[2]
-        matches = difflib.get_close_matches(last, _source_fields(), n=1, cutoff=0.7)
-        hint = f"did you mean {matches[0]}?" if matches else f"a source has {', '.join(_source_fields())}"
-        return f"{name}: no such field; {hint}"
     sections = list(dict.fromkeys(k.split(".")[0] for k in known))
     if name in sections:
         first = next(field for field in known if field.startswith(f"{name}."))

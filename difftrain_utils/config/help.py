@@ -96,9 +96,10 @@ def choices(kind: Any) -> list[str]:
 
 def describe(name: str, cls: type) -> tuple[str, list[Field]]:
     """What a dataclass of fields is, and its fields, under a dotted name."""
-    doc = docstring_parser.parse_from_object(cls)
-    texts = {param.arg_name: " ".join(param.description.split()) for param in doc.params}
-    return " ".join(doc.description.split()), list(_fields(name, cls, texts))
+    docs = [docstring_parser.parse_from_object(base) for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    params = [param for doc in reversed(docs) for param in doc.params]
+    texts = {param.arg_name: " ".join(param.description.split()) for param in params}
+    return " ".join(docs[0].description.split()), list(_fields(name, cls, texts))
 
 
 def _fields(name: str, cls: type, texts: dict[str, str]) -> Iterator[Field]:

@@ -41,31 +41,48 @@ class LoraConfig:
 
 
 @dataclass
-class ModelConfig:
-    """The checkpoint to train."""
+class CheckpointConfig:
+    """A checkpoint, and what of it is trained."""
 
     pretrained_model_name_or_path: str
-    """A diffusers checkpoint: a folder, a hub name, or a built-in one such as `builtin:tiny-stable-diffusion` (needs no
-    download; docs/families.md lists them)."""
+    """A checkpoint: a folder, a hub name or a built-in one."""
     revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     variant: str | None = None
     """Variant of the weight files, e.g. `fp16`."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
-    """What the denoiser predicts; null: what the checkpoint's scheduler says."""
     train_from_scratch: bool = False
     """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
     The built-in ones have no trained denoiser, so they always do."""
-    max_sequence_length: int | None = None
-    """Tokens that captions are cut and padded to, where the model leaves it open; null: its pipeline's default."""
-    guidance: float | None = None
-    """What a guidance-distilled model (Flux.1 dev) is told in training; null: 1, the images as they are."""
     lora: LoraConfig | None = None
     """Train adapters instead of the denoiser's own weights: `{}` for the defaults, or the fields one by one,
     `--model.lora.rank 16`. Needs the extra `lora`."""
     trainable: list[str] | None = None
     """Patterns of the denoiser's weights that are trained, `["*.attn2.*", "conv_out.*"]`; null: all, or with
     `model.lora` none but its adapters."""
+
+    def check(self, require: Require) -> None:
+        require(self.pretrained_model_name_or_path != "", "pretrained_model_name_or_path", "must not be empty")
+        require(self.trainable is None or len(self.trainable) > 0, "trainable", "must not be empty")
+        if self.lora is not None:
+            refuse_null(self.lora, "model.lora")
+            self.lora.check(require_of(self.lora, "model.lora"))
+            both = self.trainable is not None and not self.lora.merge
+            require(not both, "trainable", "with model.lora needs model.lora.merge: adapters hold no other weights")
+
+
+@dataclass
+class ModelConfig(CheckpointConfig):
+    """The checkpoint to train."""
+
+    pretrained_model_name_or_path: str
+    """A diffusers checkpoint: a folder, a hub name, or a built-in one such as `builtin:tiny-stable-diffusion` (needs no
+    download; docs/families.md lists them)."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
+    """What the denoiser predicts; null: what the checkpoint's scheduler says."""
+    max_sequence_length: int | None = None
+    """Tokens that captions are cut and padded to, where the model leaves it open; null: its pipeline's default."""
+    guidance: float | None = None
+    """What a guidance-distilled model (Flux.1 dev) is told in training; null: 1, the images as they are."""
     train_text_encoder: bool = False
     """Train the text encoders, too (Stable Diffusion's and SDXL's): all their weights or, with `model.lora`, adapters
     of their attention. In `optimizer.groups` they are `text_encoders.*`."""
@@ -76,13 +93,18 @@ class ModelConfig:
     """Encode and decode one image at a time: less memory, slower."""
 
     def check(self, require: Require) -> None:
-        require(self.pretrained_model_name_or_path != "", "pretrained_model_name_or_path", "must not be empty")
-        require(self.trainable is None or len(self.trainable) > 0, "trainable", "must not be empty")
-        if self.lora is not None:
-            refuse_null(self.lora, "model.lora")
-            self.lora.check(require_of(self.lora, "model.lora"))
-            both = self.trainable is not None and not self.lora.merge
-            require(not both, "trainable", "with model.lora needs model.lora.merge: adapters hold no other weights")
+        super().check(require)
         length, guidance = self.max_sequence_length, self.guidance
         require(length is None or 1 <= length <= 4096, "max_sequence_length", "must be from 1 to 4096, or null")
         require(guidance is None or 0 <= guidance <= 100, "guidance", "must be from 0 to 100, or null")
+
+
+@dataclass
+class TextModelConfig(CheckpointConfig):
+    """The checkpoint to train."""
+
+    pretrained_model_name_or_path: str
+    """A text model in transformers' format: a folder, a hub name, or a built-in one such as `builtin:tiny-modernbert`
+    (needs no download; docs/text.md lists them)."""
+    mask_token: str | None = None
+    """The token that stands for one that is masked, where the tokenizer has none for it; null: the tokenizer's."""

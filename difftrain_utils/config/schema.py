@@ -15,11 +15,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from difftrain_utils.config.config import RENAMED, Config
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.help import NESTED, Field, describe, sections
+from difftrain_utils.config.text import TextConfig
+from difftrain_utils.config.text_data import TextSourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.files import write_file
 
+FILES = {"schema.json": TextToImageConfig, "schema_text.json": TextConfig}
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
-OBJECTS = {cls: name for name, cls in NESTED.items()} | {SourceConfig: "data.sources"}
+OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys((SourceConfig, TextSourceConfig), "data.sources")
 
 
 def config_schema(config_class: type[Config]) -> dict[str, Any]:
@@ -31,8 +34,10 @@ def config_schema(config_class: type[Config]) -> dict[str, Any]:
     properties = {name: _object(*described[name]) for name in described if "." not in name}
     for old, new in RENAMED.items():
         section, name = old.split(".")
-        properties[section]["properties"][name] = {"deprecated": True, "description": f"Called {new} now."}
-    definitions = {name: _object(*describe(name, cls)) for cls, name in OBJECTS.items()}
+        if section in properties:
+            properties[section]["properties"][name] = {"deprecated": True, "description": f"Called {new} now."}
+    data = next(section.type for section in dataclasses.fields(config_class) if section.name == "data")
+    definitions = {OBJECTS[cls]: _object(*describe(OBJECTS[cls], cls)) for cls in (*NESTED.values(), data.SOURCE)}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": " ".join((config_class.__doc__ or "").split()),
@@ -80,4 +85,5 @@ def to_json(config_class: type[Config]) -> str:
 
 
 if __name__ == "__main__":
-    write_file(Path("configs/schema.json"), to_json(TextToImageConfig))
+    for name, config_class in FILES.items():
+        write_file(Path("configs") / name, to_json(config_class))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from difftrain_utils.config.config import Config, Require
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.fit import check_shared
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import LossConfig, NoiseConfig, SchedulerConfig, StrategyConfig, TimestepsConfig
 from difftrain_utils.config.training import DEFAULT_STEPS, EmaConfig, LrSchedulerConfig, OptimizerConfig, TrainConfig
@@ -43,40 +44,31 @@ class TextToImageConfig(Config):
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
         rule = "needs data.cache_text, or each step would read all of them"
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
-        rule = f"is train.max_steps in other words, which is {self.train.max_steps}: give null for one of them"
-        requires["data"](None in (data.epochs, self.train.max_steps), "epochs", rule)
-        rule = f"must divide train.batch_size, which is {self.train.batch_size}"
-        requires["data"](data.lanes is None or self.train.batch_size % data.lanes == 0, "lanes", rule)
         if self.train.shard == "full":
-            what = "there is DDP for it, train.shard none"
-            requires["train"](not self.model.train_text_encoder, "shard", f"not with model.train_text_encoder; {what}")
-            is_quantized = self.model.lora is not None and self.model.lora.quantization is not None
-            requires["train"](not is_quantized, "shard", f"not with model.lora.quantization; {what}")
+            rule = "not with model.train_text_encoder; there is DDP for it, train.shard none"
+            requires["train"](not self.model.train_text_encoder, "shard", rule)
         rule = "goes without data.cache_text, with which there are no encoders to share out"
         requires["train"](not (self.train.shard_encoders and data.cache_text), "shard_encoders", rule)
         has_groups = self.train.group_size is None or self.noise.immiscible
         requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
-        for name in ("lora", "trainable", "train_text_encoder"):
-            rule = f"cannot be with model.{name}: difftrain posthoc-ema makes averages of whole denoisers"
-            requires["ema"](not (getattr(self.model, name) and self.ema.power_sigma_rels), "power_sigma_rels", rule)
+        rule = "cannot be with model.train_text_encoder: difftrain posthoc-ema makes averages of whole denoisers"
+        both = self.model.train_text_encoder and self.ema.power_sigma_rels
+        requires["ema"](not both, "power_sigma_rels", rule)
         if self.model.train_text_encoder:
             requires["data"](not data.cache_text, "cache_text", "cannot be with model.train_text_encoder")
-
-        if self.train.keep_best is not None:
-            evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
-            is_evaluated, what = {
-                "validation_loss": (held_out, images),
-                "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
-                "fid": (evaluation.fid_features, "evaluation.fid_features"),
-                "kid": (evaluation.fid_features, "evaluation.fid_features"),
-                "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
-                "shapes_right": (
-                    evaluation.shapes_judge and evaluation.prompts,
-                    "evaluation.shapes_judge and evaluation.prompts",
-                ),
-            }[self.train.keep_best]
-            rule = f"needs {what}, and train.eval_every above 0"
-            requires["train"](bool(is_evaluated and self.train.eval_every), "keep_best", rule)
+        evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
+        best = {
+            "validation_loss": (held_out, images),
+            "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
+            "fid": (evaluation.fid_features, "evaluation.fid_features"),
+            "kid": (evaluation.fid_features, "evaluation.fid_features"),
+            "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
+            "shapes_right": (
+                evaluation.shapes_judge and evaluation.prompts,
+                "evaluation.shapes_judge and evaluation.prompts",
+            ),
+        }
+        check_shared(self, best, requires)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut

@@ -28,12 +28,12 @@ from difftrain_utils.data.encoded import (
 )
 from difftrain_utils.data.fingerprint import cache_folder
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import read_captions, read_mask, read_row
-from difftrain_utils.data.samples import size_of
+from difftrain_utils.data.rows import read_captions
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
-from difftrain_utils.media.image import crop_of, resize_and_crop, resize_and_crop_mask
+from difftrain_utils.media.captions import captions_of
+from difftrain_utils.media.image import crop_of, read_image, read_mask, resize_and_crop, resize_and_crop_mask, size_of
 from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.processes import main_process_first
 
@@ -108,10 +108,11 @@ class _Images:
         self.data, self.config = data, config
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-        size = size_of(row, self.config, self.data.buckets)
+        size = size_of(self.config) if self.data.buckets is None else self.data.buckets.size_of(row)
         try:
-            image, _ = read_row(self.data.rows, row)
-            mask = read_mask(self.data.rows[row], image) if self.data.rows.has_masks else None
+            stored = self.data.rows[row]
+            image, _ = read_image(stored), captions_of(stored.captions, stored.name)
+            mask = read_mask(stored, image) if self.data.rows.has_masks else None
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise

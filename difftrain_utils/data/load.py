@@ -9,9 +9,12 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
-from difftrain_utils.data.rows import MappedRows, Rows, map_rows, split_rows
+from difftrain_utils.data.rows import Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
+from difftrain_utils.data.tokens import load_tokens
+from difftrain_utils.media import text
+from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import main_process_first, on_main_process
 from difftrain_utils.terminal import announce
 
@@ -22,7 +25,7 @@ class Data:
 
     rows: Rows
     order: Order | Lanes
-    validation_rows: MappedRows | None = None
+    validation_rows: Rows | None = None
     buckets: Buckets | None = None
 
     @property
@@ -32,21 +35,25 @@ class Data:
 
 
 def load_data(accelerator: Accelerator, family, config: Config) -> Data:
-    """The data that the section `data` names. No image is decoded yet.
+    """The data that the section `data` names. No image is decoded yet; texts are, where they are packed.
 
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             a stream has fewer rows than a batch, the model cannot take images of this size, no bucket has a batch of
-            images, or all are too small.
+            images, or all are too small; or see `load_tokens`.
     """
-    resolution, seed = config.data.resolution, config.train.seed
+    seed, is_text, buckets = config.train.seed, media_of(config.data) is text, None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
-    family.check_size(resolution, resolution, "data.resolution")
+    if not is_text:
+        family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
         rows, validation_rows = split_rows(rows, config.data)
-    rows, buckets = fit_sizes(accelerator, family, rows, config)
+    if is_text:
+        rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
+    else:
+        rows, buckets = fit_sizes(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

@@ -1,4 +1,4 @@
-"""What is wrong with images and captions, all of it instead of the first thing."""
+"""What is wrong with the data, all of it instead of the first thing."""
 
 import dataclasses
 import os
@@ -8,20 +8,10 @@ from typing import Any
 import datasets
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.photos import find_problems
-from difftrain_utils.data.rows import (
-    Row,
-    follow,
-    join_captions,
-    map_in_threads,
-    mask_in,
-    mask_name,
-    open_rows,
-    read_bytes,
-    read_mask,
-)
+from difftrain_utils.data.rows import map_in_threads, open_rows
 from difftrain_utils.data.sources import (
-    caption_columns,
     find_metadata,
     mask_file,
     metadata_lines,
@@ -29,12 +19,13 @@ from difftrain_utils.data.sources import (
     photo_folder,
     read_metadata_line,
 )
-from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media.image import open_image
-from difftrain_utils.media.text import captions_of, complete, label_text
+from difftrain_utils.errors import InputError
+from difftrain_utils.media import image
+from difftrain_utils.media.captions import follow, join_captions, label_text
+from difftrain_utils.media.image import Row, mask_in, text_columns
+from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import progress
 
-HALF_WHITE = 128
 Problem = tuple[str, str]  # "error" or "warning", and the message
 
 
@@ -43,14 +34,15 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
 
     A row's name is how problems call it. A photo without a caption is a row that has none.
     """
-    path, problems = find_metadata(source), []
+    of_images, problems = media_of(source) is image, []
+    path = find_metadata(source) if of_images else None
     if path is None and config.streaming:
         raise InputError(
             "data.streaming: check_data reads a data set as a whole, and an image folder without loading it"
         )
     if path is None:
         try:
-            if (photos := photo_folder(field, source)) is not None:
+            if of_images and (photos := photo_folder(field, source)) is not None:
                 problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
             rows = open_rows([(field, source)], config)
         except InputError as error:
@@ -75,7 +67,7 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             several = "several captions of an image go into a list"
             problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
         lines.setdefault(file, number)
-        values.append([follow(row, column) for column in caption_columns(source)])
+        values.append([follow(row, column) for column, _ in text_columns(source)])
         mask = mask_file(row, source)
         mask = mask and {"bytes": None, "path": os.path.normpath(path.parent / mask)}
         rows.append(Row(name, {"bytes": None, "path": file}, None, mask_in({source.mask_column: mask}, source)))
@@ -98,39 +90,17 @@ def integers_of(values: Sequence[Any]) -> datasets.Value | None:
 
 
 def check_rows(
-    length: int, row_at: Callable[[int], Row], title: str, config: DataConfig, tokenizer
+    length: int, row_at: Callable[[int], Row], title: str, config: RowsConfig, tokenizer
 ) -> Iterator[Problem]:
-    """Decode every image and count the tokens of every caption; the problems come in the order of the rows."""
-    limit = None if tokenizer is None else tokenizer.model_max_length
-    checked = map_in_threads(lambda index: check_row(row_at(index), config), range(length))
-    for name, captions, problems in progress(checked, length, f"Decoding the images of {title}"):
+    """Decode every row and count the tokens of its texts; the problems come in the order of the rows."""
+    media = media_of(config)
+
+    def check_row(index: int) -> tuple[str, list[str], list[Problem]]:
+        row = row_at(index)
+        return row.name, *media.find_problems(row, config)
+
+    checked = map_in_threads(check_row, range(length))
+    for name, texts, problems in progress(checked, length, f"Decoding the {media.NOUN} of {title}"):
         yield from problems
-        for caption in captions if tokenizer is not None else ():
-            num_tokens = len(tokenizer(caption, verbose=False).input_ids)
-            if num_tokens > limit:
-                yield "warning", f"{name}: a caption of {num_tokens} tokens, which is cut off after {limit}"
-
-
-def check_row(row: Row, config: DataConfig) -> tuple[str, list[str], list[Problem]]:
-    """The row's name, its captions as the model is told them, and what is wrong with it."""
-    name, captions, problems = row.name, [], []
-    try:
-        image = open_image(read_bytes(row.image, name), name)
-        if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
-            problems.append(
-                ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
-            )
-        width, height = image.size
-        if min(width, height) < config.resolution and not (config.no_upscale and config.buckets):
-            fate = "left out, for it is smaller than" if config.no_upscale else "to be enlarged to"
-            problems.append(("warning", f"{name}: {width} × {height} pixels, {fate} {config.resolution}"))
-    except RowError as error:
-        problems.append(("error", str(error)))
-    try:
-        captions = captions_of(row.captions, name)
-        if not all(map(str.strip, captions)):
-            problems.append(("warning", f"{name}: an empty caption"))
-        captions = [complete(caption, config) for caption in captions]
-    except RowError as error:
-        problems.append(("error", str(error)))
-    return name, captions, problems
+        if tokenizer is not None and texts:
+            yield from media.token_problems(name, texts, tokenizer, config)

@@ -3,50 +3,34 @@
 import bisect
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image
 
-from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import VERSION, remembered, stamp
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.sources import (
-    caption_features,
     open_source,
     sources_of,
     split_by_repeats,
+    text_features,
     validation_source,
 )
-from difftrain_utils.errors import InputError, RowError, one_line
+from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.image import open_image, open_image_header, upright_size
-from difftrain_utils.media.text import captions_of, complete, label_text
+from difftrain_utils.media.captions import captions_of, complete
+from difftrain_utils.media.media import Row, media_of
 from difftrain_utils.terminal import progress
 
-BATCH = 65536  # rows whose paths are in memory at a time
+BATCH = 65536  # rows of which something is in memory at a time
 NUM_SUBSTITUTES = 10  # where more than ten rows in a row cannot be read, the data needs a look
-
-
-class Row(NamedTuple):
-    """A row as it is stored: how errors call it, the undecoded `datasets.Image`, its captions, and where its source has
-    masks that of its mask, too."""
-
-    name: str
-    image: dict[str, Any] | None
-    captions: Any
-    mask: dict[str, Any] | None = None
 
 
 class Rows(Protocol):
@@ -85,31 +69,23 @@ class SourceRows:
     """How often an epoch has each row."""
 
     def __post_init__(self):
-        self.captions = caption_features(self.data, self.source)
+        self.media, self.texts = media_of(self.source), text_features(self.data, self.source)
 
     def __len__(self) -> int:
         return len(self.data) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Any] | None, Any, dict[str, Any] | None]:
-        """The undecoded image, the captions and the mask, as a `Row` has them."""
-        row = self.data[index if self.indices is None else int(self.indices[index])]
-        return row[self.source.image_column], captions_in(row, self.captions, self.source), mask_in(row, self.source)
+    def __getitem__(self, index: int) -> Row:
+        content = self.data[index if self.indices is None else int(self.indices[index])]
+        return self.media.row_of(content, f"{self.source.dataset} row {index}", self.source, self.texts)
 
-    def paths(self, name: str | None = None) -> Iterator[tuple[list[str | None], np.ndarray]]:
-        """The images' paths, and whether they are files that hold the images, some rows at a time; or those of another
-        column of images."""
-        name = name or self.source.image_column
-        column = self.data.select_columns([name]).with_format("arrow")
+    def batches(self, column: str) -> Iterator[tuple[pa.Array, pa.Array]]:
+        """Some rows at a time, a stretch of a column in Arrow and which of its values are those of the rows."""
+        data = self.data.select_columns([column]).with_format("arrow")
         for start in range(0, len(self), BATCH):
             stop = min(start + BATCH, len(self))
             rows = np.arange(start, stop) if self.indices is None else self.indices[start:stop]
             first = int(rows[0])
-            images = column[first : int(rows[-1]) + 1][name]
-            # the paths alone, not the bytes, which lie in the same column
-            paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))
-            take = pa.array(rows - first)
-            is_file = pc.and_(pc.is_valid(paths), pc.is_null(content))
-            yield paths.take(take).to_pylist(), is_file.take(take).to_numpy(zero_copy_only=False)
+            yield data[first : int(rows[-1]) + 1][column], pa.array(rows - first)
 
 
 class MappedRows(Sequence):
@@ -129,12 +105,7 @@ class MappedRows(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
-        part, within = self.parts[number], index - (self._ends[number - 1] if number else 0)
-        image, *others = part[within]
-        name = image_name(image, within)
-        if name == f"row {within}":
-            name = f"{part.source.dataset} {name}"
-        return Row(name, image, *others)
+        return self.parts[number][index - (self._ends[number - 1] if number else 0)]
 
     @property
     def has_masks(self) -> bool:
@@ -177,98 +148,48 @@ class MappedRows(Sequence):
         return rows[drawn].tolist(), f"{NUM_SUBSTITUTES} rows be read that were drawn in its place"
 
     def inspect(self, config: DataConfig) -> dict[str, Any]:
-        """Read every row once: refuse what is no image or no caption, and return the data's fingerprint.
+        """Read every row once: refuse what cannot be trained on, and return the data's fingerprint.
 
-        The fingerprint is a SHA-256 over the rows' file names, captions and bytes of images and masks, in order. Where
-        bad rows are skipped, it has their bytes as they are, and null for an image that is not there. It is remembered:
-        while no file has changed, nothing is read.
+        The fingerprint is a SHA-256 over what `Media.check` says of the rows, in order: of images file names, captions
+        and bytes. It is remembered: while no file has changed, nothing is read.
 
         Raises:
-            RowError: an image that Pillow does not know, a caption that is no string, or a mask of another size (names
-                the file), unless `data.on_bad_row` is skip.
+            RowError: a row that cannot be read (names the file), unless `data.on_bad_row` is skip.
         """
+        media = media_of(config)
 
         def digest(index: int) -> bytes:
-            row, content, mask = self[index], None, None
-            captions = [row.captions] if isinstance(row.captions, str) else row.captions
-            try:
-                content = read_bytes(row.image, row.name)
-                captions_of(captions, row.name)
-                image = open_image_header(io.BytesIO(content), row.name)
-                if row.mask is not None:
-                    mask = read_bytes(row.mask, mask_name(row))
-                    header = open_image_header(io.BytesIO(mask), mask_name(row))
-                    check_opaque(header, row)
-                    check_mask_size(upright_size(header, mask_name(row)), upright_size(image, row.name), row)
-            except RowError:
-                if config.on_bad_row == "stop":
-                    raise
-            # the file's name alone, so that a moved folder keeps its fingerprint
-            name = os.path.basename((row.image or {}).get("path") or f"row {index}")
-            entry = [name, captions, content if content is None else hashlib.sha256(content).hexdigest()]
-            if row.mask is not None:
-                entry.append(mask if mask is None else hashlib.sha256(mask).hexdigest())
+            entry = media.check(self[index], index, config)
             return hashlib.sha256(json.dumps(entry, default=str).encode()).digest()
 
         def compute() -> bytes:
             total = hashlib.sha256()
-            for row_digest in progress(map_in_threads(digest, range(len(self))), len(self), "Reading the images"):
+            digests = map_in_threads(digest, range(len(self)))
+            for row_digest in progress(digests, len(self), f"Reading the {media.NOUN}"):
                 total.update(row_digest)
-            return json.dumps({"num_images": len(self), "sha256": total.hexdigest()}).encode()
+            return json.dumps({f"num_{media.NOUN}": len(self), "sha256": total.hexdigest()}).encode()
 
         found = json.loads(remembered("fingerprint.json", compute, lambda: self.identity(config), config))
         names = config.dataset if config.sources is None else ", ".join(source.dataset for source in config.sources)
         return {"dataset": names} | found
 
     def identity(self, config: DataConfig) -> str:
-        """A digest that changes when a file that holds rows or images changes, or other rows of them are taken.
+        """A digest that changes when a file that holds rows or what they name changes, or other rows of them are taken.
 
         `Dataset._fingerprint` (datasets 5.2) has the paths and modification times of local files; it does not notice a
-        file that is changed and given its old time back, nor an image that only a row of parquet names. So besides, of
+        file that is changed and given its old time back, nor one that only a row of parquet names. So besides, of
         every file that is read, its `stamp`.
         """
-        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, Image.MAX_IMAGE_PIXELS)).encode())
+        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits())).encode())
         for part in self.parts:
-            columns = [getattr(part.source, name) for name in OF_A_SOURCE]
+            columns = [getattr(part.source, name) for name in part.source.of_data()]
             files = [stamp(file["filename"]) for file in part.data.cache_files]
             digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
             digest.update(b"all" if part.indices is None else part.indices.tobytes())
-            masks = part.paths(part.source.mask_column) if part.source.mask_column else ()
-            for paths, is_file in itertools.chain(part.paths(), masks):
+            for paths, is_file in part.media.files(part):
                 files = [stamp(path) for path, read in zip(paths, is_file, strict=True) if read]
                 digest.update(repr(files).encode())
         return digest.hexdigest()
-
-
-def follow(row: dict[str, Any], path: str | list[str]) -> Any:
-    """What a row has at the path to a column (`find_column`, or a dotted name); None where it has nothing."""
-    if isinstance(path, str):
-        path = [path] if path in row else path.split(".")
-    value: Any = row
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: SourceConfig) -> Any:
-    """A row's captions, in the columns of `caption_features`."""
-    return join_captions([label_text(follow(row, path), feature) for path, feature in columns], source)
-
-
-def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
-    """A row's undecoded mask, which may be one that is not there; None where its source has no masks."""
-    if source.mask_column is None:
-        return None
-    return row[source.mask_column] or {"bytes": None, "path": None}
-
-
-def join_captions(values: list[Any], source: SourceConfig) -> Any:
-    """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
-    caption if there are none."""
-    captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]
-    if len(values) == 1:
-        captions = values[0]
-    return source.default_caption if captions in (None, []) and source.default_caption is not None else captions
 
 
 def map_rows(config: DataConfig) -> MappedRows:
@@ -289,8 +210,8 @@ def open_rows(sources: list[tuple[str, SourceConfig]], config: DataConfig) -> Ma
 
 
 def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]:
-    """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of the image's
-    file name, so that a row stays on its side when others come or go; or those of `data.validation_dataset`.
+    """(training rows, validation rows or None): `data.validation_split` of the rows, chosen by a hash of
+    their lasting names, so that a row stays on its side when others come or go; or those of `data.validation_dataset`.
 
     Raises:
         InputError: one of the two is empty, or `data.validation_dataset` cannot be loaded.
@@ -301,28 +222,26 @@ def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]
         return rows, None
     training, validation = [], []
     for part in rows.parts:
-        batches = (paths for paths, _ in part.paths())
-        held_out = np.concatenate([_is_held_out(paths, i * BATCH, config) for i, paths in enumerate(batches)])
+        held_out = np.concatenate([_is_held_out(names, config) for names in part.media.lasting_names(part)])
         # a source of which nothing is held out stays, so that a weight stays in its place
         training.append(dataclasses.replace(part, indices=np.flatnonzero(~held_out)))
         validation.append(dataclasses.replace(part, indices=np.flatnonzero(held_out)))
     training, validation = MappedRows(training), MappedRows(validation)
     if not len(training) or not len(validation):
         raise InputError(
-            f"data.validation_split: {config.validation_split} of {len(rows)} images leaves {len(training)} to train "
-            f"on and {len(validation)} to validate on"
+            f"data.validation_split: {config.validation_split} of {len(rows)} {media_of(config).NOUN} leaves "
+            f"{len(training)} to train on and {len(validation)} to validate on"
         )
     return training, validation
 
 
-def _is_held_out(paths: list[str | None], start: int, config: DataConfig) -> np.ndarray:
-    names = (os.path.basename(image_name({"path": path}, start + i)) for i, path in enumerate(paths))
+def _is_held_out(names: list[str], config: DataConfig) -> np.ndarray:
     digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
     return np.frombuffer(digests, ">u8") / 2**64 < config.validation_split
 
 
 def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[list[str]]:
-    """The captions of row after row as the model is told them, without the images. Raises RowError if they cannot be
+    """The captions of row after row as the model is told them, without their content. Raises RowError if they cannot be
     read, unless such rows are skipped: then they have none."""
     for index in range(len(rows)):
         row = rows[index]
@@ -334,75 +253,8 @@ def read_captions(rows: MappedRows, config: DataConfig) -> Iterator[list[str]]:
             yield []
 
 
-def read_row(rows: Rows, index: int) -> tuple[Image.Image, list[str]]:
-    """The decoded image and the captions of a row.
-
-    Raises:
-        RowError: the image is missing, damaged or too large, or the caption is no string.
-    """
-    row = rows[index]
-    return open_image(read_bytes(row.image, row.name), row.name), captions_of(row.captions, row.name)
-
-
-def read_mask(row: Row, image: Image.Image) -> Image.Image:
-    """The decoded mask of a row's image, greyscale and of its size; all white where its source has no masks.
-
-    Raises:
-        RowError: the mask is missing, damaged, transparent or of another size.
-    """
-    if row.mask is None:
-        return Image.new("L", image.size, 255)
-    content = read_bytes(row.mask, mask_name(row))
-    check_opaque(open_image_header(io.BytesIO(content), mask_name(row)), row)
-    mask = open_image(content, mask_name(row)).convert("L")
-    check_mask_size(mask.size[::-1], image.size[::-1], row)
-    return mask
-
-
-def mask_name(row: Row) -> str:
-    """How errors call a row's mask."""
-    return f"{row.name}: mask {row.mask['path'] or ''}".rstrip()
-
-
-def check_opaque(header: Image.Image, row: Row) -> None:
-    """Raise RowError of a mask with transparency: on white, as images are laid, all of it would count."""
-    if header.has_transparency_data:
-        raise RowError(f"{mask_name(row)}: must be greyscale, white where the image counts, and has transparency")
-
-
-def check_mask_size(mask: tuple[int, int], image: tuple[int, int], row: Row) -> None:
-    """Raise RowError unless a row's mask is as large, (height, width), as its image."""
-    if mask != image:
-        sizes = [f"{width} × {height}" for height, width in (image, mask)]
-        raise RowError(f"{mask_name(row)}: must have the image's {sizes[0]} pixels, got {sizes[1]}")
-
-
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """`function` of each item, in order; a million items are not a million waiting tasks."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(items), 1024):
             yield from pool.map(function, items[start : start + 1024])
-
-
-def image_name(value: dict[str, Any] | None, index: int) -> str:
-    """How errors call a row's image."""
-    return (value or {}).get("path") or f"row {index}"
-
-
-def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
-    """The content of an undecoded `datasets.Image`, which is in the row, in a file or (of a stream) at a URL.
-
-    Raises:
-        RowError: there is none, or its file cannot be read.
-    """
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise RowError(f"{name}: no image")
-    if value["bytes"] is not None:
-        return value["bytes"]
-    try:
-        if "://" not in value["path"]:
-            return Path(value["path"]).read_bytes()
-        with fsspec.open(value["path"], "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise RowError(f"{name}: {error.strerror or one_line(error)}") from None

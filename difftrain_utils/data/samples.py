@@ -1,4 +1,4 @@
-"""Sample k of a run: which image, crop, flip and caption it has is a function of (config, seed, k).
+"""Sample k of a run: which row, which part of it and which caption it has is a function of (config, seed, k).
 
 A run is one stream of samples k = 0, 1, 2, … across epochs, and optimizer step s takes the samples
 [s·G, (s+1)·G), G the global batch size. So a resumed run starts its stream at k = step·G and needs no
@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from PIL import Image
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.buckets import Buckets
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import Rows, read_mask, read_row
+from difftrain_utils.data.rows import Rows
 from difftrain_utils.errors import RowError, warn
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.image import crop_of, resize_and_crop, resize_and_crop_mask
-from difftrain_utils.media.text import captions_of, complete, draw_tags
+from difftrain_utils.media.captions import captions_of, complete, draw_tags
+from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
 
@@ -32,12 +31,11 @@ class Samples(torch.utils.data.Dataset):
     """Item k is sample k:
 
     - "key": k
-    - "pixel_values": (3, H, W) float32 in [-1, 1]; or "moments": of the cache `latents`, (2, channels, h, w)
-    - "caption": str, or None where it is dropped (`data.caption_dropout`); or "conditioning": of the cache `text`, a
-      dict of tensors
+    - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
+      "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w)
+    - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
+      "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
-    - "mask": where a source has masks, (1, H, W) float32 in [0, 1]; or of the cache `latents`, (1, h, w)
-    - "sizes": six integers, of the image as it was, of the crop and of what is trained on: see `Crop`
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
@@ -56,13 +54,13 @@ class Samples(torch.utils.data.Dataset):
         also: Iterable[str] = (),
     ):
         self.rows, self.order, self.buckets = data.rows, data.order, data.buckets
-        self.config, self.seed, self.num_samples = config, seed, num_samples
+        self.media, self.config, self.seed, self.num_samples = media_of(config), config, seed, num_samples
         self.caches = dict(caches or {})
         self.latents, self.text = self.caches.pop("latents", None), self.caches.pop("text", None)
         if unknown := set(also) - {"pixel_values", "caption"}:
             raise ValueError(f"also: there is pixel_values and caption, got {', '.join(map(repr, sorted(unknown)))}")
-        self.has_pixels = self.latents is None or "pixel_values" in also
-        self.has_caption = self.text is None or "caption" in also
+        self.has_content = self.latents is None or "pixel_values" in also
+        self.has_caption = self.media.HAS_CAPTIONS and (self.text is None or "caption" in also)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -78,32 +76,24 @@ class Samples(torch.utils.data.Dataset):
 
     def _read(self, row: int, k: int) -> dict[str, Any]:
         """What sample k is made of row `row`; raises RowError if that cannot be read."""
-        sample = {"weight": self.rows.loss_weight(row), "dropped": self._is_dropped(k)}
-        flip, captions = self._is_flipped(k), None
-        if self.has_pixels:
-            image, captions = read_row(self.rows, row)
-            across, down = 0.5, 0.5
-            if not self.config.center_crop:
-                across, down = generator_for(self.seed, "crop", k).random(2).tolist()
-            size = size_of(row, self.config, self.buckets)
-            crop = crop_of(image, size, across, down, flip)
-            sample["pixel_values"] = resize_and_crop(image, crop, self.config, flip)
-            sample["sizes"] = torch.tensor(crop.sizes)
-            if self.rows.has_masks and self.latents is None:
-                mask = read_mask(self.rows[row], image)
-                sample["mask"] = resize_and_crop_mask(mask, crop, self.config, flip)
+        sample, place = {"weight": self.rows.loss_weight(row)}, self.media.place(self.config, self.seed, k)
+        stored = self.rows[row] if self.has_content or self.has_caption else None
+        if self.has_content:
+            size = self.media.size_of(self.config) if self.buckets is None else self.buckets.size_of(row)
+            has_masks = self.rows.has_masks and self.latents is None
+            sample |= self.media.read(stored, place, size, self.config, has_masks)
         if self.latents is not None:
             entry = self.latents[row]
             if self.config.on_bad_row == "skip" and not entry["is_readable"]:
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
-            side = 1 if flip else 0
+            side = 1 if place.flip else 0
             sample |= {"moments": entry["moments"][side], "sizes": entry["sizes"][side]}
             if self.rows.has_masks:
                 sample["mask"] = entry["masks"][side]
+        if self.media.HAS_CAPTIONS:
+            sample["dropped"] = self._is_dropped(k)
         if self.has_caption:
-            if captions is None:
-                stored = self.rows[row]
-                captions = captions_of(stored.captions, stored.name)
+            captions = captions_of(stored.captions, stored.name)
             caption = draw_tags(captions[self._choose(len(captions), k)], self.config, self.seed, k)
             sample["caption"] = None if sample["dropped"] else complete(caption, self.config)
         if self.text is not None:
@@ -115,19 +105,14 @@ class Samples(torch.utils.data.Dataset):
             sample["conditioning"] = self.text[number]
         return sample | {name: cache[row] for name, cache in self.caches.items()}
 
-    def _is_flipped(self, k: int) -> bool:
-        return self.config.random_flip and self._draw("flip", k) < 0.5
-
     def _is_dropped(self, k: int) -> bool:
-        return self.config.caption_dropout > 0 and self._draw("caption_dropout", k) < self.config.caption_dropout
+        share = self.config.caption_dropout
+        return share > 0 and generator_for(self.seed, "caption_dropout", k).random() < share
 
     def _choose(self, count: int, k: int) -> int:
         if count == 1:
             return 0
         return int(generator_for(self.seed, "caption", k).integers(count))
-
-    def _draw(self, purpose: str, k: int) -> float:
-        return generator_for(self.seed, purpose, k).random()
 
 
 def load_batches(accelerator: Accelerator, samples: Samples, state, config: Config) -> Iterator[dict[str, Any]]:
@@ -247,19 +232,21 @@ def read_or_substitute(
     raise RowError(f"{first}; nor can {which}")
 
 
-def read_row_or_substitute(
-    rows: Rows, index: int, config: DataConfig, seed: int, k: int
-) -> tuple[Image.Image, list[str], Image.Image]:
-    """The image, the captions as the model is told them, and the mask of a row or its substitute: see
-    `read_or_substitute`."""
+def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) -> dict[str, Any]:
+    """A batch as evaluations see it, as `collate` makes it: j of `keys` is row j modulo their number, or its
+    substitute, from its middle and with its first caption.
 
-    def read(row: int) -> tuple[Image.Image, list[str], Image.Image]:
-        image, captions = read_row(rows, row)
-        return image, [complete(caption, config) for caption in captions], read_mask(rows[row], image)
+    Raises:
+        RowError: see `read_or_substitute`.
+    """
+    media = media_of(config)
 
-    return read_or_substitute(read, rows, index, config, seed, k)[0]
+    def read(row: int) -> dict[str, Any]:
+        stored = rows[row]
+        sample = media.read(stored, media.MIDDLE, media.size_of(config), config, rows.has_masks)
+        if media.HAS_CAPTIONS:
+            sample["caption"] = complete(captions_of(stored.captions, stored.name)[0], config)
+        return sample | {"weight": rows.loss_weight(row)}
 
-
-def size_of(row: int, config: DataConfig, buckets: Buckets | None = None) -> tuple[int, int]:
-    """(height, width) of a row's image when it is trained on."""
-    return (config.resolution, config.resolution) if buckets is None else buckets.size_of(row)
+    samples = [read_or_substitute(read, rows, j % len(rows), config, seed, j)[0] | {"key": j} for j in keys]
+    return collate(samples)

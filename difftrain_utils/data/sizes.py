@@ -7,9 +7,9 @@ import numpy as np
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.fingerprint import remembered
-from difftrain_utils.data.rows import MappedRows, Row, map_in_threads, read_bytes
+from difftrain_utils.data.rows import MappedRows, map_in_threads
 from difftrain_utils.errors import RowError
-from difftrain_utils.media.image import open_image_header, upright_size
+from difftrain_utils.media.image import Row, open_image_header, read_bytes, upright_size
 from difftrain_utils.terminal import progress
 
 

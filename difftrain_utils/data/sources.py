@@ -14,10 +14,13 @@ from typing import Any
 import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
-from difftrain_utils.config.data import OF_A_SOURCE, DataConfig, SourceConfig
+from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
+from difftrain_utils.media import image, text
+from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
 VALIDATION = "data.validation_dataset"
@@ -39,7 +42,7 @@ def validation_source(config: DataConfig) -> tuple[str, SourceConfig]:
 
 
 def _source(dataset: str, config: DataConfig) -> SourceConfig:
-    return SourceConfig(dataset, **{name: getattr(config, name) for name in OF_A_SOURCE})
+    return config.SOURCE(dataset, **{name: getattr(config, name) for name in config.SOURCE.of_data()})
 
 
 def field_of(source: str, name: str) -> str:
@@ -49,28 +52,25 @@ def field_of(source: str, name: str) -> str:
     return f"{source}.{name}"
 
 
-def caption_columns(source: SourceConfig) -> list[str]:
-    """`caption_column` as a list."""
-    return [source.caption_column] if isinstance(source.caption_column, str) else source.caption_column
-
-
 def open_source(field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
-    """The images, undecoded ({"bytes", "path"}), and the captions of a source, mapped into memory.
+    """The rows of a source, files in them undecoded ({"bytes", "path"}), mapped into memory.
 
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    name, photos = source.dataset, photo_folder(field, source)
+    name, photos = source.dataset, photo_folder(field, source) if media_of(source) is image else None
     if photos is not None:
         with blame(cannot_load(field, source), Exception):  # such as names that are no Unicode
             data = read_photos(photos)
+    elif name.startswith("builtin:") and media_of(source) is text:
+        data = texts.builtin_texts(name, field_of(field, "dataset"))
     elif name in SHAPE_SETS:
         data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
         raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
     else:
         folder = local_path(name)
-        with _blame_cache(), blame(cannot_load(field, source), Exception):  # whatever stops datasets
+        with _blame_cache(), blame(cannot_load(field, source), Exception), texts.blame_file(source):
             if (folder / "state.json").is_file():
                 data = datasets.load_from_disk(str(folder))  # by save_to_disk: it has no splits
             elif (folder / "dataset_dict.json").is_file():
@@ -79,7 +79,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
                 data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
-        raise InputError(f"{field_of(field, 'dataset')}: {name} has no images")
+        raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
     if photos is not None:
         check_photo_captions(data, field, source, config)
     return used_columns(data, source)
@@ -104,9 +104,10 @@ def _blame_cache() -> Iterator[None]:
 
 def cannot_load(field: str, source: SourceConfig) -> str:
     """How the error begins if a source cannot be opened."""
-    is_folder = os.path.isdir(local_path(source.dataset))
+    place = local_path(source.dataset)
+    is_here = os.path.isdir(place) or (media_of(source) is text and os.path.isfile(place))
     return f"{field_of(field, 'dataset')}: cannot load {source.dataset!r}" + (
-        "" if is_folder else ", which is no folder here"
+        "" if is_here else ", which is no folder here"
     )
 
 
@@ -114,8 +115,11 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
 
     Raises:
-        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong.
+        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong; of texts see
+            `texts.load_arguments`.
     """
+    if media_of(source) is text:
+        return texts.load_arguments(source, field_of(field, "dataset"))
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
@@ -164,7 +168,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
     Raises:
         InputError: see `repeats_of`.
     """
-    photos = photo_folder(field, source)
+    photos = photo_folder(field, source) if media_of(source) is image else None
     folders = {} if photos is None else repeats_of(photos)
     if not folders:
         return [(source, 1)]
@@ -181,7 +185,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
     """Raise InputError if photos have no caption, unless such rows are skipped and others have one."""
-    captions = zip(*(data[column] for column in caption_columns(source)), strict=True)
+    captions = zip(*(data[column] for column, _ in media_of(source).text_columns(source)), strict=True)
     missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
     is_fine = not missing or (config.on_bad_row == "skip" and len(missing) < len(data))
     if source.default_caption is not None or is_fine:
@@ -198,15 +202,15 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
     """Raise InputError unless the columns are there, and those of images and masks hold images."""
     name, columns = source.dataset, data.column_names
-    of_images = [(getattr(source, name), name) for name in ("image_column", "mask_column") if getattr(source, name)]
-    for column, asked_by in (*of_images, *((c, "caption_column") for c in caption_columns(source))):
+    media, of_files = media_of(source), media_of(source).file_columns(source)
+    for column, asked_by in of_files + media.text_columns(source):
         # what nobody has asked for need not be there if there is another caption for all
-        has_default = column == SourceConfig.caption_column and source.default_caption is not None
-        if find_column(data, column) is None and not (asked_by == "caption_column" and has_default):
+        is_default = asked_by == "caption_column" and column == SourceConfig.caption_column
+        if find_column(data, column) is None and not (is_default and source.default_caption is not None):
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
-    for column, asked_by in of_images:
+    for column, asked_by in of_files:
         feature = data.features.get(column)
         is_bytes = feature == datasets.Value("binary") or (
             isinstance(feature, dict) and set(feature) == {"bytes", "path"}
@@ -218,11 +222,11 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
 
 
 def used_columns(data, source: SourceConfig):
-    """A data set of the images and masks, undecoded, and the captions: other columns would be read with each row."""
-    of_images = [column for column in (source.image_column, source.mask_column) if column]
-    used = dict.fromkeys([*of_images, *(path[0] for path, _ in caption_features(data, source))])
+    """A data set of the columns that a source names, files undecoded: other columns would be read with each row."""
+    of_files = [column for column, _ in media_of(source).file_columns(source)]
+    used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source))])
     data = data.select_columns(list(used))
-    for column in of_images:
+    for column in of_files:
         data = data.cast_column(column, datasets.Image(decode=False))
     return data
 
@@ -239,10 +243,10 @@ def find_column(data: datasets.Dataset, name: str) -> list[str] | None:
     return path
 
 
-def caption_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
-    """The path to each caption column that is there (`find_column`), and what `datasets` says that it holds."""
+def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
+    """The path to each column of text that is there (`find_column`), and what `datasets` says that it holds."""
     found = []
-    for path in filter(None, (find_column(data, column) for column in caption_columns(source))):
+    for path in filter(None, (find_column(data, column) for column, _ in media_of(source).text_columns(source))):
         feature = data.features
         for part in path:
             feature = feature[part]
@@ -322,11 +326,10 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
     for name in files_of(row, source):
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
             raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
-    has_caption = any(column in row or column.split(".")[0] in row for column in caption_columns(source))
-    if not has_caption and source.default_caption is None:
-        columns = " or ".join(map(repr, caption_columns(source)))
+    columns = [column for column, _ in media_of(source).text_columns(source)]
+    if not any(column in row or column.split(".")[0] in row for column in columns) and source.default_caption is None:
         raise InputError(
-            f"{field_of(field, 'caption_column')}: no {columns} in {line_name}; "
+            f"{field_of(field, 'caption_column')}: no {' or '.join(map(repr, columns))} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
     return row

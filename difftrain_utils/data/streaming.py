@@ -5,7 +5,6 @@ those of a lane's next window while its present one is used.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,21 +19,20 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.fingerprint import cache_folder, remembered
 from difftrain_utils.data.lanes import Lanes, Place, Window
 from difftrain_utils.data.remote import Reader, StoredFile, find_file, is_remote, list_urls
-from difftrain_utils.data.rows import Row, captions_in, map_in_threads, mask_in, read_bytes
+from difftrain_utils.data.rows import map_in_threads
 from difftrain_utils.data.sources import (
     FILE_KINDS,
     cannot_load,
-    caption_features,
     check_columns,
     field_of,
     load_arguments,
     sources_of,
+    text_features,
     used_columns,
 )
 from difftrain_utils.data.units import FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
 from difftrain_utils.errors import InputError, RowError, blame
-from difftrain_utils.media.image import open_image_header
-from difftrain_utils.media.text import captions_of
+from difftrain_utils.media.media import Row, media_of
 
 END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
 READERS = 4  # threads of a process
@@ -42,19 +40,17 @@ READERS = 4  # threads of a process
 
 @dataclass
 class StreamedSource:
-    """The units of one source, and what of its columns is a caption."""
+    """The units of one source, and what of its columns is text."""
 
     source: SourceConfig
     rows: FileRows | TableRows
-    captions: list[tuple[list[str], Any]]
+    texts: list[tuple[list[str], Any]]
     num_files: int
     sha256: str
 
     def row(self, content: dict[str, Any]) -> Row:
         """A row as it is stored."""
-        image = content[self.source.image_column]
-        captions, mask = captions_in(content, self.captions, self.source), mask_in(content, self.source)
-        return Row((image or {}).get("path") or content[NAME], image, captions, mask)
+        return media_of(self.source).row_of(content, content[NAME], self.source, self.texts)
 
 
 def open_stream(config: DataConfig) -> "StreamedRows":
@@ -63,7 +59,7 @@ def open_stream(config: DataConfig) -> "StreamedRows":
 
     Raises:
         InputError: a data set, its split or a column is not there, has no rows, or a file is damaged.
-        RowError: a first row has no image or caption, unless `data.on_bad_row` is skip.
+        RowError: a first row cannot be read, unless `data.on_bad_row` is skip.
     """
     reader = Reader(cache_folder(config) / "stream", config.stream_cache_gb * 1e9)
     rows = StreamedRows([_open_source(field, source, config, reader) for field, source in sources_of(config)], config)
@@ -71,9 +67,7 @@ def open_stream(config: DataConfig) -> "StreamedRows":
         content = opened.rows.read(0)[0]
         if isinstance(content, RowError):
             raise content
-        first = opened.row(content)
-        open_image_header(io.BytesIO(read_bytes(first.image, first.name)), first.name)
-        captions_of(first.captions, first.name)
+        media_of(config).check(opened.row(content), 0, config)
     return rows
 
 
@@ -100,9 +94,9 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
             kinds = "parquet, arrow, WebDataset tar files and image folders"
             raise InputError(f"{culprit}: {source.dataset} is of {kind}; a stream reads {kinds}")
         if rows.units.rows.sum() == 0:
-            raise InputError(f"{culprit}: {source.dataset} has no images")
+            raise InputError(f"{culprit}: {source.dataset} has no {media_of(source).NOUN}")
         sha256 = files_digest(files, reader)
-    return StreamedSource(source, rows, caption_features(data, source), len(files), sha256)
+    return StreamedSource(source, rows, text_features(data, source), len(files), sha256)
 
 
 def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:

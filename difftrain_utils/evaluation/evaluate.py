@@ -11,9 +11,10 @@ from difftrain_utils.builtins.shapes import count_right
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import go_on_without
-from difftrain_utils.evaluation.grids import generate, save_grid
+from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
 from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
@@ -56,7 +57,7 @@ class Evaluation:
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
                 with go_on_without():
-                    save_grid(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
+                    media_of(self.config.data).save(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)

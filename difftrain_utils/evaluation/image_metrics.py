@@ -19,10 +19,9 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
-from difftrain_utils.data.samples import read_row_or_substitute
+from difftrain_utils.data.samples import read_held_out
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.evaluation.grids import generate
-from difftrain_utils.media.image import to_square
+from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import announce, progress
 
@@ -66,14 +65,14 @@ def image_metrics(
     evaluation, batches = config.evaluation, []
     shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
     for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
-        held_out = [read_row_or_substitute(rows, k, config.data, evaluation.seed, k) for k in keys]
-        captions = [captions[0] for _, captions, _ in held_out]
+        held_out = read_held_out(rows, keys, config.data, evaluation.seed)
+        captions = held_out["captions"]
         images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
-                squares = torch.stack([to_square(image, config.data)[0] for image, _, _ in held_out])
-                batch |= {"real": networks["features"](pt_to_pil(squares)), "generated": networks["features"](images)}
+                squares = pt_to_pil(held_out["pixel_values"])
+                batch |= {"real": networks["features"](squares), "generated": networks["features"](images)}
             if "clip_score" in networks:
                 batch["clip_score"] = networks["clip_score"](images, captions)
         batches.append({name: values[:num_kept].cpu() for name, values in batch.items()})

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.data.rows import MappedRows
-from difftrain_utils.data.samples import read_row_or_substitute
+from difftrain_utils.data.samples import read_held_out
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
-from difftrain_utils.media.image import resize_and_crop_mask, to_square
 from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.processes import share_out
@@ -39,14 +39,7 @@ def validation_losses(
     found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
     batches = share_out(accelerator, len(found), evaluation.batch_size)
     for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
-        held_out = [read_row_or_substitute(rows, j % len(rows), config.data, evaluation.seed, j) for j in keys]
-        pixel_values, crops = zip(*(to_square(image, config.data) for image, _, _ in held_out), strict=True)
-        batch = {
-            "keys": keys,
-            "pixel_values": torch.stack(pixel_values).to(accelerator.device),
-            "captions": [captions[0] for _, captions, _ in held_out],
-            "sizes": torch.tensor([crop.sizes for crop in crops], device=accelerator.device),
-        }
+        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
         latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
         noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
         timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
@@ -54,10 +47,8 @@ def validation_losses(
         target = schedule.target(latents, noise, timesteps)
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (output - target).square()
-        if rows.has_masks:
-            pairs = zip((mask for *_, mask in held_out), crops, strict=True)
-            masks = torch.stack([resize_and_crop_mask(*pair, config.data) for pair in pairs])
-            losses *= scale_masks(masks.to(accelerator.device), losses.shape[-2:])
+        if batch["masks"] is not None:
+            losses *= scale_masks(batch["masks"], losses.shape[-2:])
         losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
         found[keys[:num_kept]] = losses[:num_kept]

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from transformers import PreTrainedModel
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError, blame, one_line
+from difftrain_utils.optimization.sharding import blocks_of
 
 RECOMPILE_LIMIT = 64  # graphs of one function: shapes × (training, and DREAM's probe without gradients)
 
@@ -23,7 +25,7 @@ def configure_denoiser(config: TrainConfig, denoiser: torch.nn.Module) -> None:
     name = type(denoiser).__name__
     if config.gradient_checkpointing:
         with blame(f"train.gradient_checkpointing: not for a {name}", ValueError):
-            denoiser.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(denoiser)
     if config.plain_attention:
         processors = getattr(denoiser, "attn_processors", {}).values()
         if not processors or not all(isinstance(processor, AttnProcessor2_0) for processor in processors):
@@ -40,11 +42,24 @@ def configure_denoiser(config: TrainConfig, denoiser: torch.nn.Module) -> None:
     options = {"dynamic": False}
     if config.compile == "whole":
         denoiser.compile(**options)
+    elif isinstance(denoiser, PreTrainedModel):
+        for block in blocks_of(denoiser):
+            block.compile(fullgraph=True, **options)
     else:
         try:
             denoiser.compile_repeated_blocks(fullgraph=True, **options)
         except ValueError as error:
             raise InputError(f"train.compile: regional is not for this model: {one_line(error)}") from error
+
+
+def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
+    """Of a model of diffusers or transformers. Raises ValueError if it has none."""
+    if not isinstance(model, PreTrainedModel):
+        model.enable_gradient_checkpointing()
+        return
+    # transformers 5 calls it otherwise
+    name = next(name for name in ("activation", "gradient") if hasattr(model, f"{name}_checkpointing_enable"))
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -180,6 +180,10 @@ class DiffusersFamily:
         if lora is not None and not lora.merge and not cls.loads_adapters():
             raise InputError(f"model.lora: a {name} of diffusers loads no adapters; use model.lora.merge")
 
+    @property
+    def class_name(self) -> str:
+        return self.pipeline_class.__name__
+
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def frozen_parts(self) -> tuple[str, ...]:
@@ -673,16 +677,21 @@ def load_weights(source: str, model_index: dict[str, Any], name: str, **kwargs) 
         InputError: the part cannot be loaded, weights are missing, too many or of another shape, or one is not finite.
     """
     part, found = load_part(source, model_index, name, output_loading_info=True, **kwargs)
-    unexpected = [key for key in found["unexpected_keys"] if not key.endswith("position_ids")]  # of older CLIP files
-    problems = {"missing": found["missing_keys"], "not of this model": unexpected, "of another shape": []}
+    found["unexpected_keys"] = [key for key in found["unexpected_keys"] if not key.endswith("position_ids")]  # old CLIP
+    refuse_incomplete(part, found, f"model.pretrained_model_name_or_path: {source}: {name}")
+    return part
+
+
+def refuse_incomplete(part: torch.nn.Module, found: dict[str, Any], culprit: str) -> None:
+    """Raise InputError about the `culprit` if weights are missing, too many or of another shape, as a library's
+    `output_loading_info` says, or if one is not finite."""
+    problems = {"missing": found["missing_keys"], "not of this model": found["unexpected_keys"]}
     problems["of another shape"] = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     loaded = {key: value for key, value in part.state_dict().items() if not value.is_meta}  # as what is missing is
     problems["not finite"] = [key for key, value in loaded.items() if not value.isfinite().all()]
     for what, keys in problems.items():
         if keys:
-            named = some(sorted(keys))
-            raise InputError(f"model.pretrained_model_name_or_path: {source}: {name}: weights {what}: {named}")
-    return part
+            raise InputError(f"{culprit}: weights {what}: {some(sorted(keys))}")
 
 
 def blame_part(source: str, name: str) -> AbstractContextManager[None]:

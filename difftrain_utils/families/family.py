@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
@@ -19,25 +20,15 @@ Weights = Literal["pretrained", "random", "none"]
 
 
 class Family(Protocol):
-    """What scripts, data and evaluation ask of a model family.
+    """What every script asks of a model family.
 
     It holds the checkpoint's frozen parts. The denoiser, which is trained, is an argument: there may be several, or
-    wrapped ones. Latents have any rank, (batch, channels, …), in their natural form: packing them, ids, scale and
-    direction of time and the sign of the output are the family's affair, in `predict` and nowhere else.
+    wrapped ones. What it is told, and in which order, is the family's affair, in `predict` and nowhere else."""
 
-    Conditioning is a dict of tensors, batch first. What is padded is padded to a length that does not depend on the
-    other captions; if the model is given what counts, `NAME_mask`, (batch, tokens), says it of `NAME`."""
-
+    class_name: str
+    """What the checkpoint says that it is: the class of its pipeline or model."""
     denoiser_part: str
     """The name of the part that is trained: "unet", "transformer"."""
-    image_part: str | None
-    """The name of the part that encodes images; None in pixel space."""
-    text_parts: tuple[str, ...]
-    """The names of the parts that encode captions: text encoders and tokenizers."""
-    schedule: Schedule
-    """The noise schedule to train with."""
-    size_multiple: int
-    """What an image's sides must be multiples of."""
     weight_dtype: torch.dtype
     """Of the frozen parts."""
     has_weights: bool
@@ -48,14 +39,10 @@ class Family(Protocol):
     """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
     lora: LoraConfig | None
     """Of the adapters that the denoiser has in training."""
+    init_seed: int | None
+    """The seed of the denoiser's random weights; None: the checkpoint's weights."""
     text_encoders: torch.nn.Module | None
     """Those that encode captions as one module (captions -> conditioning), if they are trained, too."""
-
-    @classmethod
-    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Family":
-        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser. `weights` are
-        the denoiser's; with "none" no part has any: all are on the meta device. Raises InputError if a part cannot be
-        loaded."""
 
     def load_denoiser(self) -> torch.nn.Module:
         """The denoiser in float32 on the CPU, from the checkpoint's weights or from random ones."""
@@ -63,20 +50,8 @@ class Family(Protocol):
     def check_denoiser(self, denoiser: torch.nn.Module) -> None:
         """Raise RunError unless a pipeline of this family can have this denoiser."""
 
-    def check_size(self, height: int, width: int, name: str) -> None:
-        """Raise InputError, about the field `name`, unless the model can take images of this size."""
-
-    def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
-        """Raise InputError, about the field, for captions that the model cannot be told."""
-
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """SHA-256 of the weights of all parts (`weights_digest`), by their names."""
-
-    def describe_parts(self, *parts: str) -> dict[str, str]:
-        """All that decides what frozen parts put out, by name: digests of their weights, configs and vocabularies."""
-
-    def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> torch.nn.Module:
-        """Make `text_encoders`, in float32 on the CPU, with adapters if there is `lora`."""
 
     def move_frozen_parts(self, accelerator: Accelerator, config: TrainConfig) -> None:
         """Bring the frozen parts onto the device, in its precision; with `train.shard_encoders` a share of the text
@@ -91,6 +66,55 @@ class Family(Protocol):
     def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "Family":
         """The same family on the CPU, with frozen parts of this dtype as `empty` makes them of those on the meta
         device: without weights, so that what they put out has a shape and nothing else."""
+
+    @classmethod
+    def loads_adapters(cls) -> bool:
+        """Whether plain diffusers, or peft for text, loads what `save_lora` writes."""
+
+    def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
+        """Write the adapters of the denoiser, and of the text encoders if they are trained, as its pipeline's
+        `load_lora_weights(folder)` loads them, or peft for text, with rank and alpha."""
+
+    def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
+        """Write a pipeline around `denoiser`, with the checkpoint's own frozen parts. Raises RunError if it would not
+        be one (`check_denoiser`)."""
+
+
+class ImageFamily(Family, Protocol):
+    """What scripts for images ask besides, or for all that has latents.
+
+    Latents have any rank, (batch, channels, …), in their natural form: packing them, ids, scale and direction of time
+    and the sign of the output are the family's affair, in `predict` and nowhere else.
+
+    Conditioning is a dict of tensors, batch first. What is padded is padded to a length that does not depend on the
+    other captions; if the model is given what counts, `NAME_mask`, (batch, tokens), says it of `NAME`."""
+
+    image_part: str | None
+    """The name of the part that encodes images; None in pixel space."""
+    text_parts: tuple[str, ...]
+    """The names of the parts that encode captions: text encoders and tokenizers."""
+    schedule: Schedule
+    """The noise schedule to train with."""
+    size_multiple: int
+    """What an image's sides must be multiples of."""
+
+    @classmethod
+    def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "ImageFamily":
+        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser. `weights` are
+        the denoiser's; with "none" no part has any: all are on the meta device. Raises InputError if a part cannot be
+        loaded."""
+
+    def check_size(self, height: int, width: int, name: str) -> None:
+        """Raise InputError, about the field `name`, unless the model can take images of this size."""
+
+    def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
+        """Raise InputError, about the field, for captions that the model cannot be told."""
+
+    def describe_parts(self, *parts: str) -> dict[str, str]:
+        """All that decides what frozen parts put out, by name: digests of their weights, configs and vocabularies."""
+
+    def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> torch.nn.Module:
+        """Make `text_encoders`, in float32 on the CPU, with adapters if there is `lora`."""
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of what images are in latents, (batch, 2, *latent); 0 where there is no
@@ -146,14 +170,48 @@ class Family(Protocol):
     def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline of the parts in memory around `denoiser`."""
 
+
+class TextFamily(Family, Protocol):
+    """What scripts for text ask besides.
+
+    A text is a row of tokens; positions whose `attention_mask` is false are not seen by the others, so that what is
+    there does not matter. Logits of a sample do not depend on the others of its batch."""
+
+    tokenizer: PreTrainedTokenizerBase
+    mask_token_id: int
+    """The token that stands for one that is masked."""
+    vocab_size: int
+    """How many logits a position has: the tokenizer's tokens, and perhaps some that it does not use."""
+
     @classmethod
-    def loads_adapters(cls) -> bool:
-        """Whether plain diffusers loads what `save_lora` writes."""
+    def load(
+        cls, source: str, config: Config, weights: Weights, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> "TextFamily":
+        """The family of the checkpoint in the folder or at the hub name `source`, without its denoiser. `weights` are
+        the denoiser's; with "none" it has none and is on the meta device. A `tokenizer` takes the place of the
+        checkpoint's, for a denoiser of random weights.
 
-    def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
-        """Write the adapters of the denoiser, and of the text encoders if they are trained, as its pipeline's
-        `load_lora_weights(folder)` loads them, with rank and alpha."""
+        Raises:
+            InputError: the config or the tokenizer cannot be loaded, no token stands for a masked one, or the model
+                takes no texts of this length.
+        """
 
-    def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
-        """Write a pipeline around `denoiser`, with the checkpoint's own frozen parts. Raises RunError if it would not
-        be one (`check_denoiser`)."""
+    def predict(
+        self, denoiser: torch.nn.Module, noisy_tokens: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (batch, length, vocabulary), float32, of what each position's token is before it was masked, of tokens
+        (batch, length) int64 and of which of them the model may look at, bool. The denoiser may be wrapped."""
+
+    def generate(
+        self,
+        denoiser: torch.nn.Module,
+        prompts: Sequence[str],
+        *,
+        length: int,
+        num_inference_steps: int,
+        sampler: str,
+        temperature: float,
+        block_length: int | None,
+        generators: Sequence[torch.Generator],
+    ) -> list[str]:
+        """A text for each prompt, of `length` tokens at most, its prompt's among them and in front of it."""

@@ -1,25 +1,30 @@
-"""The families by what a checkpoint's model_index.json says it is, and loading one."""
+"""The families by what a checkpoint says that it is, in its model_index.json or config.json, and loading one."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from difftrain_utils.builtins.checkpoints import BUILTINS, builtin_checkpoint
+from difftrain_utils.builtins.checkpoints import BUILTINS, TEXT_BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
 from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
 from difftrain_utils.families.dit import DiT
-from difftrain_utils.families.family import Family
+from difftrain_utils.families.family import Family, ImageFamily, TextFamily
 from difftrain_utils.families.flux import Flux
 from difftrain_utils.families.flux2_klein import Flux2Klein
+from difftrain_utils.families.llada import LLaDA
 from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.families.lumina2 import Lumina2
+from difftrain_utils.families.masked_lm import MaskedLM
 from difftrain_utils.families.pixart_sigma import PixArtSigma
 from difftrain_utils.families.prx_pixel import PRXPixel
 from difftrain_utils.families.qwen_image import QwenImage
@@ -34,7 +39,7 @@ from difftrain_utils.objective.loss import LearnedUncertainty
 from difftrain_utils.terminal import announce
 
 transformers.logging.disable_progress_bar()  # a bar for each of a model's parts, gone before it is read
-FAMILIES: dict[str, type[Family]] = {
+FAMILIES: dict[str, type[ImageFamily]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
@@ -50,11 +55,17 @@ FAMILIES: dict[str, type[Family]] = {
     "SanaPipeline": Sana,
     "PRXPixelPipeline": PRXPixel,
 }
+TEXT_FAMILIES: dict[str, type[TextFamily]] = {
+    "ModernBertForMaskedLM": MaskedLM,
+    "BertForMaskedLM": MaskedLM,
+    "LlamaForCausalLM": LLaDA,
+}
 
 
-def load_family(config: Config, has_weights: bool = True) -> Family:
+def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedTokenizerBase | None = None) -> Family:
     """The family of the checkpoint that `model.pretrained_model_name_or_path` names, its frozen parts on the CPU in
-    float32; or without any weights, which then need not be there (`Family.load`).
+    float32; or without any weights, which then need not be there (`Family.load`). Of text, with a `tokenizer` of the
+    run's own, if there is one.
 
     Raises:
         InputError: there is no such checkpoint, a part of it is missing, its family is not known, or its noise
@@ -62,13 +73,16 @@ def load_family(config: Config, has_weights: bool = True) -> Family:
     """
     name = config.model.pretrained_model_name_or_path
     announce(f"{'Loading' if has_weights else 'Reading the configs of'} the frozen parts of {name}")
+    is_random = config.model.train_from_scratch or name in (*BUILTINS, *TEXT_BUILTINS)
+    weights = "none" if not has_weights else "random" if is_random else "pretrained"
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
+        if isinstance(config.model, TextModelConfig):
+            source, class_name = _find_text(name, config.model.revision)
+            return TEXT_FAMILIES[class_name].load(source, config, weights, tokenizer)
         source, model_index = _find(name, config.model.revision)
         family_class = FAMILIES[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:
             raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
-        is_random = config.model.train_from_scratch or name in BUILTINS
-        weights = "none" if not has_weights else "random" if is_random else "pretrained"
         return family_class.load(source, model_index, config, weights)
 
 
@@ -87,21 +101,24 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
     choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
     configure_denoiser(config.train, denoiser)
     models = {"denoiser": denoiser.train()}
-    if config.model.train_text_encoder:
-        models["text_encoders"] = family.train_text_encoders(config.train.seed, config.train.gradient_checkpointing)
-    if config.loss.learned_uncertainty:
-        models["uncertainty"] = LearnedUncertainty()
+    if not isinstance(config.model, TextModelConfig):
+        if config.model.train_text_encoder:
+            models["text_encoders"] = family.train_text_encoders(config.train.seed, config.train.gradient_checkpointing)
+        if config.loss.learned_uncertainty:
+            models["uncertainty"] = LearnedUncertainty()
     torch.manual_seed(seed_for(config.train.seed, "weights", 1))
     return models
 
 
 def load_tokenizer(config: Config) -> Any:
     """The checkpoint's tokenizer that takes the longest captions, without the models: it cuts them at its
-    `model_max_length` tokens. None if the checkpoint has none.
+    `model_max_length` tokens. None if the checkpoint has none. Of text, the checkpoint's only one.
 
     Raises:
         InputError: there is no such checkpoint or tokenizer, or its family is not known.
     """
+    if isinstance(config.model, TextModelConfig):
+        return load_family(config, has_weights=False).tokenizer
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         source, model_index = _find(name, revision)
@@ -131,26 +148,54 @@ def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     return source, model_index
 
 
-def _read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """The same of a checkpoint of any family."""
+def _find_text(name: str, revision: str | None) -> tuple[str, str]:
+    """Folder or hub name, and the model's class, of a checkpoint in transformers' format of a known family."""
+    source = _source_of(name, revision)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError("the folder has no config.json, so it is no text model of transformers")
+    try:
+        content, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        _refuse_hub(error)
+    class_name = (content.get("architectures") or [None])[0]
+    if class_name not in TEXT_FAMILIES:
+        raise ValueError(f"it is of {class_name}; known is {', '.join(TEXT_FAMILIES)}")
+    return source, class_name
+
+
+def _source_of(name: str, revision: str | None) -> str:
+    """Folder or hub name."""
     path = builtin_checkpoint(name) if name.startswith("builtin:") else local_path(name)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
     if path.is_file():
         raise ValueError("a file, where a folder or a hub name has to be")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise ValueError("no such folder")
     if path.is_dir() and revision is not None:
         raise InputError(f"model.revision: goes with a name on the hub, and {name} is a folder, got {revision!r}")
-    source = str(path) if path.is_dir() else name
+    return str(path) if path.is_dir() else name
+
+
+def _read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """The same as `_find` of a checkpoint of any family."""
+    source = _source_of(name, revision)
+    is_folder = Path(source).is_dir()
+    if is_folder and not (Path(source) / "model_index.json").is_file():
+        raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")
     try:
         model_index = DiffusionPipeline.load_config(source, revision=revision)
     except OSError as error:
-        if path.is_dir():
+        if is_folder:
             raise
-        if HF_HUB_OFFLINE:
-            raise ValueError("no such folder, and not cached; without a network the hub is not asked") from error
-        raise ValueError(f"no such folder, and the hub did not give it: {one_line(error)}") from error
+        _refuse_hub(error)
     if not isinstance(model_index, dict) or "_class_name" not in model_index:
         raise ValueError("model_index.json names no pipeline (_class_name)")
     return source, model_index
+
+
+def _refuse_hub(error: OSError) -> NoReturn:
+    """What is no folder is not on the hub either."""
+    if HF_HUB_OFFLINE:
+        raise ValueError("no such folder, and not cached; without a network the hub is not asked") from error
+    raise ValueError(f"no such folder, and the hub did not give it: {one_line(error)}") from error

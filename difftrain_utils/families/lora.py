@@ -119,6 +119,19 @@ def save_adapters(folder: Path, parts: Mapping[str, torch.nn.Module]) -> None:
     save_file(tensors, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
+def save_peft_adapters(folder: Path, model: torch.nn.Module, base: str) -> None:
+    """Write into the folder the adapters of a model, whose checkpoint is called `base`, as peft's own models do: as
+    `PeftModel.from_pretrained` loads them. Equal adapters are equal bytes."""
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
+    own = {"base_model_name_or_path": base, "inference_mode": True, "lora_dropout": 0.0}
+    config = model.peft_config[ADAPTER].to_dict() | own
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+
+
 def with_trained(base: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Module:
     """`base`, the model as it was before training, with what was trained of `model`: its weights, and its adapters
     merged into them, in float32; in place."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.families.denoiser import enable_gradient_checkpointing
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.lora import add_adapters
 
@@ -40,9 +41,7 @@ class TextEncoders(torch.nn.Module):
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
         for part in parts.values() if gradient_checkpointing else ():
-            # transformers 5 calls it otherwise
-            name = next(name for name in ("activation", "gradient") if hasattr(part, f"{name}_checkpointing_enable"))
-            getattr(part, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            enable_gradient_checkpointing(part)
 
     def forward(self, captions: Sequence[str | None]) -> Conditioning:
         """See `Family.encode_prompts`. Each weight that is trained gets a gradient, if only of 0: no caption at all may

@@ -37,7 +37,7 @@ def sample_timesteps(
     """
     num_timesteps, timesteps = schedule.num_train_timesteps, []
     for k in keys:
-        fraction = quantile(config, schedule, _uniform(seed, purpose, k, batch_size if config.stratified else None))
+        fraction = quantile(config, schedule, uniform(seed, purpose, k, batch_size if config.stratified else None))
         if schedule.has_continuous_time and config.density not in ("log_normal", "table"):
             fraction = shift * fraction / (1 + (shift - 1) * fraction)
         fraction = config.min + (config.max - config.min) * fraction
@@ -72,7 +72,7 @@ def quantile(config: TimestepsConfig, schedule: Schedule, u: float) -> float:
     return u
 
 
-def _uniform(seed: int, purpose: str, k: int, batch_size: int | None) -> float:
+def uniform(seed: int, purpose: str, k: int, batch_size: int | None) -> float:
     """A number in (0, 1) for sample k; stratified, each batch has one in each of batch_size equal parts."""
     number = generator_for(seed, purpose, k).random()
     if batch_size is not None:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -122,14 +123,18 @@ def shard_module(module: torch.nn.Module, mesh: DeviceMesh, config: TrainConfig,
 
 def blocks_of(module: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules within one whose class diffusers or transformers name as not to be split or as repeated, those that
-    are within others after these; where they name none, the items of its outermost lists of modules."""
+    are within others after these; where they name none, the items of its outermost lists of modules. None has a weight
+    that is tied to one outside, as of embeddings and of what makes logits: both have to be gathered together."""
+    held = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+    tied = {parameter for parameter, times in held.items() if times > 1}
     names = {*(getattr(module, "_no_split_modules", None) or ()), *(getattr(module, "_repeated_blocks", None) or ())}
     blocks: dict[str, torch.nn.Module] = {}
     for name, part in module.named_modules():
         is_item = name.rpartition(".")[2].isdecimal() and not any(name.startswith(f"{block}.") for block in blocks)
         is_block = type(part).__name__ in names if names else is_item
         is_apart = f"{name}.".startswith(CALLED_FROM_OUTSIDE.get(type(module).__name__, "."))
-        if name and is_block and not is_apart and any(True for _ in part.parameters()):
+        own = set(part.parameters())
+        if name and is_block and not is_apart and own and tied.isdisjoint(own):
             blocks[name] = part
     return list(blocks.values())
 

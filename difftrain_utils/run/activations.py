@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from difftrain_utils.optimization.trained import trained_parameters
 
@@ -111,8 +112,12 @@ def count_activations(denoiser: torch.nn.Module, predict: Callable[..., Any], *i
         with saved(blocks[-1]):
             return function(*args)
 
-    is_checkpointed = getattr(denoiser, "_supports_gradient_checkpointing", False)
-    if is_checkpointed:
+    is_of_transformers = isinstance(denoiser, PreTrainedModel)
+    name = "supports_gradient_checkpointing" if is_of_transformers else "_supports_gradient_checkpointing"
+    is_checkpointed = getattr(denoiser, name, False)
+    if is_checkpointed and is_of_transformers:
+        denoiser._set_gradient_checkpointing(True, block)
+    elif is_checkpointed:
         denoiser.enable_gradient_checkpointing(block)
     # eager: compiled code would save what it sees fit
     with torch.compiler.set_stance("force_eager"), torch.enable_grad(), saved(outside):

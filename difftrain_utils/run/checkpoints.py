@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config, rename_fields
-from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.training import EmaConfig, TrainConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, one_line, shorten, some, warn
 from difftrain_utils.files import (
@@ -39,6 +38,7 @@ from difftrain_utils.files import (
     write_file,
 )
 from difftrain_utils.keyed_random import STREAM_VERSION
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.averages import AVERAGES, build_averages
 from difftrain_utils.optimization.sharding import is_sharded, like_share
 from difftrain_utils.optimization.trained import saved_state, trained_parameters
@@ -326,7 +326,7 @@ def _check_settings(folder: Path, config: Config) -> None:
             was = saved.get(section, {}).get(name, value)
             if dataclasses.is_dataclass(getattr(getattr(config, section), name)) and isinstance(was, dict):
                 was = value | {key: old for key, old in was.items() if f"{section}.{name}.{key}" not in FREE_FIELDS}
-            if name == "sources" and was and value and _without_places(was) == _without_places(value):
+            if name == "sources" and was and value and _without_places(was, config) == _without_places(value, config):
                 continue
             if was != value and section != "evaluation" and f"{section}.{name}" not in FREE_FIELDS:
                 differences[f"{section}.{name}"] = f"{section}.{name} was {was!r} and is {value!r}"
@@ -364,10 +364,10 @@ def _check_stream(folder: Path) -> None:
         )
 
 
-def _without_places(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_places(sources: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     """`data.sources`, also of a config that has not all fields yet, but for where they lie, which may change as
     `data.dataset` may."""
-    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config.data.SOURCE)}
     return [defaults | source | {"dataset": None} for source in sources]
 
 
@@ -406,13 +406,15 @@ def check_origin(folder: Path, record: Record, config: Config) -> None:
     is_branch, differences = not is_checkpoint_of(folder, Path(config.train.output_dir)), []
     with blame(f"train.resume_from: {folder / MANIFEST_FILE}", OSError, ValueError):
         saved, now = read_manifest(folder), record.manifest
+    media = media_of(config.data)
+    rows = f"the training {media.NOUN}{' or captions' if media.HAS_CAPTIONS else ''}"
     for what, was, value in (
         (
             "model.pretrained_model_name_or_path: the weights",
             saved["base_model"]["sha256"],
             now["base_model"]["sha256"],
         ),
-        ("data.dataset: the training images or captions", saved["data"].get("train"), now["data"].get("train")),
+        (f"data.dataset: {rows}", saved["data"].get("train"), now["data"].get("train")),
     ):
         differing = sorted(key for key in was if was[key] != value.get(key) and key != "dataset")
         if differing and was.get("streaming") == value.get("streaming"):  # a stream's digest is of its files

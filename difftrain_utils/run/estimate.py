@@ -7,9 +7,10 @@ import numpy as np
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.load import Data
-from difftrain_utils.data.rows import MappedRows, read_bytes
+from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
+from difftrain_utils.media.image import read_bytes
 from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
 from difftrain_utils.run.memory import Planner

@@ -24,6 +24,7 @@ from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, read_captions
 from difftrain_utils.errors import InputError, blame, not_installed
+from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
 from difftrain_utils.run.lock import lock_used_folder
@@ -112,16 +113,17 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
 
     Raises:
         InputError: the checkpoint has other models or averages, or is of a run with another base model, other data or
-            another precision; an image or a caption cannot be read, or the model not be told a caption.
+            another precision; a row cannot be read, or the model not be told a caption.
         RunError: no pipeline of this family could have this denoiser.
     """
-    announce("Checking the images, the captions and the weights")
+    media = media_of(config.data)
+    announce(f"Checking the {media.NOUN}{', the captions' if media.HAS_CAPTIONS else ''} and the weights")
     family.check_denoiser(models["denoiser"])
     if checkpoint is not None:
         check_weights(checkpoint, models, config.ema)
 
     def read_all() -> tuple[dict, dict]:
-        for rows in (data.rows if config.data.caption_dropout < 1 else None, data.validation_rows):
+        for rows in (data.rows if config.data.has_captions else None, data.validation_rows):
             if isinstance(rows, MappedRows):  # a stream is not read twice
                 family.check_captions(chain.from_iterable(read_captions(rows, config.data)))
         return family.digests(models["denoiser"]), inspect_splits(data.rows, data.validation_rows, config.data)

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.config.model import LoraConfig, TextModelConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
-from difftrain_utils.families.family import Conditioning, Family
+from difftrain_utils.families.family import Conditioning, Family, ImageFamily
 from difftrain_utils.families.lora import add_adapters
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.sharding import num_bytes, units_of
@@ -133,10 +133,11 @@ def plan_memory(
     options = planner.that_need_less(config) if with_savings else ()
     saved = {option: sum(held.values()) - total for option, _, total in options}
     is_gpu = accelerator.device.type == "cuda"
-    height, width = planner.size(config)
+    size = planner.size(config)
+    shape = f"{size[0]} tokens" if planner.is_text else f"{size[1]}x{size[0]}"
     sample = "sample" if planner.micro_batch(config) == 1 else "samples"
     return Memory(
-        f"{planner.micro_batch(config)} {sample} of {width}x{height} at a time on {device_name(accelerator.device)}",
+        f"{planner.micro_batch(config)} {sample} of {shape} at a time on {device_name(accelerator.device)}",
         held,
         planner.frozen(config, cached=True),
         saved,
@@ -162,7 +163,7 @@ class Planner:
         self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
         self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
-        self.class_path = config.optimizer.class_path
+        self.class_path, self.is_text = config.optimizer.class_path, isinstance(config.model, TextModelConfig)
         # each once
         for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
             setattr(self, name, cache(getattr(self, name)))
@@ -282,7 +283,7 @@ class Planner:
             yield "train.reshard_after_forward", change("train", reshard_after_forward=True)
         if train.shard != "none" and not train.shard_offload:
             yield "train.shard_offload", change("train", shard_offload=True)
-        if train.shard != "none" and not train.shard_encoders:
+        if train.shard != "none" and not train.shard_encoders and not self.is_text:
             yield "train.shard_encoders", change("train", shard_encoders=True)
         if self.dtype(config) == torch.float32:
             yield "train.precision bf16", change("train", precision="bf16")
@@ -297,10 +298,10 @@ class Planner:
                 yield f"model.lora.quantization {kind}", change("model", lora=change_lora)
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
-        if not data.cache_latents:
+        if not self.is_text and not data.cache_latents:
             option = "data.cache_latents" + ("" if data.center_crop else " and data.center_crop")
             yield option, change("data", cache_latents=True, center_crop=True)
-        if not data.cache_text:
+        if not self.is_text and not data.cache_text:
             yield "data.cache_text", change("data", cache_text=True)
 
     # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,8 +313,10 @@ class Planner:
         """Samples that a process computes at a time."""
         return config.train.batch_size // (config.train.gradient_accumulation_steps * self.accelerator.num_processes)
 
-    def size(self, config: Config) -> tuple[int, int]:
-        """(height, width) of its largest images."""
+    def size(self, config: Config) -> tuple[int, ...]:
+        """(height, width) of its largest images, or (length,) of its texts in tokens."""
+        if self.is_text:
+            return (config.data.sequence_length,)
         sizes = [(config.data.resolution,) * 2] if self.data.buckets is None else self.data.buckets.sizes
         return max(sizes, key=math.prod)
 
@@ -386,7 +389,7 @@ class Planner:
             return counted.checkpointed
         return counted.kept
 
-    def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype) -> Activations:
+    def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> Activations:
         with self._shapes_in(dtype):
             return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
 
@@ -405,6 +408,8 @@ class Planner:
                     flops["recomputed"] = flops_of_shapes(self.shapes, predict, *inputs)
         family = self._family_of(dtype)
         with torch.no_grad():
+            if self.is_text:
+                return {name: number for name, number in flops.items() if number}
             if family.image_part and not config.data.cache_latents:
                 flops[family.image_part] = batch * flops_of_shapes(self.shapes, _latents_of, family, size)
             if not config.data.cache_text:
@@ -414,10 +419,12 @@ class Planner:
                 flops["DREAM's probe"] = flops_of_shapes(self.shapes, predict, *inputs)
         return {name: number for name, number in flops.items() if number}
 
-    def inputs(
-        self, batch: int, size: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-        """What the denoiser is given besides itself, without values; captions fill their length."""
+    def inputs(self, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor | Conditioning, ...]:
+        """What the denoiser is given besides itself, without values; captions and texts fill their length."""
+        if self.is_text:
+            with self.shapes:
+                tokens = torch.empty(batch, *size, dtype=torch.int64, device=self.device)
+            return tokens, torch.ones(batch, *size, dtype=torch.bool, device=self.device)
         latents, conditioning = self._inputs_of(size, dtype)
         time = torch.float32 if self.family.schedule.has_continuous_time else torch.int64
 
@@ -447,7 +454,7 @@ class Planner:
             yield
 
 
-def _latents_of(family: Family, size: tuple[int, int]) -> torch.Tensor:
+def _latents_of(family: ImageFamily, size: tuple[int, int]) -> torch.Tensor:
     """Those of an image without values."""
     moments = family.encode_images(torch.empty(1, 3, *size))
     return family.sample_latents(moments, torch.empty_like(moments[:, 0]))

@@ -60,10 +60,10 @@ class Meter:
         for _ in range(self.config.train.gradient_accumulation_steps):
             yield self.timer.next_batch(batches)
 
-    def count_flops(self, predict: partial, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> None:
-        """This part of a step trains what `predict(noisy_latents, timesteps)` computes, a `partial` of the family's
-        `predict(denoiser, …, conditioning=…)`."""
-        self.timer.count_flops(predict, noisy_latents, timesteps)
+    def count_flops(self, predict: partial, *inputs: torch.Tensor) -> None:
+        """This part of a step trains what `predict(*inputs)` computes, a `partial` of the family's `predict(denoiser,
+        …)` with the rest by name, such as `conditioning`."""
+        self.timer.count_flops(predict, *inputs)
 
     def end_step(self, grad_norm: torch.Tensor, lr: float) -> dict[str, Any]:
         """A step is done, its gradient had this norm before clipping, and it was made at this learning rate.
@@ -143,14 +143,13 @@ class StepTimer:
         self.waited += time.perf_counter() - start
         return batch
 
-    def count_flops(self, predict: partial, noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> None:
+    def count_flops(self, predict: partial, *inputs: torch.Tensor) -> None:
         """Add the FLOPs of this part of a step, counted once for each shape; nothing where the peak is not known."""
         if self.peak_tflops is None:
             return
-        inputs = (noisy_latents, timesteps, predict.keywords)
-        shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), inputs))
+        given = (*inputs, predict.keywords)
+        shapes = str(tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), given))
         if shapes not in self.flops_of_shape:
-            inputs = noisy_latents, timesteps
             flops = training_flops(self.denoiser, predict.func, *inputs, **predict.keywords)
             if flops is None:
                 warn("mfu cannot be counted for this model with train.shard, and is left out")

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.sharding import is_sharded
 from difftrain_utils.run.memory import summarise_memory
 from difftrain_utils.run.run_folder import step_of
@@ -63,19 +64,19 @@ def _model(family, models: dict[str, torch.nn.Module], config: Config) -> str:
     total = sum(p.numel() for p in weights)
     share = f"{count(trained)} of {count(total)}" if trained < total else f"all {count(total)}"
     of = f"parameters of {' and '.join(named)} are trained"
-    name = f"{config.model.pretrained_model_name_or_path} ({family.pipeline_class.__name__})"
+    name = f"{config.model.pretrained_model_name_or_path} ({family.class_name})"
     return ", ".join([f"{name}: {share} {of}", *how])
 
 
 def _data(data: Data, config: Config) -> str:
-    section = config.data
+    section, media = config.data, media_of(config.data)
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
-    images = f"{'a stream of ' if section.streaming else ''}{len(data.rows)} images"
+    rows = f"{'a stream of ' if section.streaming else ''}{media.describe(len(data.rows), section)}"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
-    one_size = f"{section.resolution}x{section.resolution} pixels"
+    one_size = media.describe_size(section)
     size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"
-    cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}")]
-    return f"{', '.join(map(str, names))}: {images}{held_out}, {size}" + (
+    cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}", False)]
+    return f"{', '.join(map(str, names))}: {rows}{held_out}, {size}" + (
         f"; cached: {' and '.join(cached)}" if cached else ""
     )
 

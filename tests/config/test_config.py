@@ -8,9 +8,12 @@ import pytest
 import yaml
 from helpers import ROOT, options, parse_config, train
 
+from difftrain_utils.config import command_line
 from difftrain_utils.config.command_line import field_names
 from difftrain_utils.config.config import RENAMED
 from difftrain_utils.config.data import SourceConfig
+from difftrain_utils.config.help import describe, sections
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
@@ -304,20 +307,14 @@ def test_help_explains_every_field(capsys):
         with pytest.raises(SystemExit):
             parse_config(["--help", *topic])
     output = " ".join(capsys.readouterr().out.split())
-    for section in dataclasses.fields(TextToImageConfig):
-        assert all(f"--{section.name}.{f.name}" in output for f in dataclasses.fields(section.type))
-    files = [ast.parse(path.read_text()) for path in (ROOT / "difftrain_utils/config").glob("*.py")]
-    classes = [node for file in files for node in file.body if isinstance(node, ast.ClassDef)]
-    for cls in (node for node in classes if node.name.endswith("Config") and not node.bases and node.name != "Config"):
-        documented = [n for n in cls.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-        fields = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
-        assert len(documented) == len(fields) + 1, cls.name  # the class and each field
-        if cls.name == "SourceConfig":  # explained by data.sources
-            source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
-            assert all(f"{f.target.id}: " in source_help for f in fields)
-            continue
-        for docstring in documented:
-            assert " ".join(docstring.value.value.split())[:40].rstrip(".") in output
+    described = sections(TextToImageConfig) | {"data.sources": describe("data.sources", SourceConfig)}
+    assert all(field.text for _, fields in described.values() for field in fields)
+    _, of_a_source = described.pop("data.sources")  # explained by data.sources
+    source_help = re.search(r"Several data sets instead of .*? once an epoch", output)[0]
+    assert all(f"{field.name.rpartition('.')[2]}: " in source_help for field in of_a_source)
+    for title, fields in described.values():
+        assert all(f"--{field.name}" in output for field in fields)
+        assert all(text[:40].rstrip(".") in output for text in (title, *(field.text for field in fields)))
 
 
 def test_print_config_prints_yaml(capsys):
@@ -352,10 +349,11 @@ def test_a_typo_is_reported_before_torch_is_imported(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_the_configs_are_valid_and_begin_with_their_command(path, monkeypatch):
     _, text = path.read_text().replace("\\\n#", "").split("\n", 1)  # after the editors' line
-    options = re.match(r"# accelerate launch train_text_to_image\.py (.*)", text)[1].split()
-    assert str(path.relative_to(ROOT)) in options
+    script, options = re.match(r"# accelerate launch (\w+\.py) (.*)", text).groups()
+    assert str(path.relative_to(ROOT)) in options.split()
     monkeypatch.chdir(ROOT)
-    parse_config(options)
+    assert script_for(options.split()) == script
+    command_line.parse_config(SCRIPTS[script], options.split())
 
 
 TINY = {

@@ -9,7 +9,9 @@ import yaml
 from helpers import ROOT, parse_config
 
 from difftrain_utils.config.command_line import field_names
-from difftrain_utils.config.schema import config_schema, to_json
+from difftrain_utils.config.config import Config
+from difftrain_utils.config.schema import FILES, config_schema, to_json
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
@@ -17,27 +19,27 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 WHOLE = {"model": {"pretrained_model_name_or_path": "some/model"}, "data": {"dataset": "some/data"}}
 
 
-def is_valid(content: dict) -> bool:
+def is_valid(content: dict, config_class: type[Config] = TextToImageConfig) -> bool:
     jsonschema = pytest.importorskip("jsonschema")
-    return jsonschema.Draft7Validator(config_schema(TextToImageConfig)).is_valid(content)
+    return jsonschema.Draft7Validator(config_schema(config_class)).is_valid(content)
 
 
-def test_the_file_is_that_of_the_fields():
+@pytest.mark.parametrize("file", FILES)
+def test_the_file_is_that_of_the_fields(file):
     """If not: python -m difftrain_utils.config.schema"""
-    assert (ROOT / "configs/schema.json").read_text() == to_json(TextToImageConfig)
-    schema = json.loads((ROOT / "configs/schema.json").read_text())
-    for name in field_names(TextToImageConfig):
+    assert (ROOT / "configs" / file).read_text() == to_json(FILES[file])
+    schema = json.loads((ROOT / "configs" / file).read_text())
+    for name in field_names(FILES[file]):
         section, field = name.split(".")
         assert schema["properties"][section]["properties"][field]["description"], name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_each_config_names_it_and_is_valid(path):
-    head = path.read_text().splitlines()[0]
-    assert (
-        path.parent / head.removeprefix("# yaml-language-server: $schema=")
-    ).resolve() == ROOT / "configs/schema.json"
-    assert is_valid(yaml.safe_load(path.read_text()))
+    head, content = path.read_text().splitlines()[0], yaml.safe_load(path.read_text())
+    schema = (path.parent / head.removeprefix("# yaml-language-server: $schema=")).resolve()
+    assert schema.parent == ROOT / "configs"
+    assert FILES[schema.name] is SCRIPTS[script_for(["--config", str(path)])] and is_valid(content, FILES[schema.name])
 
 
 def test_it_is_a_schema():

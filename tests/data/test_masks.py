@@ -11,17 +11,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import data_of, encode
+from helpers import data_of, encode, read_row
 from PIL import Image
 
 from difftrain_utils.commands import check_data
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.buckets import Buckets
-from difftrain_utils.data.rows import Rows, map_rows, read_mask, read_row
+from difftrain_utils.data.rows import Rows, map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.sizes import image_sizes
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.media.image import read_mask
 from difftrain_utils.objective.loss import scale_masks
 
 SIZES = [(24, 16), (18, 33), (16, 16)]  # width, height

@@ -17,6 +17,7 @@ from helpers import (
     metrics_without_times,
     options,
     pipeline_bytes,
+    read_row,
     train,
     without_dropout,
 )
@@ -25,7 +26,7 @@ from PIL import Image
 from difftrain_utils.commands import check_data
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data.photos import words_of
-from difftrain_utils.data.rows import map_rows, read_row, split_rows
+from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.sources import validation_source
 from difftrain_utils.data.streaming import open_stream

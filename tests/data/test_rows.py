@@ -8,11 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import as_rows, data_of, encode, make_data
+from helpers import as_rows, data_of, encode, make_data, read_row
 from PIL import Image
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data.rows import Rows, map_rows, read_row, split_rows
+from difftrain_utils.data.rows import Rows, map_rows, split_rows
 from difftrain_utils.data.samples import Samples
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError

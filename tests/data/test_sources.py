@@ -11,17 +11,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import encode, make_data, metrics_without_times, options, train
+from helpers import encode, make_data, metrics_without_times, options, read_row, train
 from PIL import Image, PngImagePlugin
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data import rows as rows_module
-from difftrain_utils.data.rows import map_rows, read_row, split_rows
+from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.data.sizes import image_sizes
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.media import image as image_module
+from difftrain_utils.media.captions import captions_of
 from difftrain_utils.media.image import open_image
-from difftrain_utils.media.text import captions_of
 
 
 def grey(level: int, size=(20, 16)) -> Image.Image:
@@ -140,8 +140,8 @@ class TestFormats:
 
 class TestFingerprintCache:
     def count_reads(self, monkeypatch) -> list:
-        names, read = [], rows_module.read_bytes
-        monkeypatch.setattr(rows_module, "read_bytes", lambda value, name: names.append(name) or read(value, name))
+        names, read = [], image_module.read_bytes
+        monkeypatch.setattr(image_module, "read_bytes", lambda value, name: names.append(name) or read(value, name))
         return names
 
     def test_a_second_start_reads_nothing(self, two, monkeypatch):

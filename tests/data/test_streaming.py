@@ -266,7 +266,7 @@ class TestBadRows:
         """A row of an image folder on the hub has a URL instead of bytes."""
         import fsspec
 
-        from difftrain_utils.data.rows import read_bytes
+        from difftrain_utils.media.image import read_bytes
 
         fsspec.filesystem("memory").pipe("/cat.png", b"content")
         assert read_bytes({"bytes": None, "path": "memory://cat.png"}, "cat") == b"content"

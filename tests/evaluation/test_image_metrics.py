@@ -24,9 +24,9 @@ from transformers import (
 
 from difftrain_utils.builtins.tiny_stable_diffusion.make import make_tokenizer
 from difftrain_utils.commands.compare import load_runs, summary_table
-from difftrain_utils.data.rows import map_rows, read_row, split_rows
+from difftrain_utils.data.rows import map_rows, split_rows
 from difftrain_utils.errors import InputError
-from difftrain_utils.evaluation.grids import generate
+from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.image_metrics import (
     frechet_distance,
     image_metrics,
@@ -34,7 +34,7 @@ from difftrain_utils.evaluation.image_metrics import (
     load_metric_networks,
 )
 from difftrain_utils.families.load import load_family
-from difftrain_utils.media.image import to_square
+from difftrain_utils.media import image as images
 from difftrain_utils.run.launch import check_launch
 
 VISION = {
@@ -151,11 +151,12 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
     got = image_metrics(Accelerator(), networks, family, denoiser, held_out, config)
     assert torch.equal(state, torch.get_rng_state())  # nothing is drawn from what training could see
 
-    rows = [read_row(held_out, k) for k in range(3)]
-    squares = torch.stack([to_square(image, config.data)[0] for image, _ in rows])
+    rows = [held_out[k] for k in range(3)]
+    size = images.size_of(config.data)
+    squares = torch.stack([images.read(row, images.MIDDLE, size, config.data)["pixel_values"] for row in rows])
     real = pt_to_pil(squares)
     assert np.array_equal(np.asarray(real[0]), ((squares[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
-    captions = [captions[0] for _, captions in rows]
+    captions = [row.captions for row in rows]
     generated = generate(family, denoiser, config.evaluation, 32, captions, range(3))
     vit = ViTModel.from_pretrained(networks_folder / "vit").eval()
     processor = CLIPImageProcessor.from_pretrained(networks_folder / "vit")

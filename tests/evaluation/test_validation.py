@@ -13,10 +13,11 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig
 from difftrain_utils.data.rows import map_rows
-from difftrain_utils.evaluation.grids import generate, labelled_grid
+from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.validation import by_noise_level, validation_losses, validation_timesteps
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import weights_digest
+from difftrain_utils.media.grids import labelled_grid
 from difftrain_utils.objective.schedule import Schedule, append_dims
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 

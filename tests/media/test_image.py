@@ -6,7 +6,7 @@ from PIL import Image
 
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media.image import crop_of, open_image, resize_and_crop, to_pixel_values, to_square
+from difftrain_utils.media.image import MIDDLE, Row, crop_of, open_image, read, resize_and_crop, to_pixel_values
 
 
 class TestOpenImage:
@@ -106,6 +106,7 @@ def test_a_crop_says_where_it_is(size, across, down, covering, left, top, flip):
 
 def test_an_evaluation_sees_the_middle():
     ramp = np.tile(np.arange(20, dtype=np.uint8)[None, :, None], (16, 1, 3))
-    pixel_values, crop = to_square(Image.fromarray(ramp), DataConfig("memory", resolution=16))
-    assert torch.equal(pixel_values, to_pixel_values(Image.fromarray(ramp[:, 2:18])))
-    assert crop.sizes == (16, 20, 0, 2, 16, 16)
+    row = Row("ramp", {"bytes": encode(Image.fromarray(ramp)), "path": None}, "")
+    sample = read(row, MIDDLE, (16, 16), DataConfig("memory"))
+    assert torch.equal(sample["pixel_values"], to_pixel_values(Image.fromarray(ramp[:, 2:18])))
+    assert sample["sizes"].tolist() == [16, 20, 0, 2, 16, 16]

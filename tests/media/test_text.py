@@ -1,74 +1,79 @@
-from collections import Counter
-
-import datasets
 import pytest
+import torch
 
-from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.text_data import TextDataConfig
+from difftrain_utils.data.tokenizer import make_tokenizer
 from difftrain_utils.errors import RowError
-from difftrain_utils.media.text import captions_of, complete, draw_tags, label_text
+from difftrain_utils.media.text import MIDDLE, Row, Tokens, check, place, read, save, token_problems, tokenize
+
+CONFIG = TextDataConfig("memory", sequence_length=6, tokenizer="bytes")
+PADDING, MASK, END = range(3)
 
 
-def test_a_string_is_one_caption_and_a_list_several():
-    assert captions_of("", "cat.png") == [""]
-    assert captions_of("a cat", "cat.png") == ["a cat"]
-    assert captions_of(["a cat", "an animal"], "cat.png") == ["a cat", "an animal"]
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(CONFIG)
+
+
+def test_a_short_text_ends_and_is_padded_with_what_nobody_sees(tokenizer):
+    row = tokenize(Row("row 0", "abc"), tokenizer)
+    sample = read(row, MIDDLE, (6,), CONFIG)
+    assert sample["tokens"].tolist() == [*tokenizer("abc").input_ids, END, PADDING, PADDING]
+    assert sample["tokens"].dtype == torch.int64
+    assert sample["maskable"].tolist() == sample["attention_mask"].tolist() == [True] * 4 + [False] * 2
+
+
+def test_of_a_long_text_a_sample_has_any_window():
+    row = Tokens("row 0", list(range(10, 19)), 0, PADDING)
+    starts = {round(at, 2): read(row, at, (6,), CONFIG)["tokens"].tolist() for at in (0.0, 0.24, 0.25, MIDDLE, 0.99)}
+    assert starts == {at: list(range(10 + i, 16 + i)) for at, i in zip(starts, (0, 0, 1, 2, 3), strict=True)}
+    places = [place(CONFIG, 0, k) for k in range(100)]
+    assert places == [place(CONFIG, 0, k) for k in range(100)] != [place(CONFIG, 1, k) for k in range(100)]
+    assert 0 <= min(places) < 0.1 and 0.9 < max(places) < 1
+
+
+def test_a_prompt_is_seen_and_not_masked_and_comes_first(tokenizer):
+    for text, is_text in (("xy", [0, 0, 1, 1, 1, 0]), ("long text", [0, 0, 1, 1, 1, 1])):
+        sample = read(tokenize(Row("row 0", text, "ab"), tokenizer), 0.9, (6,), CONFIG)
+        assert sample["tokens"][:4].tolist() == tokenizer("ab" + text[:2]).input_ids
+        assert sample["maskable"].int().tolist() == is_text
+        assert sample["attention_mask"].tolist() == [i < 2 or bool(flag) for i, flag in enumerate(is_text)]
+    with pytest.raises(RowError, match=r"^row 0: a prompt of 6 tokens leaves none for its text of the 6$"):
+        read(tokenize(Row("row 0", "x", "prompt"), tokenizer), 0, (6,), CONFIG)
 
 
 @pytest.mark.parametrize(
-    "value", [None, 3, b"a cat", {"text": "a cat"}, [], [None], ["a cat", 3], [["a cat"]]], ids=repr
+    ("row", "message"),
+    [
+        (Row("row 3", None), "row 3: the text must be a string, got None"),
+        (Row("row 3", "x", ["y"]), r"row 3: the prompt must be a string, got \['y'\]"),
+        (Row("row 3", "a\ud800"), "row 3: the text is no Unicode text"),
+        (Row("row 3", "a [MASK] b"), r"row 3: holds \[MASK\], which stands for a token that is masked"),
+    ],
 )
-def test_what_is_neither_is_refused_by_name(value):
-    with pytest.raises(RowError) as error:
-        captions_of(value, "cat.png")
-    assert str(error.value) == f"cat.png: the caption must be a string or a list of strings, got {value!r}"
+def test_what_cannot_be_learned_is_refused_by_name(tokenizer, row, message):
+    with pytest.raises(RowError, match=f"^{message}"):
+        tokenize(row, tokenizer)
 
 
-def test_a_long_value_is_cut_in_the_message():
-    with pytest.raises(RowError, match=r"got \[1, 1, [1, ]{73}$"):
-        captions_of([1] * 1000, "cat.png")
+def test_a_bad_row_that_is_skipped_has_a_fingerprint_too():
+    with pytest.raises(RowError, match="must be a string, got 3"):
+        check(Row("row 0", 3), 0, CONFIG)
+    assert check(Row("row 0", 3, "x"), 0, TextDataConfig("memory", on_bad_row="skip")) == [3, "x"]
 
 
-def test_a_label_is_a_caption_where_the_column_says_that_it_is_one():
-    classes = datasets.ClassLabel(names=["tench, Tinca tinca", "crane"])
-    assert [label_text(value, classes) for value in (0, 1, -1, None)] == ["tench, Tinca tinca", "crane", None, None]
-    assert [label_text(7, datasets.Value(dtype)) for dtype in ("int64", "uint8")] == ["7", "7"]
-    others = [(True, "bool"), (1.5, "float32"), ("7", "string"), (None, "int64")]
-    assert [label_text(value, datasets.Value(dtype)) for value, dtype in others] == [value for value, _ in others]
+def test_problems_of_tokens_are_found(tokenizer):
+    def found(*texts: str, **fields) -> list:
+        return list(token_problems("row 0", list(texts), tokenizer, TextDataConfig("memory", **fields)))
+
+    assert found("abc", sequence_length=4) == []
+    cut = ("warning", "row 0: 4 tokens with the end of the text, of which a sample has 3")
+    assert found("abc", sequence_length=3) == [cut] and found("abc", sequence_length=3, packing="pack") == []
+    assert found("abc", "prompt", sequence_length=4)[0][0] == "error"
 
 
-class TestTags:
-    caption = "sks cat,  sitting , ,outdoors, day"
-
-    def draw(self, seed: int = 0, num: int = 600, **fields) -> list[str]:
-        return [draw_tags(self.caption, DataConfig("memory", **fields), seed, k) for k in range(num)]
-
-    def test_without_it_a_caption_stays_as_it_is(self):
-        assert self.draw(num=3) == [self.caption] * 3
-
-    def test_all_orders_of_what_is_not_kept_are_equally_likely(self):
-        counts = Counter(self.draw(shuffle_tags=True, keep_tags=1))
-        assert len(counts) == 6 and min(counts.values()) > 70
-        assert all(sorted(tags.split(", ")) == ["day", "outdoors", "sitting", "sks cat"] for tags in counts)
-        assert all(tags.startswith("sks cat, ") for tags in counts)
-        assert len(Counter(self.draw(shuffle_tags=True))) == 24
-        assert set(self.draw(shuffle_tags=True, keep_tags=9)) == {"sks cat, sitting, outdoors, day"}
-
-    def test_each_tag_is_left_out_by_itself(self):
-        drawn = self.draw(tag_dropout=0.25, keep_tags=1)
-        counts = Counter(tag for tags in drawn for tag in tags.split(", "))
-        assert counts.pop("sks cat") == 600 and all(410 < count < 490 for count in counts.values())
-        assert len(set(drawn)) == 8 and "sks cat, sitting, day" in drawn  # in the caption's order
-        assert set(self.draw(tag_dropout=1.0)) == {""}
-
-    def test_they_are_a_function_of_the_seed_and_the_sample(self):
-        fields = {"shuffle_tags": True, "tag_dropout": 0.2}
-        assert self.draw(**fields) == self.draw(**fields) != self.draw(seed=1, **fields)
-
-    @pytest.mark.parametrize("separator", ["|", " | "])
-    def test_another_separator(self, separator):
-        config = DataConfig("memory", shuffle_tags=True, tag_separator=separator, keep_tags=2)
-        assert draw_tags("a, b|c |  d, e", config, 0, 0) == "a, b| c| d, e"
-
-    def test_prefix_and_suffix_are_literal(self):
-        config = DataConfig("memory", caption_prefix="sks, ", caption_suffix=".")
-        assert complete("a cat", config) == "sks, a cat."
+def test_texts_are_saved_as_a_page(tmp_path):
+    save(["one\ntwo", "three"], ["first", ""], tmp_path / "step-1.png")
+    first, second = (tmp_path / "step-1.txt").read_text().split("\n\n")
+    assert first.splitlines()[1:] == ["one", "two"] and first.startswith("── first ──")
+    assert second.splitlines() == ["─" * 80, "three"]

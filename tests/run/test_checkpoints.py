@@ -277,8 +277,9 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_sources_are_the_same_in_another_place_and_without_fields_that_came_later():
     older = {"dataset": "a", "split": "train", "caption_column": "text", "weight": 1.0}
     now = dataclasses.asdict(SourceConfig("b", weight=1.0))
-    assert _without_places([older]) == _without_places([now])
-    assert _without_places([older]) != _without_places([now | {"mask_column": "mask"}])
+    of_images = config(Path("run"), None)
+    assert _without_places([older], of_images) == _without_places([now], of_images)
+    assert _without_places([older], of_images) != _without_places([now | {"mask_column": "mask"}], of_images)
 
 
 @pytest.fixture

@@ -72,9 +72,17 @@ def clip_text_encoder(with_projection: bool = False, width: int = WIDTH) -> CLIP
     return model.eval()
 
 
-def byte_tokenizer(eos: str, pad: str, bos: str | None = None, adds: tuple[str, ...] = (), max_length: int = 512):
+def byte_tokenizer(
+    eos: str,
+    pad: str,
+    bos: str | None = None,
+    adds: tuple[str, ...] = (),
+    max_length: int = 512,
+    mask: str | None = None,
+):
     """A tokenizer of bytes, which needs no vocabulary; `adds` says which of `bos` and `eos` go around a text."""
-    specials = list(dict.fromkeys([pad, eos, "<unk>", *([bos] if bos else []), "<|im_start|>", "<|im_end|>"]))
+    own = [token for token in (bos, mask) if token]
+    specials = list(dict.fromkeys([pad, eos, "<unk>", *own, "<|im_start|>", "<|im_end|>"]))
     tokens = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=numbers, merges=[]))
@@ -90,6 +98,7 @@ def byte_tokenizer(eos: str, pad: str, bos: str | None = None, adds: tuple[str, 
         eos_token=eos,
         pad_token=pad,
         unk_token="<unk>",
+        mask_token=mask,
         model_max_length=max_length,
         padding_side="right",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
@@ -186,6 +195,11 @@ def gemma2_text_encoder(width: int = WIDTH) -> Gemma2Model:
         query_pre_attn_scalar=16,
     )
     return Gemma2Model(config).eval()
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the tiny text models: a text as its bytes, without any token around it."""
+    return byte_tokenizer(eos="</s>", pad="<pad>", mask="<mask>")
 
 
 def add_words(tokenizer: PreTrainedTokenizerFast, text: str) -> None:

@@ -1,39 +1,11 @@
-"""Pictures of the evaluation prompts: generated with the same noise every time, and laid out in a labelled grid."""
+"""Images laid out in a grid or a table, each with its label."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from difftrain_utils.config.evaluation import EvaluationConfig
-from difftrain_utils.files import new_file
-from difftrain_utils.keyed_random import torch_generator_for
-
 MARGIN = 6  # pixels between images
-
-
-@torch.no_grad()
-def generate(
-    family,
-    denoiser: torch.nn.Module,
-    config: EvaluationConfig,
-    resolution: int,
-    prompts: Sequence[str],
-    keys: Sequence[int],
-) -> list[Image.Image]:
-    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone."""
-    return family.generate(
-        denoiser,
-        prompts,
-        height=resolution,
-        width=resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_rescale=config.guidance_rescale,
-        generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys],
-    )
 
 
 def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
@@ -73,12 +45,6 @@ def labelled_table(images: Sequence[Sequence[Image.Image]], rows: Sequence[str],
             table.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + line))
         top += line + height + MARGIN
     return table
-
-
-def save_grid(images: list[Image.Image], labels: list[str], path: Path) -> None:
-    """Write the grid as a PNG file. Raises RunError if it cannot be written."""
-    with new_file(path) as partial:
-        labelled_grid(images, labels).save(partial, "PNG")
 
 
 def _shorten(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
