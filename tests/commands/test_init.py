@@ -61,7 +61,7 @@ def test_the_scripts_run_where_the_package_is_installed(installed, tmp_path):
         return result
 
     said = run("difftrain_utils", "init", "project", cwd=tmp_path).stdout
-    assert said == "project holds train_text_to_image.py, configs, accelerate_configs and launch\n"
+    assert said == "project holds train_text.py, train_text_to_image.py, configs, accelerate_configs and launch\n"
     project = tmp_path / "project"
     assert (project / "train_text_to_image.py").read_bytes() == (ROOT / "train_text_to_image.py").read_bytes()
     smoke = ("train_text_to_image.py", "--config", "configs/smoke_text2image.yaml")
@@ -84,7 +84,7 @@ def test_an_empty_folder_that_one_is_in_is_filled(tmp_path, monkeypatch):
     main(["."])
     for folder in (Path(), tmp_path):  # the same one still
         names = {path.name for path in folder.iterdir()}
-        assert names == {"train_text_to_image.py", "configs", "accelerate_configs", "launch"}
+        assert names == {"train_text.py", "train_text_to_image.py", "configs", "accelerate_configs", "launch"}
 
 
 def test_the_command_lists_its_commands_and_refuses_others(capsys):
