@@ -39,6 +39,9 @@ class TextEvaluationConfig:
     """Mask fractions from low to high that the validation loss is reported for."""
     judge: Literal["brackets"] | None = None
     """Count the texts that are words of `builtin:brackets`."""
+    perplexity_model: str | None = None
+    """A causal language model of transformers (a folder or hub name, such as `gpt2`) to which the samples' perplexity
+    is; null: none."""
 
     def check(self, require: Require) -> None:
         require(self.num_samples >= 0, "num_samples", "must be 0 or more")
@@ -49,6 +52,7 @@ class TextEvaluationConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, "must be at least 1, or null")
         require(self.temperature >= 0, "temperature", "must be 0 or more")
+        require(self.perplexity_model != "", "perplexity_model", "must not be empty")
         samples, bins = self.num_validation_samples, self.num_validation_bins
         fits = samples >= bins and samples % bins == 0
         require(fits, "num_validation_samples", f"must be a multiple of num_validation_bins, {bins}")
@@ -78,6 +82,8 @@ class TextConfig(Config):
         is_even = not self.masking.antithetic or train.batch_size % 2 == 0
         requires["masking"](is_even, "antithetic", f"needs an even train.batch_size (it is {train.batch_size})")
         require, length = requires["evaluation"], evaluation.length or longest
+        is_written = evaluation.perplexity_model is None or evaluation.num_samples > 0
+        require(is_written, "perplexity_model", "needs evaluation.num_samples above 0")
         require(length <= longest, "length", f"must be at most data.sequence_length, which is {longest}")
         num_blocks = -(-length // (evaluation.block_length or length))
         rule = f"must be at least 1 for each of {num_blocks} blocks of {evaluation.block_length} of {length} tokens"
@@ -98,6 +104,7 @@ class TextConfig(Config):
         """The folders, or names on the hub, of what the config loads."""
         names = [self.model.pretrained_model_name_or_path, self.data.dataset, self.data.validation_dataset]
         names += [source.dataset for source in self.data.sources or []]
+        names += [self.evaluation.perplexity_model]
         return [name for name in names if name]
 
     def needed_packages(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """How a run of text does: a bound on the likelihood of held-out texts, and samples with what can be said of them."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import Rows
 from difftrain_utils.data.samples import read_held_out
 from difftrain_utils.errors import InputError, go_on_without
+from difftrain_utils.evaluation.generative_perplexity import generative_perplexity, load_scorer
 from difftrain_utils.evaluation.nelbo import by_mask_fraction, validation_nelbos
 from difftrain_utils.evaluation.validation import save_validation_losses
 from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
-from difftrain_utils.processes import share_out
+from difftrain_utils.processes import main_process_first, share_out
 from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
 from difftrain_utils.terminal import progress
 
@@ -29,7 +31,7 @@ class TextEvaluation:
     """What is evaluated every `train.eval_every` steps.
 
     Raises:
-        InputError: a prompt leaves no room for its text.
+        InputError: a prompt leaves no room for its text, or the model of the perplexity cannot be loaded.
     """
 
     def __init__(self, accelerator: Accelerator, family, validation_rows: Rows | None, config: Config):
@@ -40,13 +42,16 @@ class TextEvaluation:
             if number >= self.length:
                 what = f"{prompt!r:.60} has {number} tokens, and with its text {self.length} at most"
                 raise InputError(f"evaluation.prompts: {what} (evaluation.length, data.sequence_length)")
+        name = config.evaluation.perplexity_model
+        with main_process_first(accelerator):
+            self.scorer = load_scorer(name, accelerator.device) if name else None
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
         """The line of metrics. All processes call it and share the work out; the page of samples is written by one.
 
         The validation loss is the bound in nats per token (see `by_mask_fraction`), of the raw and of the EMA weights;
         samples are of the EMA weights if there are any: `distinct` is the share of them that differ, and `valid` that
-        of those which `evaluation.judge` finds right.
+        of those which `evaluation.judge` finds right; `perplexity` is theirs to `evaluation.perplexity_model`.
         """
         evaluation, logs, denoiser = self.config.evaluation, {}, self.accelerator.unwrap_model(denoiser)
         if self.rows is not None:
@@ -71,6 +76,9 @@ class TextEvaluation:
                 with go_on_without():
                     media_of(self.config.data).save(texts, self.prompts, self.file(SAMPLES, step, ".txt"))
             logs["distinct"] = len(set(texts)) / len(texts)
+            if self.scorer is not None:
+                perplexity = generative_perplexity(self.accelerator, self.scorer, texts)
+                logs |= {"perplexity": perplexity} if math.isfinite(perplexity) else {}
             if evaluation.judge is not None:
                 logs["valid"] = sum(map(JUDGES[evaluation.judge], texts)) / len(texts)
         return logs
