@@ -30,7 +30,7 @@ from difftrain_utils.data.sources import (
     text_features,
     used_columns,
 )
-from difftrain_utils.data.units import FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
+from difftrain_utils.data.units import FEATURE_FINDERS, FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
 from difftrain_utils.errors import InputError, RowError, blame
 from difftrain_utils.media.media import Row, media_of
 
@@ -81,8 +81,12 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
         builder = datasets.load_dataset_builder(**arguments)
         data = builder.as_streaming_dataset(split=source.split)
         paths = paths or list(builder.config.data_files[source.split])
+    kind = type(builder).__module__.rpartition(".")[2]
+    if data.features is None and kind in FEATURE_FINDERS:  # datasets would find them out by reading on
+        with blame(culprit, OSError, ValueError):
+            data = data.cast(FEATURE_FINDERS[kind](find_file(paths[0]), reader))
     check_columns(data, field, source)
-    data, kind = used_columns(data, source), type(builder).__module__.rpartition(".")[2]
+    data = used_columns(data, source)
     with blame(culprit, OSError):
         if kind == "imagefolder":
             files = list(map_in_threads(find_file, paths))
@@ -91,7 +95,7 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
             files, units = _units(kind, paths, culprit, config, reader)
             rows = FileRows(kind, files, units, data.features, reader)
         else:
-            kinds = "parquet, arrow, WebDataset tar files and image folders"
+            kinds = "parquet, arrow, WebDataset tar, JSONL and text files, and image folders"
             raise InputError(f"{culprit}: {source.dataset} is of {kind}; a stream reads {kinds}")
         if rows.units.rows.sum() == 0:
             raise InputError(f"{culprit}: {source.dataset} has no {media_of(source).NOUN}")
@@ -101,13 +105,13 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
 
 def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:
     """The files of a URL, and how `datasets` opens the first, which says what columns there are."""
-    urls = list_urls(source.dataset, FILE_KINDS)
+    urls = list_urls(source.dataset, kinds := (*FILE_KINDS, "jsonl"))
     if not urls:
-        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(FILE_KINDS)}")
+        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(kinds)}")
     ending = urls[0].rpartition(".")[2]
     if other := next((url for url in urls if not url.endswith(f".{ending}")), None):
         raise InputError(f"{culprit}: {source.dataset} has files of several kinds, {urls[0]} and {other}")
-    kind = {"tar": "webdataset"}.get(ending, ending)
+    kind = {"tar": "webdataset", "jsonl": "json"}.get(ending, ending)
     return urls, {"path": kind, "data_files": {source.split: urls[:1]}}
 
 

@@ -1,5 +1,6 @@
 """The units of a data set in files: the runs of rows that are read in one go. Row groups of parquet, record batches of
-arrow, runs of a tar's members (WebDataset); of a table in memory runs of its rows.
+arrow, runs of a tar's members (WebDataset) and of the lines of JSONL, files of text; of a table in memory runs of its
+rows.
 
 What units a file has is found once, from footers and headers alone, and kept beside the caches: see `find_units`.
 """
@@ -25,7 +26,7 @@ from difftrain_utils.errors import FileError, InputError, RowError, one_line
 from difftrain_utils.terminal import progress
 
 VERSION = 1  # of the index that is kept: raise it when units are found otherwise
-TAR_UNIT = 2**22  # bytes of members after which a unit ends
+TAR_UNIT = 2**22  # bytes of members, or of lines, after which a unit ends
 TABLE_UNIT = 64  # rows
 FOOTER = 2**16  # bytes of a parquet file's end that are asked for at once: most footers lie in them
 GAP = 2**20  # bytes between two columns that are rather read than asked for apart
@@ -34,6 +35,7 @@ BLOCK = 2**22  # bytes of a remote file that are asked for at once to look throu
 MANY = 64  # files whose footer or schema stays in memory
 FIELD = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's: the key of a row, and the column
 
+NO_LINES = "its first line is no object, {…}: a stream reads JSONL"
 NAME = "__name__"  # in a row, how errors call it
 Rows = list[dict[str, Any] | RowError | None]
 
@@ -157,6 +159,40 @@ def _find_in_tar(file: StoredFile, reader: Reader) -> Found:
     return Found([*units, (keys, start, end)] if keys else units)
 
 
+def _find_in_lines(file: StoredFile, reader: Reader) -> Found:
+    """Blank lines are no rows."""
+    read, units, rows, start, at, rest = _blocks(file, reader), [], 0, 0, 0, b""
+    while at < file.size:
+        block = read(at, min(TAR_UNIT, file.size - at))
+        if at == 0 and not block.lstrip().startswith(b"{"):
+            raise ValueError(NO_LINES)
+        at += len(block)
+        *lines, rest = (rest + block).split(b"\n")
+        rows += sum(1 for line in lines if line.strip())
+        if (end := at - len(rest)) - start >= TAR_UNIT and rows:
+            units.append((rows, start, end))
+            rows, start = 0, end
+    rows += bool(rest.strip())
+    return Found([*units, (rows, start, file.size)] if rows else units)
+
+
+def _find_in_text(file: StoredFile, reader: Reader) -> Found:
+    """A file is a row."""
+    return Found([(1, 0, file.size)])
+
+
+def _features_of_lines(file: StoredFile, reader: Reader) -> datasets.Features:
+    """Those of the first line."""
+    line = reader.read(file, 0, min(TAR_UNIT, file.size)).lstrip().split(b"\n")[0]
+    if not line.startswith(b"{"):
+        raise ValueError(NO_LINES)
+    return datasets.Features.from_arrow_schema(pa.Table.from_pylist([json.loads(line)]).schema)
+
+
+def _features_of_text(file: StoredFile, reader: Reader) -> datasets.Features:
+    return datasets.Features({"text": datasets.Value("string")})
+
+
 def _blocks(file: StoredFile, reader: Reader) -> Callable[[int, int], bytes]:
     """Reads (start, length): of a file of this machine just that; of another by large blocks, one at a time."""
     if not is_remote(file.path):
@@ -242,7 +278,14 @@ def _split_name(name: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, "")
 
 
-FINDERS = {"parquet": _find_in_parquet, "arrow": _find_in_arrow, "webdataset": _find_in_tar}
+FINDERS = {
+    "parquet": _find_in_parquet,
+    "arrow": _find_in_arrow,
+    "webdataset": _find_in_tar,
+    "json": _find_in_lines,
+    "text": _find_in_text,
+}
+FEATURE_FINDERS = {"json": _features_of_lines, "text": _features_of_text}
 
 
 # ── Reading them ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -393,7 +436,38 @@ def _decoded(content: bytes, key: str, column: str, feature: Any) -> Any:
     return json.loads(text) if ending in ("json", "jsn") else text
 
 
-READERS = {"parquet": _read_parquet, "arrow": _read_arrow, "webdataset": _read_tar}
+def _read_lines(rows: FileRows, number: int, unit: int) -> Rows:
+    file, first, found = rows.files[number], rows._first_row(number, unit), []
+    content = rows.reader.read(file, int(rows.units.starts[unit]), int(rows.units.ends[unit]))
+    for line in filter(bytes.strip, content.split(b"\n")):
+        name = f"{file.path} row {first + len(found)}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            found.append(RowError(f"{name}: not JSON: {one_line(error)}"))
+            continue
+        if isinstance(row, dict):
+            found.append({column: row.get(column) for column in rows.features} | {NAME: name})
+        else:
+            found.append(RowError(f"{name}: must be an object, {{…}}, got {row!r:.80}"))
+    return found
+
+
+def _read_text(rows: FileRows, number: int, unit: int) -> Rows:
+    path, content = rows.files[number].path, rows.reader.read(rows.files[number], 0, rows.files[number].size)
+    try:
+        return [dict.fromkeys(rows.features, content.decode()) | {NAME: path}]  # of which there is `text` alone
+    except UnicodeDecodeError:
+        return [RowError(f"{path}: not UTF-8")]
+
+
+READERS = {
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "webdataset": _read_tar,
+    "json": _read_lines,
+    "text": _read_text,
+}
 
 
 class TableRows:

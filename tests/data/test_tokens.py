@@ -151,11 +151,34 @@ def test_evaluations_see_the_middle_of_held_out_texts(tmp_path):
     assert data.rows.tokenizer.decode(batch["tokens"][0]) == text[3:11]  # of 13 with the end
 
 
-def test_a_stream_of_texts_is_padded(tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_a_stream_of_texts_is_padded(tmp_path, kind):
     (tmp_path / "data").mkdir()
     texts = [f"t{i}" for i in range(12)]
-    datasets.Dataset.from_dict({"text": texts, "image": [0] * 12}).to_parquet(tmp_path / "data/a.parquet")
+    rows = datasets.Dataset.from_dict({"text": texts, "image": [0] * 12})
+    if kind == "parquet":
+        rows.to_parquet(tmp_path / "data/a.parquet")
+    elif kind == "jsonl":
+        rows.to_json(tmp_path / "data/a.jsonl")
+    for i, text in enumerate(texts if kind == "txt" else ()):
+        (tmp_path / f"data/a{i}.txt").write_text(text)
     data, samples = load(tmp_path, f"{tmp_path}/data", streaming=True, shuffle_buffer=3)
     found = [text_of(data, samples[k]).partition("[EOS]")[0] for k in range(12)]
     assert sorted(found) == sorted(texts) != found and data.rows.inspect(samples.config)["streaming"]
-    assert samples.names_of([0])[0].startswith(f"{tmp_path}/data/a.parquet row ")
+    assert samples.names_of([0])[0].startswith(f"{tmp_path}/data/a")
+
+
+def test_a_bad_line_of_a_stream_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n["c"]\n{"text": "d"\n')
+    fields = {"streaming": True, "batch_size": 1, "tokenizer": "bytes"}
+    data, samples = load(tmp_path, f"{tmp_path}/data", **fields)
+    with pytest.raises(RowError, match=rf"^{tmp_path}/data/a.jsonl row [23]: (must be an object|not JSON)"):
+        [samples[k] for k in range(4)]
+    data, samples = load(tmp_path, f"{tmp_path}/data", on_bad_row="skip", **fields)
+    found = [samples[k] for k in range(4)]
+    assert {text_of(data, sample).partition("[EOS]")[0] for sample in found} == {"a", "b"}
+    assert sum(sample["skipped"] for sample in found) == 2
+    (tmp_path / "data/a.jsonl").write_text('[{"text": "a"}]')
+    with pytest.raises(InputError, match=r"its first line is no object, {…}: a stream reads JSONL$"):
+        load(tmp_path, f"{tmp_path}/data", **fields)

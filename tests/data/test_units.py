@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import random
 import tarfile
@@ -75,6 +76,22 @@ def test_units_of_a_tar_are_runs_of_its_members(of_tar):
     ]
     assert [len(rows.read(unit)) for unit in range(len(rows.units.rows))] == rows.units.rows.tolist()
     assert read[1]["png"]["path"] == members[2][0] and read[1]["__name__"].endswith(f"0.tar {members[2][0][:-4]}")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n \n"])
+def test_units_of_lines_are_runs_of_them(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(units, "TAR_UNIT", 100)
+    texts = [f"{i} \u2028 ä" * (50 if i == 7 else i % 5) for i in range(60)]
+    lines = [json.dumps({"text": text, "other": i}, ensure_ascii=i % 2 == 0).encode() for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:9], b" ", *lines[9:]]) + end)
+    file = find_file(str(tmp_path / "a.jsonl"))
+    found = find_units("json", [file], "data.dataset", Reader(tmp_path, 0))
+    rows = FileRows("json", [file], found, datasets.Features({"text": datasets.Value("string")}), Reader(tmp_path, 0))
+    read = [rows.read(unit) for unit in range(len(found.rows))]
+    assert len(read) > 10 and [len(of_unit) for of_unit in read] == found.rows.tolist()
+    assert [row for of_unit in read for row in of_unit] == [
+        {"text": text, "__name__": f"{file.path} row {i}"} for i, text in enumerate(texts)
+    ]
 
 
 def test_a_text_that_is_none_is_an_error_of_its_row(tmp_path):
