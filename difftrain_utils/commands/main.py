@@ -21,7 +21,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "validate-config": "check a config, its model and its data without training",
     "plan": "estimate memory, time and data of a run on other GPUs",
     "train": "start the training script on the GPUs of this machine, or CPU",
-    "generate": "draw with a run, a checkpoint of it or any pipeline",
+    "generate": "draw or write with a run, a checkpoint of it or any pipeline",
     "report": "show runs as a page with curves and pictures, also while they go on",
     "compare": "compare runs: whether one won, and whether that is fair",
     "reproduce": "run a run again, and say whether it comes out the same",
