@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from difftrain_utils.config.completion import add_fields, check_installed, completion
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.scripts import SCRIPTS
 from difftrain_utils.errors import InputError, one_line_errors
 
 COMMANDS = {  # each is the function `main` of the module of that name
@@ -70,5 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     for command, what in COMMANDS.items():
         of_command = commands.add_parser(command, help=what)
         if command in TAKE_CONFIG:
-            add_fields(of_command, TextToImageConfig)
+            add_fields(of_command, *SCRIPTS.values())
     return parser

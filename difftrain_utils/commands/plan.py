@@ -3,8 +3,8 @@
     difftrain plan configs/sd35_finetune.yaml --gpus 64 --gpu h100 --train.batch_size 512
 
 Works on a laptop: of the model only configs and tokenizers are read, never weights, which need not be there. Of data
-that is in a folder here, the sizes of the images, or the texts; other data is not asked for. Any field of the config is overridden as
-in training (difftrain train --help lists them). What is assumed is printed last; see docs/plan.md.
+that is in a folder here, the sizes of the images, or the texts; other data is not asked for. Any field of the config is
+overridden as in training (difftrain train --help lists them). What is assumed is printed last; see docs/plan.md.
 """
 
 import argparse

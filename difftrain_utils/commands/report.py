@@ -5,9 +5,9 @@
     difftrain report runs/mse-0 --serve
 
 A RUN is a run's output folder. The page needs no other file and no network: curves to zoom into (linear or log,
-smoothed), validation by noise level (of text by share of masked tokens), the samples by step, throughput, the manifest, and what differs between
-the runs. Runs that differ only in their seed can be shown as bands. --serve shows it on this machine alone, and keeps
-it up to date.
+smoothed), validation by noise level (of text by share of masked tokens), the samples by step, throughput, the manifest,
+and what differs between the runs. Runs that differ only in their seed can be shown as bands. --serve shows it on this
+machine alone, and keeps it up to date.
 """
 
 import base64

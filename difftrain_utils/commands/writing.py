@@ -42,29 +42,36 @@ def load(source: Source, config: TextConfig | None, device: torch.device, precis
     Raises:
         InputError: it cannot be loaded, or is not what the run was trained from.
     """
-    dtype, tokenizer, models = weight_dtype(precision), None, {}
-    if source.kind == "pipeline":
-        config = TextConfig(TextModelConfig(source.path), TextDataConfig("builtin:brackets", sequence_length=2))
-    else:
-        leave_out_training(config)
-        tokenizer = make_tokenizer(config.data)
-    family = load_family(config, tokenizer=tokenizer)
-    if source.kind in ("pipeline", "lora"):
-        denoiser = family.load_denoiser()
+    loaded = Loaded(*load_text_model(source.path)) if source.kind == "pipeline" else _load_run(source, config)
+    dtype = weight_dtype(precision)
+    move_part(loaded.denoiser.eval(), device, dtype)
+    loaded.family.device, loaded.family.weight_dtype = device, dtype
+    if loaded.models:
+        use(loaded, source, config)
+    return loaded
+
+
+def load_text_model(name: str) -> tuple[TextFamily, torch.nn.Module]:
+    """A folder, hub name or `builtin:` name by itself, as no run asks for it. Raises InputError if it cannot be
+    loaded."""
+    family = load_family(TextConfig(TextModelConfig(name), TextDataConfig("builtin:brackets", sequence_length=2)))
+    return family, family.load_denoiser()
+
+
+def _load_run(source: Source, config: TextConfig) -> Loaded:
+    """What a run was trained from, as it was; with its exported adapters, or to be given weights that it has saved."""
+    leave_out_training(config)
+    family = load_family(config, tokenizer=make_tokenizer(config.data))
+    if source.kind == "lora":
+        denoiser, models = family.load_denoiser(), {}
     else:
         models = trained_models(family, config)
         denoiser = models["denoiser"]
-    if source.kind != "pipeline":
-        check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
+    check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
     if source.kind == "lora":
         with blame(source.path, *LOAD_ERRORS):
             denoiser.load_adapter(source.path)
-    move_part(denoiser.eval(), device, dtype)
-    family.device, family.weight_dtype = device, dtype
-    loaded = Loaded(family, denoiser, models)
-    if models:
-        use(loaded, source, config)
-    return loaded
+    return Loaded(family, denoiser, models)
 
 
 def check(loaded: Loaded, prompts: Sequence[str], settings: TextEvaluationConfig) -> None:

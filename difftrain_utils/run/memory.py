@@ -133,9 +133,9 @@ def plan_memory(
     options = planner.that_need_less(config) if with_savings else ()
     saved = {option: sum(held.values()) - total for option, _, total in options}
     is_gpu = accelerator.device.type == "cuda"
-    sample = "sample" if planner.micro_batch(config) == 1 else "samples"
+    number, size, device = planner.micro_batch(config), planner.describe_size(config), device_name(accelerator.device)
     return Memory(
-        f"{planner.micro_batch(config)} {sample} of {planner.describe_size(config)} at a time on {device_name(accelerator.device)}",
+        f"{number} sample{'s' * (number > 1)} of {size} at a time on {device}",
         held,
         planner.frozen(config, cached=True),
         saved,
