@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(args.source, args.checkpoint, args.weights, LORA if args.lora_scale else PIPELINE)
     if args.lora_scale and not sources[0].has_adapters:
         raise InputError(f"--lora-scale: {sources[0].path} has no adapters")
-    writes = sources[0].is_of_text
-    refuse_options(args, OF_PICTURES if writes else OF_TEXTS, "writes texts" if writes else "draws pictures")
     if sources[0].kind == "pipeline" and sources[0].record is None:
         use_cache_without_network([sources[0].path])
+    writes = sources[0].is_of_text
+    refuse_options(args, OF_PICTURES if writes else OF_TEXTS, "writes texts" if writes else "draws pictures")
     (write if writes else draw)(args, prompts, sources)
 
 
