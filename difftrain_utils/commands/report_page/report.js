@@ -310,8 +310,10 @@ function drawGrids(list) {
 // A grid of pictures, or a page of texts, which is in the data or asked for.
 function samples(grid, caption) {
   if (grid.text === undefined && !grid.source.endsWith(".txt")) return element("img", { loading: live ? "lazy" : "eager", alt: caption, src: grid.source });
-  const page = element("pre", { textContent: grid.text ?? "" });
-  if (grid.text === undefined) fetch(grid.source).then((answer) => answer.text()).then((text) => { page.textContent = grid.text = text; }, () => {});
+  const page = element("pre");
+  const fill = (text) => { page.textContent = text.replace(/─{20,}/g, "─".repeat(20)); }; // rules, in a narrow column
+  if (grid.text === undefined) fetch(grid.source).then((answer) => answer.text()).then(fill, () => {});
+  else fill(grid.text);
   return page;
 }
 
