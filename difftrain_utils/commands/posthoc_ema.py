@@ -113,7 +113,7 @@ def load_pipeline(folder: Path) -> "tuple[list[torch.nn.Module], Callable[[Path]
     for library in (diffusers.utils.logging, transformers.logging):
         library.disable_progress_bar()
     if not (folder / INDEX_FILE).is_file():
-        from difftrain_utils.commands.writing import load_text_model
+        from difftrain_utils.commands.text_model import load_text_model
 
         family, denoiser = load_text_model(str(folder))
         return [denoiser], partial(family.save_pipeline, denoiser=denoiser)

@@ -10,9 +10,8 @@ import transformers
 from tqdm import tqdm
 
 from difftrain_utils.commands.drawing import check_base, leave_out_training, scale_adapters, use
-from difftrain_utils.config.model import TextModelConfig
+from difftrain_utils.commands.text_model import load_text_model
 from difftrain_utils.config.text import TextConfig, TextEvaluationConfig
-from difftrain_utils.config.text_data import TextDataConfig
 from difftrain_utils.data.tokenizer import make_tokenizer
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
@@ -49,13 +48,6 @@ def load(source: Source, config: TextConfig | None, device: torch.device, precis
     if loaded.models:
         use(loaded, source, config)
     return loaded
-
-
-def load_text_model(name: str) -> tuple[TextFamily, torch.nn.Module]:
-    """A folder, hub name or `builtin:` name by itself, as no run asks for it. Raises InputError if it cannot be
-    loaded."""
-    family = load_family(TextConfig(TextModelConfig(name), TextDataConfig("builtin:brackets", sequence_length=2)))
-    return family, family.load_denoiser()
 
 
 def _load_run(source: Source, config: TextConfig) -> Loaded:

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, TEXT_SCRIPT, options, train_text
 
 from difftrain_utils.commands import compare, export, generate, plan, posthoc_ema, push, report, reproduce
-from difftrain_utils.commands.writing import load_text_model
+from difftrain_utils.commands.text_model import load_text_model
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.checkpoints import delete_run
 
