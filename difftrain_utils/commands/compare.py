@@ -15,7 +15,7 @@ import statistics
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -34,6 +34,7 @@ from difftrain_utils.commands.verdicts import (
     verdict,
 )
 from difftrain_utils.config.config import rename_fields
+from difftrain_utils.config.scripts import script_of
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
@@ -43,6 +44,7 @@ from difftrain_utils.run.run_folder import (
     MANIFEST_FILE,
     METRICS_FILE,
     PIPELINE,
+    SAMPLES,
     VALIDATION,
     read_mapping,
 )
@@ -53,9 +55,35 @@ IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overw
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
+OBJECTIVE += ("masking.random_length_share",)  # the estimators of text estimate the same
 JUDGED_BY = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
+JUDGED_BY += ("data.sequence_length", "data.packing", "data.tokenizer", "data.text_column", "data.prompt_column")
 DENOISER = "base_model.sha256.denoiser"
-ORDER = {FINAL: 0, BEST: 1, "shapes_right": 2, "final train loss": 4, "samples/s": 5}  # of columns; other metrics are 3
+ORDER = {
+    FINAL: 0,
+    BEST: 1,
+    "shapes_right": 2,
+    "valid": 2,
+    "final train loss": 4,
+    "samples/s": 5,
+}  # of columns; other metrics are 3
+
+
+class Kind(NamedTuple):
+    """What runs of a script are about, in words."""
+
+    level: str
+    """What the bins of the validation loss differ in."""
+    levels: str
+    rows: str
+    library: str
+    """That its models are of."""
+
+
+KINDS = {
+    "train_text_to_image.py": Kind("noise level", "noise levels", "images", "diffusers"),
+    "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
+}
 
 
 @dataclass
@@ -146,6 +174,11 @@ def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
     # where data and model were found is in the config; here it counts what they were
     places = (".dataset", "base_model.name", "base_model.revision")
     return {name: value for name, value in flat.items() if not name.endswith(places)}
+
+
+def kind_of(runs: list[Run]) -> Kind:
+    """Of the first: those of several kinds are unfair to compare."""
+    return KINDS[script_of(runs[0].config)]
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,12 +381,13 @@ def by_value(runs: list[Run], values: list[str]) -> str:
 def unfair(runs: list[Run]) -> list[str]:
     """What makes a better result of one run say nothing about the setting that was to be compared."""
     config, facts = what_differs(runs)
-    code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", "versions.diffusers")
+    library = kind_of(runs).library
+    code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", f"versions.{library}")
     found = {
         "data fingerprint": [name for name in facts if name.split(".")[0] == "data"],
         "base model": [name for name in facts if name.split(".")[0] == "base_model"],
         "code": [name for name in facts if name in code],
-        "versions of torch or diffusers": [name for name in facts if name in libraries],
+        f"versions of torch or {library}": [name for name in facts if name in libraries],
         "streams of samples, and so triples to validate on": [name for name in facts if name == "stream"],
         "validation settings": [name for name in config if name.startswith(JUDGED_BY)],
     }
@@ -464,7 +498,8 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
     # the settings of which something can be said share the 5 %
     tested = [i for i, result in enumerate(results) if result.paired and not reasons[i]]
     adjusted = dict(zip(tested, holm([results[i].paired.p for i in tested]), strict=True))
-    rows = [["setting", "seeds", "difference", "95 % interval", "over images, too", "p (Holm)", "verdict"]]
+    kind = kind_of(runs)
+    rows = [["setting", "seeds", "difference", "95 % interval", f"over {kind.rows}, too", "p (Holm)", "verdict"]]
     bins, sentences = [], []
     for i, (name, setting, result) in enumerate(zip(names, settings, results, strict=True)):
         ratios, paired = result.ratios, result.paired
@@ -483,7 +518,7 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
         if found == "not distinguishable":
             sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(tested))}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
-    return Contest(introduction(base_name, looks), rows, [header, *bins] if bins else [], sentences)
+    return Contest(introduction(base_name, looks, kind), rows, [header, *bins] if bins else [], sentences)
 
 
 def in_seeds(paired: Paired, level: float) -> str:
@@ -533,10 +568,10 @@ def interval(low: float, high: float) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def introduction(baseline: str, looks: int) -> str:
+def introduction(baseline: str, looks: int, kind: Kind) -> str:
     text = (
         f"Against {baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
-        "geometric mean over the noise levels, each of which counts the same; its 95 % t interval; p after Holm over "
+        f"geometric mean over the {kind.levels}, each of which counts the same; its 95 % t interval; p after Holm over "
         f"the settings, of which at most {LEVEL / looks:.2g} is called a difference."
     )
     if looks > 1:
@@ -558,15 +593,15 @@ def text_table(rows: list[list[str]], width: int = 120) -> str:
 
 
 def text_report(runs: list[Run], found: Contest | None) -> str:
-    bins = bins_table(runs)
+    bins, level = bins_table(runs), kind_of(runs).level
     parts = [text_table(summary_table(runs)), "\n".join(notes(runs))]
     if found:
         parts += [textwrap.fill(found.introduction, 120), text_table(found.rows), "\n".join(found.sentences)]
-        parts += ["The difference by noise level:\n" + text_table(found.bins)] if found.bins else []
+        parts += [f"The difference by {level}:\n" + text_table(found.bins)] if found.bins else []
     elif len(runs) > 1:
         parts.append("All runs are one setting: nothing to compare.")
     if len(bins) > 1:
-        parts.append("Last validation loss by noise level, from low (bin 1) to high:\n" + text_table(bins))
+        parts.append(f"Last validation loss by {level}, from low (bin 1) to high:\n" + text_table(bins))
     if len(runs) > 1:
         rows = [f"  {name}: {by_value(runs, row)}" for table in what_differs(runs) for name, row in table.items()]
         parts.append("\n".join([headline(runs), *rows, *unfair(runs)]))
@@ -582,7 +617,7 @@ def html_report(runs: list[Run], found: Contest | None) -> str:
         parts += [html.heading("Verdicts"), html.paragraph(found.introduction), html.table(found.rows, "values")]
         parts += map(html.paragraph, found.sentences)
         if found.bins:
-            parts += [html.heading("The difference by noise level"), html.table(found.bins, "numbers")]
+            parts += [html.heading(f"The difference by {kind_of(runs).level}"), html.table(found.bins, "numbers")]
     if len(runs) > 1:
         fields = [[name, *map(brief, row)] for rows in what_differs(runs) for name, row in rows.items()]
         parts += [html.heading("Differences") + html.paragraph(headline(runs))]
@@ -599,16 +634,23 @@ def charts(runs: list[Run]) -> str:
     bins = [(run.name, list(enumerate(validation_bins(run)[1], 1)), []) for run in runs]
     drawn = [html.chart("Training loss (running mean; faint: as logged)", "step", training, markers=False)]
     drawn += [html.chart("Validation loss", "step", validation)]
-    drawn += [html.chart("Last validation loss by noise level", "bin, from low to high noise", bins)]
+    level = kind_of(runs).level
+    drawn += [html.chart(f"Last validation loss by {level}", f"bin, from low to high {level}", bins)]
     return "\n".join(drawn)
 
 
+def samples_of(run: Run) -> dict[int, Path]:
+    """The grids or pages of samples by step."""
+    paths = [path for kind in ("png", "txt") for path in (run.folder / SAMPLES).glob(f"step-*.{kind}")]
+    return dict(sorted((int(path.stem[5:]), path) for path in paths if path.stem[5:].isdecimal()))
+
+
 def last_sample(run: Run) -> str:
-    """The newest grid of samples as a figure."""
-    grids = {int(p.stem[5:]): p for p in run.folder.glob("samples/step-*.png") if p.stem[5:].isdecimal()}
-    newest = max(grids, default=None)
+    """The newest samples as a figure."""
+    found = samples_of(run)
+    newest = max(found, default=None)
     caption = f"{run.name}, " + ("no samples" if newest is None else f"step {newest}")
-    return html.figure(caption, grids.get(newest))
+    return html.figure(caption, found.get(newest))
 
 
 def main(argv: list[str] | None = None) -> None:

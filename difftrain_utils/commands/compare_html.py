@@ -9,6 +9,9 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from difftrain_utils.terminal import printable
+
+MAX_TEXT = 20_000  # characters of a page of texts
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc3399", "#8c6d1f", "#56b4e9", "#222222", "#7b3fb5", "#e6a000", "#d62728")
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 70, 740, 15, 300  # of a chart, in pixels; the legend is right of RIGHT
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -17,7 +20,8 @@ td, th { border-bottom: 1px solid #ccc; padding: 3px 10px; text-align: right; ve
 td:first-child, th:first-child, .values td, .values th { text-align: left } .numbers { white-space: nowrap }
 .unfair { color: #a11; font-weight: 600 } svg { font: 12px system-ui, sans-serif; max-width: 100%; height: auto }
 .samples { display: flex; flex-wrap: wrap; gap: 16px } figure { margin: 0; flex: 1 1 300px; max-width: 520px }
-img { width: 100% } figcaption { font-size: 13px; overflow-wrap: anywhere }"""
+img { width: 100% } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30em; overflow-y: auto }
+figcaption { font-size: 13px; overflow-wrap: anywhere }"""
 
 
 def page(title: str, parts: list[str]) -> str:
@@ -41,11 +45,14 @@ def table(rows: list[list[str]], kind: str) -> str:
     return f'<div><table class="{kind}">' + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table></div>"
 
 
-def figure(caption: str, image: Path | None) -> str:
-    """A PNG file and its caption, or the caption alone."""
+def figure(caption: str, samples: Path | None) -> str:
+    """A PNG file, or the beginning of a page of texts, and its caption, or the caption alone."""
     shown = ""
-    if image is not None:
-        content = base64.b64encode(image.read_bytes()).decode()
+    if samples is not None and samples.suffix == ".txt":
+        text = printable(samples.read_text(encoding="utf-8", errors="replace")[:MAX_TEXT])
+        shown = f"<pre>{escape(text)}</pre>"
+    elif samples is not None:
+        content = base64.b64encode(samples.read_bytes()).decode()
         shown = f'<img src="data:image/png;base64,{content}" alt="{escape(caption)}"/>'
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 

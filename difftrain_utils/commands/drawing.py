@@ -1,4 +1,4 @@
-"""Loading what `difftrain generate` draws with, and drawing a picture."""
+"""Loading what `difftrain generate` draws with, and drawing a picture; writing.py is the same for texts."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from difftrain_utils.builtins.checkpoints import BUILTINS
 from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
-from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
@@ -26,6 +26,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
+from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
 from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
@@ -132,12 +133,9 @@ def load(
 
 def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
     """What a run was trained from, as it was; with its exported adapters, or to be given weights that it has saved."""
-    for field, package in config.needed_packages().items():
-        if field == "model.lora" and importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}: {not_installed(package)}")
     config.model.offload_text_encoders = config.data.cache_latents = config.data.cache_text = False
-    config.train.gradient_checkpointing = config.train.plain_attention = config.train.channels_last = False
-    config.train.compile, config.evaluation = None, EvaluationConfig()  # it is drawn with as plain diffusers does
+    config.evaluation = EvaluationConfig()
+    leave_out_training(config)
     family = load_family(config)
     if source.kind not in ("checkpoint", "weights", "average"):
         denoiser, models = family.load_denoiser(), {}
@@ -145,7 +143,7 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
         models = trained_models(family, config)
         denoiser = models["denoiser"]
     if source.record is not None:
-        _check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
+        check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
     pipeline = family.pipeline(denoiser)
     if source.kind == "lora":
         verbosity = diffusers.utils.logging.get_verbosity()
@@ -156,7 +154,17 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
     return Loaded(family, pipeline, models)
 
 
-def _check_base(family: DiffusersFamily, denoiser: torch.nn.Module, record: Path, replaced: bool) -> None:
+def leave_out_training(config: Config) -> None:
+    """Let models, in place, be those that plain libraries use. Raises InputError if what adapters need is missing."""
+    for field, package in config.needed_packages().items():
+        if field == "model.lora" and importlib.util.find_spec(package) is None:
+            raise InputError(f"{field}: {not_installed(package)}")
+    train = config.train
+    train.gradient_checkpointing = train.plain_attention = train.channels_last = False
+    train.compile = None
+
+
+def check_base(family: Family, denoiser: torch.nn.Module, record: Path, replaced: bool) -> None:
     """Refuse another base than that of the run, but for a denoiser that is `replaced` as a whole."""
     with blame(str(record), *LOAD_ERRORS):
         base = read_manifest(record)["base_model"]
@@ -167,8 +175,9 @@ def _check_base(family: DiffusersFamily, denoiser: torch.nn.Module, record: Path
 
 
 @torch.no_grad()
-def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
-    """Give the models the weights of a checkpoint or an average of its run.
+def use(loaded, source: Source, config: Config) -> None:
+    """Give the `models` of what is loaded the weights of a checkpoint or an average of its run; its `source` says
+    whose they have.
 
     Raises:
         InputError: it is none of these models, or has not the weights that are asked for.
@@ -197,7 +206,7 @@ def use(loaded: Loaded, source: Source, config: TextToImageConfig) -> None:
             saved.load("ema", {str(i): p.detach() for i, p in enumerate(trained_parameters(*models))})
 
 
-def _refuse_two_kinds_of_raw(config: TextToImageConfig) -> None:
+def _refuse_two_kinds_of_raw(config: Config) -> None:
     """A schedule-free optimizer trains for other weights than those in a checkpoint, and makes them at the end."""
     module, _, name = config.optimizer.class_path.rpartition(".")
     with blame(f"optimizer.class_path: cannot import {config.optimizer.class_path!r}", ImportError, AttributeError):
@@ -209,11 +218,11 @@ def _refuse_two_kinds_of_raw(config: TextToImageConfig) -> None:
         )
 
 
-def scale_adapters(pipeline: DiffusionPipeline, scale: float) -> None:
-    """Let adapters add `scale` times what they have learned to add; 1: as trained."""
+def scale_adapters(parts: Iterable[Any], scale: float) -> None:
+    """Let adapters, of the parts that are modules, add `scale` times what they have learned to add; 1: as trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for part in pipeline.components.values():
+    for part in parts:
         for module in part.modules() if isinstance(part, torch.nn.Module) else ():
             if isinstance(module, BaseTunerLayer):
                 for adapter in module.active_adapters:
@@ -258,7 +267,7 @@ def draw_all(
         if loaded.models:
             use(loaded, picture.source, config)
         if picture.scale != scale:
-            scale_adapters(loaded.pipeline, picture.scale)
+            scale_adapters(loaded.pipeline.components.values(), picture.scale)
             scale = picture.scale
         yield picture, draw(loaded, picture.prompt, picture.seed, settings)
 

@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame, some, warn
 from difftrain_utils.files import new_file
-from difftrain_utils.run.run_folder import KOHYA_FILE, LORA, LORA_FILE, PIPELINE, SINGLE_FILE, read_mapping
-from difftrain_utils.run.source import INDEX_FILE
+from difftrain_utils.run.run_folder import (
+    KOHYA_FILE,
+    LORA,
+    LORA_FILE,
+    PEFT_FILES,
+    PIPELINE,
+    SINGLE_FILE,
+    read_mapping,
+)
+from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     adapters, pipeline = args.run / LORA / LORA_FILE, args.run / PIPELINE
     if (args.run / INDEX_FILE).is_file():
         pipeline = args.run
+    for folder, file in ((pipeline, MODEL_FILE), (args.run, MODEL_FILE), (args.run / LORA, PEFT_FILES[0])):
+        if (folder / file).is_file() and not (folder / INDEX_FILE).is_file():
+            raise InputError(f"{folder}: of text, and as transformers or peft load it: there is no other file of it")
     if adapters.is_file():
         default = args.run / LORA / KOHYA_FILE
     elif (pipeline / INDEX_FILE).is_file():

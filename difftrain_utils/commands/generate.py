@@ -1,43 +1,62 @@
-"""Draw with a run, finished or not, with a checkpoint of it, or with any pipeline.
+"""Draw or write with a run, finished or not, with a checkpoint of it, or with any pipeline or text model.
 
     difftrain generate runs/quickstart "a red circle" "a blue square" --output shapes.png
     difftrain generate runs/quickstart "a red circle" --checkpoint 500 1000 --seed 0 1 2
     difftrain generate runs/my-lora "a photo of sks dog" --lora-scale 0 0.5 1
     difftrain generate stable-diffusion-v1-5/stable-diffusion-v1-5 "a dog" --num-images 200 --output data/dogs
+    difftrain generate runs/quickstart-text --num-texts 100 --sampler confidence --output written.jsonl
 
 Several values of --checkpoint, --lora-scale and --seed make a grid with labelled rows and columns, and with more than
 two of them (or several prompts) one grid for each value of the others. A picture is that which plain diffusers draws
 with torch.Generator().manual_seed(SEED), whatever else is asked for beside it.
+
+A model of text writes to the terminal, to a page (.txt) or to a data set (.jsonl), each text below what tells it from
+the others. A prompt is what a text begins with; none is needed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from difftrain_utils.commands.parser import Parser
-from difftrain_utils.config.config import require_of
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import Config, require_of
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.hub import use_cache_without_network
+from difftrain_utils.config.scripts import SCRIPTS, script_for
+from difftrain_utils.config.text import TextConfig, TextEvaluationConfig
 from difftrain_utils.errors import InputError, blame, some
-from difftrain_utils.files import local_path, new_file, new_folder
+from difftrain_utils.files import local_path, new_file, new_folder, write_file
 from difftrain_utils.run.run_folder import CONFIG_FILE, LORA, PIPELINE
 from difftrain_utils.run.source import BEST, EMA, RAW, Source, find_sources
+from difftrain_utils.terminal import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+OF_PICTURES = ("negative_prompt", "guidance", "height", "width", "offload")  # options of these alone
+OF_TEXTS = ("sampler", "temperature", "length", "block_length")
+TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
+    "sampler": "sampler",
+    "steps": "num_inference_steps",
+    "temperature": "temperature",
+    "length": "length",
+    "block_length": "block_length",
+}
 METADATA_FILE = "metadata.jsonl"  # of a folder of images
 MAX_SEED = 2**32  # a generator of torch keeps no more of it
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """What one is drawn of."""
+class Sample:
+    """What a picture is drawn of, or a text written of."""
 
     source: Source
     scale: float | None
@@ -60,16 +79,19 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(args.source, args.checkpoint, args.weights, LORA if args.lora_scale else PIPELINE)
     if args.lora_scale and not sources[0].has_adapters:
         raise InputError(f"--lora-scale: {sources[0].path} has no adapters")
-    of_all = itertools.product(sources, args.lora_scale or [None], prompts or [""], args.seed)
-    pictures = [Picture(*of_one) for of_one in of_all]
-    output = find_output(args.output)
-    grids = arrange(pictures, output) if output.suffix == ".png" else None
-    options = settings_of(args, sources[0])
-    if sources[0].kind == "pipeline":
-        config = None
+    if sources[0].kind == "pipeline" and sources[0].record is None:
         use_cache_without_network([sources[0].path])
-    else:
-        config = run_config(sources[0])
+    writes = sources[0].is_of_text
+    refuse_options(args, OF_PICTURES if writes else OF_TEXTS, "writes texts" if writes else "draws pictures")
+    (write if writes else draw)(args, prompts, sources)
+
+
+def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source]) -> None:
+    samples = samples_of(args, prompts, sources)
+    output = find_output(args.output)
+    grids = arrange(samples, output) if output.suffix == ".png" else None
+    options = settings_of(args, sources[0])
+    config = None if sources[0].kind == "pipeline" else run_config(sources[0])
 
     # ── Pipeline and device ──────────────────────────────────────────────────────────────────────────────────
     from difftrain_utils.commands.drawing import (
@@ -87,14 +109,43 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load(sources[0], config, device, precision, args.offload)
     check(loaded, prompts, settings)
     facts = describe(loaded, settings)
-    print(f"Drawing {len(pictures)} picture{'s' * (len(pictures) > 1)} on {device} in {precision}, with")
-    print(*(f"  {source}" for source in sources), sep="\n")
-    print(f"  {', '.join(f'{name} {value}' for name, value in facts.items())}, seed {some([*map(str, args.seed)])}")
+    announce_samples("Drawing", "picture", samples, f"{device} in {precision}", facts, args)
 
     # ── The pictures ─────────────────────────────────────────────────────────────────────────────────────────
-    drawn = draw_all(loaded, pictures, settings, config)
+    drawn = draw_all(loaded, samples, settings, config)
     written = save_folder(drawn, facts, output) if grids is None else save_grids(dict(drawn), facts, grids)
     print(*written, sep="\n")
+
+
+def write(args: argparse.Namespace, prompts: list[str], sources: list[Source]) -> None:
+    samples = samples_of(args, prompts, sources)
+    output = None if args.output is None else find_output(args.output, (".txt", ".jsonl"))
+    config = None if sources[0].record is None else run_config(sources[0])
+    settings = text_settings_of(args, config)
+
+    # ── Model and device ─────────────────────────────────────────────────────────────────────────────────────
+    from difftrain_utils.commands.drawing import find_device, own_precision
+    from difftrain_utils.commands.writing import check, load, write_all
+    from difftrain_utils.media.text import page
+
+    device = find_device(args.device, args.precision)
+    precision = args.precision or own_precision(sources[0], device)
+    loaded = load(sources[0], config, device, precision)
+    check(loaded, prompts, settings)
+    facts = {name: getattr(settings, field) for name, field in TEXT_SETTINGS.items()}
+    with contextlib.redirect_stdout(sys.stderr):  # the texts are what is printed
+        announce_samples("Writing", "text", samples, f"{device} in {precision}", facts, args)
+
+    # ── The texts ────────────────────────────────────────────────────────────────────────────────────────────
+    written = dict(write_all(loaded, samples, settings, config))
+    if output is not None and output.suffix == ".jsonl":
+        lines = [{"text": text} | facts_of(sample) | facts for sample, text in written.items()]
+        write_file(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    else:
+        text = page([*written.values()], labels_of(samples))
+        print(printable(text), end="") if output is None else write_file(output, text)
+    if output is not None:
+        print(output)
 
 
 # ── What is asked for ────────────────────────────────────────────────────────────────────────────────────────
@@ -103,12 +154,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="the folder of a run or of a checkpoint, a pipeline's folder or name on the hub, or a builtin: name",
+        help="the folder of a run or of a checkpoint, the folder or name on the hub of a pipeline, or of a text model "
+        "in transformers' format, or a builtin: name",
     )
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="a picture of each; of a DiT names of classes")
+    parser.add_argument(
+        "prompts", metavar="PROMPT", nargs="*", help="a picture or a text of each; of a DiT names of classes"
+    )
     parser.add_argument("--prompts", metavar="FILE", dest="prompts_file", type=Path, help="more prompts, one a line")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures shall be guided away from")
-    parser.add_argument("--output", metavar="PATH", help="a new .png, or a folder for a file each and metadata.jsonl")
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a new .png, or a folder for a file each and metadata.jsonl; of texts a new .txt or .jsonl",
+    )
 
     weights = parser.add_argument_group("which weights of a run")
     weights.add_argument("--checkpoint", metavar="STEP", type=whole, nargs="+", default=[], help="of these checkpoints")
@@ -127,17 +184,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling (default: the run's section evaluation, else the pipeline's own)")
     sampling.add_argument("--seed", metavar="N", type=whole, nargs="+", default=[0], help="default: 0")
     sampling.add_argument(
-        "--num-images", metavar="N", type=positive, help="so many of each prompt, of the seeds SEED, SEED + 1, …"
+        "--num-images",
+        "--num-texts",
+        metavar="N",
+        type=positive,
+        help="so many of each prompt, of the seeds SEED, SEED + 1, …",
     )
     sampling.add_argument("--steps", metavar="N", type=positive, help="denoising steps (num_inference_steps)")
-    sampling.add_argument("--guidance", metavar="X", type=finite, help="classifier-free guidance; 1: none")
-    sampling.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
-    sampling.add_argument("--width", metavar="N", type=positive, help="default: as --height")
     sampling.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: a GPU, if there is one")
     sampling.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the run's")
-    sampling.add_argument(
+
+    pictures = parser.add_argument_group("of pictures alone")
+    pictures.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures shall be guided away from")
+    pictures.add_argument("--guidance", metavar="X", type=finite, help="classifier-free guidance; 1: none")
+    pictures.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
+    pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height")
+    pictures.add_argument(
         "--offload", action="store_true", help="keep on the GPU only the part that computes: less memory, slower"
     )
+
+    texts = parser.add_argument_group("of texts alone")
+    texts.add_argument(
+        "--sampler", choices=["ancestral", "confidence"], help="which tokens are drawn first: any, or the surest"
+    )
+    texts.add_argument("--temperature", metavar="X", type=finite, help="0: always the likeliest token")
+    texts.add_argument("--length", metavar="N", type=positive, help="tokens of a text, its prompt's among them")
+    texts.add_argument("--block-length", metavar="N", type=positive, help="tokens drawn before those after them")
     args = parser.parse_intermixed_args(argv)
     if args.num_images is not None:
         if len(args.seed) > 1:
@@ -149,7 +221,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         refuse_twice(f"--{option.replace('_', '-')}", getattr(args, option) or [])
     if args.guidance is not None and args.guidance < 1:
         raise InputError(f"--guidance: must be at least 1, got {args.guidance:g}")
+    if args.temperature is not None and args.temperature < 0:
+        raise InputError(f"--temperature: must be 0 or more, got {args.temperature:g}")
     return args
+
+
+def refuse_options(args: argparse.Namespace, names: Iterable[str], what: str) -> None:
+    """Raise InputError if one of these options is given, which the source, that does `what`, has not."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise InputError(f"--{name.replace('_', '-')}: {args.source} {what}, which have none")
+
+
+def samples_of(args: argparse.Namespace, prompts: list[str], sources: list[Source]) -> list[Sample]:
+    of_all = itertools.product(sources, args.lora_scale or [None], prompts or [""], args.seed)
+    return [Sample(*of_one) for of_one in of_all]
 
 
 def refuse_twice(option: str, values: list) -> None:
@@ -197,14 +283,16 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def find_output(name: str | None) -> Path:
-    """A file that is not there, or a folder that is not there or empty; by default a new generated.png."""
+def find_output(name: str | None, endings: tuple[str, ...] = (".png", "")) -> Path:
+    """A file that is not there with one of these endings, or (without one) a folder that is not there or empty; by
+    default a new generated.png."""
     names = itertools.chain(["generated.png"], (f"generated-{number}.png" for number in itertools.count(2)))
     output = next(path for path in map(Path, names) if not os.path.lexists(path)) if name is None else local_path(name)
-    if output.suffix == ".png" and os.path.lexists(output):
+    if output.suffix and output.suffix in endings and os.path.lexists(output):
         raise InputError(f"--output: {output} is there already")
-    if output.suffix not in (".png", ""):
-        raise InputError(f"--output: must end in .png or be a folder, got {name!r}")
+    if output.suffix not in endings:
+        allowed = " or ".join(filter(None, endings)) + " or be a folder" * ("" in endings)
+        raise InputError(f"--output: must end in {allowed}, got {name!r}")
     if name == "" or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise InputError(f"--output: {name!r} is not an empty folder")
     above = next(path for path in output.absolute().parents if os.path.lexists(path))
@@ -222,9 +310,6 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         return settings
     with blame(f"{source.record / CONFIG_FILE}: not the config of a run", KeyError, TypeError, AttributeError):
         config = source.config
-        if "resolution" not in config["data"]:
-            what = "a run of text, whose samples are in samples/; its pipeline/ is a model of transformers"
-            raise InputError(f"{source.record}: {what}")
         known = {field.name for field in dataclasses.fields(EvaluationConfig)}
         evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
         evaluation.check(require_of(evaluation, "evaluation"))
@@ -234,12 +319,42 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         return own | {name: value for name, value in settings.items() if value is not None}
 
 
-def run_config(source: Source):
-    """The config of the run that a source is of."""
-    from difftrain_utils.config.command_line import parse_config
-    from difftrain_utils.config.text_to_image import TextToImageConfig
+def text_settings_of(args: argparse.Namespace, config: TextConfig | None) -> TextEvaluationConfig:
+    """Those of the command line, else of the run. Raises InputError if steps and blocks do not fit the length."""
+    given = {field: getattr(args, name) for name, field in TEXT_SETTINGS.items() if getattr(args, name) is not None}
+    if config is None and args.length is None:
+        raise InputError(f"--length: needed, {args.source} is of no run that says how long texts are")
+    own = TextEvaluationConfig() if config is None else config.evaluation
+    length = own.length if config is None else own.length or config.data.sequence_length
+    settings = dataclasses.replace(own, **({"length": length} | given))
+    length, block_length, steps = settings.length, settings.block_length, settings.num_inference_steps
+    num_blocks = -(-length // (block_length or length))
+    if steps < num_blocks:
+        rule = f"must be at least 1 for each of {num_blocks} blocks of {block_length} of {length} tokens"
+        raise InputError(f"--steps: {rule}, got {steps}")
+    return settings
 
-    return parse_config(TextToImageConfig, ["--config", str(source.record / CONFIG_FILE)], prog="difftrain generate")
+
+def run_config(source: Source) -> Config:
+    """The config of the run that a source is of."""
+    argv = ["--config", str(source.record / CONFIG_FILE)]
+    return parse_config(SCRIPTS[script_for(argv)], argv, prog="difftrain generate")
+
+
+def announce_samples(
+    doing: str, noun: str, samples: list[Sample], on: str, facts: dict[str, Any], args: argparse.Namespace
+) -> None:
+    print(f"{doing} {len(samples)} {noun}{'s' * (len(samples) > 1)} on {on}, with")
+    print(*(f"  {source}" for source in dict.fromkeys(sample.source for sample in samples)), sep="\n")
+    known = [f"{name} {value}" for name, value in facts.items() if value is not None]
+    print(f"  {', '.join(known)}, seed {some([*map(str, args.seed)])}")
+
+
+def labels_of(samples: list[Sample]) -> list[str]:
+    """What tells each from the others; of one alone nothing."""
+    values = {axis: {sample.labels[axis] for sample in samples} for axis in samples[0].labels}
+    axes = [axis for axis, labels in values.items() if len(labels) > 1]
+    return [", ".join(sample.labels[axis] for axis in axes) for sample in samples]
 
 
 # ── What is written ──────────────────────────────────────────────────────────────────────────────────────────
@@ -248,17 +363,17 @@ class Grid:
     """Pictures by rows and columns, and the labels of these; no labels: it is a picture by itself."""
 
     path: Path
-    pictures: list[Picture]
+    pictures: list[Sample]
     rows: list[str]
     columns: list[str]
 
 
-def arrange(pictures: list[Picture], output: Path) -> list[Grid]:
+def arrange(pictures: list[Sample], output: Path) -> list[Grid]:
     """The last two of the axes that have several values are the rows and columns of a grid; each value of the others
     has one of its own, `NAME-1.png`, `NAME-2.png` and so on. Raises InputError if such a file is there."""
     values = {axis: list(dict.fromkeys(p.labels[axis] for p in pictures)) for axis in pictures[0].labels}
     axes = [axis for axis, labels in values.items() if len(labels) > 1]
-    grids: dict[tuple[str, ...], list[Picture]] = {}
+    grids: dict[tuple[str, ...], list[Sample]] = {}
     for picture in pictures:
         grids.setdefault(tuple(picture.labels[axis] for axis in axes[:-2]), []).append(picture)
     rows, columns = ([[], []] + [values[axis] for axis in axes])[-2:]
@@ -275,7 +390,7 @@ def arrange(pictures: list[Picture], output: Path) -> list[Grid]:
     return arranged
 
 
-def save_grids(images: dict[Picture, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
+def save_grids(images: dict[Sample, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
     from difftrain_utils.media.grids import labelled_grid, labelled_table
 
@@ -292,7 +407,7 @@ def save_grids(images: dict[Picture, "Image"], facts: dict[str, Any], grids: lis
     return [grid.path for grid in grids]
 
 
-def save_folder(drawn: Iterable[tuple[Picture, "Image"]], facts: dict[str, Any], output: Path) -> list[Path]:
+def save_folder(drawn: Iterable[tuple[Sample, "Image"]], facts: dict[str, Any], output: Path) -> list[Path]:
     """Write a file of each as they are drawn, and a metadata.jsonl, by which the folder is a data set; return its path.
 
     Raises:
@@ -309,15 +424,17 @@ def save_folder(drawn: Iterable[tuple[Picture, "Image"]], facts: dict[str, Any],
     return [output]
 
 
-def text_of(pictures: Iterable[Picture], facts: dict[str, Any]):
+def facts_of(sample: Sample) -> dict[str, Any]:
+    source = sample.source
+    found = {"prompt": sample.prompt, "source": source.path, "weights": source.weights, "step": source.step}
+    return found | {"lora_scale": sample.scale, "seed": sample.seed}
+
+
+def text_of(pictures: Iterable[Sample], facts: dict[str, Any]):
     """The chunks of text of a PNG file that say what it was drawn of."""
     from PIL.PngImagePlugin import PngInfo
 
-    of_each = [
-        {"prompt": p.prompt, "source": p.source.path, "weights": p.source.weights, "step": p.source.step}
-        | {"lora_scale": p.scale, "seed": p.seed}
-        for p in pictures
-    ]
+    of_each = [*map(facts_of, pictures)]
     found = {name: [values[name] for values in of_each if values[name] is not None] for name in of_each[0]}
     info = PngInfo()
     for name, values in (found | {name: [value] for name, value in facts.items()}).items():

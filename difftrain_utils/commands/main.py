@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from difftrain_utils.config.completion import add_fields, check_installed, completion
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.scripts import SCRIPTS
 from difftrain_utils.errors import InputError, one_line_errors
 
 COMMANDS = {  # each is the function `main` of the module of that name
@@ -21,7 +21,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "validate-config": "check a config, its model and its data without training",
     "plan": "estimate memory, time and data of a run on other GPUs",
     "train": "start the training script on the GPUs of this machine, or CPU",
-    "generate": "draw with a run, a checkpoint of it or any pipeline",
+    "generate": "draw or write with a run, a checkpoint of it or any pipeline",
     "report": "show runs as a page with curves and pictures, also while they go on",
     "compare": "compare runs: whether one won, and whether that is fair",
     "reproduce": "run a run again, and say whether it comes out the same",
@@ -70,5 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     for command, what in COMMANDS.items():
         of_command = commands.add_parser(command, help=what)
         if command in TAKE_CONFIG:
-            add_fields(of_command, TextToImageConfig)
+            add_fields(of_command, *SCRIPTS.values())
     return parser

@@ -3,8 +3,8 @@
     difftrain plan configs/sd35_finetune.yaml --gpus 64 --gpu h100 --train.batch_size 512
 
 Works on a laptop: of the model only configs and tokenizers are read, never weights, which need not be there. Of data
-that is in a folder here, the sizes of the images; other data is not asked for. Any field of the config is overridden as
-in training (difftrain train --help lists them). What is assumed is printed last; see docs/plan.md.
+that is in a folder here, the sizes of the images, or the texts; other data is not asked for. Any field of the config is
+overridden as in training (difftrain train --help lists them). What is assumed is printed last; see docs/plan.md.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from typing import Any
 
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.config.command_line import parse_config
-from difftrain_utils.config.config import MIXED_PRECISION
-from difftrain_utils.config.scripts import script_for
-from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.config import MIXED_PRECISION, Config
+from difftrain_utils.config.model import TextModelConfig
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import local_path
 from difftrain_utils.run.gpus import GPUS
@@ -45,16 +45,14 @@ class Laptop:
 
 def main(argv: list[str] | None = None) -> None:
     args, of_config = parse_arguments(sys.argv[2:] if argv is None else argv)
-    if (script := script_for(of_config)) != "train_text_to_image.py":
-        raise InputError(f"difftrain plan: knows runs of train_text_to_image.py alone, and this config is of {script}")
-    config = parse_config(TextToImageConfig, of_config, prog="difftrain plan")
+    config = parse_config(SCRIPTS[script_for(of_config)], of_config, prog="difftrain plan")
     check_split(args.gpus, config)
     with contextlib.redirect_stdout(sys.stderr):  # what is being done
         plan = make_plan(args, config)
     print(json.dumps(plan.to_json(), indent=2) if args.json else plan)
 
 
-def make_plan(args: argparse.Namespace, config: TextToImageConfig):
+def make_plan(args: argparse.Namespace, config: Config):
     """What is to be printed.
 
     Raises:
@@ -74,7 +72,7 @@ def make_plan(args: argparse.Namespace, config: TextToImageConfig):
     laptop = Laptop(args.gpus, MIXED_PRECISION[config.train.precision] or "no", torch.device("cuda"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries', about a step that is not made
-        family = load_family(config, has_weights=False)
+        family = load_family(config, has_weights=False, tokenizer=tokenizer_here(config))
         models = trained_models(family, config)
         optimizer = build_optimizer(config.optimizer, models)
         data = data_here(laptop, family, config)
@@ -139,7 +137,7 @@ def _checked(text: str, kind: type, allows, rule: str) -> Any:
     raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
 
 
-def check_split(number: int, config: TextToImageConfig) -> None:
+def check_split(number: int, config: Config) -> None:
     """Raise InputError unless the run could start on so many GPUs, a process each."""
     train = config.train
     if train.num_processes not in (None, number):
@@ -151,25 +149,43 @@ def check_split(number: int, config: TextToImageConfig) -> None:
 
 
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def data_here(laptop: Laptop, family, config: TextToImageConfig):
+def is_data_here(config: Config) -> bool:
+    """Whether all of it is built in or in folders here."""
+    from difftrain_utils.data.sources import sources_of
+
+    names = [source.dataset for _, source in sources_of(config.data)]
+    names += filter(None, [config.data.validation_dataset])
+    return all(name.startswith("builtin:") or local_path(name).is_dir() for name in names)
+
+
+def tokenizer_here(config: Config):
+    """The tokenizer of the run's own that a run of text may have. Raises InputError if that is made of data that is not
+    here."""
+    from difftrain_utils.data.tokenizer import make_tokenizer
+
+    if not isinstance(config.model, TextModelConfig):
+        return None
+    if config.data.tokenizer not in (None, "bytes") and not is_data_here(config):
+        raise InputError(f"data.tokenizer: {config.data.tokenizer!r} is made of the data, which is not here")
+    return make_tokenizer(config.data)
+
+
+def data_here(laptop: Laptop, family, config: Config):
     """The run's data if all of it is built in or in folders here, else None: nothing is downloaded.
 
     Raises:
         InputError: see `load_data`.
     """
     from difftrain_utils.data.load import load_data
-    from difftrain_utils.data.sources import sources_of
 
-    names = [source.dataset for _, source in sources_of(config.data)]
-    names += filter(None, [config.data.validation_dataset])
-    are_here = all(name.startswith("builtin:") or local_path(name).is_dir() for name in names)
-    if are_here:
+    if is_data_here(config):
         return load_data(laptop, family, config)
-    family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
+    if not isinstance(config.model, TextModelConfig):
+        family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
     return None
 
 
-def data_of_shapes(family, config: TextToImageConfig):
+def data_of_shapes(family, config: Config):
     """Data without a row, in all the buckets that the config asks for."""
     import numpy as np
     from diffusers.training_utils import generate_aspect_ratio_buckets
@@ -177,7 +193,7 @@ def data_of_shapes(family, config: TextToImageConfig):
     from difftrain_utils.data.buckets import load_buckets
     from difftrain_utils.data.load import Data
 
-    sizes = config.data.buckets
+    sizes = None if isinstance(config.model, TextModelConfig) else config.data.buckets
     if sizes == "auto":
         sizes = generate_aspect_ratio_buckets(config.data.resolution, divisibility=family.size_multiple)
     if not sizes:
@@ -185,7 +201,7 @@ def data_of_shapes(family, config: TextToImageConfig):
     return Data([], [], buckets=load_buckets(family, np.repeat(sizes, config.train.batch_size, 0), config))
 
 
-def count_steps(data, config: TextToImageConfig) -> None:
+def count_steps(data, config: Config) -> None:
     """Say `data.epochs` as `train.max_steps`. Raises InputError if that needs data that is not here."""
     from difftrain_utils.run.checkpoints import count_epochs
 

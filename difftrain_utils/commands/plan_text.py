@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.media.media import media_of
 from difftrain_utils.run.estimate import FULL, Estimate, Machines, peak_tflops
 from difftrain_utils.run.memory import Planner
 from difftrain_utils.run.summary import count
@@ -46,12 +47,13 @@ class Plan:
         kind = planner.family.class_name
         yield from _entry("model", f"{config.model.pretrained_model_name_or_path} ({kind}), {share} parameters trained")
         yield from _entry("on", f"{self._on}, {self._precision}; {self._engine}")
-        height, width = planner.size(config)
         parts, micro_batch = train.gradient_accumulation_steps, planner.micro_batch(config)
         number = self.machines.number
         split = [f"{number} GPU{'s' * (number > 1)}"] + [f"{parts} parts"] * (parts > 1) + [f"{micro_batch}"]
         of = "" if len(planner.data.buckets.sizes if planner.data.buckets else ()) < 2 else ", the largest bucket"
-        yield from _entry("batch", f"{train.batch_size} samples of {width}x{height}{of} = {' × '.join(split)}")
+        yield from _entry(
+            "batch", f"{train.batch_size} samples of {planner.describe_size(config)}{of} = {' × '.join(split)}"
+        )
 
     def _memory(self) -> Iterator[str]:
         estimate, capacity = self.estimate, self.machines.capacity
@@ -107,9 +109,9 @@ class Plan:
     def _run(self) -> Iterator[str]:
         steps, size, estimate = self.config.train.max_steps, self.config.train.batch_size, self.estimate
         yield "The run"
-        images = estimate.reading.images
+        rows = estimate.reading.rows
         yield _row("steps", f"{steps}")
-        yield _row("samples", count(steps * size), f"({steps * size / images:.3g} epochs)" if images else "")
+        yield _row("samples", count(steps * size), f"({steps * size / rows:.3g} epochs)" if rows else "")
         if self.hours is None:
             return
         yield _row("hours", _range(self.hours))
@@ -121,20 +123,24 @@ class Plan:
     def _data(self) -> Iterator[str]:
         reading, config = self.estimate.reading, self.config
         yield "Data, 10⁹ bytes"
-        if reading.images is None:
+        if reading.rows is None:
             yield from _wrap("the data is not in a folder here: how much is to be read of it is not known")
-        elif reading.mean_image is None:
-            yield from _wrap(f"{reading.images} rows of a stream, whose size is not known")
+        elif self.planner.is_text:
+            yield from _wrap(f"{media_of(config.data).describe(reading.rows, config.data)}, small beside the rest")
+        elif reading.mean_bytes is None:
+            yield from _wrap(f"{reading.rows} rows of a stream, whose size is not known")
         else:
-            total = reading.images * reading.mean_image
-            yield _row(f"{reading.images} images, {reading.mean_image / 1e3:.4g} kB each", _gb(total))
+            total = reading.rows * reading.mean_bytes
+            yield _row(f"{reading.rows} images, {reading.mean_bytes / 1e3:.4g} kB each", _gb(total))
             again = " and cache" if config.data.cache_latents else ""
             yield _row(f"read before step 1, to check{again}", _gb((1 + config.data.cache_latents) * total))
+        if self.planner.is_text:
+            return
         samples, each = config.train.max_steps * config.train.batch_size, reading.cached
         if not config.data.cache_latents:
-            if reading.mean_image is None:
+            if reading.mean_bytes is None:
                 return
-            each += reading.mean_image
+            each += reading.mean_bytes
         what = {0: "images", 1: "images and caches", 2: "caches"}[bool(reading.cached) + config.data.cache_latents]
         yield _row(f"read while training, of {what}", _gb(samples * each))
         if self.estimate.time is not None:
@@ -185,7 +191,8 @@ class Plan:
             found.append("Precision: train.precision is null; fp32 is assumed, as accelerate does by itself.")
         if train.shard_offload and train.shard == "full":
             found.append("Offload: copies to and from main memory and the optimizer on the CPU are not in the time.")
-        found.append("Peaks and bandwidths are the makers' own; captions are as long as the model takes.")
+        full = "texts fill data.sequence_length" if self.planner.is_text else "captions are as long as the model takes"
+        found.append(f"Peaks and bandwidths are the makers' own; {full}.")
         return found
 
     # ── What follows from the estimate ───────────────────────────────────────────────────────────────────────

@@ -7,12 +7,15 @@ The formulas are in power_ema.py. RUN/pipeline is copied with another denoiser; 
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.run.run_folder import EMA_SNAPSHOTS, PIPELINE
+from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +103,26 @@ def average_of_width(
     return weighted_sum([path for path, *_ in snapshots], weights)
 
 
+def load_pipeline(folder: Path) -> "tuple[list[torch.nn.Module], Callable[[Path], None]]":
+    """The models of a pipeline, or of a text model's folder, and what writes it with them. Raises InputError if it
+    cannot be loaded."""
+    import diffusers
+    import torch
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.logging):
+        library.disable_progress_bar()
+    if not (folder / INDEX_FILE).is_file():
+        from difftrain_utils.commands.text_model import load_text_model
+
+        family, denoiser = load_text_model(str(folder))
+        return [denoiser], partial(family.save_pipeline, denoiser=denoiser)
+    with blame(f"{folder}", OSError, ValueError, AttributeError, KeyError):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return parts, pipeline.save_pretrained
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain posthoc-ema", description=__doc__)
     parser.add_argument(
@@ -112,22 +135,16 @@ def main(argv: list[str] | None = None) -> None:
     source = args.run / PIPELINE
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise InputError(f"--output-dir {args.output_dir} is not an empty folder")
-    if not (source / "model_index.json").is_file():
+    if not any((source / name).is_file() for name in (INDEX_FILE, MODEL_FILE)):
         raise InputError(f"{source}: no such pipeline")
 
-    import diffusers
     import torch
-    import transformers
 
     from difftrain_utils.files import new_folder
 
     # ── The run's pipeline around it ─────────────────────────────────────────────────────────────────────────
     parameters = average_of_width(args.run, args.sigma_rel, args.step)
-    for library in (diffusers.utils.logging, transformers.logging):
-        library.disable_progress_bar()
-    with blame(f"{source}", OSError, ValueError, AttributeError, KeyError):
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    parts, save = load_pipeline(source)
     of_parts = [dict(part.named_parameters()) for part in parts]
     own = max(of_parts, key=lambda own: len(own.keys() & parameters.keys()), default={})  # the denoiser
     if not own.keys() & parameters.keys():
@@ -136,6 +153,6 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(parameters[name])
-    with new_folder(args.output_dir.resolve()) as partial:
-        pipeline.save_pretrained(partial)
+    with new_folder(args.output_dir.resolve()) as folder:
+        save(folder)
     print(f"Done: {args.output_dir} holds the pipeline")

@@ -14,11 +14,13 @@ import sys
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from difftrain_utils.commands.compare import flatten
 from difftrain_utils.commands.parser import Parser
+from difftrain_utils.config.scripts import script_of
 from difftrain_utils.errors import InputError, RunError, blame, one_line, some
 from difftrain_utils.run.code import NAME, redact
 from difftrain_utils.run.metrics import TIMES, read_metrics
@@ -28,6 +30,7 @@ from difftrain_utils.run.run_folder import (
     LORA_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    PEFT_FILES,
     PIPELINE,
     SAMPLES,
     SINGLE_FILE,
@@ -35,12 +38,14 @@ from difftrain_utils.run.run_folder import (
     read_manifest,
     read_mapping,
 )
-from difftrain_utils.run.source import INDEX_FILE
+from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
-CARD, GRID, CONFIG = "README.md", "samples.png", "config.yaml"  # what is made, in the repository
+CARD, GRID, PAGE = "README.md", "samples.png", "samples.txt"  # what is made, in the repository
+CONFIG = "config.yaml"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 NOT_SHOWN = {"step", "lr", "grad_norm", "skipped_rows", *TIMES}  # as results
 LOADED_FROM = ("_name_or_path", "name_or_path")  # where libraries note the folder that a part was loaded from
+BASE = "base_model_name_or_path"  # where peft notes that of adapters, which a hub name may be
 TEXTS = (".json", ".md", ".yaml", ".txt", ".jinja")
 FIXED_SIZE = ("DDPMPipeline", "DiTPipeline")
 Files = dict[str, Path | bytes]  # by their paths in the repository: files as they are, or contents
@@ -105,8 +110,9 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
                 files[name] = _without_origin(path)
             else:
                 left_out.append(f"{folder.name}/{name}")
-    if grids := sorted((run / SAMPLES).glob("step-*.png")):
-        files[GRID] = grids[-1]
+    for name in (GRID, PAGE):
+        if samples := sorted((run / SAMPLES).glob(f"step-*{Path(name).suffix}")):
+            files[name] = samples[-1]
     config = public(read_mapping(run / CONFIG_FILE))
     files[CONFIG] = redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).encode()
     metrics = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
@@ -127,9 +133,11 @@ def _without_origin(path: Path) -> Path | bytes:
         return path
     with blame(f"{path}: not JSON", ValueError), blame(str(path), OSError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not content.keys() & set(LOADED_FROM):
+    if not isinstance(content, dict) or not content.keys() & {*LOADED_FROM, BASE}:
         return path
     kept = {name: value for name, value in content.items() if name not in LOADED_FROM}
+    if not _is_on_hub(kept.get(BASE)):
+        kept.pop(BASE, None)
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -209,19 +217,17 @@ def make_card(
     """A model card, whose header is huggingface_hub's; of config and manifest it is given what is `public`."""
     from huggingface_hub import ModelCardData
 
-    is_lora, name = INDEX_FILE not in files, run.resolve().name
-    index = {} if is_lora else read_mapping(run / PIPELINE / INDEX_FILE)
-    pipeline_class, base = index.get("_class_name"), manifest["base_model"]["name"]
-    data, evaluation, prompts = config["data"], config["evaluation"], config["evaluation"]["prompts"]
+    name, base = run.resolve().name, manifest["base_model"]["name"]
+    data, prompts = config["data"], config["evaluation"]["prompts"]
     sources = [source["dataset"] for source in data.get("sources") or []] or [data["dataset"]]
-    prompt = data.get("default_caption") or next(iter(prompts), "…")
+    kind = KINDS[script_of(flatten(config))](run, repo, config, base, files)
     header = ModelCardData(
         license=license,
         base_model=base if _is_on_hub(base) else None,
         datasets=[source for source in sources if _is_on_hub(source)] or None,
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation" if pipeline_class == "DDPMPipeline" else "text-to-image",
-        tags=["difftrain", "diffusers", *(["lora"] if LORA_FILE in files else [])],
+        library_name=kind.library,
+        pipeline_tag=kind.task,
+        tags=["difftrain", kind.library, *(["lora"] if {LORA_FILE, PEFT_FILES[0]} & files.keys() else [])],
         instance_prompt=data.get("default_caption"),
         widget=[{"text": text} for text in prompts[:3]] or None,
     )
@@ -231,11 +237,11 @@ def make_card(
         [
             f"---\n{header.to_yaml()}\n---",
             f"\n# {repo.split('/')[1]}\n",
-            f"{'LoRA adapters' if is_lora else f'A `{pipeline_class}`'}, trained with difftrain from {_named(base)} on "
-            f"{', '.join(map(_named, sources))}: {steps}.\n",
+            f"{kind.what}, trained with difftrain from {_named(base)} on {', '.join(map(_named, sources))}: {steps}.\n",
             *([f"![Pictures of prompts of the evaluation]({GRID})\n"] if GRID in files else []),
+            *([f"[Texts of the evaluation]({PAGE})\n"] if PAGE in files else []),
             "## Use\n",
-            *_usage(repo, pipeline_class, base if is_lora else None, prompt, evaluation, data["resolution"]),
+            *kind.usage,
             "\n## Results\n",
             *_table(["metric", "last value"], _results(metrics)),
             "\n## Training\n",
@@ -248,6 +254,43 @@ def make_card(
             "",
         ]
     )
+
+
+class Kind(NamedTuple):
+    """What the card says of what a run has exported."""
+
+    what: str
+    library: str
+    task: str
+    """By the hub's name."""
+    usage: list[str]
+
+
+def _of_images(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
+    data, evaluation, is_lora = config["data"], config["evaluation"], INDEX_FILE not in files
+    pipeline_class = None if is_lora else read_mapping(run / PIPELINE / INDEX_FILE).get("_class_name")
+    prompt = data.get("default_caption") or next(iter(evaluation["prompts"]), "…")
+    task = "unconditional-image-generation" if pipeline_class == "DDPMPipeline" else "text-to-image"
+    usage = _usage(repo, pipeline_class, base if is_lora else None, prompt, evaluation, data["resolution"])
+    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
+
+
+def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
+    """A model for plain transformers, with which difftrain writes, or adapters for peft."""
+    if MODEL_FILE not in files:
+        load = [f'model = PeftModel.from_pretrained(base_model, "{repo}")  # {base} in transformers']
+        usage = ["```python", "from peft import PeftModel", "", *load, "```"]
+        return Kind("LoRA adapters", "peft", "text-generation", usage)
+    architecture = read_mapping(run / PIPELINE / MODEL_FILE)["architectures"][0]
+    load = [f'model = {architecture}.from_pretrained("{repo}")', f'tokenizer = AutoTokenizer.from_pretrained("{repo}")']
+    usage = ["```python", f"from transformers import AutoTokenizer, {architecture}", "", *load, "```", ""]
+    evaluation, length = config["evaluation"], config["evaluation"]["length"] or config["data"]["sequence_length"]
+    options = f"--length {length} --sampler {evaluation['sampler']} --steps {evaluation['num_inference_steps']}"
+    usage += ["It writes by filling in masked tokens:\n", f"    difftrain generate {repo} {options}"]
+    return Kind(f"A masked diffusion model of text (`{architecture}`)", "transformers", "text-generation", usage)
+
+
+KINDS = {"train_text_to_image.py": _of_images, "train_text.py": _of_text}
 
 
 def _usage(

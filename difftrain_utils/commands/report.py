@@ -5,9 +5,9 @@
     difftrain report runs/mse-0 --serve
 
 A RUN is a run's output folder. The page needs no other file and no network: curves to zoom into (linear or log,
-smoothed), validation by noise level, the grids of samples by step, throughput, the manifest, and what differs between
-the runs. Runs that differ only in their seed can be shown as bands. --serve shows it on this machine alone, and keeps
-it up to date.
+smoothed), validation by noise level (of text by share of masked tokens), the samples by step, throughput, the manifest,
+and what differs between the runs. Runs that differ only in their seed can be shown as bands. --serve shows it on this
+machine alone, and keeps it up to date.
 """
 
 import base64
@@ -41,12 +41,22 @@ PAGE = Path(__file__).parent / "report_page"
 MAX_PAGE = 1_900_000  # bytes; pictures have what the rest leaves of them
 MAX_NUMBERS = 90_000  # of all curves; more are thinned
 MAX_POINTS = 1000  # of a curve
+MAX_TEXT = 50_000  # characters of a page of samples
 PICTURE = 12_000  # bytes that a picture should have at least, if it is to be more than the first and last of a run
 PORT = 8765
+KINDS = {"png": "image/png", "txt": "text/plain; charset=utf-8"}  # of samples
 TITLES = {
     "loss": "Training loss",
     "validation_loss_ema": "Validation loss, EMA weights",
     "validation_loss": "Validation loss, raw weights",
+    "validation_loss_ema_bits": "Bound in bits per token, EMA weights",
+    "validation_loss_bits": "Bound in bits per token, raw weights",
+    "validation_loss_ema_perplexity": "Bound as perplexity, EMA weights",
+    "validation_loss_perplexity": "Bound as perplexity, raw weights",
+    "validation_loss_ema_text": "Bound in nats per text, EMA weights",
+    "validation_loss_text": "Bound in nats per text, raw weights",
+    "valid": "Share of samples that are valid",
+    "distinct": "Share of samples that are distinct",
     "grad_norm": "Gradient norm before clipping",
     "lr": "Learning rate",
     "samples_per_second": "Samples per second",
@@ -61,7 +71,7 @@ LEVELS = ("validation_loss_ema_bins", "validation_loss_bins")  # the first one t
 
 # ── Curves ───────────────────────────────────────────────────────────────────────────────────────────────────
 def curves_of(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """The points of each scalar metric by its name, and of each noise level as `level N`, from 1 (low noise)."""
+    """The points of each scalar metric by its name, and of each level as `level N`, from 1 (low noise, few masks)."""
     curves: dict[str, list[tuple[int, float]]] = {}
     bins = next((name for name in LEVELS if any(name in entry for entry in run.metrics)), None)
     for entry in run.metrics:
@@ -126,34 +136,46 @@ def charts(runs: list[Run]) -> tuple[list[dict], list[list[int]], str]:
     return found, [list(x) for x in steps], thinned if size > 1 else ""
 
 
-# ── Pictures ─────────────────────────────────────────────────────────────────────────────────────────────────
-def grids_of(run: Run) -> dict[int, Path]:
-    """The grids of samples by step."""
-    paths = [path for path in (run.folder / SAMPLES).glob("step-*.png") if path.stem[5:].isdecimal()]
-    return dict(sorted((int(path.stem[5:]), path) for path in paths))
-
-
-def some_grids(runs: list[Run], size: int) -> tuple[list[dict], str]:
-    """Grids as data URLs of `size` bytes together, and what to say of those that are smaller or left out."""
-    grids = [grids_of(run) for run in runs]
-    with_grids = sum(map(bool, grids))
-    if not with_grids:
+# ── Samples ──────────────────────────────────────────────────────────────────────────────────────────────────
+def some_samples(runs: list[Run], size: int) -> tuple[list[dict], str]:
+    """Grids as data URLs, and pages as texts, of `size` bytes together, and what to say of those that are smaller or
+    left out."""
+    samples = [compare.samples_of(run) for run in runs]
+    with_samples = sum(map(bool, samples))
+    if not with_samples:
         return [], ""
-    size = size * 3 // 4  # base64
-    each = max(2, size // with_grids // PICTURE)
-    kept = [spread(list(of_run), each) for of_run in grids]
+    each = max(2, size * 3 // 4 // with_samples // PICTURE)
+    kept = [spread(list(of_run), each) for of_run in samples]
     count = sum(map(len, kept))
     found, smaller, scale = [], 0, 1.0
     for i, steps in enumerate(kept):
         for step in steps:
-            content, scale = shrink(grids[i][step], size // count - 200, scale)
+            path, shown = samples[i][step], {"run": i, "step": step}
+            if path.suffix == ".txt":
+                text, is_whole = beginning(path, size // count - 200)
+                smaller += not is_whole
+                found.append(shown | {"text": text})
+                continue
+            content, scale = shrink(path, size * 3 // 4 // count - 200, scale)  # base64
             smaller += scale < 1
-            source = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
-            found.append({"run": i, "step": step, "source": source})
-    total = sum(map(len, grids))
-    said = [f"{count} of {total} grids are in this page; the others are in the runs' folders."] if count < total else []
+            found.append(shown | {"source": f"data:image/webp;base64,{base64.b64encode(content).decode()}"})
+    total, what = sum(map(len, samples)), "pages" if any("text" in shown for shown in found) else "grids"
+    said = (
+        [f"{count} of {total} {what} are in this page; the others are in the runs' folders."] if count < total else []
+    )
     said += [f"{smaller} are shown smaller than they are there."] if smaller else []
     return found, " ".join(said)
+
+
+def beginning(path: Path, size: int) -> tuple[str, bool]:
+    """As much of a page of texts as has `size` bytes in the page's JSON, at most MAX_TEXT characters, and whether it is
+    all. Raises InputError if it cannot be read."""
+    with blame(str(path), OSError):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    cut = text[:MAX_TEXT]
+    while len(as_script_data(cut).encode()) > size and cut:
+        cut = cut[: len(cut) * 3 // 4]
+    return cut, cut == text
 
 
 def spread(steps: list[int], count: int) -> list[int]:
@@ -232,7 +254,7 @@ def differences(runs: list[Run]) -> dict[str, Any]:
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────
 def content_of(runs: list[Run]) -> dict[str, Any]:
-    """All that the page shows but the grids."""
+    """All that the page shows but the samples."""
     settings = compare.settings_of(runs, at_one_step=False)
     groups = compare.group_names(settings)
     drawn, steps, thinned = charts(runs)
@@ -244,6 +266,7 @@ def content_of(runs: list[Run]) -> dict[str, Any]:
         "summary": [header, *rows[len(runs) :], *rows[: len(runs)]],  # the means of groups first
         "notes": compare.notes(runs),
         "thinned": thinned,
+        "level": compare.kind_of(runs).level,
         "steps": steps,
         "charts": drawn,
         "differs": differences(runs),
@@ -276,10 +299,10 @@ def page(content: dict[str, Any] | None) -> str:
 
 
 def static_page(runs: list[Run]) -> str:
-    """The page as one file, with the grids in it."""
+    """The page as one file, with the samples in it."""
     content = content_of(runs) | {"grids": [], "grids_note": ""}
     left = MAX_PAGE - len(page(content).encode())
-    content["grids"], content["grids_note"] = some_grids(runs, left)
+    content["grids"], content["grids_note"] = some_samples(runs, left)
     return page(content)
 
 
@@ -309,8 +332,8 @@ class Live:
         old = {run.folder: run for run in self.runs if signature[run.folder] == self.seen.get(run.folder)}
         names = zip(self.folders, compare.short_names(self.folders), strict=True)
         self.runs = [old.get(folder) or compare.load_run(folder, name) for folder, name in names]
-        grids = [(i, step) for i, run in enumerate(self.runs) for step in grids_of(run)]
-        shown = [{"run": i, "step": step, "source": f"grids/{i}/{step}.png"} for i, step in grids]
+        samples = [(i, step, path) for i, run in enumerate(self.runs) for step, path in compare.samples_of(run).items()]
+        shown = [{"run": i, "step": step, "source": f"grids/{i}/{step}{path.suffix}"} for i, step, path in samples]
         return content_of(self.runs) | {"grids": shown, "grids_note": ""}
 
     def _signature(self, folder: Path) -> tuple:
@@ -326,7 +349,7 @@ class Live:
 
     def grid(self, run: str, step: str) -> bytes:
         """Raises LookupError or ValueError if there is none, OSError if it cannot be read."""
-        return grids_of(self.runs[int(run)])[int(step)].read_bytes()
+        return compare.samples_of(self.runs[int(run)])[int(step)].read_bytes()
 
 
 def server(live: Live, port: int) -> ThreadingHTTPServer:
@@ -348,8 +371,9 @@ def server(live: Live, port: int) -> ThreadingHTTPServer:
                 now, text = live.data()
                 self._send("application/json", b"{}" if version == now else text.encode())
             elif path.startswith("/grids/"):
+                name, _, kind = path.removeprefix("/grids/").partition(".")
                 try:
-                    self._send("image/png", live.grid(*path.removeprefix("/grids/").removesuffix(".png").split("/")))
+                    self._send(KINDS[kind], live.grid(*name.split("/")))
                 except (LookupError, ValueError, TypeError, OSError):
                     self.send_error(404)
             else:

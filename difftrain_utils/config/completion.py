@@ -10,18 +10,22 @@ from difftrain_utils.errors import InputError, not_installed
 SHELLS = ("bash", "zsh", "tcsh")
 
 
-def add_fields(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    """The options of a script with this config, with the values that those have which have few."""
+def add_fields(parser: argparse.ArgumentParser, *config_classes: type[Config]) -> None:
+    """The options of scripts with these configs, with the values that those have which have few."""
     import shtab
 
     for option in ("--config", "--output-dir", "--resume-from"):
         parser.add_argument(option).complete = shtab.FILE
     for option in ("--print_config", "--print_shtab"):
         parser.add_argument(option)
-    for title, fields in sections(config_class).values():
+    found: dict[str, tuple[str, list[str]]] = {}
+    for title, fields in [section for of in config_classes for section in sections(of).values()]:
         for field in fields:
             if field.name not in NESTED:
-                parser.add_argument(f"--{field.name}", choices=choices(field.kind) or None, help=title)
+                first, known = found.get(field.name, (title, []))
+                found[field.name] = first, [*dict.fromkeys([*known, *choices(field.kind)])]
+    for name, (title, values) in found.items():
+        parser.add_argument(f"--{name}", choices=values or None, help=title)
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

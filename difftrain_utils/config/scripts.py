@@ -1,6 +1,6 @@
 """The training scripts, each with the class of its config, for commands that take the options of any of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -14,9 +14,13 @@ SCRIPTS: dict[str, type[Config]] = {"train_text_to_image.py": TextToImageConfig,
 
 
 def script_for(argv: Sequence[str]) -> str:
-    """The script whose options a command line has: it knows most of the fields that the command line and its files
-    name; of equals it is the first."""
-    named = set(_named(argv))
+    """The script whose options a command line has, by the fields that it and its files name."""
+    return script_of(_named(argv))
+
+
+def script_of(fields: Iterable[str]) -> str:
+    """The script that knows most of the fields of these dotted names; of equals it is the first."""
+    named = set(fields)
     return max(SCRIPTS, key=lambda script: len(named & {*field_names(SCRIPTS[script])}))
 
 

@@ -143,10 +143,14 @@ def token_problems(name: str, texts: list[str], tokenizer, config: TextDataConfi
 
 
 def save(made: list[str], labels: list[str], path: Path) -> None:
-    """Write texts, each below its label, as one text file, `path` with that ending. Raises RunError if it cannot."""
+    """Write texts as one text file, `path` with that ending. Raises RunError if it cannot."""
+    write_file(path.with_suffix(".txt"), page(made, labels))
+
+
+def page(made: list[str], labels: list[str]) -> str:
+    """Texts, each below its label."""
     heads = [f"── {label} ".ljust(80, "─") if label else "─" * 80 for label in labels]
-    parts = [f"{head}\n{text}\n" for head, text in zip(heads, made, strict=True)]
-    write_file(path.with_suffix(".txt"), "\n".join(parts))
+    return "\n".join(f"{head}\n{text}\n" for head, text in zip(heads, made, strict=True))
 
 
 # ── Texts and their tokens ───────────────────────────────────────────────────────────────────────────────────

@@ -78,10 +78,10 @@ class Time:
 class Reading:
     """Of the data."""
 
-    images: int | None
-    """How many there are; None: the data is not here."""
-    mean_image: float | None
-    """Bytes; None: not known."""
+    rows: int | None
+    """How many images or texts there are; None: the data is not here."""
+    mean_bytes: float | None
+    """Of an image; None: not known, or texts, which are small."""
     cached: int
     """Bytes of a sample that come from caches, at most."""
 
@@ -189,6 +189,8 @@ def checkpoint_bytes(planner: Planner, config: Config) -> dict[str, int]:
 
 def reading_of(planner: Planner, data: Data | None, config: Config) -> Reading:
     """What the data has to be read for; see `Reading`."""
+    if planner.is_text:
+        return Reading(None if data is None else len(data.rows), None, 0)
     latents, _, conditioning = planner.inputs(1, planner.size(config), planner.dtype(config))
     moments = 2 * latents.numel() * planner.dtype(config).itemsize  # mean and standard deviation
     cached = config.data.cache_latents * moments + config.data.cache_text * num_bytes(conditioning.values())

@@ -133,11 +133,9 @@ def plan_memory(
     options = planner.that_need_less(config) if with_savings else ()
     saved = {option: sum(held.values()) - total for option, _, total in options}
     is_gpu = accelerator.device.type == "cuda"
-    size = planner.size(config)
-    shape = f"{size[0]} tokens" if planner.is_text else f"{size[1]}x{size[0]}"
-    sample = "sample" if planner.micro_batch(config) == 1 else "samples"
+    number, size, device = planner.micro_batch(config), planner.describe_size(config), device_name(accelerator.device)
     return Memory(
-        f"{planner.micro_batch(config)} {sample} of {shape} at a time on {device_name(accelerator.device)}",
+        f"{number} sample{'s' * (number > 1)} of {size} at a time on {device}",
         held,
         planner.frozen(config, cached=True),
         saved,
@@ -319,6 +317,11 @@ class Planner:
             return (config.data.sequence_length,)
         sizes = [(config.data.resolution,) * 2] if self.data.buckets is None else self.data.buckets.sizes
         return max(sizes, key=math.prod)
+
+    def describe_size(self, config: Config) -> str:
+        """The same in words."""
+        size = self.size(config)
+        return f"{size[0]} tokens" if self.is_text else f"{size[1]}x{size[0]}"
 
     # ── The models ───────────────────────────────────────────────────────────────────────────────────────────
     def denoiser(self, config: Config) -> torch.nn.Module:

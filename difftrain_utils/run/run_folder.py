@@ -17,11 +17,12 @@ SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profi
 EMA_SNAPSHOTS, WEIGHTS, PIPELINE, LORA = "ema_snapshots", "weights", "pipeline", "lora"
 BEST_FILE = "best.safetensors"  # of WEIGHTS
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")  # and peft's, of text models
 KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `difftrain export`
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
-    SAMPLES: ("step-*.png",),
+    SAMPLES: ("step-*.png", "step-*.txt"),
     VALIDATION: ("step-*.safetensors",),
     TRACKERS: (
         *(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
@@ -30,11 +31,13 @@ WRITTEN = {  # what a run writes into its folders, as patterns of paths within t
     PROFILE: ("trace.json.gz",),
     EMA_SNAPSHOTS: ("step-*.safetensors",),
     WEIGHTS: ("step-*.safetensors", BEST_FILE),
-    LORA: (LORA_FILE, KOHYA_FILE),
+    LORA: (LORA_FILE, KOHYA_FILE, *PEFT_FILES),
     PIPELINE: (
         "model_index.json",
         SINGLE_FILE,
         *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")),
+        *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),  # of texts
+        *("tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"),
     ),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from difftrain_utils.config.scripts import script_for
 from difftrain_utils.errors import InputError, warn
 from difftrain_utils.files import local_path
 from difftrain_utils.run.run_folder import (
@@ -25,14 +26,15 @@ from difftrain_utils.run.run_folder import (
 )
 
 INDEX_FILE = "model_index.json"  # of a pipeline's folder
+MODEL_FILE = "config.json"  # of a text model's, in transformers' format
 RAW, EMA, BEST = "raw", "ema", "best"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights, and where they lie: `path` is a "pipeline" (a folder, a hub name or a `builtin:` name), a run's "lora",
-    a "checkpoint" of it, a file of its "weights" alone, or its EMA snapshots, of which `weights` says the width of an
-    "average"."""
+    """Weights, and where they lie: `path` is a "pipeline" (a folder, a hub name or a `builtin:` name; of texts that of
+    a model in transformers' format), a run's "lora", a "checkpoint" of it, a file of its "weights" alone, or its EMA
+    snapshots, of which `weights` says the width of an "average"."""
 
     kind: Literal["pipeline", "lora", "checkpoint", "weights", "average"]
     path: str
@@ -46,6 +48,17 @@ class Source:
     def config(self) -> dict[str, Any]:
         """The content of the run's config; {}: there is no run. Raises InputError if it is damaged."""
         return {} if self.record is None else read_mapping(self.record / CONFIG_FILE)
+
+    @property
+    def is_of_text(self) -> bool:
+        """Whether they are those of a text model. Of a name on the hub, the hub says it by its files."""
+        if self.record is not None:
+            return script_for(["--config", str(self.record / CONFIG_FILE)]) == "train_text.py"
+        if self.path.startswith("builtin:"):
+            from difftrain_utils.builtins.checkpoints import TEXT_BUILTINS
+
+            return self.path in TEXT_BUILTINS
+        return not _has_file(self.path, INDEX_FILE) and _has_file(self.path, MODEL_FILE)
 
     @property
     def has_adapters(self) -> bool:
@@ -83,11 +96,26 @@ def find_sources(
     for option, value in (("--checkpoint", steps or None), ("--weights", weights)):
         if value is not None:
             raise InputError(f"{option}: goes with a run or a checkpoint, and {name} is none")
-    if folder.exists() and not (folder / INDEX_FILE).is_file():
-        raise InputError(f"{name}: no run ({CONFIG_FILE}), no checkpoint ({STATE_FILE}), no pipeline ({INDEX_FILE})")
+    if folder.exists() and not any((folder / file).is_file() for file in (INDEX_FILE, MODEL_FILE)):
+        none = f"no run ({CONFIG_FILE}), no checkpoint ({STATE_FILE}), no pipeline ({INDEX_FILE} or {MODEL_FILE})"
+        raise InputError(f"{name}: {none}")
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise InputError(f"{name}: no such folder")
     return [Source("pipeline", str(folder) if folder.exists() else name)]
+
+
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder, or a name on the hub or in its cache, has this file. What cannot be known, loading it says."""
+    if Path(name).exists():
+        return (Path(name) / file).is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        hf_hub_download(name, file)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return False
+    return True
 
 
 def _of_run(run: Path, steps: Sequence[int], weights: str | float | None, prefer: str) -> list[Source]:

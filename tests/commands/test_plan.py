@@ -73,7 +73,7 @@ def test_each_number_is_what_it_says(short_run, without_weights, image_folder):
     assert found["price"] == pytest.approx([2 * 16 * hours for hours in found["hours"]])
 
     files = [path.stat().st_size for path in image_folder.glob("*.png")]
-    assert found["data"] == {"images": 10, "mean_image": pytest.approx(sum(files) / 10), "cached": 0}
+    assert found["data"] == {"rows": 10, "mean_bytes": pytest.approx(sum(files) / 10), "cached": 0}
     assert sum(found["checkpoint"].values()) == 4 * weights
     assert found["seconds_of_checkpoint"] == pytest.approx(4 * weights / 0.5e9)
 
@@ -113,7 +113,7 @@ def test_data_that_is_not_here_is_not_asked_for(short_run, no_options, capsys):
     capsys.readouterr()
     plan.main([*last_wins(argv), "--json"])
     found = json.loads(capsys.readouterr().out)  # and nothing else
-    assert found["data"]["images"] is None and found["communication"] == {}
+    assert found["data"]["rows"] is None and found["communication"] == {}
     assert found["seconds_of_step"][0] == found["seconds_of_step"][1]
     with pytest.raises(InputError, match=r"data.epochs: how many steps they are says the data, which is not here"):
         plan.main(last_wins([*argv, "--train.max_steps", "null", "--data.epochs", "2"]))

@@ -249,6 +249,8 @@ function drawChips(list) {
 function drawLevels(list, share) {
   const levels = data.charts.filter((chart) => chart.kind === "levels"), place = document.querySelector("#levels .charts");
   $("levels").hidden = levels.length === 0;
+  document.querySelector("#levels h2").textContent = `Validation by ${data.level}`;
+  document.querySelector("#levels .hint").textContent = `From a low ${data.level} (level 1) to a high one, of the EMA weights if they were validated.`;
   place.replaceChildren();
   if (levels.length === 0) return;
   const withLevels = list.filter((entity) => levels[0].curves.some((curve) => entity.runs.includes(curve.run)));
@@ -292,17 +294,27 @@ function drawGrids(list) {
   slider.max = steps.length - 1;
   slider.value = step;
   $("grid-value").textContent = steps[step];
-  document.querySelector("#grids .hint").textContent = `Of each run the grid of this step, or of its nearest; a click enlarges it. ${data.grids_note}`;
+  document.querySelector("#grids .hint").textContent = `Of each run the samples of this step, or of its nearest; a click enlarges them. ${data.grids_note}`;
   const figures = data.runs.flatMap((run, i) => {
     const own = data.grids.filter((grid) => grid.run === i);
     if (own.length === 0 || !list.some((entity) => isShown(entity) && entity.runs.includes(i))) return [];
     const grid = own[nearest(own.map((one) => one.step), steps[step])], caption = `${run.name}, step ${grid.step}`;
-    const open = element("button", { title: "enlarge" }, element("img", { loading: live ? "lazy" : "eager", alt: caption, src: grid.source }));
+    const open = element("button", { title: "enlarge" }, samples(grid, caption));
     open.addEventListener("click", () => enlarge(grid));
     return [element("figure", {}, open, element("figcaption", { textContent: caption }))];
   });
   document.querySelector(".pictures").classList.toggle("many", figures.length > FEW);
   document.querySelector(".pictures").replaceChildren(...figures);
+}
+
+// A grid of pictures, or a page of texts, which is in the data or asked for.
+function samples(grid, caption) {
+  if (grid.text === undefined && !grid.source.endsWith(".txt")) return element("img", { loading: live ? "lazy" : "eager", alt: caption, src: grid.source });
+  const page = element("pre");
+  const fill = (text) => { page.textContent = text.replace(/─{20,}/g, "─".repeat(20)); }; // rules, in a narrow column
+  if (grid.text === undefined) fetch(grid.source).then((answer) => answer.text()).then(fill, () => {});
+  else fill(grid.text);
+  return page;
 }
 
 function nearest(steps, wanted) {
@@ -313,8 +325,7 @@ let enlarged = null;
 function enlarge(grid) {
   enlarged = grid;
   const dialog = $("enlarged"), caption = `${data.runs[grid.run].name}, step ${grid.step}`;
-  dialog.querySelector("img").src = grid.source;
-  dialog.querySelector("img").alt = caption;
+  dialog.querySelector("div").replaceChildren(samples(grid, caption));
   dialog.querySelector("p").textContent = `${caption}  (← → other steps, ↑ ↓ other runs)`;
   if (!dialog.open) dialog.showModal();
 }
