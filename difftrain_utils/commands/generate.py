@@ -222,6 +222,9 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         return settings
     with blame(f"{source.record / CONFIG_FILE}: not the config of a run", KeyError, TypeError, AttributeError):
         config = source.config
+        if "resolution" not in config["data"]:
+            what = "a run of text, whose samples are in samples/; its pipeline/ is a model of transformers"
+            raise InputError(f"{source.record}: {what}")
         known = {field.name for field in dataclasses.fields(EvaluationConfig)}
         evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
         evaluation.check(require_of(evaluation, "evaluation"))

@@ -20,6 +20,7 @@ from typing import Any
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import MIXED_PRECISION
+from difftrain_utils.config.scripts import script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.files import local_path
@@ -44,6 +45,8 @@ class Laptop:
 
 def main(argv: list[str] | None = None) -> None:
     args, of_config = parse_arguments(sys.argv[2:] if argv is None else argv)
+    if (script := script_for(of_config)) != "train_text_to_image.py":
+        raise InputError(f"difftrain plan: knows runs of train_text_to_image.py alone, and this config is of {script}")
     config = parse_config(TextToImageConfig, of_config, prog="difftrain plan")
     check_split(args.gpus, config)
     with contextlib.redirect_stdout(sys.stderr):  # what is being done

@@ -175,18 +175,18 @@ def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[s
     return [complete(caption, config) for caption in captions], problems
 
 
-def token_problems(name: str, captions: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:
+def token_problems(name: str, texts: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:
     """The same of captions that have more tokens than the model takes."""
     limit = tokenizer.model_max_length
-    for caption in captions:
+    for caption in texts:
         if (number := len(tokenizer(caption, verbose=False).input_ids)) > limit:
             yield "warning", f"{name}: a caption of {number} tokens, which is cut off after {limit}"
 
 
-def save(images: list[Image.Image], labels: list[str], path: Path) -> None:
+def save(made: list[Image.Image], labels: list[str], path: Path) -> None:
     """Write images with their labels as one PNG file, `path` with that ending. Raises RunError if it cannot."""
     with new_file(path.with_suffix(".png")) as partial:
-        labelled_grid(images, labels).save(partial, "PNG")
+        labelled_grid(made, labels).save(partial, "PNG")
 
 
 # ── Files of images ──────────────────────────────────────────────────────────────────────────────────────────

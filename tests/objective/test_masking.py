@@ -1,9 +1,12 @@
 import math
+import re
 
 import pytest
 import torch
 
+from difftrain_utils.config.config import require_of
 from difftrain_utils.config.masking import MaskingConfig
+from difftrain_utils.errors import InputError
 from difftrain_utils.objective.masking import cut_lengths, exact_nelbo, mask_fractions, mask_tokens, masked_losses
 
 LENGTH, MASK = 6, 4  # four tokens, and the mask
@@ -150,3 +153,20 @@ def test_a_share_of_the_samples_ends_after_a_random_number_of_tokens():
         assert share > 0 or not is_cut.any()
     split = cut_lengths(config, maskable[7:9], attention_mask[7:9], 0, range(7, 9))
     assert torch.equal(split[0], ours[7:9])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"schedule": "cosine"},
+            "masking.schedule: goes with masking.estimator time: count draws no time, got 'cosine'",
+        ),
+        ({"eps": 0.0}, "masking.eps: must be above 0 and below 1, got 0.0"),
+        ({"random_length_share": 1.5}, "masking.random_length_share: must be between 0 and 1, got 1.5"),
+    ],
+)
+def test_the_section_refuses_what_does_nothing_or_cannot_be(fields, said):
+    config = MaskingConfig(**fields)
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        config.check(require_of(config, "masking"))
