@@ -117,6 +117,11 @@ def causal_nats(config: TextConfig) -> tuple[float, float]:
     return nats.mean().item(), 0.0
 
 
+def last_of_each(options: list[str]) -> list[str]:
+    """Of options `--name value`, each once: what comes later holds."""
+    return [part for option in dict(zip(options[::2], options[1::2], strict=True)).items() for part in option]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=["masked", "causal"], default=["masked", "causal"])
@@ -133,10 +138,10 @@ def main() -> None:
         ]
         # fmt: on
         for name in args.models:
-            config, start = parse_config(TextConfig, [*OPTIONS.split(), *places, *options]), time.perf_counter()
+            config, start = parse_config(TextConfig, last_of_each([*OPTIONS.split(), *places, *options])), time.time()
             nats, error = (masked_nats if name == "masked" else causal_nats)(config)
             bits = sizes["tokens"] / sizes["held-out"] / math.log(2)  # a character, of a nat a token
-            seconds = time.perf_counter() - start
+            seconds = time.time() - start
             print(f"{name}: {nats * bits:.3f} bits per character (standard error {error * bits:.3f}), {seconds:.0f} s")
 
 
