@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch.distributed.run as torchrun
 from accelerate.commands.launch import launch_command_parser
-from helpers import ROOT, parse_config
+from helpers import ROOT, last_wins
 
 from difftrain_utils.commands import main, plan
+from difftrain_utils.config import command_line
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = (
@@ -85,7 +87,8 @@ def name_of(command: str) -> str:
 
 def check_config(argv: list[str]) -> None:
     config = ["--model.pretrained_model_name_or_path", "some/model", "--data.dataset", "some/data"]
-    parse_config(argv if "--config" in argv else [*config, *argv])
+    argv = argv if "--config" in argv else [*config, *argv]
+    command_line.parse_config(SCRIPTS[script_for(argv)], last_wins(argv))
 
 
 def check_command(name: str, argv: list[str], monkeypatch) -> None:
