@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -39,7 +40,7 @@ from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_op
 
 OPTIONS = """
 --model.pretrained_model_name_or_path builtin:tiny-llada --data.tokenizer bytes --data.sequence_length 128
---data.packing pack --train.batch_size 32 --train.max_steps 1500 --train.eval_every 1500 --train.save_every 0
+--data.packing pack --train.batch_size 32 --train.max_steps 1000 --train.eval_every 1000 --train.save_every 0
 --train.log_every 100 --optimizer.init_args.lr 3e-3 --optimizer.init_args.weight_decay 0 --lr_scheduler.name cosine
 --lr_scheduler.num_warmup_steps 100 --ema.decay 0.995 --evaluation.num_validation_samples 4096
 --evaluation.num_samples 4
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = f"{folder}/datasets"
         sizes = write_texts(Path(folder))
         print(f"Python {platform.python_version()}: {sizes['train']} characters, {sizes['held-out']} held out")
         # fmt: off

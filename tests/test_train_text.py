@@ -142,4 +142,4 @@ def test_a_shorter_quickstart_learns_and_is_not_below_the_entropy(tmp_path):
         assert metrics[f"{name}_bits"] == pytest.approx(nats / 17 / math.log(2))
         assert metrics[f"{name}_perplexity"] == pytest.approx(math.exp(nats / 17))
         assert metrics[f"{name}_bins"][0] < metrics[f"{name}_bins"][7]
-    assert metrics["valid"] > 0.5 and metrics["distinct"] > 0.9
+    assert metrics["valid"] > 0.7 and metrics["distinct"] > 0.7
