@@ -1,9 +1,11 @@
 """train_text.py keeps the promises of the image script: it resumes with the same bytes, and only splits the batch."""
 
 import json
+import math
 
 import pytest
 from helpers import (
+    ROOT,
     TEXT_SCRIPT,
     assert_refused,
     last_step,
@@ -16,6 +18,9 @@ from helpers import (
     train_text,
     wait_for,
 )
+from safetensors.torch import load_file
+
+from difftrain_utils.builtins import brackets
 
 LLADA = {"model.pretrained_model_name_or_path": "builtin:tiny-llada"}
 VARIANTS = {
@@ -117,3 +122,24 @@ def test_what_is_wrong_is_one_line(text_run):
     )
     refused = launch([*text_run, *options({"evaluation.prompts": ["(" * 17]})], script=TEXT_SCRIPT)
     assert_refused(refused, r"evaluation.prompts: '\(+' has 17 tokens, and with its text 17 at most")
+
+
+@pytest.mark.slow
+def test_a_shorter_quickstart_learns_and_is_not_below_the_entropy(tmp_path):
+    """Nobody can tell words that are all equally likely better than by their number."""
+    argv = ["--config", str(ROOT / "configs/quickstart_text.yaml"), "--output-dir", str(tmp_path / "run")]
+    fields = {"train.max_steps": 600, "train.cpu_threads": 1, "data.cache_dir": tmp_path / "cache"}
+    fields |= {"train.eval_every": 600, "train.save_every": 0, "evaluation.num_validation_samples": 2048}
+    run = train_text([*argv, *options(fields)])
+    metrics, entropy = metrics_without_times(run)[-1], brackets.entropy()
+    for name in ("validation_loss", "validation_loss_ema"):
+        nats = metrics[f"{name}_text"]
+        by_bin = load_file(run / "validation/step-000600.safetensors")[name].double().view(-1, 8) * 17
+        error = math.sqrt(by_bin.var(0).mean() / by_bin.numel())
+        assert nats == pytest.approx(by_bin.mean().item()) and error < 0.2
+        assert entropy - 2 * error < nats < 1.2 * entropy
+        assert metrics[name] == pytest.approx(nats / 17)
+        assert metrics[f"{name}_bits"] == pytest.approx(nats / 17 / math.log(2))
+        assert metrics[f"{name}_perplexity"] == pytest.approx(math.exp(nats / 17))
+        assert metrics[f"{name}_bins"][0] < metrics[f"{name}_bins"][7]
+    assert metrics["valid"] > 0.7 and metrics["distinct"] > 0.7

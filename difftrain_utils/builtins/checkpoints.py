@@ -19,7 +19,7 @@ MADE = (
     *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel"),
 )
 """By `make` of the module in tiny/ that is called so."""
-MADE_FOR_TEXT = ("tiny-modernbert", "tiny-llada")
+MADE_FOR_TEXT = ("tiny-modernbert", "tiny-bert", "tiny-llada")
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 TEXT_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_TEXT)
 

@@ -2,7 +2,7 @@
 
 A text of n tokens is masked position by position, each with probability m(t) = 1 - α_t at time t in (0, 1]. The
 negative evidence lower bound (NELBO) of a model p of the masked tokens is, in nats (MDLM, Sahoo et al. 2024,
-arXiv:2406.07524, equation 10),
+arXiv:2406.07524, equation 10, there of one token),
 
     ∫₀¹ m'(t)/m(t) E[ Σ over the masked positions i of -log p(x_i | x_t) ] dt
 
@@ -40,7 +40,7 @@ def mask_fractions(config: MaskingConfig, seed: int, keys: Sequence[int], batch_
         times = [uniform(seed, "mask_fraction", k, batch_size) for k in keys]
     if config.estimator == "time":
         times = [max(t, config.eps) for t in times]
-        if config.schedule == "cosine":  # Shi et al. 2024, arXiv:2406.04329, table 1
+        if config.schedule == "cosine":  # of MD4, Shi et al. 2024, arXiv:2406.04329
             times = [math.sin(math.pi / 2 * t) for t in times]
     return to_device(torch.tensor(times, dtype=torch.float32), device)
 
