@@ -2,7 +2,8 @@
 
 `ancestral` follows the process that the model was trained on backwards (MDLM, Sahoo et al. 2024, arXiv:2406.07524):
 each token is unmasked at a time of its own, whatever the model says. `confidence` unmasks in each step those that the
-model is surest of, an equal number in all (low-confidence remasking of LLaDA, Nie et al. 2025, arXiv:2502.09992).
+model is surest of, an equal number in all, or one more in the first ones (low-confidence remasking of LLaDA, Nie et al.
+2025, arXiv:2502.09992).
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def sample_tokens(
         if sampler == "ancestral":
             is_filled = waits & (due == step)
         else:
-            counts = sizes * (step + 1 - begin) // (end - begin) - sizes * (step - begin) // (end - begin)
+            counts = sizes // (end - begin) + (step - begin < sizes % (end - begin))
             is_filled = waits & (_ranks(logits, found, waits) < counts)
         tokens = torch.where(is_filled, found, tokens)
     return tokens
