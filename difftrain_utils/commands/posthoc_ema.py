@@ -120,7 +120,7 @@ def load_pipeline(folder: Path) -> "tuple[list[torch.nn.Module], Callable[[Path]
     with blame(f"{folder}", OSError, ValueError, AttributeError, KeyError):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    return parts, pipeline.save_pretrained
+    return parts, lambda place: pipeline.save_pretrained(place)
 
 
 def main(argv: list[str] | None = None) -> None:
