@@ -12,7 +12,6 @@ so its bits per character are at most what is printed. Options that are not list
 
 import argparse
 import copy
-import json
 import math
 import platform
 import pydoc_data.topics
@@ -69,18 +68,18 @@ def write_texts(folder: Path) -> dict[str, int]:
     return sizes | {"tokens": sum(len(text.encode()) + 1 for text in held_out)}
 
 
-def masked_nats(config: TextConfig) -> tuple[float, float]:
-    """Train; returns the bound of the held-out tokens in nats a token, and its standard error."""
+def masked_nats(config: TextConfig) -> torch.Tensor:
+    """Train; returns the bound of the held-out tokens, nats a token: its estimate, its standard error, and the bound by
+    the share of tokens that is masked, from few to all."""
     train_text.main(config)
     folder = Path(config.train.output_dir)
-    metrics = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = load_file(folder / f"validation/step-{config.train.max_steps:06d}.safetensors")
     bins = found["validation_loss_ema"].view(-1, config.evaluation.num_validation_bins).double()
-    return metrics["validation_loss_ema"], (bins.var(0).mean() / bins.numel()).sqrt().item()
+    return torch.cat([bins.mean()[None], (bins.var(0).mean() / bins.numel()).sqrt()[None], bins.mean(0)])
 
 
-def causal_nats(config: TextConfig) -> tuple[float, float]:
-    """Train the other model; returns the nats of a held-out token."""
+def causal_nats(config: TextConfig) -> torch.Tensor:
+    """Train the other model; returns the nats of a held-out token, (1,)."""
     torch.set_num_threads(config.train.cpu_threads)
     train, accelerator = config.train, Accelerator(cpu=True)
     family = load_family(config, tokenizer=make_tokenizer(config.data))
@@ -115,7 +114,7 @@ def causal_nats(config: TextConfig) -> tuple[float, float]:
     with evaluation_weights(ema, model.eval()), torch.no_grad():
         tokens = read_held_out(rows, range(len(rows)), config.data, seed=0)["tokens"]
         nats = torch.cat([nats_of(part) for part in tokens.split(config.evaluation.batch_size)])
-    return nats.mean().item(), 0.0
+    return nats.mean()[None]
 
 
 def last_of_each(options: list[str]) -> list[str]:
@@ -141,10 +140,14 @@ def main() -> None:
         # fmt: on
         for name in args.models:
             config, start = parse_config(TextConfig, last_of_each([*OPTIONS.split(), *places, *options])), time.time()
-            nats, error = (masked_nats if name == "masked" else causal_nats)(config)
-            bits = sizes["tokens"] / sizes["held-out"] / math.log(2)  # a character, of a nat a token
-            seconds = time.time() - start
-            print(f"{name}: {nats * bits:.3f} bits per character (standard error {error * bits:.3f}), {seconds:.0f} s")
+            nats = (masked_nats if name == "masked" else causal_nats)(config)
+            bits = nats * sizes["tokens"] / sizes["held-out"] / math.log(2)
+            if name == "causal":
+                print(f"causal: {bits[0]:.3f} bits per character, {time.time() - start:.0f} s")
+            else:
+                shares = ", ".join(f"{value:.2f}" for value in bits[2:])
+                print(f"masked: at most {bits[0]:.3f} bits per character (standard error {bits[1]:.3f}),", end=" ")
+                print(f"by the share that is masked {shares}, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
