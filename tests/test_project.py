@@ -12,7 +12,7 @@ import yaml
 from helpers import ROOT
 
 from difftrain_utils.commands.main import COMMANDS
-from difftrain_utils.config.command_line import field_names
+from difftrain_utils.config.config import field_names
 from difftrain_utils.config.text_to_image import TextToImageConfig
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]

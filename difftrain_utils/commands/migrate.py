@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from difftrain_utils.commands.parser import Parser
-from difftrain_utils.config.command_line import field_names, parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import field_names
 from difftrain_utils.config.foreign.sources import SOURCES, Source
 from difftrain_utils.config.foreign.values import NULL, PROCESSES, Dropped
 from difftrain_utils.config.text_to_image import TextToImageConfig

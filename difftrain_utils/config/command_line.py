@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from difftrain_utils.config.completion import add_fields, check_installed, completion
-from difftrain_utils.config.config import RENAMED, Config, rename_fields
+from difftrain_utils.config.config import RENAMED, Config, field_names, rename_fields
 from difftrain_utils.config.foreign import sources as foreign
 from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network
+from difftrain_utils.config.scripts import SCRIPTS
 from difftrain_utils.config.training import OptimizerConfig
 from difftrain_utils.errors import InputError, blame, shorten, warn
 
@@ -85,7 +86,9 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
         raise InputError(_one_line(str(error))) from None
     except RecursionError:
         raise InputError("the command line: a value is nested too deep to be read") from None
-    sections = {field.name: field.type(**vars(getattr(namespace, field.name))) for field in _sections(config_class)}
+    sections = {
+        field.name: field.type(**vars(getattr(namespace, field.name))) for field in dataclasses.fields(config_class)
+    }
     config = config_class(**sections)
     for name, cls in NESTED.items():
         section, field = name.split(".")
@@ -114,15 +117,6 @@ def _print_and_stop(config_class: type[Config], argv: Sequence[str], prog: str, 
             raise SystemExit(0)
 
 
-def field_names(config_class: type[Config]) -> list[str]:
-    """The dotted names of all fields, in order."""
-    return [f"{s.name}.{f.name}" for s in _sections(config_class) for f in dataclasses.fields(s.type)]
-
-
-def _sections(config_class: type[Config]) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(config_class)
-
-
 @functools.cache  # it takes a fifth of a second
 def _build_parser(config_class: type[Config], prog: str) -> "ArgumentParser":
     from jsonargparse import ArgumentParser, set_parsing_settings  # --help does without
@@ -134,7 +128,7 @@ def _build_parser(config_class: type[Config], prog: str) -> "ArgumentParser":
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file of the fields below.")
-    for section in _sections(config_class):
+    for section in dataclasses.fields(config_class):
         if section.type is not OptimizerConfig:
             parser.add_class_arguments(section.type, section.name)
     # By hand: jsonargparse would take these two names for a class of its own to build, and import torch.
@@ -162,7 +156,7 @@ def _build_parser(config_class: type[Config], prog: str) -> "ArgumentParser":
 def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
     """--output-dir is --train.output_dir, a switch without a value (--train.overwrite) means true, and one of `LENGTHS`
     leaves the other out."""
-    classes = {section.name: section.type for section in _sections(config_class)} | NESTED
+    classes = {section.name: section.type for section in dataclasses.fields(config_class)} | NESTED
     switches = [
         f"{name}.{field.name}"
         for name, cls in classes.items()
@@ -250,7 +244,7 @@ def _refuse_lost(argv: Sequence[str]) -> None:
 
 def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
     """The sections of a config file, all of whose names are known, or were before they were renamed."""
-    names = [section.name for section in _sections(config_class)]
+    names = [section.name for section in dataclasses.fields(config_class)]
     known = [*field_names(config_class), *_nested_names()]
     try:
         with open(path, encoding="utf-8") as file:
@@ -286,7 +280,7 @@ def _unknown_nested(section: str, fields: dict[str, Any]) -> Iterator[str]:
 
 def _check_source_fields(config_class: type[Config], sources: Any, where: str) -> None:
     """Raise InputError, which begins with `where`, for a field of an item of data.sources that there is not."""
-    data = next(section.type for section in _sections(config_class) if section.name == "data")
+    data = next(section.type for section in dataclasses.fields(config_class) if section.name == "data")
     known = [field.name for field in dataclasses.fields(data.SOURCE)]
     for i, source in enumerate(sources if isinstance(sources, list) else []):
         for name in (name for name in source if name not in known) if isinstance(source, dict) else ():
@@ -300,6 +294,9 @@ def _no_such_field(name: str, known: list[str], prefix: str = "") -> str:
     if name in sections:
         first = next(field for field in known if field.startswith(f"{name}."))
         return f"{name}: a section; give its fields one by one, such as {prefix}{first}"
+    for script, other in SCRIPTS.items():  # not this one's, whose fields are known
+        if name in (*field_names(other), *(field.split(".")[0] for field in field_names(other))):
+            return f"{name}: no such field; it is one of {script}"
     last, names = name.split(".")[-1], {k.split(".")[1] for k in known}
     elsewhere = foreign.hint(name) if last not in names else None  # of one that is in another section, that is said
     if last in SHORT and ("." in name or elsewhere is None):

@@ -63,6 +63,11 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+def field_names(config_class: type[Config]) -> list[str]:
+    """The dotted names of all fields, in order."""
+    return [f"{s.name}.{f.name}" for s in dataclasses.fields(config_class) for f in dataclasses.fields(s.type)]
+
+
 def refuse_null(section, name: str) -> None:
     """Refuse null where there has to be a value, which a YAML file may have all the same."""
     for field in dataclasses.fields(section):

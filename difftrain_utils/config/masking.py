@@ -21,7 +21,7 @@ class MaskingConfig:
     """Samples 2i and 2i + 1 of a batch mask the shares u and 1 - u: for an even train.batch_size. The shares are
     stratified over the batch in any case, which alone had the lower variance on builtin:brackets."""
     random_length_share: float = 0.0
-    """The share of samples cut at a random length, for a model that is to end texts early (LLaDA: 0.01)."""
+    """The share of samples cut at a random length, for a model that is to take shorter ones (LLaDA: 0.01)."""
 
     def check(self, require: Require) -> None:
         has_schedule = self.estimator == "time" or self.schedule == "linear"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from difftrain_utils.config.command_line import field_names
-from difftrain_utils.config.config import Config
+from difftrain_utils.config.config import Config, field_names
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 

@@ -13,9 +13,18 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.text_data import TextDataConfig
 from difftrain_utils.data.fingerprint import remembered
 from difftrain_utils.data.order import Order
-from difftrain_utils.data.rows import MappedRows, Rows, SourceRows
+from difftrain_utils.data.rows import MappedRows, Rows, SourceRows, map_in_threads
 from difftrain_utils.errors import InputError, RowError, warn
-from difftrain_utils.media.text import Tokens, end_token, padding_token, tokenize, tokenizer_digest
+from difftrain_utils.media.text import (
+    MIDDLE,
+    Tokens,
+    end_token,
+    padding_token,
+    read,
+    size_of,
+    tokenize,
+    tokenizer_digest,
+)
 from difftrain_utils.processes import main_process_first
 from difftrain_utils.terminal import progress
 
@@ -68,8 +77,28 @@ class TokenRows:
         return self.rows.substitutes(index, k, seed)
 
     def inspect(self, config: TextDataConfig) -> dict[str, Any]:
-        """The fingerprint of the texts, and the tokenizer's."""
-        return self.rows.inspect(config) | {"tokenizer": tokenizer_digest(self.tokenizer)}
+        """The fingerprint of the texts, and the tokenizer's. Raises RowError: see `check`, and `Rows`."""
+        found = self.rows.inspect(config) | {"tokenizer": tokenizer_digest(self.tokenizer)}
+        if config.on_bad_row == "stop" and isinstance(self.rows, MappedRows):
+            self.check(config)
+        return found
+
+    def check(self, config: TextDataConfig) -> None:
+        """Read the tokens of every row once, so that a run does not stop midway at a prompt that is too long or at a
+        text with the mask token. That it was done is remembered. Raises RowError for the first such row."""
+
+        def read_row(index: int) -> None:
+            read(self[index], MIDDLE, size_of(config), config)
+
+        def compute() -> bytes:
+            for _ in progress(map_in_threads(read_row, range(len(self))), len(self), "Reading the tokens"):
+                pass
+            return b""
+
+        def identify() -> str:
+            return _identity(self.rows, self.tokenizer, config, config.sequence_length)
+
+        remembered("tokens.checked", compute, identify, config)
 
 
 class Blocks(TokenRows):
@@ -105,6 +134,9 @@ class Blocks(TokenRows):
         weights = None if None in self.rows.weights else self.rows.weights
         return Order(seed, self.lengths, weights, None, batch_size)
 
+    def check(self, config: TextDataConfig) -> None:
+        """All texts were read for the blocks."""
+
     def _part(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
@@ -134,10 +166,15 @@ def pack_tokens(part: SourceRows, tokenizer, config: TextDataConfig) -> np.ndarr
         return bytes(content)
 
     def identify() -> str:
-        parts = VERSION, MappedRows([part]).identity(config), tokenizer_digest(tokenizer)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return _identity(MappedRows([part]), tokenizer, config)
 
     if len(part) == 0:
         return np.zeros(0, dtype)
     content = remembered("tokens.bin", compute, identify, config, partial(np.memmap, mode="r"))
     return np.frombuffer(content, dtype)
+
+
+def _identity(rows: MappedRows, tokenizer, config: TextDataConfig, *others: Any) -> str:
+    """A digest that changes when the tokens of the rows do, or one of the `others`."""
+    parts = VERSION, rows.identity(config), tokenizer_digest(tokenizer), *others
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

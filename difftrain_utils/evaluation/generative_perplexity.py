@@ -26,8 +26,9 @@ def load_scorer(name: str, device: torch.device) -> Scorer:
     """
     announce(f"Loading {name}, for the perplexity of samples")
     with blame(f"evaluation.perplexity_model: cannot use {name!r}", Exception):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+        here = {"trust_remote_code": False}  # nothing of a repository is run
+        tokenizer = AutoTokenizer.from_pretrained(name, **here)
+        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **here)
         model.eval().requires_grad_(False).to(device)
         longest = getattr(model.config, "max_position_embeddings", None)
 

@@ -71,6 +71,6 @@ def by_mask_fraction(
         name: per_token,
         f"{name}_bins": (nats.sum(0) / num_tokens.sum(0)).tolist(),
         f"{name}_bits": per_token / math.log(2),
-        f"{name}_perplexity": math.exp(per_token),
+        f"{name}_perplexity": torch.tensor(per_token, dtype=torch.float64).exp().item(),  # inf, where math.exp raises
         f"{name}_text": nats.mean().item(),
     }

@@ -66,7 +66,7 @@ class TransformersFamily:
         cls, source: str, config: Config, weights: Weights, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> "TransformersFamily":
         """See `TextFamily`."""
-        at = {"revision": config.model.revision}
+        at = {"revision": config.model.revision, "trust_remote_code": False}  # nothing of a repository is run
         own = AutoConfig.from_pretrained(source, attn_implementation="sdpa", **cls.fixed, **at)
         if tokenizer is not None:
             if weights == "pretrained":

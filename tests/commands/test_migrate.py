@@ -12,7 +12,8 @@ from helpers import ROOT, metrics_without_times, options, parse_config, train
 
 from difftrain_utils.commands import migrate
 from difftrain_utils.commands.main import run
-from difftrain_utils.config.command_line import NESTED, field_names
+from difftrain_utils.config.command_line import NESTED
+from difftrain_utils.config.config import field_names
 from difftrain_utils.config.foreign.diffusers import LORA_LAYERS
 from difftrain_utils.config.foreign.sources import SOURCES
 from difftrain_utils.config.foreign.values import Ours

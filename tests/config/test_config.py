@@ -9,8 +9,7 @@ import yaml
 from helpers import ROOT, options, parse_config, train
 
 from difftrain_utils.config import command_line
-from difftrain_utils.config.command_line import field_names
-from difftrain_utils.config.config import RENAMED
+from difftrain_utils.config.config import RENAMED, field_names
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.help import describe, sections
 from difftrain_utils.config.scripts import SCRIPTS, script_for

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from helpers import ROOT, parse_config
 
-from difftrain_utils.config.command_line import field_names
-from difftrain_utils.config.config import Config
+from difftrain_utils.config.config import Config, field_names
 from difftrain_utils.config.schema import FILES, config_schema, to_json
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig

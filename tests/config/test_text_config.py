@@ -5,9 +5,11 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from difftrain_utils.config.command_line import field_names, parse_config
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.config import field_names
 from difftrain_utils.config.help import sections
 from difftrain_utils.config.text import TextConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
 REQUIRED = ["--model.pretrained_model_name_or_path", "builtin:tiny-modernbert", "--data.dataset", "builtin:brackets"]
@@ -44,10 +46,20 @@ def test_what_it_prints_it_reads():
         (["--train.keep_best", "valid"], "train.keep_best: needs evaluation.judge and evaluation.num_samples, and "),
         (["--train.keep_best", "fid"], "train.keep_best: needs another script: here it is one of validation_loss, "),
         (["--train.max_steps", "5", "--data.epochs", "2"], "data.epochs: is train.max_steps in other words"),
-        (["--data.resolution", "64"], "--data.resolution: no such field"),
+        (["--data.resolution", "64"], "--data.resolution: no such field; it is one of train_text_to_image.py"),
+        (["--noise", "1"], "--noise: no such field; it is one of train_text_to_image.py"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message):
     with pytest.raises(InputError) as error:
         parse_config(TextConfig, [*REQUIRED, *fields])
     assert str(error.value).startswith(message)
+
+
+def test_a_config_of_another_script_is_called_so():
+    config = str(ROOT / "configs/quickstart.yaml")
+    with pytest.raises(InputError, match=r"data.resolution: no such field; it is one of train_text_to_image.py$"):
+        parse_config(TextConfig, ["--config", config])
+    config = str(ROOT / "configs/quickstart_text.yaml")
+    with pytest.raises(InputError, match=r"data.sequence_length: no such field; it is one of train_text.py$"):
+        parse_config(TextToImageConfig, ["--config", config])

@@ -182,3 +182,19 @@ def test_a_bad_line_of_a_stream_is_named(tmp_path):
     (tmp_path / "data/a.jsonl").write_text('[{"text": "a"}]')
     with pytest.raises(InputError, match=r"its first line is no object, {…}: a stream reads JSONL$"):
         load(tmp_path, f"{tmp_path}/data", **fields)
+
+
+@pytest.mark.parametrize("text", ["ab[MASK]", "b" * 8])
+def test_what_no_sample_can_have_is_found_before_the_first(tmp_path, text):
+    """The mask token, and a prompt as long as a sample."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"p": each, "text": "c"}) + "\n" for each in ["a", "a", text]))
+    fields = {"prompt_column": "p"}
+    data, samples = load(tmp_path, str(tmp_path / "a.jsonl"), **fields)
+    for _ in range(2):  # what was wrong is not remembered as fine
+        with pytest.raises(RowError, match=r"a.jsonl row 2: (holds \[MASK\]|a prompt of 8 tokens)"):
+            data.rows.inspect(samples.config)
+    data, samples = load(tmp_path, str(tmp_path / "a.jsonl"), on_bad_row="skip", **fields)
+    assert data.rows.inspect(samples.config)["num_texts"] == 3
+    if text[0] == "b":  # in samples that are longer it is fine
+        data, samples = load(tmp_path, str(tmp_path / "a.jsonl"), sequence_length=9, **fields)
+        assert data.rows.inspect(samples.config)["num_texts"] == 3

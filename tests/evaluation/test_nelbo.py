@@ -78,3 +78,8 @@ def test_longer_texts_count_for_more_and_padding_for_nothing():
     assert num_tokens.tolist() == [6, 2] * 32
     metrics = by_mask_fraction("loss", torch.tensor([1.0, 3.0]), torch.tensor([6.0, 2.0]), 1)
     assert metrics["loss"] == 1.5 and metrics["loss_text"] == 6
+
+
+def test_a_model_that_diverges_has_a_perplexity():
+    metrics = by_mask_fraction("loss", torch.tensor([1000.0]), torch.tensor([6.0]), 1)
+    assert metrics["loss"] == 1000 and metrics["loss_perplexity"] == math.inf

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 from text_families import LENGTH, LORA, ModelAlone, assert_asked_as_transformers_asks, assert_looks_both_ways, load
@@ -7,6 +10,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from difftrain_utils.builtins.tiny.parts import text_tokenizer
 from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.errors import InputError, RunError
+from difftrain_utils.evaluation.generative_perplexity import load_scorer
 from difftrain_utils.families.load import load_family, trained_models
 
 MODERNBERT = "builtin:tiny-modernbert"
@@ -48,6 +52,20 @@ def test_what_it_saves_is_what_transformers_loads(name, tmp_path):
     assert there.digests(saved) == family.digests(denoiser)
     with pytest.raises(RunError, match=r"^a checkpoint of \w+ForMaskedLM has one, not a Linear"):
         family.save_pipeline(tmp_path, torch.nn.Linear(2, 2))
+
+
+def test_no_code_of_a_checkpoint_is_run_or_asked_about(bert_folder, tmp_path, monkeypatch):
+    shutil.copytree(bert_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {"model_type": "of-its-own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(InputError, match=f"^model.pretrained_model_name_or_path: {tmp_path}.*custom code"):
+        load_family(ModelAlone(TextModelConfig(str(tmp_path))))
+    with pytest.raises(InputError, match=r"^evaluation.perplexity_model: .*custom code"):
+        load_scorer(str(tmp_path), torch.device("cpu"))
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_random_weights_are_a_function_of_the_seed(bert_folder):
