@@ -41,9 +41,9 @@ class TextDataConfig(RowsConfig):
     sequence_length: int = 128
     """Tokens of a sample."""
     packing: Literal["pad", "pack"] = "pad"
-    """How texts fill samples. `pad`: a sample is one text and an end-of-text token, then padding, which is not seen and
-    does not count; of a text that is longer another part each time, or with a prompt its beginning. `pack`: the texts
-    of a source one after another, each with its end-of-text token, are cut into samples without padding."""
+    """How texts fill samples. `pad`: a sample is one text, and end-of-text tokens to its end; of a text that is longer
+    another part each time, or with a prompt its beginning. `pack`: the texts of a source one after another, each with
+    its end-of-text token, are cut into samples."""
     tokenizer: Literal["bytes", "characters"] | int | None = None
     """null: the checkpoint's. To train from scratch, one of its own: `bytes`, `characters` (those of the training
     data), or a number: so many tokens, learned from the training data (byte-level BPE)."""

@@ -19,7 +19,6 @@ from difftrain_utils.media.text import (
     MIDDLE,
     Tokens,
     end_token,
-    padding_token,
     read,
     size_of,
     tokenize,
@@ -107,7 +106,7 @@ class Blocks(TokenRows):
 
     def __init__(self, rows: MappedRows, tokenizer, config: TextDataConfig):
         super().__init__(rows, tokenizer, config)
-        self.length, self.padding = config.sequence_length, padding_token(tokenizer)
+        self.length, self.end = config.sequence_length, end_token(tokenizer)
         self.tokens = [pack_tokens(part, tokenizer, config) for part in rows.parts]
         self.lengths = [len(tokens) // self.length for tokens in self.tokens]
         self.ends = list(itertools.accumulate(self.lengths))
@@ -123,7 +122,7 @@ class Blocks(TokenRows):
         part = self._part(index)
         start = (index - (self.ends[part - 1] if part else 0)) * self.length
         name = f"{self.rows.parts[part].source.dataset} tokens {start} to {start + self.length}"
-        return Tokens(name, self.tokens[part][start : start + self.length], 0, self.padding)
+        return Tokens(name, self.tokens[part][start : start + self.length], 0, self.end)
 
     def loss_weight(self, index: int) -> float:
         """The factor of a block's loss."""

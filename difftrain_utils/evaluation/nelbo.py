@@ -29,7 +29,8 @@ def validation_nelbos(
     """Estimates of the NELBO, in nats per token, with fixed (text, number of masked tokens, mask) triples, and how many
     tokens each text has: both of shape (`evaluation.num_validation_samples`,), float32 on the CPU.
 
-    `read_batch` gives the texts of triples: "tokens", "maskable" and "attention_mask" of `Samples`' batches. Of triple
+    `read_batch` gives the texts of triples: a batch of `Samples`, of "tokens", "maskable", "attention_mask" and
+    "num_tokens". Of triple
     j's tokens the share that is masked lies in bin j modulo `evaluation.num_validation_bins` of (0, 1]; that and the
     mask depend on (`evaluation.seed`, j) alone, not on the run, nor on `masking`. The processes share the triples out.
     """
@@ -44,7 +45,8 @@ def validation_nelbos(
         )
         logits = family.predict(denoiser, noisy_tokens, batch["attention_mask"])
         losses = masked_losses(BY_COUNT, logits, tokens, masked, maskable, fractions, family.mask_token_id)
-        found[:, keys[:num_kept]] = torch.stack([losses, maskable.sum(1)])[:, :num_kept]
+        losses *= maskable.sum(1) / batch["num_tokens"]  # a text's own; tokens that fill up a sample add nothing to it
+        found[:, keys[:num_kept]] = torch.stack([losses, batch["num_tokens"]])[:, :num_kept]
     nats, num_tokens = accelerator.reduce(found, "sum").cpu()
     return nats, num_tokens
 

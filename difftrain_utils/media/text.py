@@ -84,20 +84,24 @@ def describe_size(config: TextDataConfig) -> str:
 
 
 class Tokens(NamedTuple):
-    """A row's tokens, of which the first `num_prompt` are its prompt's, and the token that fills what is left."""
+    """A row's tokens, of which the first `num_prompt` are its prompt's, and the token that ends texts."""
 
     name: str
     tokens: Sequence[int]
     num_prompt: int
-    padding: int
+    end: int
 
 
 def read(
     row: Tokens, place: float, size: tuple[int], config: TextDataConfig, has_masks: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The place in a row as a sample of `size` (length,): "tokens", int64, "maskable", bool, which are true of the
-    text's own tokens alone, and "attention_mask", bool, of the prompt's, too. A text without a prompt that is longer is
-    cut to a window; of one with a prompt the beginning is kept.
+    """The place in a row as a sample of `size` (length,): "tokens", int64, "maskable", bool, all but the prompt's,
+    "attention_mask", bool, which are all true, and "num_tokens", how many are the text's own.
+
+    What a text leaves of the length is filled with more tokens that end it, which are learned as others are (LLaDA, Nie
+    et al. 2025, arXiv:2502.09992, does so in fine-tuning): a model that saw where it ends would not learn how long
+    texts are, and its bound would not be that of texts. A text without a prompt that is longer is cut to a window; of
+    one with a prompt the beginning is kept.
 
     Raises:
         RowError: the prompt leaves no room for the text.
@@ -107,13 +111,13 @@ def read(
         raise RowError(f"{row.name}: a prompt of {row.num_prompt} tokens leaves none for its text of the {length}")
     start = 0 if row.num_prompt else int(place * (max(len(row.tokens) - length, 0) + 1))
     window = torch.as_tensor(np.asarray(row.tokens[start : start + length], dtype=np.int64))
-    tokens, positions = torch.full((length,), row.padding), torch.arange(length)
+    tokens = torch.full((length,), row.end)
     tokens[: len(window)] = window
-    attention_mask = positions < len(window)
     return {
         "tokens": tokens,
-        "maskable": attention_mask & (positions >= row.num_prompt),
-        "attention_mask": attention_mask,
+        "maskable": torch.arange(length) >= row.num_prompt,
+        "attention_mask": torch.ones(length, dtype=torch.bool),
+        "num_tokens": torch.tensor(len(window) - row.num_prompt),
     }
 
 
@@ -172,7 +176,7 @@ def tokenize(row: Row, tokenizer) -> Tokens:
     stands for a masked one, which cannot be learned."""
     text, *prompts = (encode(each, row.name, tokenizer) for each in texts_of(row))
     prompt = prompts[0] if prompts else []
-    return Tokens(row.name, [*prompt, *text, end_token(tokenizer)], len(prompt), padding_token(tokenizer))
+    return Tokens(row.name, [*prompt, *text, end_token(tokenizer)], len(prompt), end_token(tokenizer))
 
 
 def encode(text: str, name: str, tokenizer) -> list[int]:
@@ -191,11 +195,6 @@ def end_token(tokenizer) -> int:
     raise InputError(
         "model.pretrained_model_name_or_path: its tokenizer has no end-of-text token (eos_token, sep_token)"
     )
-
-
-def padding_token(tokenizer) -> int:
-    """The token that fills a sample, which nobody sees."""
-    return end_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenizer_digest(tokenizer) -> str:

@@ -54,7 +54,7 @@ def test_a_sample_is_a_function_of_seed_and_key(tmp_path, packing):
     _, others = load(tmp_path, dataset, packing=packing)
     backwards = {k: others[k] for k in reversed(range(90))}
     for k in range(90):
-        assert samples[k].keys() == {"tokens", "maskable", "attention_mask", "key", "weight", "skipped"}
+        assert samples[k].keys() == {"tokens", "maskable", "attention_mask", "num_tokens", "key", "weight", "skipped"}
         for name in ("tokens", "maskable", "attention_mask"):
             assert torch.equal(samples[k][name], backwards[k][name]) and samples[k][name].shape == (8,)
     batch = collate([samples[k] for k in range(4)])

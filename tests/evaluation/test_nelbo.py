@@ -16,7 +16,8 @@ EXACT = SimpleNamespace(mask_token_id=MASK, predict=lambda denoiser, tokens, att
 
 def read_batch(keys) -> dict[str, torch.Tensor]:
     tokens = TOKENS[[key % len(TOKENS) for key in keys]]
-    return {"tokens": tokens, "maskable": torch.ones_like(tokens).bool(), "attention_mask": torch.ones_like(tokens)}
+    ones = torch.ones_like(tokens)
+    return {"tokens": tokens, "maskable": ones.bool(), "attention_mask": ones.bool(), "num_tokens": ones.sum(1)}
 
 
 def nelbos(n=4000, accelerator=None, family=EXACT, read=read_batch, **fields):
@@ -66,15 +67,14 @@ def test_a_bin_is_a_share_of_masked_tokens():
     assert fractions.mean(0).tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.01)
 
 
-def test_longer_texts_count_for_more_and_padding_for_nothing():
+def test_longer_texts_count_for_more():
     def read(keys):
-        batch = read_batch(keys)
-        batch["maskable"] = torch.arange(6) < torch.tensor([2 if key % 2 else 6 for key in keys])[:, None]
-        return batch
+        return read_batch(keys) | {"num_tokens": torch.tensor([2 if key % 2 else 6 for key in keys])}
 
     uniform = SimpleNamespace(mask_token_id=MASK, predict=lambda _, tokens, mask: torch.zeros(*tokens.shape, MASK + 1))
     nats, num_tokens = nelbos(64, family=uniform, read=read)
-    torch.testing.assert_close(nats, torch.full((64,), math.log(4)))  # of four brackets, never of the mask
+    of_text = 6 * math.log(4)  # of four brackets, never of the mask
+    torch.testing.assert_close(nats, torch.tensor([of_text / 6, of_text / 2] * 32))
     assert num_tokens.tolist() == [6, 2] * 32
     metrics = by_mask_fraction("loss", torch.tensor([1.0, 3.0]), torch.tensor([6.0, 2.0]), 1)
     assert metrics["loss"] == 1.5 and metrics["loss_text"] == 6

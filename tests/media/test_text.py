@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,9 +7,10 @@ from difftrain_utils.config.text_data import TextDataConfig
 from difftrain_utils.data.tokenizer import make_tokenizer
 from difftrain_utils.errors import RowError
 from difftrain_utils.media.text import MIDDLE, Row, Tokens, check, place, read, save, token_problems, tokenize
+from difftrain_utils.objective.masking import exact_nelbo
 
 CONFIG = TextDataConfig("memory", sequence_length=6, tokenizer="bytes")
-PADDING, MASK, END = range(3)
+_, MASK, END = range(3)
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +18,31 @@ def tokenizer():
     return make_tokenizer(CONFIG)
 
 
-def test_a_short_text_ends_and_is_padded_with_what_nobody_sees(tokenizer):
+def test_a_short_text_is_filled_up_with_ends_that_are_learned(tokenizer):
     row = tokenize(Row("row 0", "abc"), tokenizer)
     sample = read(row, MIDDLE, (6,), CONFIG)
-    assert sample["tokens"].tolist() == [*tokenizer("abc").input_ids, END, PADDING, PADDING]
-    assert sample["tokens"].dtype == torch.int64
-    assert sample["maskable"].tolist() == sample["attention_mask"].tolist() == [True] * 4 + [False] * 2
+    assert sample["tokens"].tolist() == [*tokenizer("abc").input_ids, END, END, END]
+    assert sample["tokens"].dtype == torch.int64 and sample["num_tokens"] == 4
+    assert sample["maskable"].all() and sample["attention_mask"].all()
+
+
+def test_the_bound_of_texts_of_all_lengths_is_their_entropy(tokenizer):
+    """Of the exact posterior of samples: the model is not told how long a text is."""
+    texts = ["a", "aa", "ab", "aba"]
+    samples = [read(tokenize(Row("", text), tokenizer), MIDDLE, (4,), CONFIG) for text in texts]
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    assert all(sample["attention_mask"].all() and sample["maskable"].all() for sample in samples)
+
+    def log_posterior(noisy):
+        fits = ((noisy[:, None] == tokens) | (noisy[:, None] == MASK)).all(2).double()
+        values = torch.nn.functional.one_hot(tokens, len(tokenizer)).double()
+        return (torch.einsum("nw,wlv->nlv", fits, values) / fits.sum(1)[:, None, None]).log()
+
+    torch.testing.assert_close(exact_nelbo(log_posterior, tokens, MASK).mean().item(), math.log(len(texts)))
 
 
 def test_of_a_long_text_a_sample_has_any_window():
-    row = Tokens("row 0", list(range(10, 19)), 0, PADDING)
+    row = Tokens("row 0", list(range(10, 19)), 0, END)
     starts = {round(at, 2): read(row, at, (6,), CONFIG)["tokens"].tolist() for at in (0.0, 0.24, 0.25, MIDDLE, 0.99)}
     assert starts == {at: list(range(10 + i, 16 + i)) for at, i in zip(starts, (0, 0, 1, 2, 3), strict=True)}
     places = [place(CONFIG, 0, k) for k in range(100)]
@@ -33,11 +51,11 @@ def test_of_a_long_text_a_sample_has_any_window():
 
 
 def test_a_prompt_is_seen_and_not_masked_and_comes_first(tokenizer):
-    for text, is_text in (("xy", [0, 0, 1, 1, 1, 0]), ("long text", [0, 0, 1, 1, 1, 1])):
+    for text, num_tokens in (("xy", 3), ("long text", 4)):
         sample = read(tokenize(Row("row 0", text, "ab"), tokenizer), 0.9, (6,), CONFIG)
         assert sample["tokens"][:4].tolist() == tokenizer("ab" + text[:2]).input_ids
-        assert sample["maskable"].int().tolist() == is_text
-        assert sample["attention_mask"].tolist() == [i < 2 or bool(flag) for i, flag in enumerate(is_text)]
+        assert sample["maskable"].int().tolist() == [0, 0, 1, 1, 1, 1] and sample["attention_mask"].all()
+        assert sample["num_tokens"] == num_tokens
     with pytest.raises(RowError, match=r"^row 0: a prompt of 6 tokens leaves none for its text of the 6$"):
         read(tokenize(Row("row 0", "x", "prompt"), tokenizer), 0, (6,), CONFIG)
 
