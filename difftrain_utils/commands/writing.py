@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def _load_run(source: Source, config: TextConfig) -> Loaded:
         denoiser = models["denoiser"]
     check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
     if source.kind == "lora":
+        if not (Path(source.path) / "adapter_model.safetensors").is_file():  # transformers would take a pickle instead
+            raise InputError(f"{source.path}: no adapter_model.safetensors")
         with blame(source.path, *LOAD_ERRORS):
             denoiser.load_adapter(source.path)
     return Loaded(family, denoiser, models)

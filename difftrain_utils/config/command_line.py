@@ -75,7 +75,7 @@ def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog:
     prog = prog or os.path.basename(sys.argv[0])
     _print_and_stop(config_class, argv, prog, about or sys.modules["__main__"].__doc__ or "")
     if not argv:
-        raise InputError("--config: needs a YAML file, such as configs/quickstart.yaml; --help shows all fields")
+        raise InputError(f"--config: needs a YAML file, such as {config_class.EXAMPLE}; --help shows all fields")
     argv = _expand(config_class, argv)
     parser = _build_parser(config_class, prog)
     try:

@@ -5,7 +5,7 @@ Nothing in this folder imports torch, so that a typo is reported at once.
 
 import dataclasses
 import math
-from typing import Any, Protocol, get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 import yaml
 
@@ -32,6 +32,9 @@ class Config:
     A section is a dataclass with a method `check(require)`, which looks at its own fields; what has to fit between
     sections, the script's config checks in `check_sections(requires)`.
     """
+
+    EXAMPLE: ClassVar[str] = "configs/quickstart.yaml"
+    """One to begin with."""
 
     def check(self) -> None:
         """Raise InputError for the first value that is out of its range or does not fit another's."""

@@ -1,7 +1,7 @@
 """The config of train_text.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from difftrain_utils.config.config import Config, Require
 from difftrain_utils.config.fit import check_shared
@@ -61,6 +61,8 @@ class TextEvaluationConfig:
 @dataclass
 class TextConfig(Config):
     """One run of `train_text.py`."""
+
+    EXAMPLE: ClassVar[str] = "configs/quickstart_text.yaml"
 
     model: TextModelConfig
     data: TextDataConfig

@@ -92,6 +92,13 @@ def test_adapters_write_at_a_scale(adapted, write):
     assert write(adapted / "checkpoint-2", "(")[0]["text"] == on
 
 
+def test_adapters_in_a_pickle_are_refused(adapted, write, tmp_path):
+    run = shutil.copytree(adapted, tmp_path / "run")
+    (run / "lora/adapter_model.safetensors").rename(run / "lora/adapter_model.bin")
+    with pytest.raises(InputError, match=r"lora: no adapter_model.safetensors$"):
+        write(run, "(")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
