@@ -75,7 +75,10 @@ def check(loaded: Loaded, prompts: Sequence[str], settings: TextEvaluationConfig
     if length > (longest := family.config.max_position_embeddings):
         raise InputError(f"--length: the model takes {longest} tokens at most, got {length}")
     for prompt in prompts:
-        number = len(family.tokenizer(prompt, add_special_tokens=False).input_ids)
+        tokens = family.tokenizer(prompt, add_special_tokens=False).input_ids
+        number, unknown = len(tokens), family.tokenizer.unk_token_id
+        if unknown is not None and unknown in tokens:
+            raise InputError(f"PROMPT: {prompt!r:.60} has characters or words that the tokenizer does not know")
         if number >= length:
             raise InputError(f"PROMPT: {prompt!r:.60} has {number} tokens, and with its text {length} (--length)")
 

@@ -23,6 +23,7 @@ from difftrain_utils.media.text import (
     size_of,
     tokenize,
     tokenizer_digest,
+    vocabulary_size,
 )
 from difftrain_utils.processes import main_process_first
 from difftrain_utils.terminal import progress
@@ -148,7 +149,7 @@ def pack_tokens(part: SourceRows, tokenizer, config: TextDataConfig) -> np.ndarr
 
     Texts that cannot be read are left out where `data.on_bad_row` is skip. Raises RowError otherwise.
     """
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
 
     def compute() -> bytes:
         content, bad = bytearray(), 0

@@ -24,7 +24,7 @@ from difftrain_utils.families.lora import base_state, has_adapters, save_peft_ad
 from difftrain_utils.families.text_samplers import sample_tokens
 from difftrain_utils.files import tensors_digest
 from difftrain_utils.keyed_random import seed_for
-from difftrain_utils.media.text import end_token, tokenizer_digest
+from difftrain_utils.media.text import end_token, tokenizer_digest, vocabulary_size
 from difftrain_utils.optimization.trained import is_trained_whole
 
 OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")  # of BERT's files, which a masked language model has not
@@ -88,8 +88,8 @@ class TransformersFamily:
             has_weights=weights != "none",
             lora=config.model.lora,
         )
-        if len(tokenizer) > own.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {own.vocab_size}")
+        if (size := vocabulary_size(tokenizer)) > own.vocab_size:
+            raise ValueError(f"the tokenizer has {size} tokens, the model {own.vocab_size}")
         longest, length = own.max_position_embeddings, config.data.sequence_length
         if length > longest:
             raise InputError(f"data.sequence_length: {source} takes {longest} tokens at most, got {length}")
@@ -226,7 +226,7 @@ class TransformersFamily:
 
 def tell_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the config, in place, that of a model of these tokens."""
-    config.vocab_size = len(tokenizer)
+    config.vocab_size = vocabulary_size(tokenizer)
     for name in ("pad", "bos", "eos", "cls", "sep"):
         if hasattr(config, f"{name}_token_id"):
             setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
@@ -243,7 +243,7 @@ def mask_token_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
         number = tokenizer.mask_token_id if tokenizer.mask_token is not None else getattr(config, "mask_token_id", None)
         if number is None:
             raise InputError("model.mask_token: must be one of the tokenizer's tokens, for it has none for this")
-        if not isinstance(number, int) or not 0 <= number < len(tokenizer):
-            raise ValueError(f"mask_token_id must be one of {len(tokenizer)} tokens, got {number!r}")
+        if not isinstance(number, int) or not 0 <= number < vocabulary_size(tokenizer):
+            raise ValueError(f"mask_token_id must be one of {vocabulary_size(tokenizer)} tokens, got {number!r}")
     tokenizer.mask_token = tokenizer.convert_ids_to_tokens(number)
     return number

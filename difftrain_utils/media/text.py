@@ -197,6 +197,11 @@ def end_token(tokenizer) -> int:
     )
 
 
+def vocabulary_size(tokenizer) -> int:
+    """One more than a tokenizer's largest token: there may be gaps below it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_digest(tokenizer) -> str:
     """SHA-256 of all that a tokenizer does, but for cutting and padding, which a call asks for."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -102,6 +102,7 @@ def test_adapters_in_a_pickle_are_refused(adapted, write, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["RUN", "x"], r"^PROMPT: 'x' has characters or words that the tokenizer does not know$"),
         (["RUN", "--guidance", "3"], r"^--guidance: .*text-0 writes texts, which have none$"),
         (["RUN", "--offload"], r"^--offload: .* writes texts"),
         (["builtin:tiny-sd3", "a", "--length", "9"], r"^--length: builtin:tiny-sd3 draws pictures, which have none$"),

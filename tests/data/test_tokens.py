@@ -7,12 +7,13 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from tokenizers import Tokenizer
 
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data import tokens as module
 from difftrain_utils.data.load import Data, load_data
-from difftrain_utils.data.rows import Rows
+from difftrain_utils.data.rows import Rows, map_rows
 from difftrain_utils.data.samples import Samples, collate, read_held_out
 from difftrain_utils.data.tokenizer import make_tokenizer
 from difftrain_utils.data.tokens import Blocks, TokenRows
@@ -198,3 +199,14 @@ def test_what_no_sample_can_have_is_found_before_the_first(tmp_path, text):
     if text[0] == "b":  # in samples that are longer it is fine
         data, samples = load(tmp_path, str(tmp_path / "a.jsonl"), sequence_length=9, **fields)
         assert data.rows.inspect(samples.config)["num_texts"] == 3
+
+
+def test_a_tokenizer_may_have_gaps(tmp_path):
+    dataset = write(tmp_path / "data", ["abcdefgh" * 4])
+    tokenizer = make_tokenizer(TextDataConfig("d", tokenizer="bytes"))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {name: 2**17 + i for i, name in enumerate("abcdefgh")}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    rows = map_rows(TextDataConfig(dataset, cache_dir=str(tmp_path / "cache")))
+    packed = module.pack_tokens(rows.parts[0], tokenizer, TextDataConfig(dataset, cache_dir=str(tmp_path / "cache")))
+    assert packed[:8].tolist() == [2**17 + i for i in range(8)]
