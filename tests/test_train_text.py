@@ -122,6 +122,9 @@ def test_what_is_wrong_is_one_line(text_run):
     )
     refused = launch([*text_run, *options({"evaluation.prompts": ["(" * 17]})], script=TEXT_SCRIPT)
     assert_refused(refused, r"evaluation.prompts: '\(+' has 17 tokens, and with its text 17 at most")
+    unknown = options({"data.tokenizer": "characters", "evaluation.prompts": ["x"]})
+    refused = launch([*text_run, *unknown], script=TEXT_SCRIPT)
+    assert_refused(refused, "evaluation.prompts: 'x' has characters or words that the tokenizer does not know")
 
 
 @pytest.mark.slow

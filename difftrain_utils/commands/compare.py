@@ -47,6 +47,7 @@ from difftrain_utils.run.run_folder import (
     SAMPLES,
     VALIDATION,
     read_mapping,
+    step_file,
 )
 from difftrain_utils.terminal import printable
 
@@ -548,7 +549,7 @@ def resample(setting: list[Run], base: list[Run]) -> tuple[float, float] | None:
 def triple_losses(run: Run) -> dict[str, np.ndarray] | None:
     """The loss, the image and the bin of each triple of the last validation; None if they were not kept."""
     step = validation_losses(run)[-1][0]
-    path = run.folder / VALIDATION / f"step-{step:06d}.safetensors"
+    path = step_file(run.folder, VALIDATION, step, ".safetensors")
     if not path.is_file():
         return None
     with blame(str(path), *LOAD_ERRORS):

@@ -16,10 +16,12 @@ from difftrain_utils.config.text import TextConfig, TextEvaluationConfig
 from difftrain_utils.data.tokenizer import make_tokenizer
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
+from difftrain_utils.evaluation.generate import check_prompts, generate_texts
 from difftrain_utils.families.diffusers_family import move_part
 from difftrain_utils.families.family import TextFamily
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.optimization.trained import is_trained_whole
+from difftrain_utils.run.run_folder import PEFT_FILES
 from difftrain_utils.run.source import Source
 
 transformers.logging.disable_progress_bar()
@@ -62,8 +64,8 @@ def _load_run(source: Source, config: TextConfig) -> Loaded:
         denoiser = models["denoiser"]
     check_base(family, denoiser, source.record, replaced=bool(models) and is_trained_whole(denoiser))
     if source.kind == "lora":
-        if not (Path(source.path) / "adapter_model.safetensors").is_file():  # transformers would take a pickle instead
-            raise InputError(f"{source.path}: no adapter_model.safetensors")
+        if not (Path(source.path) / PEFT_FILES[0]).is_file():  # transformers would take a pickle instead
+            raise InputError(f"{source.path}: no {PEFT_FILES[0]}")
         with blame(source.path, *LOAD_ERRORS):
             denoiser.load_adapter(source.path)
     return Loaded(family, denoiser, models)
@@ -74,13 +76,7 @@ def check(loaded: Loaded, prompts: Sequence[str], settings: TextEvaluationConfig
     family, length = loaded.family, settings.length
     if length > (longest := family.config.max_position_embeddings):
         raise InputError(f"--length: the model takes {longest} tokens at most, got {length}")
-    for prompt in prompts:
-        tokens = family.tokenizer(prompt, add_special_tokens=False).input_ids
-        number, unknown = len(tokens), family.tokenizer.unk_token_id
-        if unknown is not None and unknown in tokens:
-            raise InputError(f"PROMPT: {prompt!r:.60} has characters or words that the tokenizer does not know")
-        if number >= length:
-            raise InputError(f"PROMPT: {prompt!r:.60} has {number} tokens, and with its text {length} (--length)")
+    check_prompts(prompts, length, family.tokenizer, "PROMPT", "(--length)")
 
 
 def write_all(
@@ -97,16 +93,8 @@ def write_all(
         group = [*group]
         for start in range(0, len(group), settings.batch_size):
             part = group[start : start + settings.batch_size]
-            texts = loaded.family.generate(
-                loaded.denoiser,
-                [sample.prompt for sample in part],
-                length=settings.length,
-                num_inference_steps=settings.num_inference_steps,
-                sampler=settings.sampler,
-                temperature=settings.temperature,
-                block_length=settings.block_length,
-                generators=[torch.Generator().manual_seed(sample.seed) for sample in part],
-            )
+            prompts, generators = zip(*((s.prompt, torch.Generator().manual_seed(s.seed)) for s in part), strict=True)
+            texts = generate_texts(loaded.family, loaded.denoiser, settings, settings.length, prompts, generators)
             progress.update(len(part))
             yield from zip(part, texts, strict=True)
     progress.close()

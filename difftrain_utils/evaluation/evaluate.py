@@ -1,6 +1,5 @@
 """How a run does: a validation loss, pictures of the evaluation prompts and what can be said of them."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from difftrain_utils.evaluation.validation import by_noise_level, save_validatio
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
-from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
+from difftrain_utils.run.run_folder import SAMPLES, VALIDATION, step_file
 from difftrain_utils.run.tracking import log_images
 from difftrain_utils.terminal import progress
 
@@ -49,7 +48,7 @@ class Evaluation:
                     losses[name] = validation_losses(self.accelerator, self.family, denoiser, self.rows, self.config)
                 logs |= by_noise_level(name, losses[name], num_bins)
             if self.accelerator.is_main_process:
-                path = self.file(VALIDATION, step, ".safetensors")
+                path = step_file(self.config.train.output_dir, VALIDATION, step, ".safetensors")
                 with go_on_without():
                     save_validation_losses(losses, len(self.rows), num_bins, path)
         if evaluation.prompts:
@@ -57,7 +56,8 @@ class Evaluation:
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
                 with go_on_without():
-                    media_of(self.config.data).save(images, evaluation.prompts, self.file(SAMPLES, step, ".png"))
+                    path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
+                    media_of(self.config.data).save(images, evaluation.prompts, path)
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
@@ -66,9 +66,6 @@ class Evaluation:
                 logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
         self.family.free_cached()
         return logs
-
-    def file(self, folder: str, step: int, suffix: str) -> Path:
-        return Path(self.config.train.output_dir) / folder / f"step-{step:06d}{suffix}"
 
     def generate_grid(self, denoiser: torch.nn.Module) -> list:
         """The images of all evaluation prompts, of which each process makes its share."""

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from difftrain_utils.builtins import brackets
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import Rows
 from difftrain_utils.data.samples import read_held_out
-from difftrain_utils.errors import InputError, go_on_without
+from difftrain_utils.errors import go_on_without
+from difftrain_utils.evaluation.generate import check_prompts, generate_texts
 from difftrain_utils.evaluation.generative_perplexity import generative_perplexity, load_scorer
 from difftrain_utils.evaluation.nelbo import by_mask_fraction, validation_nelbos
 from difftrain_utils.evaluation.validation import save_validation_losses
@@ -21,7 +21,7 @@ from difftrain_utils.keyed_random import torch_generator_for
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
-from difftrain_utils.run.run_folder import SAMPLES, VALIDATION
+from difftrain_utils.run.run_folder import SAMPLES, VALIDATION, step_file
 from difftrain_utils.terminal import progress
 
 JUDGES = {"brackets": brackets.is_valid}
@@ -31,17 +31,14 @@ class TextEvaluation:
     """What is evaluated every `train.eval_every` steps.
 
     Raises:
-        InputError: a prompt leaves no room for its text, or the model of the perplexity cannot be loaded.
+        InputError: a prompt is refused (`check_prompts`), or the model of the perplexity cannot be loaded.
     """
 
     def __init__(self, accelerator: Accelerator, family, validation_rows: Rows | None, config: Config):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
         self.length = config.evaluation.length or config.data.sequence_length
-        for prompt in config.evaluation.prompts:
-            number = len(family.tokenizer(prompt, add_special_tokens=False).input_ids)
-            if number >= self.length:
-                what = f"{prompt!r:.60} has {number} tokens, and with its text {self.length} at most"
-                raise InputError(f"evaluation.prompts: {what} (evaluation.length, data.sequence_length)")
+        of_length = "at most (evaluation.length, data.sequence_length)"
+        check_prompts(config.evaluation.prompts, self.length, family.tokenizer, "evaluation.prompts", of_length)
         name = config.evaluation.perplexity_model
         with main_process_first(accelerator):
             self.scorer = load_scorer(name, accelerator.device) if name else None
@@ -66,15 +63,15 @@ class TextEvaluation:
                 logs |= by_mask_fraction(name, losses[name], num_tokens, num_bins)
             if self.accelerator.is_main_process:
                 with go_on_without():
-                    save_validation_losses(
-                        losses, len(self.rows), num_bins, self.file(VALIDATION, step, ".safetensors")
-                    )
+                    path = step_file(self.config.train.output_dir, VALIDATION, step, ".safetensors")
+                    save_validation_losses(losses, len(self.rows), num_bins, path)
         if evaluation.num_samples:
             with evaluation_weights(ema, denoiser), self.accelerator.autocast():
                 texts = self.generate(denoiser)
             if self.accelerator.is_main_process:
                 with go_on_without():
-                    media_of(self.config.data).save(texts, self.prompts, self.file(SAMPLES, step, ".txt"))
+                    path = step_file(self.config.train.output_dir, SAMPLES, step, ".txt")
+                    media_of(self.config.data).save(texts, self.prompts, path)
             logs["distinct"] = len(set(texts)) / len(texts)
             if self.scorer is not None:
                 perplexity = generative_perplexity(self.accelerator, self.scorer, texts)
@@ -82,9 +79,6 @@ class TextEvaluation:
             if evaluation.judge is not None:
                 logs["valid"] = sum(map(JUDGES[evaluation.judge], texts)) / len(texts)
         return logs
-
-    def file(self, folder: str, step: int, suffix: str) -> Path:
-        return Path(self.config.train.output_dir) / folder / f"step-{step:06d}{suffix}"
 
     @property
     def prompts(self) -> list[str]:
@@ -98,16 +92,9 @@ class TextEvaluation:
         evaluation, prompts, made = self.config.evaluation, self.prompts, []
         batches = share_out(self.accelerator, len(prompts), evaluation.batch_size)
         for keys, num_kept in progress(batches, len(batches), "Writing, batches"):
-            texts = self.family.generate(
-                denoiser,
-                [prompts[i] for i in keys],
-                length=self.length,
-                num_inference_steps=evaluation.num_inference_steps,
-                sampler=evaluation.sampler,
-                temperature=evaluation.temperature,
-                block_length=evaluation.block_length,
-                generators=[torch_generator_for(evaluation.seed, "evaluation", i) for i in keys],
-            )
+            generators = [torch_generator_for(evaluation.seed, "evaluation", i) for i in keys]
+            of_keys = [prompts[i] for i in keys]
+            texts = generate_texts(self.family, denoiser, evaluation, self.length, of_keys, generators)
             made += list(zip(keys, texts, strict=True))[:num_kept]
         texts = dict(gather_object(made))
         return [texts[i] for i in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""What a run generates for its evaluation prompts: from the same noise every time."""
+"""What is generated for prompts, as a section `evaluation` says."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.text import TextEvaluationConfig
+from difftrain_utils.errors import InputError
 from difftrain_utils.keyed_random import torch_generator_for
 
 
@@ -29,3 +31,37 @@ def generate(
         guidance_rescale=config.guidance_rescale,
         generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys],
     )
+
+
+def generate_texts(
+    family,
+    denoiser: torch.nn.Module,
+    config: TextEvaluationConfig,
+    length: int,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+) -> list[str]:
+    """A text of at most `length` tokens for each prompt; text i draws from generators[i] alone."""
+    return family.generate(
+        denoiser,
+        prompts,
+        length=length,
+        num_inference_steps=config.num_inference_steps,
+        sampler=config.sampler,
+        temperature=config.temperature,
+        block_length=config.block_length,
+        generators=generators,
+    )
+
+
+def check_prompts(prompts: Sequence[str], length: int, tokenizer, field: str, of_length: str) -> None:
+    """Raise InputError, about `field`, for a prompt that the tokenizer does not know, or that leaves no room for a text
+    in `length` tokens; `of_length` says whose length that is."""
+    for prompt in prompts:
+        tokens = tokenizer(prompt, add_special_tokens=False).input_ids
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
+            raise InputError(f"{field}: {prompt!r:.60} has characters or words that the tokenizer does not know")
+        if len(tokens) >= length:
+            raise InputError(
+                f"{field}: {prompt!r:.60} has {len(tokens)} tokens, and with its text {length} {of_length}"
+            )

@@ -57,6 +57,11 @@ def artefacts(output_dir: Path) -> list[str]:
     return [name for name in (*files, *WRITTEN) if os.path.lexists(output_dir / name)]
 
 
+def step_file(output_dir: str | Path, folder: str, step: int, suffix: str) -> Path:
+    """The file of a step in one of a run's folders."""
+    return Path(output_dir) / folder / f"step-{step:06d}{suffix}"
+
+
 def checkpoint_name(step: int) -> str:
     """The folder of a checkpoint in the run's."""
     return f"checkpoint-{step}"
