@@ -124,7 +124,7 @@ class DiffusersFamily:
         own = load_part(source, model_index, "scheduler", revision=revision)
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
-        schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma)
+        schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma, cls.gives_sigmas)
         cls._check_fields(config, sampler)
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
