@@ -31,6 +31,7 @@ from difftrain_utils.devices import seed_device
 from difftrain_utils.evaluation.evaluate import Evaluation
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.keyed_random import seed_for
+from difftrain_utils.objective.contrastive import contrastive_losses
 from difftrain_utils.objective.dream import dream_noise
 from difftrain_utils.objective.loss import sample_losses
 from difftrain_utils.objective.noise import perturb_input, sample_noise
@@ -117,6 +118,10 @@ def main(config: TextToImageConfig) -> int:
                     losses = {"denoising": sample_losses(config.loss, schedule, output, target, timesteps, masks)}
                     if uncertainty is not None:
                         losses["denoising"] = uncertainty(losses["denoising"], schedule.snr(timesteps))
+                    if config.loss.contrastive:
+                        losses["contrastive"] = contrastive_losses(
+                            config.loss, schedule, output, latents, noise, timesteps, batch, config.train.group_size
+                        )
                     losses = {name: values * batch["weights"] for name, values in losses.items()}
                     accelerator.backward(sum(losses.values()).mean())
                 state.add(losses, batch)

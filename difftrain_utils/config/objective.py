@@ -131,6 +131,9 @@ class LossConfig:
     """Weight of a noise level; see `loss_weights` in `difftrain_utils/objective/loss.py`."""
     learned_uncertainty: bool = False
     """EDM2's: learn how large the loss of each noise level is, and divide by it (on top of `weighting`)."""
+    contrastive: float = 0.0
+    """λ of contrastive flow matching: push predictions away from the targets of other samples of the batch, or of its
+    `train.group_size` samples (0.05 is usual; 0: not)."""
     snr_gamma: float = 5.0
     """γ of min_snr and soft_min_snr (4 is usual for the latter)."""
     p2_gamma: float = 1.0
@@ -142,6 +145,10 @@ class LossConfig:
 
     def check(self, require: Require) -> None:
         require(0 < self.huber_c <= 1, "huber_c", "must be above 0 and at most 1")
+        rule = "must be at least 0 and below 1, from where on no prediction is the best"
+        require(0 <= self.contrastive < 1, "contrastive", rule)
+        rule = "cannot go with loss.learned_uncertainty, which takes losses above 0 for granted"
+        require(not (self.contrastive and self.learned_uncertainty), "contrastive", rule)
         require(self.snr_gamma > 0, "snr_gamma", "must be above 0")
         require(self.p2_k > 0, "p2_k", "must be above 0")
         require(self.p2_gamma >= 0, "p2_gamma", "must be 0 or more")

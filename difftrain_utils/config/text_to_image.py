@@ -49,8 +49,13 @@ class TextToImageConfig(Config):
             requires["train"](not self.model.train_text_encoder, "shard", rule)
         rule = "goes without data.cache_text, with which there are no encoders to share out"
         requires["train"](not (self.train.shard_encoders and data.cache_text), "shard_encoders", rule)
-        has_groups = self.train.group_size is None or self.noise.immiscible
-        requires["train"](has_groups, "group_size", "goes with noise.immiscible only")
+        rule = "goes with noise.immiscible and loss.contrastive only"
+        requires["train"](self.train.group_size is None or self.has_groups, "group_size", rule)
+        rule = "needs captions, which data.caption_dropout 1.0 leaves out"
+        requires["loss"](not self.loss.contrastive or data.has_captions, "contrastive", rule)
+        has_others = min(self.train.group_size or self.train.batch_size, self.train.batch_size) > 1
+        rule = "needs others: train.group_size, or else train.batch_size, must be at least 2"
+        requires["loss"](not self.loss.contrastive or has_others, "contrastive", rule)
         rule = "cannot be with model.train_text_encoder: difftrain posthoc-ema makes averages of whole denoisers"
         both = self.model.train_text_encoder and self.ema.power_sigma_rels
         requires["ema"](not both, "power_sigma_rels", rule)
@@ -70,11 +75,16 @@ class TextToImageConfig(Config):
         }
         check_shared(self, best, requires)
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether something works on the samples of a group together."""
+        return bool(self.noise.immiscible or self.loss.contrastive)
+
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut
         apart."""
         self.train.check_split(num_processes)
-        if self.noise.immiscible:
+        if self.has_groups:
             self.train.check_groups(num_processes)
 
     def loaded_names(self) -> list[str]:

@@ -38,8 +38,8 @@ class TrainConfig:
     batch_size: int = 16
     """Samples of one optimizer step, over all processes and accumulation steps."""
     group_size: int | None = None
-    """Samples in a row among which methods of several samples work (`noise.immiscible`); null: the whole batch, which
-    then cannot be split."""
+    """Samples in a row among which methods of several samples work (`noise.immiscible`, `loss.contrastive`); null:
+    the whole batch, which then cannot be split."""
     num_processes: int | None = None
     """Refuse to start with another number of processes; null: with any."""
     init_minutes: float = 10.0

@@ -36,6 +36,8 @@ class Samples(torch.utils.data.Dataset):
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
+    - "condition": what the model is told, equal where it is told the same: the caption, or its number in the cache;
+      None where it is dropped
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
@@ -95,7 +97,7 @@ class Samples(torch.utils.data.Dataset):
         if self.has_caption:
             captions = captions_of(stored.captions, stored.name)
             caption = draw_tags(captions[self._choose(len(captions), k)], self.config, self.seed, k)
-            sample["caption"] = None if sample["dropped"] else complete(caption, self.config)
+            sample["caption"] = sample["condition"] = None if sample["dropped"] else complete(caption, self.config)
         if self.text is not None:
             numbers = self.text.of_row(row)
             if len(numbers) == 0:
@@ -103,6 +105,7 @@ class Samples(torch.utils.data.Dataset):
                 raise RowError(f"{self.rows[row].name}: {reason}")
             number = self.text.NULL if sample["dropped"] else numbers[self._choose(len(numbers), k)]
             sample["conditioning"] = self.text[number]
+            sample["condition"] = None if sample["dropped"] else int(number)
         return sample | {name: cache[row] for name, cache in self.caches.items()}
 
     def _is_dropped(self, k: int) -> bool:
@@ -172,12 +175,12 @@ class Shares(torch.utils.data.Sampler):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped" and "skipped" are lists;
-    "weights" is a tensor; "masks" is one, or None where no source has masks.
+    """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped", "conditions" and
+    "skipped" are lists; "weights" is a tensor; "masks" is one, or None where no source has masks.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
-    names = {"key": "keys", "caption": "captions", "weight": "weights", "mask": "masks"}
+    names = {"key": "keys", "caption": "captions", "condition": "conditions", "weight": "weights", "mask": "masks"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], torch.Tensor):

@@ -28,6 +28,8 @@ class DDPM(DiffusersFamily):
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "DDPM":
         if config.data.cache_text:
             raise InputError("data.cache_text: must be false, a DDPMPipeline takes no captions, got True")
+        if value := config.loss.contrastive:
+            raise InputError(f"loss.contrastive: must be 0, a DDPMPipeline takes no captions, got {value}")
         family = super().load(source, model_index, config, weights)
         unet = family.config_of("unet")
         if (channels := (unet.in_channels, unet.out_channels)) != (3, 3):

@@ -83,7 +83,13 @@ def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedT
         family_class = FAMILIES[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:
             raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
-        return family_class.load(source, model_index, config, weights)
+        family = family_class.load(source, model_index, config, weights)
+        if config.loss.contrastive and family.schedule.prediction_type == "epsilon":
+            raise InputError(
+                "loss.contrastive: not for epsilon, which says nothing of the image: it would only be scaled up; use "
+                f"another model.prediction_type, got {config.loss.contrastive}"
+            )
+        return family
 
 
 def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]:

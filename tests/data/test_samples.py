@@ -152,9 +152,10 @@ class TestCaches:
         names = {"key", "weight", "dropped", "sizes", "skipped"}
         names |= {"moments"} if "latents" in which else {"pixel_values"}
         names |= {"conditioning"} if "text" in which else {"caption"}
-        seen = set()
+        seen, told = set(), set()
         for k in range(60):
             expected, sample = plain[k], cached[k]
+            told.add((sample.pop("condition"), expected.pop("condition")))
             assert sample.keys() == names | set(also)
             for name in sample.keys() & expected.keys() - {"pixel_values", "sizes"}:
                 assert sample[name] == expected[name]
@@ -169,6 +170,7 @@ class TestCaches:
                     assert torch.equal(values, conditioning[name][0, : len(values)])
             seen.add(expected["dropped"])
         assert seen == {False, True}
+        assert (None, None) in told and [len(set(which)) for which in zip(*told, strict=True)] == [len(told)] * 2
 
     def test_a_batch_has_both(self, load_fake_caches):
         data = make_grids(with_buckets=False)

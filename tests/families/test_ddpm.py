@@ -48,6 +48,7 @@ def test_flow_matching_is_sampled_by_its_pipeline(ddpm_run):
     [
         (CACHES | {"data.cache_text": False}, "data.cache_latents: this model trains on pixels"),
         ({"data.cache_text": True}, "data.cache_text: must be false, a DDPMPipeline takes no captions, got True"),
+        ({"loss.contrastive": 0.05}, "loss.contrastive: must be 0, a DDPMPipeline takes no captions, got 0.05"),
         ({"data.resolution": 64}, "data.resolution: .* makes images of 32 x 32 alone, got 64"),
         ({"model.max_sequence_length": 24}, "model.max_sequence_length: a DDPMPipeline has none, got 24"),
         ({"evaluation.guidance_rescale": 0.7}, "evaluation.guidance_rescale: a DDPMPipeline has none, got 0.7"),
