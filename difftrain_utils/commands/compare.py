@@ -2,7 +2,7 @@
 
     difftrain compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
 
-A RUN is a run's output folder. Runs that differ only in their seed form a setting, of which mean and sample standard
+A RUN is a run's output folder. Runs that differ only in their seeds form a setting, of which mean and sample standard
 deviation are shown. Settings are compared with a baseline, seed by seed. --output also writes one self-contained HTML
 file with curves and pictures.
 """
@@ -35,6 +35,7 @@ from difftrain_utils.commands.verdicts import (
 )
 from difftrain_utils.config.config import rename_fields
 from difftrain_utils.config.scripts import script_of
+from difftrain_utils.config.training import SOURCES
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
@@ -53,6 +54,7 @@ from difftrain_utils.terminal import printable
 
 # These say where a run lies and what it is called, not what it is
 IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "project", "run_name"))
+SEEDS = ("train.seed", "train.seeds", *(f"train.seeds.{source}" for source in SOURCES))
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
@@ -136,8 +138,9 @@ def load_run(folder: Path, name: str) -> Run:
     manifest, env = read_mapping(folder / MANIFEST_FILE), read_mapping(folder / ENVIRONMENT_FILE)
     with blame(f"{folder / MANIFEST_FILE}: damaged", *LOAD_ERRORS):
         facts = facts_of(manifest, env)
-    config = flatten(config)
-    for field in ("train.seed", "train.max_steps", "train.batch_size"):
+    # a seed that is null is `train.seed`, as where it is not there, in a run with an earlier version
+    config = {name: value for name, value in flatten(config).items() if name not in SEEDS or value is not None}
+    for field in (*SEEDS, "train.max_steps", "train.batch_size"):
         if not isinstance(config.get(field, 0), int):
             raise InputError(f"{folder / CONFIG_FILE}: {field}: must be a whole number, got {config[field]!r:.60}")
     return Run(folder, name, config, facts, load_metrics(folder / METRICS_FILE))
@@ -240,15 +243,42 @@ def from_scratch(run: Run) -> bool:
     return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
 
 
+def seeds_of(run: Run) -> tuple[int | None, ...]:
+    """Those of `SOURCES`."""
+    seed = run.config.get("train.seed")
+    return tuple(run.config.get(f"train.seeds.{source}", seed) for source in SOURCES)
+
+
+def sources_that_vary(runs: list[Run]) -> list[str]:
+    """What has not the same seed in all runs."""
+    return [
+        source
+        for source, seeds in zip(SOURCES, zip(*map(seeds_of, runs), strict=True), strict=True)
+        if len(set(seeds)) > 1
+    ]
+
+
+def repeated_seeds(runs: list[Run]) -> str | None:
+    """A source that varies, but has not another seed in each of the runs: what they tell is not independent."""
+    sources = zip(SOURCES, zip(*map(seeds_of, runs), strict=True), strict=True)
+    return next((source for source, seeds in sources if 1 < len(set(seeds)) < len(seeds)), None)
+
+
+def describe_seeds(runs: list[Run]) -> str:
+    """How many, and of what if not of all: `3 seeds of weights`."""
+    sources = sources_that_vary(runs)
+    return f"{len(runs)} seeds" + (f" of {' and '.join(sources)}" if 0 < len(sources) < len(SOURCES) else "")
+
+
 def settings_of(runs: list[Run], at_one_step: bool = True) -> list[list[Run]]:
-    """Runs that are equal in all but their seed, together, if they are at the same step (unless not `at_one_step`); of
-    repeats of one seed only the first."""
+    """Runs that are equal in all but their seeds, together, if they are at the same step (unless not `at_one_step`); of
+    repeats of the same seeds only the first."""
     settings: dict[str, dict[Any, Run]] = {}
     for run in runs:
-        config = {name: value for name, value in run.config.items() if name not in (*IGNORED, "train.seed")}
+        config = {name: value for name, value in run.config.items() if name not in (*IGNORED, *SEEDS)}
         facts = {name: v for name, v in run.facts.items() if not (name == DENOISER and from_scratch(run))}
         key = as_text([config, facts, steps_done(run) if at_one_step else None])
-        settings.setdefault(key, {}).setdefault(run.config.get("train.seed"), run)
+        settings.setdefault(key, {}).setdefault(seeds_of(run), run)
     return [list(by_seed.values()) for by_seed in settings.values()]
 
 
@@ -297,7 +327,7 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
     for group in (runs for runs in settings if len(runs) > 1):
         of_group = [values for run, values in zip(runs, summaries, strict=True) if run in group]
         spreads = [mean_and_sd([values.get(column) for values in of_group]) for column in columns]
-        name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
+        name = f"{groups[group[0].name]}: mean ± sd over {describe_seeds(group)}"
         cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
         rows.append([name, f"{steps_done(group[0])}", *cells])
     return rows
@@ -311,7 +341,7 @@ def bins_table(runs: list[Run]) -> list[list[str]]:
         steps, losses = zip(*map(validation_bins, group), strict=True)
         if len(set(steps)) == 1 and len(set(map(len, losses))) == 1:
             means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
-            found.append((f"{groups[group[0].name]}: mean over {len(group)} seeds", steps[0], means))
+            found.append((f"{groups[group[0].name]}: mean over {describe_seeds(group)}", steps[0], means))
     rows = [["run", "step", *(f"bin {i + 1}" for i in range(count))]]
     for name, step, losses in found:
         if losses:
@@ -352,7 +382,7 @@ def what_differs(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, list[
 def denoiser_follows_seed(runs: list[Run]) -> bool:
     """Whether different denoisers are just random weights of one model, drawn from different seeds."""
     names = {as_text(run.config.get("model.pretrained_model_name_or_path")) for run in runs}
-    drawn = {(run.config.get("train.seed"), run.facts.get(DENOISER)) for run in runs}
+    drawn = {(seeds_of(run)[0], run.facts.get(DENOISER)) for run in runs}
     one_a_seed = len(drawn) == len({seed for seed, _ in drawn})
     return len(names) == 1 and one_a_seed and all(from_scratch(run) for run in runs)
 
@@ -444,14 +474,10 @@ class Compared:
     why_not: str = ""
 
 
-def by_seed(runs: list[Run]) -> dict[int, Run]:
-    return {run.config.get("train.seed"): run for run in runs}
-
-
 def seeds_in_common(setting: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
-    """The runs of each seed that both have, in the order of the seeds."""
-    own, other = by_seed(setting), by_seed(base)
-    return [(own[seed], other[seed]) for seed in sorted((own.keys() & other.keys()) - {None})]
+    """The runs of the same seeds that both have, in their order."""
+    own, other = ({seeds_of(run): run for run in runs} for runs in (setting, base))
+    return [(own[seeds], other[seeds]) for seeds in sorted(s for s in own.keys() & other.keys() if None not in s)]
 
 
 def choose_baseline(settings: list[list[Run]], names: list[str], name: str | None) -> int:
@@ -478,6 +504,8 @@ def compared(setting: list[Run], base: list[Run]) -> Compared:
     if len(ratios) < 2:
         why_not = "one seed has no spread" if ratios else "no seed in common with the baseline"
         return Compared(ratios, why_not=why_not)
+    if repeated := repeated_seeds([own for own, _ in pairs]):
+        return Compared(ratios, why_not=f"its runs share seeds of {repeated}, and so do not count as {len(pairs)}")
     return Compared(ratios, paired_t([statistics.fmean(levels) for levels in ratios]))
 
 
@@ -516,6 +544,8 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
         rows.append([name, str(paired.n), *cells, "–" if p is None else f"{p:.2g}", found])
         if len(set(map(len, ratios))) == 1 and len(ratios[0]) > 1:
             bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*ratios, strict=True))])
+        if fixed := [source for source in SOURCES if source not in sources_that_vary(setting)]:
+            sentences.append(f"{name}: holds for these seeds of {' and '.join(fixed)}, which its runs share.")
         if found == "not distinguishable":
             sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(tested))}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
