@@ -49,7 +49,7 @@ from difftrain_utils.run.summary import describe_run
 
 def main(config: TextConfig) -> int:
     """The run; returns its exit code."""
-    started, seed, batch_size = time.monotonic(), config.train.seed, config.train.batch_size
+    started, seed, batch_size = time.monotonic(), config.train.seed_of("noise"), config.train.batch_size
     max_grad_norm = config.train.max_grad_norm
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
@@ -81,7 +81,7 @@ def main(config: TextConfig) -> int:
     begin_run(accelerator, record, state.step, checkpoint, config.train)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    samples = Samples(data, config.data, seed, config.train.max_steps * batch_size)
+    samples = Samples(data, config.data, config.train.seed_of("data"), config.train.max_steps * batch_size)
     batches = load_batches(accelerator, samples, state, config)
 
     with (

@@ -52,7 +52,7 @@ from difftrain_utils.run.summary import describe_run
 
 def main(config: TextToImageConfig) -> int:
     """The run; returns its exit code."""
-    started, seed, batch_size = time.monotonic(), config.train.seed, config.train.batch_size
+    started, seed, batch_size = time.monotonic(), config.train.seed_of("noise"), config.train.batch_size
     max_grad_norm = config.train.max_grad_norm
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
@@ -86,7 +86,7 @@ def main(config: TextToImageConfig) -> int:
     begin_run(accelerator, record, state.step, checkpoint, config.train)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    samples = Samples(data, config.data, seed, config.train.max_steps * batch_size, caches)
+    samples = Samples(data, config.data, config.train.seed_of("data"), config.train.max_steps * batch_size, caches)
     batches = load_batches(accelerator, samples, state, config)
 
     with (

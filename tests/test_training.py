@@ -1,5 +1,6 @@
 """The script as a whole: what a run leaves, that it repeats, resumes and splits exactly, and what it refuses."""
 
+import itertools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from difftrain_utils.commands import posthoc_ema, validate_config
+from difftrain_utils.config.training import SOURCES
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
@@ -130,6 +132,22 @@ def test_the_same_command_twice_gives_the_same_bytes(short_run, tmp_path):
     assert metrics_without_times(first) == metrics_without_times(again)
     other = train([*short_run, "--output-dir", str(tmp_path / "other"), "--train.seed", "1"])
     assert pipeline_bytes(first) != pipeline_bytes(other)
+
+
+def test_seeds_can_be_given_by_what_is_drawn(short_run, tmp_path):
+    """Nothing is left that depends on train.seed where all three are given, and each of them makes another run."""
+
+    def result(name: str, **fields: int) -> dict:
+        fields = {f"train.{field}": value for field, value in fields.items()} | {"train.max_steps": 2}
+        fields |= {"model.train_from_scratch": True, "train.output_dir": tmp_path / name}
+        return pipeline_bytes(train([*short_run, *options(fields)]))
+
+    zeros = {f"seeds.{source}": 0 for source in SOURCES}
+    first = result("first", seed=0)
+    assert first == result("given", seed=1, **zeros)
+    others = [result(source, seed=0, **{f"seeds.{source}": 1}) for source in SOURCES]
+    assert all(first != other for other in others) and all(a != b for a, b in itertools.combinations(others, 2))
+    assert json.loads((tmp_path / "noise/run_manifest.json").read_text())["seeds"] == dict(weights=0, data=0, noise=1)
 
 
 def test_evaluating_and_saving_change_nothing(short_run, image_folder, tmp_path):

@@ -2,7 +2,7 @@
 
     difftrain compare runs/mse-0 runs/mse-1 runs/huber-0 runs/huber-1 --output report.html
 
-A RUN is a run's output folder. Runs that differ only in their seed form a setting, of which mean and sample standard
+A RUN is a run's output folder. Runs that differ only in their seeds form a setting, of which mean and sample standard
 deviation are shown. Settings are compared with a baseline, seed by seed. --output also writes one self-contained HTML
 file with curves and pictures.
 """
@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from difftrain_utils.commands.verdicts import (
 )
 from difftrain_utils.config.config import rename_fields
 from difftrain_utils.config.scripts import script_of
+from difftrain_utils.config.training import BEST_IS, SOURCES
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES, read_metrics
@@ -53,6 +55,7 @@ from difftrain_utils.terminal import printable
 
 # These say where a run lies and what it is called, not what it is
 IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "project", "run_name"))
+SEEDS = ("train.seed", "train.seeds", *(f"train.seeds.{source}" for source in SOURCES))
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
@@ -136,8 +139,9 @@ def load_run(folder: Path, name: str) -> Run:
     manifest, env = read_mapping(folder / MANIFEST_FILE), read_mapping(folder / ENVIRONMENT_FILE)
     with blame(f"{folder / MANIFEST_FILE}: damaged", *LOAD_ERRORS):
         facts = facts_of(manifest, env)
-    config = flatten(config)
-    for field in ("train.seed", "train.max_steps", "train.batch_size"):
+    # a seed that is null is `train.seed`, as where it is not there, in a run with an earlier version
+    config = {name: value for name, value in flatten(config).items() if name not in SEEDS or value is not None}
+    for field in (*SEEDS, "train.max_steps", "train.batch_size"):
         if not isinstance(config.get(field, 0), int):
             raise InputError(f"{folder / CONFIG_FILE}: {field}: must be a whole number, got {config[field]!r:.60}")
     return Run(folder, name, config, facts, load_metrics(folder / METRICS_FILE))
@@ -240,15 +244,42 @@ def from_scratch(run: Run) -> bool:
     return run.config.get("model.train_from_scratch") is True or name.startswith("builtin:")
 
 
+def seeds_of(run: Run) -> tuple[int | None, ...]:
+    """Those of `SOURCES`."""
+    seed = run.config.get("train.seed")
+    return tuple(run.config.get(f"train.seeds.{source}", seed) for source in SOURCES)
+
+
+def sources_that_vary(runs: list[Run]) -> list[str]:
+    """What has not the same seed in all runs."""
+    return [
+        source
+        for source, seeds in zip(SOURCES, zip(*map(seeds_of, runs), strict=True), strict=True)
+        if len(set(seeds)) > 1
+    ]
+
+
+def repeated_seeds(runs: list[Run]) -> str | None:
+    """A source that varies, but has not another seed in each of the runs: what they tell is not independent."""
+    sources = zip(SOURCES, zip(*map(seeds_of, runs), strict=True), strict=True)
+    return next((source for source, seeds in sources if 1 < len(set(seeds)) < len(seeds)), None)
+
+
+def describe_seeds(runs: list[Run]) -> str:
+    """How many, and of what if not of all: `3 seeds of weights`."""
+    sources = sources_that_vary(runs)
+    return f"{len(runs)} seeds" + (f" of {' and '.join(sources)}" if 0 < len(sources) < len(SOURCES) else "")
+
+
 def settings_of(runs: list[Run], at_one_step: bool = True) -> list[list[Run]]:
-    """Runs that are equal in all but their seed, together, if they are at the same step (unless not `at_one_step`); of
-    repeats of one seed only the first."""
+    """Runs that are equal in all but their seeds, together, if they are at the same step (unless not `at_one_step`); of
+    repeats of the same seeds only the first."""
     settings: dict[str, dict[Any, Run]] = {}
     for run in runs:
-        config = {name: value for name, value in run.config.items() if name not in (*IGNORED, "train.seed")}
+        config = {name: value for name, value in run.config.items() if name not in (*IGNORED, *SEEDS)}
         facts = {name: v for name, v in run.facts.items() if not (name == DENOISER and from_scratch(run))}
         key = as_text([config, facts, steps_done(run) if at_one_step else None])
-        settings.setdefault(key, {}).setdefault(run.config.get("train.seed"), run)
+        settings.setdefault(key, {}).setdefault(seeds_of(run), run)
     return [list(by_seed.values()) for by_seed in settings.values()]
 
 
@@ -297,7 +328,7 @@ def summary_table(runs: list[Run]) -> list[list[str]]:
     for group in (runs for runs in settings if len(runs) > 1):
         of_group = [values for run, values in zip(runs, summaries, strict=True) if run in group]
         spreads = [mean_and_sd([values.get(column) for values in of_group]) for column in columns]
-        name = f"{groups[group[0].name]}: mean ± sd over {len(group)} seeds"
+        name = f"{groups[group[0].name]}: mean ± sd over {describe_seeds(group)}"
         cells = [f"{number(s[0])} ± {number(s[1], 2)}" if s else "–" for s in spreads]
         rows.append([name, f"{steps_done(group[0])}", *cells])
     return rows
@@ -311,7 +342,7 @@ def bins_table(runs: list[Run]) -> list[list[str]]:
         steps, losses = zip(*map(validation_bins, group), strict=True)
         if len(set(steps)) == 1 and len(set(map(len, losses))) == 1:
             means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
-            found.append((f"{groups[group[0].name]}: mean over {len(group)} seeds", steps[0], means))
+            found.append((f"{groups[group[0].name]}: mean over {describe_seeds(group)}", steps[0], means))
     rows = [["run", "step", *(f"bin {i + 1}" for i in range(count))]]
     for name, step, losses in found:
         if losses:
@@ -352,7 +383,7 @@ def what_differs(runs: list[Run]) -> tuple[dict[str, list[str]], dict[str, list[
 def denoiser_follows_seed(runs: list[Run]) -> bool:
     """Whether different denoisers are just random weights of one model, drawn from different seeds."""
     names = {as_text(run.config.get("model.pretrained_model_name_or_path")) for run in runs}
-    drawn = {(run.config.get("train.seed"), run.facts.get(DENOISER)) for run in runs}
+    drawn = {(seeds_of(run)[0], run.facts.get(DENOISER)) for run in runs}
     one_a_seed = len(drawn) == len({seed for seed, _ in drawn})
     return len(names) == 1 and one_a_seed and all(from_scratch(run) for run in runs)
 
@@ -424,34 +455,48 @@ def notes(runs: list[Run]) -> list[str]:
 
 # ── Against a baseline ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass
+class Compared:
+    """A setting and the baseline: the differences of each seed in common, by noise level, and the test of their means
+    over the levels; without it, why there is none. None: there is nothing to compare. `p` is corrected by Holm."""
+
+    differences: list[list[float]] | None
+    paired: Paired | None = None
+    why_not: str = ""
+    p: float | None = None
+    verdict: str = ""
+
+
+@dataclass
 class Contest:
     """What is to be said of the settings that are compared with a baseline: in words, as a table with a row for each,
-    as a table of noise levels (or none), and in words again."""
+    as a table of noise levels (or none), in words again, and in numbers."""
 
     introduction: str
     rows: list[list[str]]
     bins: list[list[str]]
     sentences: list[str]
+    results: list[Compared]
 
 
-@dataclass
-class Compared:
-    """A setting and the baseline: the log ratios of each seed in common, by noise level, and the test of their means
-    over the levels; without it, why there is none. No ratios: the losses have none."""
+class Metric(NamedTuple):
+    """What is compared instead of the validation losses: a name in metrics.jsonl, and whether its best value is the
+    `lowest` or the `highest`."""
 
-    ratios: list[list[float]] | None
-    paired: Paired | None = None
-    why_not: str = ""
+    name: str
+    best: str
 
 
-def by_seed(runs: list[Run]) -> dict[int, Run]:
-    return {run.config.get("train.seed"): run for run in runs}
+def metric_of(name: str, field: str) -> Metric:
+    """Raises InputError about `field` for a metric that is not known."""
+    if name not in BEST_IS:
+        raise InputError(f"{field}: must be one of {', '.join(BEST_IS)}, got {name!r}")
+    return Metric(name, BEST_IS[name])
 
 
 def seeds_in_common(setting: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
-    """The runs of each seed that both have, in the order of the seeds."""
-    own, other = by_seed(setting), by_seed(base)
-    return [(own[seed], other[seed]) for seed in sorted((own.keys() & other.keys()) - {None})]
+    """The runs of the same seeds that both have, in their order."""
+    own, other = ({seeds_of(run): run for run in runs} for runs in (setting, base))
+    return [(own[seeds], other[seeds]) for seeds in sorted(s for s in own.keys() & other.keys() if None not in s)]
 
 
 def choose_baseline(settings: list[list[Run]], names: list[str], name: str | None) -> int:
@@ -469,24 +514,41 @@ def losses_by_level(run: Run) -> list[float]:
     return validation_bins(run)[1] or [loss for _, loss in validation_losses(run)[-1:]]
 
 
-def compared(setting: list[Run], base: list[Run]) -> Compared:
-    pairs = seeds_in_common(setting, base)
+def differences(own: Run, other: Run, metric: Metric | None) -> list[float]:
+    """Of two runs, below 0 where the first is better: of the logarithms of the validation losses, by noise level, or of
+    the metric's last values. Raises ValueError if there are none to compare."""
+    if metric is None:
+        return log_ratios(losses_by_level(own), losses_by_level(other))
+    last = [series(run, metric.name)[-1:] for run in (own, other)]
+    if not all(last):
+        raise ValueError(f"no {metric.name}")
+    (step, value), (other_step, other_value) = (found[0] for found in last)
+    if step != other_step:
+        raise ValueError(f"{metric.name} of step {step}, and the baseline's of {other_step}")
+    if not math.isfinite(value) or not math.isfinite(other_value):
+        raise ValueError(f"{metric.name} is not finite")
+    return [value - other_value if metric.best == "lowest" else other_value - value]
+
+
+def compared(pairs: list[tuple[Run, Run]], metric: Metric | None = None) -> Compared:
+    """A setting's runs, each with that of the baseline to compare it with."""
     try:
-        ratios = [log_ratios(losses_by_level(own), losses_by_level(other)) for own, other in pairs]
+        found = [differences(own, other, metric) for own, other in pairs]
     except ValueError as error:
         return Compared(None, why_not=str(error))
-    if len(ratios) < 2:
-        why_not = "one seed has no spread" if ratios else "no seed in common with the baseline"
-        return Compared(ratios, why_not=why_not)
-    return Compared(ratios, paired_t([statistics.fmean(levels) for levels in ratios]))
+    if len(found) < 2:
+        return Compared(found, why_not="one seed has no spread" if found else "no seed in common with the baseline")
+    for runs in zip(*pairs, strict=True):
+        if repeated := repeated_seeds(list(runs)):
+            why_not = f"its runs share seeds of {repeated}, and so do not count as {len(pairs)}"
+            return Compared(found, why_not=why_not)
+    return Compared(found, paired_t([statistics.fmean(levels) for levels in found]))
 
 
-def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Contest | None:
-    """Each setting against the baseline, paired by seed; None if there is but one setting.
-
-    A seed's difference is the mean over the noise levels of the logarithm of the ratio of the two validation losses:
-    so each level counts the same, where in the mean loss one level may be nine tenths of the sum.
-    """
+def contest(
+    runs: list[Run], baseline: str | None = None, looks: int = 1, metric: Metric | None = None
+) -> Contest | None:
+    """Each setting against the baseline, paired by seed; None if there is but one setting. See `held_against`."""
     settings = settings_of(runs)
     if len(settings) < 2:
         return None
@@ -494,37 +556,68 @@ def contest(runs: list[Run], baseline: str | None = None, looks: int = 1) -> Con
     names = [groups.get(setting[0].name, setting[0].name) for setting in settings]
     chosen = choose_baseline(settings, names, baseline)
     base, base_name = settings.pop(chosen), names.pop(chosen)
-    results = [compared(setting, base) for setting in settings]
-    reasons = ["; ".join(line.removeprefix("unfair: ") for line in unfair([*base, *setting])) for setting in settings]
+    return held_against(base, base_name, dict(zip(names, settings, strict=True)), looks, metric)
+
+
+def held_against(
+    base: list[Run],
+    base_name: str,
+    settings: dict[str, list[Run]],
+    looks: int = 1,
+    metric: Metric | None = None,
+    pair: Callable[[list[Run], list[Run]], list[tuple[Run, Run]]] = seeds_in_common,
+) -> Contest:
+    """The settings, by their names, against the baseline, run by run as `pair` puts them together.
+
+    Without a `metric`, a seed's difference is the mean over the noise levels of the logarithm of the ratio of the two
+    validation losses: so each level counts the same, where in the mean loss one level may be nine tenths of the sum.
+    """
+    pairs = {name: pair(setting, base) for name, setting in settings.items()}
+    results = {name: compared(of_setting, metric) for name, of_setting in pairs.items()}
+    reasons = {
+        name: "; ".join(line.removeprefix("unfair: ") for line in unfair([*base, *setting]))
+        for name, setting in settings.items()
+    }
     # the settings of which something can be said share the 5 %
-    tested = [i for i, result in enumerate(results) if result.paired and not reasons[i]]
-    adjusted = dict(zip(tested, holm([results[i].paired.p for i in tested]), strict=True))
-    kind = kind_of(runs)
+    tested = [result for name, result in results.items() if result.paired and not reasons[name]]
+    for result, p in zip(tested, holm([result.paired.p for result in tested]), strict=True):
+        result.p = p
+    kind, sign = kind_of(base), -1 if metric and metric.best == "highest" else 1
+
+    def shown(*values: float) -> str:
+        """A difference, or the ends of an interval, as larger or smaller rather than worse or better."""
+        return " to ".join(percent(v) if metric is None else f"{v:+.4g}" for v in sorted(sign * v for v in values))
+
     rows = [["setting", "seeds", "difference", "95 % interval", f"over {kind.rows}, too", "p (Holm)", "verdict"]]
     bins, sentences = [], []
-    for i, (name, setting, result) in enumerate(zip(names, settings, results, strict=True)):
-        ratios, paired = result.ratios, result.paired
-        unfairness = f"unfair: {reasons[i]}" if reasons[i] else ""
+    for name, result in results.items():
+        found, paired = result.differences, result.paired
+        unfairness = f"unfair: {reasons[name]}" if reasons[name] else ""
         if paired is None:
-            count = "–" if ratios is None else str(len(ratios))
-            difference = percent(statistics.fmean(ratios[0])) if ratios else "–"
-            rows.append([name, count, difference, "–", "–", "–", unfairness or f"no verdict: {result.why_not}"])
+            count = "–" if found is None else str(len(found))
+            difference = shown(statistics.fmean(found[0])) if found else "–"
+            result.verdict = unfairness or f"no verdict: {result.why_not}"
+            rows.append([name, count, difference, "–", "–", "–", result.verdict])
             continue
-        p, resampled = adjusted.get(i), resample(setting, base)
-        found = unfairness or verdict(paired, p, looks)
-        cells = [percent(paired.mean), interval(paired.low, paired.high), interval(*resampled) if resampled else "–"]
-        rows.append([name, str(paired.n), *cells, "–" if p is None else f"{p:.2g}", found])
-        if len(set(map(len, ratios))) == 1 and len(ratios[0]) > 1:
-            bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*ratios, strict=True))])
-        if found == "not distinguishable":
-            sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(tested))}.")
+        resampled = resample(pairs[name]) if metric is None else None
+        result.verdict = unfairness or verdict(paired, result.p, looks)
+        cells = [shown(paired.mean), shown(paired.low, paired.high), interval(*resampled) if resampled else "–"]
+        rows.append([name, str(paired.n), *cells, "–" if result.p is None else f"{result.p:.2g}", result.verdict])
+        if len(set(map(len, found))) == 1 and len(found[0]) > 1:
+            bins.append([name, *(percent(statistics.fmean(level)) for level in zip(*found, strict=True))])
+        own = [run for run, _ in pairs[name]]
+        if fixed := [source for source in SOURCES if source not in sources_that_vary(own)]:
+            sentences.append(f"{name}: holds for these seeds of {' and '.join(fixed)}, which its runs share.")
+        if result.verdict == "not distinguishable":
+            sentences.append(f"{name}: {in_seeds(paired, LEVEL / looks / len(tested), shown)}.")
     header = ["setting", *(f"bin {i + 1}" for i in range(max((len(row) - 1 for row in bins), default=0)))]
-    return Contest(introduction(base_name, looks, kind), rows, [header, *bins] if bins else [], sentences)
+    said = introduction(base_name, looks, kind, metric)
+    return Contest(said, rows, [header, *bins] if bins else [], sentences, list(results.values()))
 
 
-def in_seeds(paired: Paired, level: float) -> str:
+def in_seeds(paired: Paired, level: float, shown: Callable[[float], str]) -> str:
     """What gap so many seeds detect at a p of `level`, and how many seeds the gap as it was seen needs."""
-    detected = percent(detectable(paired.sd, paired.n, level)).removeprefix("+")
+    detected = shown(detectable(paired.sd, paired.n, level)).removeprefix("+").removeprefix("-")
     needed = seeds_needed(paired.sd, paired.mean, level)
     text = f"{paired.n} seeds detect a gap of {detected} in about four of five cases"
     if not paired.mean:
@@ -532,10 +625,9 @@ def in_seeds(paired: Paired, level: float) -> str:
     return f"{text}; for one as seen here, {'more than 1000' if needed is None else needed}"
 
 
-def resample(setting: list[Run], base: list[Run]) -> tuple[float, float] | None:
+def resample(pairs: list[tuple[Run, Run]]) -> tuple[float, float] | None:
     """The bootstrap's interval; None where a run has not kept the losses of its last step, or others have other
     triples."""
-    pairs = seeds_in_common(setting, base)
     found = [triple_losses(run) for runs in zip(*pairs, strict=True) for run in runs]  # the setting's, then the other's
     if not all(found):
         return None
@@ -569,10 +661,14 @@ def interval(low: float, high: float) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def introduction(baseline: str, looks: int, kind: Kind) -> str:
+def introduction(baseline: str, looks: int, kind: Kind, metric: Metric | None) -> str:
+    if metric is None:
+        what = f"the validation loss is lower (-) or higher (+), as the geometric mean over the {kind.levels}, each of "
+        what += "which counts the same"
+    else:
+        what = f"{metric.name} is lower (-) or higher (+), of which the {metric.best} is best"
     text = (
-        f"Against {baseline}, paired by seed: by how much the validation loss is lower (-) or higher (+), as the "
-        f"geometric mean over the {kind.levels}, each of which counts the same; its 95 % t interval; p after Holm over "
+        f"Against {baseline}, paired by seed: by how much {what}; its 95 % t interval; p after Holm over "
         f"the settings, of which at most {LEVEL / looks:.2g} is called a difference."
     )
     if looks > 1:
@@ -659,14 +755,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write one self-contained HTML file")
     parser.add_argument("--baseline", metavar="NAME", help="setting, or run of it, that others are compared with")
+    parser.add_argument("--metric", metavar="NAME", help="compare its last values instead of the validation losses")
     parser.add_argument("--looks", type=int, default=1, help="how often you will have looked by when all seeds are run")
     args = parser.parse_args(argv)
     if args.looks < 1:
         raise InputError(f"--looks: must be at least 1, got {args.looks}")
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
+    metric = args.metric and metric_of(args.metric, "--metric")
     runs = load_runs(args.runs)
-    found = contest(runs, args.baseline, args.looks)
+    found = contest(runs, args.baseline, args.looks, metric)
     if args.baseline and not found:
         raise InputError(f"--baseline {args.baseline}: all runs are one setting")
     print(printable(text_report(runs, found)))

@@ -13,9 +13,10 @@ import docstring_parser
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
+from difftrain_utils.config.training import SeedsConfig
 from difftrain_utils.errors import InputError
 
-NESTED = {"model.lora": LoraConfig}  # fields that have fields of their own
+NESTED = {"model.lora": LoraConfig, "train.seeds": SeedsConfig}  # fields that have fields of their own
 COLUMN = 30  # where the text begins
 OPTIONS = {
     "--config FILE": "A YAML file of the fields below; the command line wins over it.",

@@ -18,7 +18,7 @@ class LoraConfig:
     target_modules: list[str] | None = None
     """Names of the layers that get adapters, or the ends of their names; null: the attention's, by the family."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    """How adapters begin, drawn from `train.seed`; all begin at adding nothing."""
+    """How adapters begin, drawn from `train.seeds.weights`; all begin at adding nothing."""
     dropout: float = 0.0
     """Dropout of what goes into the adapters."""
     use_dora: bool = False
@@ -51,7 +51,7 @@ class CheckpointConfig:
     variant: str | None = None
     """Variant of the weight files, e.g. `fp16`."""
     train_from_scratch: bool = False
-    """Start the denoiser from random weights (drawn from `train.seed`) instead of the checkpoint's.
+    """Start the denoiser from random weights (drawn from `train.seeds.weights`) instead of the checkpoint's.
     The built-in ones have no trained denoiser, so they always do."""
     lora: LoraConfig | None = None
     """Train adapters instead of the denoiser's own weights: `{}` for the defaults, or the fields one by one,

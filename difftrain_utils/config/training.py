@@ -7,15 +7,33 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from difftrain_utils.config.config import Require
+from difftrain_utils.config.config import Require, require_of
 from difftrain_utils.errors import InputError
 
+SOURCES = ("weights", "data", "noise")  # of what is random, each with its seed
 MAX_BATCH = 2**20  # samples of a step; more is a slip
 DEFAULT_STEPS = 1000
 BEST_IS = {  # of the metrics of an evaluation
     **dict.fromkeys(("validation_loss", "validation_loss_ema", "fid", "kid"), "lowest"),
     **dict.fromkeys(("clip_score", "shapes_right", "valid"), "highest"),
 }
+
+
+@dataclass
+class SeedsConfig:
+    """Seeds by what is drawn, so that one can be varied alone."""
+
+    weights: int | None = None
+    """Initial weights, also of adapters; null: `train.seed`."""
+    data: int | None = None
+    """Which row, crop, flip and caption each sample has, and whether its caption is dropped; null: `train.seed`."""
+    noise: int | None = None
+    """Noise, timesteps or masks of each sample, and what the model draws, such as dropout; null: `train.seed`."""
+
+    def check(self, require: Require) -> None:
+        for name in SOURCES:
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, "must be 0 or more, or null")
 
 
 @dataclass
@@ -31,6 +49,8 @@ class TrainConfig:
     """Delete the run that `output_dir` holds and start afresh."""
     seed: int = 0
     """Everything random about a run is a function of this and of the number of the sample."""
+    seeds: SeedsConfig | None = None
+    """Other seeds for some of it, one by one: `--train.seeds.noise 1`; null: `seed` for all."""
     max_steps: int | None = None
     """Optimizer steps; null: as many as `data.epochs` are, or else 1000."""
     max_hours: float | None = None
@@ -128,6 +148,8 @@ class TrainConfig:
         require(is_name, "project", "must be letters, digits, spaces, dots, - and _")
         require(self.run_name != "", "run_name", "must not be empty")
         require(self.seed >= 0, "seed", "must be 0 or more")
+        if self.seeds is not None:
+            self.seeds.check(require_of(self.seeds, "train.seeds"))
         rule = f"must be at most {MAX_BATCH} (MAX_BATCH in difftrain_utils/config/training.py)"
         require(self.batch_size <= MAX_BATCH, "batch_size", rule)
         for name in ("batch_size", "gradient_accumulation_steps", "log_every"):
@@ -151,6 +173,11 @@ class TrainConfig:
         fits = (self.max_steps or 0) * self.batch_size < 2**63
         require(fits, "max_steps", f"times train.batch_size, {self.batch_size}, must be below 2^63")
         self.check_split(num_processes=1)
+
+    def seed_of(self, source: str) -> int:
+        """The seed of one of `SOURCES`."""
+        given = self.seeds and getattr(self.seeds, source)
+        return self.seed if given is None else given
 
     def steps_of(self, epochs: float, samples_per_epoch: int) -> int:
         """The optimizer steps that so many epochs are, the last one full; of 0.1 epochs exactly a tenth."""

@@ -42,7 +42,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             a stream has fewer rows than a batch, the model cannot take images of this size, no bucket has a batch of
             images, or all are too small; or see `load_tokens`.
     """
-    seed, is_text, buckets = config.train.seed, media_of(config.data) is text, None
+    seed, is_text, buckets = config.train.seed_of("data"), media_of(config.data) is text, None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
     if not is_text:

@@ -135,7 +135,7 @@ class DiffusersFamily:
             model_index,
             schedule,
             sampler,
-            init_seed=config.train.seed if weights == "random" else None,
+            init_seed=config.train.seed_of("weights") if weights == "random" else None,
             has_weights=weights != "none",
             max_sequence_length=config.model.max_sequence_length,
             guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,

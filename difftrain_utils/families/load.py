@@ -103,16 +103,16 @@ def trained_models(family: Family, config: Config) -> dict[str, torch.nn.Module]
     """
     if family.has_weights:
         announce(f"Loading its {family.denoiser_part}")
-    denoiser = family.load_denoiser()
-    choose_trained(denoiser, config.model, family.lora_targets, config.train.seed)
+    denoiser, seed = family.load_denoiser(), config.train.seed_of("weights")
+    choose_trained(denoiser, config.model, family.lora_targets, seed)
     configure_denoiser(config.train, denoiser)
     models = {"denoiser": denoiser.train()}
     if not isinstance(config.model, TextModelConfig):
         if config.model.train_text_encoder:
-            models["text_encoders"] = family.train_text_encoders(config.train.seed, config.train.gradient_checkpointing)
+            models["text_encoders"] = family.train_text_encoders(seed, config.train.gradient_checkpointing)
         if config.loss.learned_uncertainty:
             models["uncertainty"] = LearnedUncertainty()
-    torch.manual_seed(seed_for(config.train.seed, "weights", 1))
+    torch.manual_seed(seed_for(seed, "weights", 1))
     return models
 
 

@@ -84,7 +84,7 @@ class TransformersFamily:
             own,
             tokenizer,
             mask_token_of(tokenizer, own, config.model.mask_token),
-            init_seed=config.train.seed if weights == "random" else None,
+            init_seed=config.train.seed_of("weights") if weights == "random" else None,
             has_weights=weights != "none",
             lora=config.model.lora,
         )

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.training import SOURCES
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import one_line, warn
 from difftrain_utils.files import text_digest, write_file
@@ -69,6 +70,7 @@ class Record:
             "git": describe_git(script, config.train.record_diff),
             "versions": describe_versions(),
             "seed": config.train.seed,
+            "seeds": {source: config.train.seed_of(source) for source in SOURCES},
             "stream": STREAM_VERSION,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "num_processes": accelerator.num_processes,

@@ -159,7 +159,7 @@ class Planner:
     ):
         """`counted_on`: the device whose kernels are looked at, where `accelerator.device` is not here."""
         self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
-        self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed
+        self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed_of("noise")
         self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
         self.class_path, self.is_text = config.optimizer.class_path, isinstance(config.model, TextModelConfig)
         # each once

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from difftrain_utils.commands.compare import (
+    Contest,
     as_text,
     brief,
     by_value,
@@ -25,6 +26,7 @@ from difftrain_utils.commands.compare import (
     main,
     notes,
     number,
+    seeds_of,
     settings_of,
     steps_done,
     summary,
@@ -178,6 +180,41 @@ def test_only_the_seed_makes_a_group(tmp_path):
     ):
         rows = summary_table(pair(tmp_path / str(i), **second))
         assert (rows[-1][0] == "group A: mean ± sd over 2 seeds") == expected, second
+
+
+def test_runs_that_differ_in_one_of_the_seeds_make_a_group(tmp_path):
+    """Null, and a run of before there were seeds by source, have train.seed for all."""
+    sources = [{}, {"train.seeds": None}, {"train.seeds.noise": 4, "train.seeds.data": None}, {"train.seeds.noise": 5}]
+    runs = load_runs([write_run(tmp_path / f"a{i}", (0.5, i + 1.0), config) for i, config in enumerate(sources)])
+    assert [seeds_of(run) for run in runs] == [(0, 0, 0), (0, 0, 0), (0, 0, 4), (0, 0, 5)]
+    assert summary_table(runs)[-1][0] == "a: mean ± sd over 3 seeds of noise"
+    assert "note: a1 repeats a seed and is not counted twice" in notes(runs)
+    assert headline(runs[1:]) == "The runs differ in: train.seeds.noise"
+    other = write_run(tmp_path / "b", config={"train.seeds.noise": "4"})
+    with pytest.raises(InputError, match=r"train.seeds.noise: must be a whole number, got '4'"):
+        load_runs([other])
+
+
+def test_a_verdict_says_of_which_seeds_it_is(tmp_path):
+    """Runs that share a seed of what varies elsewhere are no independent ones."""
+
+    def found(name: str, *seeds: dict) -> Contest:
+        folders = [
+            write_run(
+                tmp_path / name / f"{loss}{i}",
+                (0.5, 1 + (0.1 + 0.01 * i) * (loss == "huber")),
+                {"loss.type": loss} | own,
+            )
+            for loss in ("mse", "huber")
+            for i, own in enumerate(seeds)
+        ]
+        return contest(load_runs(folders))
+
+    noise = found("noise", *({"train.seeds.noise": seed} for seed in range(4)))
+    assert noise.rows[1][1] == "4" and noise.rows[1][-1] == "worse"
+    assert noise.sentences == ["huber: holds for these seeds of weights and data, which its runs share."]
+    mixed = found("mixed", {}, {"train.seeds.noise": 1}, {"train.seeds.data": 1})
+    assert mixed.rows[1][-1] == "no verdict: its runs share seeds of data, and so do not count as 3"
 
 
 def test_a_repeated_seed_counts_once(tmp_path):

@@ -47,7 +47,12 @@ def test_the_record_says_what_made_the_run(tmp_path, monkeypatch):
     assert manifest["command"] == [str(tmp_path / "script.py"), "--hub.token", "<redacted>"]
     assert manifest["data"] == fingerprints == record.fingerprints
     assert manifest["script_sha256"] == file_digest(tmp_path / "script.py")
-    assert manifest["seed"] == 7 and manifest["num_processes"] == 1 and manifest["mixed_precision"] == "no"
+    assert (
+        manifest["seed"] == 7
+        and manifest["seeds"] == {"weights": 7, "data": 7, "noise": 7}
+        and manifest["num_processes"] == 1
+        and manifest["mixed_precision"] == "no"
+    )
     assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     environment = json.loads((tmp_path / "new/run/env.json").read_text())
     assert environment["packages"]["diffusers"] == manifest["versions"]["diffusers"]
