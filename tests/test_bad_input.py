@@ -76,7 +76,7 @@ CONFIG = [
     ("--scheduler.sampler Fast", "scheduler.sampler: diffusers has no scheduler 'Fast'"),
     ("--scheduler.flow_base_resolution 64", "scheduler.flow_base_resolution: needs scheduler.flow_shift, got 64"),
     ("--model.prediction_type epsilon --scheduler.rescale_betas_zero_snr", "scheduler.rescale_betas_zero_snr: epsilon"),
-    ("--model.prediction_type flow_prediction --scheduler.beta_schedule linear", "scheduler: flow_prediction has no"),
+    ("--model.prediction_type flow_prediction --scheduler.beta_schedule linear", "scheduler.beta_schedule: goes"),
     ("--timesteps.density table", "timesteps.table: goes with timesteps.density table"),
     ("--train.group_size 2", "train.group_size: goes with noise.immiscible only, got 2"),
     ("--loss.weighting minsnr", "loss.weighting: .*min_snr.*minsnr"),

@@ -10,16 +10,19 @@ from difftrain_utils.config.config import Require
 class SchedulerConfig:
     """The noise schedule; null: as the checkpoint has it."""
 
+    path: Literal["ddpm", "linear", "cosine"] | None = None
+    """How latents and noise are mixed, see `difftrain_utils/objective/schedule.py`; null: as the checkpoint has it, or
+    `linear` for flow_prediction."""
     sampler: str | None = None
     """diffusers' class of the sampler for grids and `pipeline/`, e.g. `DDIMScheduler`."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
-    """How noise grows with the timestep (not for flow_prediction)."""
+    """How noise grows with the timestep, on the path `ddpm`."""
     num_train_timesteps: int | None = None
     """Timesteps of the schedule, 1000 as a rule."""
     rescale_betas_zero_snr: bool | None = None
-    """End in pure noise (terminal SNR of zero; not for epsilon, which then says nothing of the image)."""
+    """End the path `ddpm` in pure noise (terminal SNR of zero; not for epsilon, which has no image in it then)."""
     flow_shift: float | None = None
-    """Shift of flow_prediction's noise levels towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ). 1: no shift."""
+    """Shift of the path `linear` towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ). 1: no shift."""
     flow_base_resolution: int | None = None
     """Multiply flow_shift (which has to be given) by resolution / flow_base_resolution: larger images need more
     noise."""

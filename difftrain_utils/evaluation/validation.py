@@ -75,6 +75,8 @@ def validation_timesteps(config: EvaluationConfig, schedule: Schedule, keys: Ite
     places = keyed_rand(config.seed, "validation_noise_level", keys)
     angles = (torch.tensor([j % bins for j in keys]) + places) / bins * (math.pi / 2)
     num_timesteps = schedule.num_train_timesteps
+    if schedule.path == "cosine":
+        return angles / (math.pi / 2) * num_timesteps
     if schedule.path == "linear":
         sigmas = angles.tan() / (1 + angles.tan())
         return (sigmas * num_timesteps).float()

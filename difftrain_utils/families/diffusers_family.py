@@ -130,7 +130,7 @@ class DiffusersFamily:
         own = load_part(source, model_index, "scheduler", revision=revision)
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
-        schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma)
+        schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma, cls.gives_sigmas)
         if isinstance(config, FewStepConfig):
             sampler = few_step_sampler(schedule, sampler, config)
         cls._check_fields(config, sampler)

@@ -41,6 +41,8 @@ class PRXPixel(DiffusersFamily):
         if config.model.prediction_type not in (None, "sample"):
             got = config.model.prediction_type
             raise InputError(f"model.prediction_type: must be sample for a PRXPixelPipeline, or null, got {got}")
+        if config.scheduler.path not in (None, "linear"):
+            raise InputError(f"scheduler.path: must be linear for a PRXPixelPipeline, got {config.scheduler.path}")
         if not is_ftfy_available():
             raise InputError(
                 f"model.pretrained_model_name_or_path: a PRXPixelPipeline cleans captions, and {not_installed('ftfy')}"

@@ -1,6 +1,7 @@
 """The noise schedule to train with and the sampler that fits it, from the checkpoint's own and the config."""
 
 import copy
+import inspect
 from typing import Any
 
 import diffusers
@@ -11,52 +12,77 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.objective.schedule import FLOW_SCHEDULERS, Schedule
+from difftrain_utils.objective.schedule import (
+    FLOW_SCHEDULERS,
+    PREDICTION_TYPES,
+    Schedule,
+    append_dims,
+    cosine_betas,
+    path_of,
+)
+
+FIELDS_OF_PATHS = {
+    "ddpm": ("beta_schedule", "rescale_betas_zero_snr"),
+    "linear": ("flow_shift", "flow_base_resolution"),
+}
+SMALLEST_LAMBDA = (
+    -5.1
+)  # ln(a/s) at which diffusers' docs advise to begin on the cosine path, for epsilon says little before
 
 
 def build_schedule(
-    sampler_class: type[SchedulerMixin], own: dict[str, Any], config: Config, has_init_noise_sigma: bool = False
+    sampler_class: type[SchedulerMixin],
+    own: dict[str, Any],
+    config: Config,
+    has_init_noise_sigma: bool = False,
+    gives_sigmas: bool = False,
 ) -> tuple[Schedule, SchedulerMixin]:
     """The schedule to train with, and a sampler of it for pipelines: of the checkpoint's own class unless
     `scheduler.sampler` names another.
 
-    `own` is the config of the checkpoint's sampler. Where that was not made for flow_prediction, or the pipeline asks
-    for an `init_noise_sigma` that it has not, DPM-Solver samples it.
+    `own` is the config of the checkpoint's sampler. Where that is of another path or does not sample what is predicted,
+    or the pipeline asks for an `init_noise_sigma` that it has not, DPM-Solver samples; UniPC if the pipeline gives its
+    sampler the sigmas.
 
     Raises:
-        InputError: there is no such sampler, or it does not know the prediction type or the schedule.
+        InputError: there is no such sampler, or none of the path and prediction type, or a field is of another path.
     """
-    fields = config.scheduler
-    overrides = {
-        "prediction_type": config.model.prediction_type,
-        "beta_schedule": fields.beta_schedule,
-        "num_train_timesteps": fields.num_train_timesteps,
-        "rescale_betas_zero_snr": fields.rescale_betas_zero_snr,
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    is_flow_match = issubclass(sampler_class, FLOW_SCHEDULERS)
+    fields, is_flow_match = config.scheduler, issubclass(sampler_class, FLOW_SCHEDULERS)
+    own_path = path_of(sampler_class, own)
     own_type = "flow_prediction" if is_flow_match else own.get("prediction_type", "epsilon")
     prediction_type = config.model.prediction_type or own_type
-    fits = prediction_type != "flow_prediction" or own_type == prediction_type
+    path = fields.path or ("linear" if prediction_type == "flow_prediction" else own_path)
+    _check_pair(path, prediction_type, own_path, gives_sigmas, config)
+    fits = path == own_path and not (is_flow_match and (prediction_type != own_type or has_init_noise_sigma))
     is_own = fits and fields.sampler in (None, sampler_class.__name__)
     if fields.sampler is not None:
         sampler_class = _sampler_class(fields.sampler)
-    elif not fits or (is_flow_match and prediction_type == own_type and has_init_noise_sigma):
-        sampler_class, is_own = DPMSolverMultistepScheduler, False
-    if prediction_type == "flow_prediction":
-        schedule, sampler = _build_flow(sampler_class, own, overrides, is_own, config)
+    elif not fits:
+        sampler_class = UniPCMultistepScheduler if gives_sigmas else DPMSolverMultistepScheduler
+    if path == "linear":
+        schedule, fitting = _linear(sampler_class, own, prediction_type, is_own, config)
+    elif path == "cosine":
+        schedule, fitting = _cosine(sampler_class, own, prediction_type, config)
     else:
-        schedule, sampler = _build_ddpm(sampler_class, own, overrides, config)
-    _try(sampler, prediction_type, has_init_noise_sigma)
+        schedule, fitting = _ddpm(own if own_path == path else {}, prediction_type, config)
+    kept = own if is_own or path == own_path == "ddpm" else {}
+    if "clip_sample" not in kept and "clip_sample" in inspect.signature(sampler_class).parameters:
+        fitting["clip_sample"] = False  # latents go beyond 1
+    with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
+        sampler = sampler_class.from_config(kept, **fitting) if kept else sampler_class(**fitting)
+    if path == "ddpm":
+        _check_betas(sampler, schedule)
+    _try(sampler, schedule, has_init_noise_sigma)
     if config.evaluation.makes_images:
         steps = config.evaluation.num_inference_steps
         with blame(f"evaluation.num_inference_steps: {type(sampler).__name__} refuses {steps}", ValueError):
-            if schedule.path == "ddpm" and steps > schedule.num_train_timesteps:  # which not every sampler says
+            if path != "linear" and steps > schedule.num_train_timesteps:  # which not every sampler says
                 raise ValueError(f"there are {schedule.num_train_timesteps} timesteps")
             trial = copy.deepcopy(sampler)
             trial.set_timesteps(steps, **_with_mu(sampler))
@@ -78,9 +104,9 @@ def few_step_sampler(schedule: Schedule, sampler: SchedulerMixin, config: FewSte
         got = f"{schedule.prediction_type} on the path {schedule.path}"
         raise InputError(f"few_step.method: {method} is of {prediction_type} on the path {path}, got {got}")
     if not config.tells_gap:
-        alphas, _ = schedule.alphas_and_sigmas(torch.arange(schedule.num_train_timesteps, dtype=torch.float64))
-        betas = 1 - (alphas / torch.cat([alphas[:1], alphas[:-1]])).square()
-        return LCMScheduler(schedule.num_train_timesteps, trained_betas=betas.tolist(), prediction_type=prediction_type)
+        num_timesteps = schedule.num_train_timesteps
+        betas = cosine_betas(num_timesteps)
+        return LCMScheduler(num_timesteps, trained_betas=betas, prediction_type=prediction_type, clip_sample=False)
     if schedule.shift != 1 or sampler.config.get("use_dynamic_shifting"):
         raise InputError(f"scheduler.flow_shift: must be 1 for {method}, whose steps are equal")
     if isinstance(sampler, DPMSolverMultistepScheduler):
@@ -91,56 +117,86 @@ def few_step_sampler(schedule: Schedule, sampler: SchedulerMixin, config: FewSte
     return sampler
 
 
-def _build_flow(
-    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any], is_own: bool, config: Config
-) -> tuple[Schedule, SchedulerMixin]:
-    fields = config.scheduler
-    if fields.beta_schedule or fields.rescale_betas_zero_snr:
-        raise InputError("scheduler: flow_prediction has no betas; leave beta_schedule and rescale_betas_zero_snr")
-    is_dynamic = bool(own.get("use_dynamic_shifting")) and fields.flow_shift is None  # by the family, from the size
-    if is_dynamic and fields.sampler is not None and not is_own:
+def _check_pair(path: str, prediction_type: str, own_path: str, gives_sigmas: bool, config: Config) -> None:
+    """Raise InputError for a pair that no sampler of diffusers knows, and for fields of another path."""
+    wrong = {"linear": ("v_prediction", "a² + s² = 1")}.get(path, ("flow_prediction", "a + s = 1"))
+    if prediction_type == wrong[0]:
+        others = ", ".join(name for name in PREDICTION_TYPES if name != prediction_type)
         raise InputError(
-            f"scheduler.sampler: the checkpoint's shift depends on the size, which {sampler_class.__name__} here does "
-            "not know of; set scheduler.flow_shift"
+            f"model.prediction_type: {prediction_type} has no sampler on the path {path}, for those of diffusers rely "
+            f"on {wrong[1]}; there are {others}"
+        )
+    for other, names in FIELDS_OF_PATHS.items():
+        for name in names if other != path else ():
+            if value := getattr(config.scheduler, name):
+                raise InputError(f"scheduler.{name}: goes with the path {other}, not with {path}, got {value}")
+    if path == "ddpm" != own_path and config.scheduler.beta_schedule is None:
+        raise InputError(f"scheduler.beta_schedule: must be given, for the checkpoint's path is {own_path}, not ddpm")
+    if gives_sigmas and path != "linear":
+        raise InputError(f"scheduler.path: must be linear for a pipeline that says where to sample, got {path}")
+    if gives_sigmas and prediction_type == "epsilon":
+        raise InputError(
+            "model.prediction_type: epsilon says nothing of the image at pure noise, where this model's pipeline "
+            "begins; use flow_prediction or sample"
+        )
+
+
+def _linear(
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], prediction_type: str, is_own: bool, config: Config
+) -> tuple[Schedule, dict[str, Any]]:
+    """The schedule, and the fields of a sampler that fits it."""
+    fields = config.scheduler
+    is_dynamic = bool(own.get("use_dynamic_shifting")) and fields.flow_shift is None  # by the family, from the size
+    if is_dynamic and not is_own and (fields.sampler is not None or prediction_type != "flow_prediction"):
+        raise InputError(
+            f"scheduler.flow_shift: must be given, for the checkpoint's shift depends on the size, which a "
+            f"{sampler_class.__name__} here does not know of"
         )
     shift = fields.flow_shift or own.get("shift") or own.get("flow_shift", 1.0)
     shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
-    num_timesteps = overrides.get("num_train_timesteps", own["num_train_timesteps"])
-    schedule = Schedule("linear", "flow_prediction", num_timesteps, shift=shift)
+    num_timesteps = fields.num_train_timesteps or own["num_train_timesteps"]
+    schedule = Schedule("linear", prediction_type, num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):
-        fitting = {"num_train_timesteps": num_timesteps, "shift": shift}
-        fitting |= {"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {}
+        fitting = {"shift": shift} | ({"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {})
     else:
-        fitting = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-        fitting["num_train_timesteps"] = num_timesteps
-    with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
-        return schedule, sampler_class.from_config(own, **fitting) if is_own else sampler_class(**fitting)
+        fitting = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
+    return schedule, fitting | {"num_train_timesteps": num_timesteps}
 
 
-def _build_ddpm(
-    sampler_class: type[SchedulerMixin], own: dict[str, Any], overrides: dict[str, Any], config: Config
-) -> tuple[Schedule, SchedulerMixin]:
-    schedule = Schedule.of(DDPMScheduler.from_config(own, **overrides))
-    prediction_type = schedule.prediction_type
-    for field in ("flow_shift", "flow_base_resolution"):
-        if (value := getattr(config.scheduler, field)) is not None:
-            raise InputError(f"scheduler.{field}: goes with flow_prediction, not with {prediction_type}, got {value}")
-    if own.get("use_flow_sigmas"):
-        raise InputError(f"model.prediction_type: the checkpoint has flow sigmas, and no betas for {prediction_type}")
-    if schedule.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+def _cosine(
+    sampler_class: type[SchedulerMixin], own: dict[str, Any], prediction_type: str, config: Config
+) -> tuple[Schedule, dict[str, Any]]:
+    """The same. Samplers know the path by betas, and begin at the noisiest of them."""
+    num_timesteps = config.scheduler.num_train_timesteps or own["num_train_timesteps"]
+    fitting = {"trained_betas": cosine_betas(num_timesteps), "timestep_spacing": "trailing"}
+    fitting |= {"prediction_type": prediction_type, "num_train_timesteps": num_timesteps}
+    if prediction_type == "epsilon" and "lambda_min_clipped" in inspect.signature(sampler_class).parameters:
+        fitting["lambda_min_clipped"] = SMALLEST_LAMBDA
+    return Schedule("cosine", prediction_type, num_timesteps), fitting
+
+
+def _ddpm(own: dict[str, Any], prediction_type: str, config: Config) -> tuple[Schedule, dict[str, Any]]:
+    """The same, of the betas in `own` or the config."""
+    names = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr")
+    fitting = {name: value for name in names if (value := getattr(config.scheduler, name)) is not None}
+    fitting["prediction_type"] = prediction_type
+    schedule = Schedule.of(DDPMScheduler.from_config(own, **fitting))
+    if prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise InputError(
             "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "
             "use model.prediction_type v_prediction or sample"
         )
     if config.scheduler.rescale_betas_zero_snr:  # Lin et al. 2024, arXiv:2305.08891: sampling begins at the last one
-        overrides = overrides | {"timestep_spacing": "trailing"}
-    with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError):
-        sampler = sampler_class.from_config(own, **overrides)
+        fitting["timestep_spacing"] = "trailing"
+    return schedule, fitting
+
+
+def _check_betas(sampler: SchedulerMixin, schedule: Schedule) -> None:
+    """Raise InputError unless the sampler has the schedule's: `from_config` is silent about fields that it ignores."""
     has_betas = hasattr(sampler, "alphas_cumprod")
-    if not has_betas or not torch.allclose(sampler.alphas_cumprod, schedule.alphas_cumprod, rtol=0, atol=1e-6):
-        name = sampler_class.__name__
+    if not has_betas or not torch.allclose(sampler.alphas_cumprod.float(), schedule.alphas_cumprod, rtol=0, atol=1e-6):
+        name = type(sampler).__name__
         raise InputError(f"scheduler.sampler: {name} does not know this noise schedule; try DDIMScheduler")
-    return schedule, sampler
 
 
 def _with_mu(sampler: SchedulerMixin) -> dict[str, float]:
@@ -155,17 +211,25 @@ def _sampler_class(name: str) -> type[SchedulerMixin]:
     return cls
 
 
-def _try(sampler: SchedulerMixin, prediction_type: str, has_init_noise_sigma: bool) -> None:
-    """Take two steps: a sampler says only then that it does not know a prediction type, or needs another pipeline."""
-    sampler, latents = copy.deepcopy(sampler), torch.zeros(1, 1, 2, 2)
-    culprit = f"scheduler.sampler: {type(sampler).__name__} cannot sample {prediction_type}"
-    is_flow = isinstance(sampler, FLOW_SCHEDULERS)
-    with blame(culprit, ValueError, NotImplementedError, TypeError, AttributeError):
+def _try(sampler: SchedulerMixin, schedule: Schedule, has_init_noise_sigma: bool) -> None:
+    """Take two steps: a sampler says only then that it does not know a prediction type, or needs another pipeline. Told
+    the true prediction of one image it has to come out at that."""
+    sampler, image = copy.deepcopy(sampler), torch.full((1, 1, 2, 2), 0.7)
+    latents = torch.tensor([[1.0, -1.0], [-0.5, 0.5]]).expand_as(image)
+    name, prediction_type = type(sampler).__name__, schedule.prediction_type
+    culprit = f"scheduler.sampler: {name} cannot sample {prediction_type} on the path {schedule.path}"
+    with blame(culprit, ValueError, NotImplementedError, TypeError, AttributeError, IndexError, AssertionError):
         sampler.set_timesteps(2, **_with_mu(sampler))
         if has_init_noise_sigma:
             latents = latents * sampler.init_noise_sigma
         elif (sigma := getattr(sampler, "init_noise_sigma", 1.0)) != 1:
             raise ValueError(f"it begins with noise times {sigma:.4g}, which the model's pipeline does not know of")
         for timestep in sampler.timesteps:
-            scaled = latents if is_flow else sampler.scale_model_input(latents, timestep)
-            latents = sampler.step(latents, timestep, scaled).prev_sample
+            is_flow = isinstance(sampler, FLOW_SCHEDULERS)
+            noisy = latents if is_flow else sampler.scale_model_input(latents, timestep)
+            time = timestep[None].float() if schedule.has_continuous_time else timestep[None].long()
+            alphas, sigmas = (append_dims(x, image) for x in schedule.alphas_and_sigmas(time))
+            output = schedule.target(image, (noisy - alphas * image) / sigmas.clamp(min=1e-6), time)
+            latents = sampler.step(output, timestep, latents).prev_sample
+        if schedule.path != "ddpm" and not (latents - image).abs().max() < 0.1:  # of betas, some end in a little noise
+            raise ValueError("of the true predictions of an image it makes another one")

@@ -5,6 +5,8 @@ Every path mixes x_t = a·x_0 + s·ε:
 - `ddpm`: a = sqrt(ᾱ_t), s = sqrt(1 - ᾱ_t), t an integer (Ho et al. 2020, arXiv:2006.11239, eq. 4)
 - `linear`: a = 1 - σ, s = σ = t / num_train_timesteps, t a float (rectified flow: Liu et al. 2022, arXiv:2209.03003;
   Esser et al. 2024, arXiv:2403.03206)
+- `cosine`: a = cos φ, s = sin φ, φ = π/2 · t / num_train_timesteps, t a float (Salimans & Ho 2022, arXiv:2202.00512;
+  the TrigFlow of Lu & Song 2024, arXiv:2410.11081)
 
 What is predicted of it:
 
@@ -14,8 +16,11 @@ What is predicted of it:
 - `flow_prediction`: the velocity u = ε - x_0 (Esser et al. 2024, section 2)
 """
 
+import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
@@ -30,16 +35,37 @@ def append_dims(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.reshape(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
+def cosine_betas(num_timesteps: int) -> list[float]:
+    """`trained_betas` that give a scheduler of diffusers the path `cosine`: ᾱ = cos²φ of each timestep. The first has
+    that of 0.5, for samplers take logarithms of its noise, and ask a model at the others."""
+    angles = [math.pi / 2 * max(t, 0.5) / num_timesteps for t in range(num_timesteps)]
+    alphas_cumprod = [math.cos(angle) ** 2 for angle in angles]
+    return [1 - alphas_cumprod[0], *(1 - b / a for a, b in itertools.pairwise(alphas_cumprod))]
+
+
+def path_of(scheduler_class: type, config: Mapping[str, Any]) -> str:
+    """The path of a scheduler of diffusers of this class and config; `cosine` is known by its betas."""
+    if issubclass(scheduler_class, FLOW_SCHEDULERS) or config.get("use_flow_sigmas"):
+        return "linear"
+    if config.get("prediction_type") == "flow_prediction":
+        return "linear"
+    betas = config.get("trained_betas")
+    if betas is None or not len(betas):
+        return "ddpm"
+    expected = torch.tensor(cosine_betas(len(betas)))
+    return "cosine" if torch.allclose(torch.as_tensor(betas).float(), expected, rtol=1e-4, atol=1e-7) else "ddpm"
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The noise schedule that a model is trained with.
 
     Latents have any rank, (batch, channels, …). Timesteps have the shape (batch,), or any other that broadcasts over
     the latents (`append_dims`): one for each frame, say. They are integers in [0, num_train_timesteps) on the path
-    `ddpm`, and floats in [0, num_train_timesteps] on the path `linear`.
+    `ddpm`, and floats in [0, num_train_timesteps] on the others, by which all is differentiable there.
     """
 
-    path: Literal["ddpm", "linear"]
+    path: Literal["ddpm", "linear", "cosine"]
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
     num_train_timesteps: int = 1000
     alphas_cumprod: torch.Tensor | None = None
@@ -53,9 +79,9 @@ class Schedule:
         """That of a scheduler of diffusers.
 
         Raises:
-            ValueError: it has none of the two paths, or predicts none of `PREDICTION_TYPES`.
+            ValueError: it has none of the paths, or predicts none of `PREDICTION_TYPES`.
         """
-        config = scheduler.config
+        config, path = scheduler.config, path_of(type(scheduler), scheduler.config)
         if isinstance(scheduler, FLOW_SCHEDULERS):
             shift = config.get("shift", 1.0)
             return cls("linear", "flow_prediction", config.num_train_timesteps, shift=shift)
@@ -63,17 +89,18 @@ class Schedule:
         if prediction_type not in PREDICTION_TYPES:
             name, allowed = type(scheduler).__name__, ", ".join(PREDICTION_TYPES)
             raise ValueError(f"{name}: prediction_type must be one of {allowed}, got {prediction_type!r}")
-        if prediction_type == "flow_prediction" or config.get("use_flow_sigmas"):
-            shift = config.get("flow_shift", 1.0)
-            return cls("linear", prediction_type, config.num_train_timesteps, shift=shift)
+        if path == "linear":
+            return cls(path, prediction_type, config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
+        if path == "cosine":
+            return cls(path, prediction_type, config.num_train_timesteps)
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(scheduler).__name__}: it has no alphas_cumprod, and is no flow matching scheduler")
-        return cls("ddpm", prediction_type, config.num_train_timesteps, scheduler.alphas_cumprod)
+        return cls(path, prediction_type, config.num_train_timesteps, scheduler.alphas_cumprod)
 
     @property
     def has_continuous_time(self) -> bool:
         """Whether timesteps are floats, not integers."""
-        return self.path == "linear"
+        return self.path != "ddpm"
 
     @property
     def has_zero_terminal_snr(self) -> bool:
@@ -85,6 +112,9 @@ class Schedule:
         if self.path == "linear":
             sigmas = timesteps / self.num_train_timesteps
             return 1 - sigmas, sigmas
+        if self.path == "cosine":
+            fractions = timesteps / self.num_train_timesteps
+            return torch.sin(math.pi / 2 * (1 - fractions)), torch.sin(math.pi / 2 * fractions)  # cos ends beside 0
         device = timesteps.device
         if device not in self._on_device:
             self._on_device[device] = self.alphas_cumprod.to(device)
@@ -126,7 +156,7 @@ class Schedule:
             norm = 1 if self.path == "linear" else alphas + sigmas
             noise, latents = (noisy_latents + alphas * output) / norm, (noisy_latents - sigmas * output) / norm
         else:
-            norm = 1 if self.path == "ddpm" else alphas.square() + sigmas.square()
+            norm = alphas.square() + sigmas.square() if self.path == "linear" else 1
             noise = (sigmas * noisy_latents + alphas * output) / norm
             latents = (alphas * noisy_latents - sigmas * output) / norm
         return self._express(latents, noise, timesteps, to)
@@ -144,7 +174,7 @@ class Schedule:
             return snr
         if self.prediction_type == "flow_prediction":
             return (snr.sqrt() + 1) ** 2
-        if self.path == "ddpm":
+        if self.path != "linear":
             return snr + 1
         alphas, sigmas = self.alphas_and_sigmas(timesteps)
         return ((alphas.square() + sigmas.square()) / sigmas.clamp(min=1e-6)).square()

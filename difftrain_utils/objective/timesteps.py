@@ -30,15 +30,15 @@ def sample_timesteps(
 ) -> torch.Tensor:
     """The timesteps of the samples `keys`, shape (len(keys),).
 
-    int64 in [0, T), T = num_train_timesteps; float32 in (0, T) where time is continuous. There σ = t / T is shifted
-    towards noise, to shift·σ / (1 + (shift - 1)·σ) (Esser et al. 2024, arXiv:2403.03206); not with the densities
-    `log_normal` and `table`, which say where σ itself is. `batch_size` is the global one, which `stratified` divides
-    (0, 1) by. A second time of a sample is drawn for another `purpose`.
+    int64 in [0, T), T = num_train_timesteps; float32 in (0, T) where time is continuous. On the path `linear` σ = t / T
+    is shifted towards noise, to shift·σ / (1 + (shift - 1)·σ) (Esser et al. 2024, arXiv:2403.03206); not with the
+    densities `log_normal` and `table`, which say where σ itself is. `batch_size` is the global one, which `stratified`
+    divides (0, 1) by. A second time of a sample is drawn for another `purpose`.
     """
     num_timesteps, timesteps = schedule.num_train_timesteps, []
     for k in keys:
         fraction = quantile(config, schedule, uniform(seed, purpose, k, batch_size if config.stratified else None))
-        if schedule.has_continuous_time and config.density not in ("log_normal", "table"):
+        if schedule.path == "linear" and config.density not in ("log_normal", "table"):
             fraction = shift * fraction / (1 + (shift - 1) * fraction)
         fraction = config.min + (config.max - config.min) * fraction
         timestep = num_timesteps * fraction
@@ -86,6 +86,8 @@ def _fraction_of(schedule: Schedule, log_sigma: float) -> float:
     """The fraction of the schedule whose noise-to-signal ratio s/a has this logarithm, or is nearest to it."""
     if schedule.path == "linear":
         return 1 / (1 + math.exp(-log_sigma))
+    if schedule.path == "cosine":
+        return math.atan(math.exp(log_sigma)) * 2 / math.pi
     alphas_cumprod = schedule.alphas_cumprod.double().clamp(1e-12, 1 - 1e-12)
     table = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod)
     return (torch.abs(table - log_sigma).argmin().item() + 0.5) / len(table)

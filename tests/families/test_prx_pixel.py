@@ -126,6 +126,7 @@ def test_what_its_pipeline_cannot_have_is_refused(tmp_path, path, fields, messag
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"scheduler.path": "cosine"}, "scheduler.path: must be linear for a PRXPixelPipeline, got cosine"),
         ({"model.prediction_type": "epsilon"}, "model.prediction_type: must be sample .*, or null, got epsilon"),
         ({"model.max_sequence_length": 24}, "model.max_sequence_length: a PRXPixelPipeline has none, got 24"),
         ({"data.cache_latents": True, "data.center_crop": True}, "data.cache_latents: this model trains on pixels"),

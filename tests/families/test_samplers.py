@@ -20,6 +20,7 @@ from difftrain_utils.config.objective import SchedulerConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.samplers import build_schedule
+from difftrain_utils.objective.schedule import PREDICTION_TYPES, Schedule, append_dims
 
 FLOW = [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler]
 SD15 = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
@@ -34,18 +35,78 @@ def build(prediction_type=None, checkpoint=SD15, resolution=512, has_init_noise_
     return build_schedule(type(checkpoint), checkpoint.config, config, has_init_noise_sigma)
 
 
-@pytest.mark.parametrize("prediction_type", [None, "v_prediction"])
-def test_a_shift_without_flow_is_refused(prediction_type):
-    name = prediction_type or "epsilon"
-    with pytest.raises(InputError, match=rf"^scheduler.flow_shift: goes with flow_prediction, not with {name}, got 3"):
-        build(prediction_type, flow_shift=3.0)
+def exact_samples(schedule: Schedule, sampler, steps: int, mean: torch.Tensor, sd: torch.Tensor) -> torch.Tensor:
+    """What the sampler makes of two draws of noise, -1 and 1, of whose mean and standard deviation are 0 and 1, if it
+    is told the optimal prediction for normal data: x_0 = m + a·sd²·d and ε = s·d, d = (x_t - a·m) / (a²·sd² + s²). All
+    is linear, so that the mean and deviation of the two are those of as many as one likes."""
+    sampler.set_timesteps(steps)
+    latents = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    latents = latents * getattr(sampler, "init_noise_sigma", 1.0)
+    for timestep in sampler.timesteps:  # what the denoiser is told
+        time = timestep[None].to(torch.float32 if schedule.has_continuous_time else torch.int64)
+        is_flow = isinstance(sampler, tuple(FLOW))
+        noisy = latents if is_flow else sampler.scale_model_input(latents, timestep)
+        a, s = (append_dims(x.double(), noisy) for x in schedule.alphas_and_sigmas(time))
+        d = (noisy - a * mean) / (a**2 * sd**2 + s**2)
+        output = schedule.target(mean + a * sd**2 * d, s * d, time)
+        latents = sampler.step(output, timestep, latents).prev_sample
+    return latents
 
 
-def test_flow_sigmas_of_another_prediction_are_refused():
-    """They would be trained with the betas that the sampler's config has all the same."""
-    flow = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
-    with pytest.raises(InputError, match=r"^model.prediction_type: .* flow sigmas, and no betas for sample$"):
-        build(checkpoint=flow)
+@pytest.mark.parametrize(
+    ("path", "prediction_type", "fields"),
+    [
+        *(("linear", prediction_type, {}) for prediction_type in ("epsilon", "sample", "flow_prediction")),
+        *(("cosine", prediction_type, {}) for prediction_type in ("epsilon", "sample", "v_prediction")),
+        ("ddpm", "v_prediction", {"rescale_betas_zero_snr": True, "sampler": "DPMSolverMultistepScheduler"}),
+        ("linear", "sample", {"sampler": "UniPCMultistepScheduler"}),
+        ("linear", "flow_prediction", {"flow_shift": 2.0}),
+        ("cosine", "v_prediction", {"sampler": "DDIMScheduler"}),
+        ("cosine", "epsilon", {"sampler": "EulerDiscreteScheduler"}),
+        ("cosine", "sample", {"num_train_timesteps": 500}),
+    ],
+)
+def test_a_sampler_that_is_told_the_optimal_predictions_makes_the_data(path, prediction_type, fields):
+    """Of normal data, exactly but for the size of its steps and times that are cut to integers."""
+    schedule, sampler = build(prediction_type, path=path, **fields)
+    assert (schedule.path, schedule.prediction_type) == (path, prediction_type)
+    mean, sd = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in ([-0.8, 0.0, 1.5], [0.4, 0.7, 1.5]))
+    samples = exact_samples(schedule, sampler, 200, mean, sd)
+    torch.testing.assert_close((samples.mean(0) - mean) / sd, torch.zeros(3, 1, 1).double(), rtol=0, atol=0.012)
+    torch.testing.assert_close(samples.std(0, correction=0) / sd, torch.ones(3, 1, 1).double(), rtol=0, atol=0.012)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_what_a_pipeline_stores_is_the_same_schedule_again(path, prediction_type, tmp_path):
+    if prediction_type == {"linear": "v_prediction", "cosine": "flow_prediction"}[path]:
+        return
+    _, sampler = build(prediction_type, path=path, num_train_timesteps=500)
+    sampler.save_pretrained(tmp_path)
+    stored = DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    again, kept = build(checkpoint=stored)
+    for found in (again, Schedule.of(stored), Schedule.of(DDPMScheduler.from_config(stored.config))):
+        assert (found.path, found.prediction_type, found.num_train_timesteps) == (path, prediction_type, 500)
+    assert kept.to_json_string() == sampler.to_json_string()
+
+
+def test_a_checkpoint_of_another_path_keeps_nothing_of_it():
+    for checkpoint in (SD15, FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        schedule, sampler = build("v_prediction", checkpoint, path="cosine")
+        assert schedule.path == "cosine" and isinstance(sampler, DPMSolverMultistepScheduler)
+        schedule, sampler = build("epsilon", sampler, path="ddpm", beta_schedule="scaled_linear")
+        assert schedule.path == "ddpm" and not sampler.config.trained_betas
+        assert torch.equal(schedule.alphas_cumprod, DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    linear = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
+    assert build(checkpoint=linear)[0].path == "linear"
+    assert not build("v_prediction", linear, path="cosine")[1].config.use_flow_sigmas
+    assert build("sample", FlowMatchEulerDiscreteScheduler(shift=3.0))[0].shift == 3.0  # the checkpoint's path
+
+
+def test_latents_are_not_clipped_by_a_sampler_that_would_by_itself():
+    assert not build("v_prediction", path="cosine", sampler="DDIMScheduler")[1].config.clip_sample
+    assert not build("v_prediction", sampler="DDIMScheduler")[1].config.clip_sample
+    assert build("v_prediction", DDIMScheduler(), sampler="DDPMScheduler")[1].config.clip_sample  # as the checkpoint
 
 
 def test_more_inference_steps_than_there_are_timesteps_are_refused():
@@ -140,12 +201,24 @@ def test_the_config_overrides_the_shift_of_a_sampler_that_is_kept():
 @pytest.mark.parametrize(
     ("prediction_type", "fields", "message"),
     [
+        ("flow_prediction", {"path": "ddpm"}, "flow_prediction has no sampler on the path ddpm, .* epsilon, v_pr"),
+        ("flow_prediction", {"path": "cosine"}, "flow_prediction has no sampler on the path cosine, .* a . s = 1"),
+        ("v_prediction", {"path": "linear"}, "v_prediction has no sampler on the path linear, .*, flow_prediction"),
+        ("v_prediction", {"path": "cosine", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: goes with the p"),
+        (
+            "v_prediction",
+            {"path": "cosine", "flow_shift": 3.0},
+            "^scheduler.flow_shift: goes with the path linear, not ",
+        ),
+        (None, {"flow_shift": 3.0}, "^scheduler.flow_shift: goes with the path linear, not with ddpm, got 3.0"),
+        ("sample", {"path": "linear", "sampler": "DEISMultistepScheduler"}, "cannot sample sample on .* makes another"),
+        ("sample", {"path": "linear", "sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler: .*use_flow_sig"),
         (None, {"rescale_betas_zero_snr": True}, "epsilon says nothing of the image at pure noise"),
         ("v_prediction", {"rescale_betas_zero_snr": True}, "PNDMScheduler does not know this noise schedule"),
         ("sample", {}, "scheduler.sampler: PNDMScheduler cannot sample sample"),
         (None, {"sampler": "FastScheduler"}, "scheduler.sampler: diffusers has no scheduler 'FastScheduler'"),
         (None, {"sampler": "AutoencoderKL"}, "scheduler.sampler: diffusers has no scheduler 'AutoencoderKL'"),
-        ("flow_prediction", {"beta_schedule": "linear"}, "flow_prediction has no betas"),
+        ("flow_prediction", {"beta_schedule": "linear"}, "scheduler.beta_schedule: goes with the path ddpm"),
         ("flow_prediction", {"sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler"),
         (
             "flow_prediction",

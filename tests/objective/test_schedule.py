@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from diffusers import (
 from diffusers.training_utils import compute_snr as reference_snr
 
 from difftrain_utils import objectives
-from difftrain_utils.objective.schedule import PREDICTION_TYPES, Schedule, append_dims
+from difftrain_utils.objective.schedule import PREDICTION_TYPES, Schedule, append_dims, cosine_betas
 
 SHAPES = [(6, 4, 17), (6, 4, 8, 8), (6, 4, 3, 8, 8)]  # audio, images, video
-PAIRS = list(itertools.product(("ddpm", "linear"), PREDICTION_TYPES))
+PAIRS = list(itertools.product(("ddpm", "linear", "cosine"), PREDICTION_TYPES))
 
 
 def scheduler(prediction_type: str, beta_schedule: str = "scaled_linear", **fields):
@@ -141,6 +142,32 @@ def test_a_time_for_each_frame_is_as_frame_by_frame(path, prediction_type):
     for to in PREDICTION_TYPES:
         converted = schedule.convert(target, noisy, timesteps, to)
         assert torch.equal(converted, by_frame(schedule.convert, target, noisy, to=to))
+
+
+def test_the_path_cosine_is_that_of_its_betas():
+    """In a scheduler of diffusers, which has it at integers; and of no others."""
+    noise_scheduler = DDPMScheduler(trained_betas=cosine_betas(1000), prediction_type="v_prediction")
+    schedule, timesteps = Schedule.of(noise_scheduler), torch.arange(1, 1000)
+    assert (schedule.path, schedule.prediction_type, schedule.has_continuous_time) == ("cosine", "v_prediction", True)
+    alphas, sigmas = schedule.alphas_and_sigmas(timesteps.float())
+    torch.testing.assert_close(alphas.square(), noise_scheduler.alphas_cumprod[1:], rtol=1e-4, atol=2e-6)
+    angles = timesteps.double() * torch.pi / 2000
+    torch.testing.assert_close(torch.stack([alphas, sigmas]).double(), torch.stack([angles.cos(), angles.sin()]))
+    assert Schedule.of(scheduler("epsilon", "squaredcos_cap_v2")).path == "ddpm"
+    assert Schedule.of(DDPMScheduler(trained_betas=[0.1, 0.2, 0.3])).path == "ddpm"
+
+
+@pytest.mark.parametrize(("path", "slope"), [("linear", "flow_prediction"), ("cosine", "v_prediction")])
+def test_noisy_latents_are_differentiable_by_a_continuous_time(path, slope):
+    """Their derivative is u on the straight path, and v times the angle's on the circle: by autograd's forward mode."""
+    latents, noise, timesteps = random_input((6, 4, 8, 8), torch.float64, path)
+    schedule, per_time = in_float64(path, slope), 1 / 1000 if path == "linear" else torch.pi / 2000
+    by_time, ones = partial(schedule.add_noise, latents, noise), torch.ones_like(timesteps)
+    _, derivative = torch.func.jvp(by_time, (timesteps,), (ones,))
+    torch.testing.assert_close(derivative, schedule.target(latents, noise, timesteps) * per_time, rtol=1e-9, atol=1e-12)
+    for function in (schedule.snr, schedule.error_scale, lambda t: schedule.convert(noise, latents, t, "epsilon")):
+        _, slopes = torch.func.jvp(function, (timesteps,), (ones,))
+        assert slopes.isfinite().all() and slopes.any()
 
 
 def test_flow_agrees_with_diffusers():

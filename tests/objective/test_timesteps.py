@@ -8,6 +8,7 @@ from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.objective.timesteps import quantile, sample_timesteps
 
 DDPM, FLOW = (Schedule.of(s) for s in (DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()))
+COSINE = Schedule("cosine", "v_prediction")
 UNIFORM = ((torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000).tolist()
 
 
@@ -84,7 +85,7 @@ def test_a_table_gives_its_parts_their_weights():
     torch.testing.assert_close(shares, torch.tensor([0.25, 0, 0.5, 0.25]), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("schedule", [DDPM, FLOW])
+@pytest.mark.parametrize("schedule", [DDPM, FLOW, COSINE])
 def test_log_normal_has_its_mean_and_deviation_in_log_sigma(schedule):
     timesteps = draw(schedule, density="log_normal", p_mean=-0.4, p_std=0.8)
     log_sigmas = -0.5 * schedule.snr(timesteps).log()
@@ -106,6 +107,7 @@ def test_the_shift_moves_flow_towards_noise(shift):
 def test_the_shift_moves_nothing_else():
     """Neither integer timesteps nor densities that say themselves how much noise there is."""
     assert torch.equal(draw(DDPM, shift=3.0), draw(DDPM))
+    assert torch.equal(draw(COSINE, shift=3.0), draw(COSINE))
     for fields in ({"density": "log_normal", "p_mean": -0.5}, {"density": "table", "table": [1.0, 2.0]}):
         assert torch.equal(draw(FLOW, shift=3.0, **fields), draw(FLOW, **fields))
 
