@@ -20,7 +20,7 @@ class FewStepMethodConfig:
     adaptive_power: float = 1.0
     """p of `mean_flow`: a sample's squared error is divided by itself to the power of p; 0: not."""
     guidance: float = 1.0
-    """ω of `mean_flow`: classifier-free guidance that is trained in, so that a step of sampling is one pass; 1: none."""
+    """ω of `mean_flow`: classifier-free guidance that is trained in, so that a step of sampling is one pass; 1: no."""
     guidance_mix: float = 0.0
     """κ of `mean_flow`: how much of that guidance's velocity is the model's own, which makes the whole of it
     ω / (1 - κ)."""
@@ -56,6 +56,14 @@ class FewStepEvaluationConfig(EvaluationConfig):
     def check(self, require: Require) -> None:
         super().check(require)
         require(self.guidance_scale == 1, "guidance_scale", "must be 1; few_step.guidance trains guidance in")
+
+
+def pipeline_guidance(method: str, pipeline_class: str | None, num_inference_steps: int) -> float:
+    """The `guidance_scale` with which a plain pipeline samples what was trained by a method: of those that tell the
+    denoiser how far a step goes it says that, and is no guidance."""
+    if method == "consistency":
+        return 1.0
+    return (0 if pipeline_class == "FluxPipeline" else 1) + 1 / num_inference_steps
 
 
 @dataclass

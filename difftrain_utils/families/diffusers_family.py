@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.config.few_step import FewStepConfig
+from difftrain_utils.config.few_step import FewStepConfig, pipeline_guidance
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import weight_dtype
@@ -184,6 +184,12 @@ class DiffusersFamily:
         for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
             if getattr(config.model, option) and not parts:
                 raise InputError(f"model.{option}: a {name} has no such part, got true")
+        if isinstance(config, FewStepConfig) and not config.tells_gap and config.evaluation.num_inference_steps > 1:
+            if not hasattr(cls.pipeline_class, "prepare_extra_step_kwargs"):
+                raise InputError(
+                    f"evaluation.num_inference_steps: must be 1 for consistency, a {name} gives its sampler no generator "
+                    f"for the noise between steps, got {config.evaluation.num_inference_steps}"
+                )
         if config.tells_gap and not cls.gap_fields:
             method = config.few_step.method
             raise InputError(
@@ -604,7 +610,8 @@ class DiffusersFamily:
         options = {"height": height, "width": width, "use_resolution_binning": False}
         options = {name: value for name, value in options.items() if name in known and value is not None}
         if self.tells_gap:
-            guidance_scale = self.guidance_of_gap(1 / (num_inference_steps or known["num_inference_steps"].default))
+            steps = num_inference_steps or known["num_inference_steps"].default
+            guidance_scale = pipeline_guidance("mean_flow", self.class_name, steps)
         call = self.call_options(prompts, 1.0 if guidance_scale is None else guidance_scale)
         if guidance_scale is None:
             call = {name: value for name, value in call.items() if name not in GUIDANCE_OPTIONS}
@@ -620,10 +627,6 @@ class DiffusersFamily:
             return None
         gap = conditioning.get("gap", torch.zeros(timesteps.shape, device=timesteps.device))
         return get_timestep_embedding(1000 * gap, self.config_of("unet").time_cond_proj_dim, downscale_freq_shift=1)
-
-    def guidance_of_gap(self, gap: float) -> float:
-        """The `guidance_scale` at which the pipeline tells the denoiser this gap; of a UNet's."""
-        return 1 + gap
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`: the frozen parts in float32 and unused (a tokenizer that has padded would be saved with its

@@ -61,9 +61,6 @@ class Flux(DiffusersFamily):
         )[0]
         return unpack(output, noisy_latents).float()
 
-    def guidance_of_gap(self, gap: float) -> float:
-        return gap
-
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """See `DiffusersFamily`. What the pipeline calls guidance_scale is what the denoiser is told; classifier-free
         guidance is its `true_cfg_scale`, and needs a negative prompt."""

@@ -113,7 +113,9 @@ def few_step_sampler(schedule: Schedule, sampler: SchedulerMixin, config: FewSte
         return DPMSolverMultistepScheduler.from_config(sampler.config, solver_order=1)
     if not isinstance(sampler, FlowMatchEulerDiscreteScheduler):
         name = type(sampler).__name__
-        raise InputError(f"scheduler.sampler: {method} takes Euler's steps, try DPMSolverMultistepScheduler, got {name}")
+        raise InputError(
+            f"scheduler.sampler: {method} makes Euler's steps; try DPMSolverMultistepScheduler, not {name}"
+        )
     return sampler
 
 

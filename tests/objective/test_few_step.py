@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from difftrain_utils.objective.few_step import (
 )
 from difftrain_utils.objective.schedule import Schedule, append_dims
 
-LINEAR = Schedule("linear", "flow_prediction")
+LINEAR, COSINE = Schedule("linear", "flow_prediction"), Schedule("cosine", "v_prediction")
 KEYS = range(4000)
 
 
@@ -87,7 +88,7 @@ def test_mean_flows_target_of_the_mean_velocity_is_itself(batch, spread):
 
 
 def test_a_shortcuts_target_are_two_steps_of_half_its_length(batch):
-    _, noise, timesteps, gaps = batch
+    _, noise, timesteps, _ = batch
     config, predict = FewStepMethodConfig("shortcut", num_steps=4), as_mean_velocity(0.5)
     steps = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5, 1.0], dtype=torch.float64)
     velocity = torch.ones_like(noise)
@@ -113,7 +114,56 @@ def test_a_shortcuts_target_are_two_steps_of_half_its_length(batch):
     assert seen[0]["places"].tolist() == [2, 3, 4, 5]
 
 
-def test_times_and_steps(batch):
+def test_a_consistency_functions_target_has_the_derivative_along_the_path(batch):
+    latents, noise, timesteps, _ = (values[:5] for values in batch)
+    config, net = FewStepMethodConfig("consistency", warmup_steps=0), Net().double()
+    rate = 1000 / (math.pi / 2)
+    angles = timesteps / rate
+    cos, sin = (append_dims(x, latents) for x in (angles.cos(), angles.sin()))
+    noisy, velocity = cos * latents + sin * noise, cos * noise - sin * latents
+    torch.testing.assert_close(COSINE.add_noise(latents, noise, timesteps), noisy)
+
+    def at(angles):
+        """f(x, t) = cos(t)·x - sin(t)·F(x, t)"""
+        cos, sin = (append_dims(x, latents) for x in (angles.cos(), angles.sin()))
+        noisy = cos * latents + sin * noise
+        return cos * noisy - sin * net.predict(noisy, rate * angles, {})
+
+    h = 1e-6
+    tangent = cos * (at(angles + h) - at(angles - h)) / (2 * h)
+    norm = append_dims(tangent.flatten(1).square().mean(1).sqrt(), tangent)
+    expected = net.predict(noisy, timesteps, {}) + tangent / (norm + 0.1)
+    target = partial(consistency_target, schedule=COSINE, predict=net.predict, conditioning={})
+    where = {"noisy_latents": noisy, "velocity": velocity, "timesteps": timesteps}
+    torch.testing.assert_close(target(config, **where, step=0), expected, rtol=0, atol=1e-6)
+    # at the first step of a warm-up the network is taken for one that is the same everywhere
+    config = FewStepMethodConfig("consistency", warmup_steps=100)
+    cold = -cos.square() * (net.predict(noisy, timesteps, {}) - velocity)
+    norm = append_dims(cold.flatten(1).square().mean(1).sqrt(), cold)
+    expected = net.predict(noisy, timesteps, {}) + cold / (norm + 0.1)
+    torch.testing.assert_close(target(config, **where, step=0), expected)
+    assert torch.equal(target(config, **where, step=200), target(config, **where, step=100))
+
+
+def test_what_is_consistent_is_left_alone():
+    """f(x, t) is where the flow of N(0, 1/4) has x at time 0, so it does not change along it."""
+
+    def predict(noisy_latents, timesteps, conditioning):
+        angles = append_dims(timesteps, noisy_latents) * (math.pi / 2) / 1000
+        at_0 = noisy_latents * 0.5 / (angles.cos().square() * 0.25 + angles.sin().square()).sqrt()
+        return (angles.cos() * noisy_latents - at_0) / angles.sin()
+
+    torch.manual_seed(0)
+    noisy, timesteps = torch.randn(4, 3, dtype=torch.float64), torch.tensor([100.0, 300, 600, 950]).double()
+    angles = append_dims(timesteps, noisy) * (math.pi / 2) / 1000
+    variance = angles.cos().square() * 0.25 + angles.sin().square()
+    velocity = noisy * angles.sin() * angles.cos() * 0.75 / variance  # of all samples at the place
+    config = FewStepMethodConfig("consistency", warmup_steps=0)
+    target = consistency_target(config, COSINE, predict, noisy, velocity, timesteps, {}, 0)
+    torch.testing.assert_close(target, predict(noisy, timesteps, {}))
+
+
+def test_times_and_steps():
     density = TimestepsConfig("logit_normal", stratified=True)
     draw = lambda config: sample_times(config, density, LINEAR, 0, KEYS, 100)  # noqa: E731
     learns_flow = keyed_rand(0, "learns_flow", KEYS) < 0.75
