@@ -39,6 +39,7 @@ VARIANTS = {
     "consistency-dit": CONSISTENCY | {"model.pretrained_model_name_or_path": "builtin:tiny-dit"},
 }
 QUICK = ("mean_flow",)
+SAMPLED = [("mean_flow", 1), ("mean_flow", 2), ("consistency", 2), ("consistency-dit", 1), ("mean_flow-flux", 2)]
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ class DiffusersFamily:
         schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma, cls.gives_sigmas)
         if isinstance(config, FewStepConfig):
             sampler = few_step_sampler(schedule, sampler, config)
+            cls._check_few_step(config)
         cls._check_fields(config, sampler)
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
@@ -184,21 +185,24 @@ class DiffusersFamily:
         for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
             if getattr(config.model, option) and not parts:
                 raise InputError(f"model.{option}: a {name} has no such part, got true")
-        if isinstance(config, FewStepConfig) and not config.tells_gap and config.evaluation.num_inference_steps > 1:
-            if not hasattr(cls.pipeline_class, "prepare_extra_step_kwargs"):
-                raise InputError(
-                    f"evaluation.num_inference_steps: must be 1 for consistency, a {name} gives its sampler no generator "
-                    f"for the noise between steps, got {config.evaluation.num_inference_steps}"
-                )
-        if config.tells_gap and not cls.gap_fields:
-            method = config.few_step.method
-            raise InputError(
-                f"few_step.method: a {name} cannot tell its denoiser how far a step goes; use consistency, got {method}"
-            )
         if config.model.train_text_encoder and not cls.trained_text_parts:
             raise InputError(f"model.train_text_encoder: the text encoders of a {name} stay frozen, got true")
         if lora is not None and not lora.merge and not cls.loads_adapters():
             raise InputError(f"model.lora: a {name} of diffusers loads no adapters; use model.lora.merge")
+
+    @classmethod
+    def _check_few_step(cls, config: FewStepConfig) -> None:
+        """Raise InputError if this pipeline cannot sample what the method trains."""
+        name, method, steps = cls.pipeline_class.__name__, config.few_step.method, config.evaluation.num_inference_steps
+        if config.tells_gap and not cls.gap_fields:
+            raise InputError(
+                f"few_step.method: a {name} cannot tell its denoiser how far a step goes; use consistency, got {method}"
+            )
+        if not config.tells_gap and steps > 1 and not hasattr(cls.pipeline_class, "prepare_extra_step_kwargs"):
+            raise InputError(
+                f"evaluation.num_inference_steps: must be 1 for consistency, a {name} gives its sampler no generator "
+                f"for the noise between steps, got {steps}"
+            )
 
     @property
     def class_name(self) -> str:
