@@ -59,6 +59,7 @@ SEEDS = ("train.seed", "train.seeds", *(f"train.seeds.{source}" for source in SO
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
+OBJECTIVE += ("few_step.",)
 OBJECTIVE += ("masking.random_length_share",)  # the estimators of text estimate the same
 JUDGED_BY = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
 JUDGED_BY += ("data.sequence_length", "data.packing", "data.tokenizer", "data.text_column", "data.prompt_column")
@@ -86,6 +87,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "train_text_to_image.py": Kind("noise level", "noise levels", "images", "diffusers"),
+    "train_few_step.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
 }
 

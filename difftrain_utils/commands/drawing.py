@@ -114,6 +114,7 @@ def load(
         config = TextToImageConfig(ModelConfig(source.path), DataConfig("builtin:shapes"))
     if config is None:
         family = describe_family(source.path)
+        family.tells_gap = source.tells_gap
         with blame(source.path, *LOAD_ERRORS, ImportError):
             rounded = {} if dtype == torch.float32 else {"torch_dtype": dtype}
             pipeline = DiffusionPipeline.from_pretrained(source.path, **rounded)

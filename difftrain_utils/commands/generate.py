@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--lora-scale: {sources[0].path} has no adapters")
     if sources[0].kind == "pipeline" and sources[0].record is None:
         use_cache_without_network([sources[0].path])
+    if args.guidance is not None and sources[0].tells_gap:
+        raise InputError(f"--guidance: {sources[0].path} is told by it how far a step goes, which --steps says")
     writes = sources[0].is_of_text
     refuse_options(args, OF_PICTURES if writes else OF_TEXTS, "writes texts" if writes else "draws pictures")
     (write if writes else draw)(args, prompts, sources)

@@ -20,6 +20,7 @@ import yaml
 
 from difftrain_utils.commands.compare import flatten
 from difftrain_utils.commands.parser import Parser
+from difftrain_utils.config.few_step import pipeline_guidance
 from difftrain_utils.config.scripts import script_of
 from difftrain_utils.errors import InputError, RunError, blame, one_line, some
 from difftrain_utils.run.code import NAME, redact
@@ -272,6 +273,9 @@ def _of_images(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     prompt = data.get("default_caption") or next(iter(evaluation["prompts"]), "…")
     task = "unconditional-image-generation" if pipeline_class == "DDPMPipeline" else "text-to-image"
     usage = _usage(repo, pipeline_class, base if is_lora else None, prompt, evaluation, data["resolution"])
+    if few_step := config.get("few_step"):
+        guidance = pipeline_guidance(few_step["method"], pipeline_class, evaluation["num_inference_steps"])
+        usage = [line.replace(").images", f", guidance_scale={guidance:g}).images") for line in usage]
     return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
 
 
@@ -290,7 +294,7 @@ def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: 
     return Kind(f"A masked diffusion model of text (`{architecture}`)", "transformers", "text-generation", usage)
 
 
-KINDS = {"train_text_to_image.py": _of_images, "train_text.py": _of_text}
+KINDS = {"train_text_to_image.py": _of_images, "train_few_step.py": _of_images, "train_text.py": _of_text}
 
 
 def _usage(

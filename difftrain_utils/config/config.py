@@ -36,6 +36,11 @@ class Config:
     EXAMPLE: ClassVar[str] = "configs/quickstart.yaml"
     """One to begin with."""
 
+    @property
+    def tells_gap(self) -> bool:
+        """Whether the denoiser is told how far a step of sampling goes, as those of `train_few_step.py` are."""
+        return False
+
     def check(self) -> None:
         """Raise InputError for the first value that is out of its range or does not fit another's."""
         requires = {}

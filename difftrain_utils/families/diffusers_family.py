@@ -15,18 +15,20 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.few_step import FewStepConfig, pipeline_guidance
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, not_installed, some
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.families.lora import base_state, has_adapters, save_adapters, with_trained
-from difftrain_utils.families.samplers import build_schedule
+from difftrain_utils.families.samplers import build_schedule, few_step_sampler
 from difftrain_utils.families.text_encoders import TextEncoders
 from difftrain_utils.files import file_digest, part_digest, tensors_digest
 from difftrain_utils.keyed_random import keyed_randn, seed_for
@@ -76,12 +78,16 @@ class DiffusersFamily:
     all others what goes in and out."""
     takes_gradient_checkpointing: ClassVar[bool] = True
     """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
+    takes_derivative: ClassVar[bool] = True
+    """Whether torch differentiates the denoiser forwards (torch.func.jvp)."""
     has_init_noise_sigma: ClassVar[bool] = False
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells its sampler at which sigmas to sample, and a shift of them; few samplers take that."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
+    gap_fields: ClassVar[dict[str, Any]] = {}
+    """The fields of a denoiser's config with which it can be told how far a step goes; none: it cannot."""
 
     source: str
     """The folder or hub name of the checkpoint, at `revision` and `variant`."""
@@ -100,6 +106,8 @@ class DiffusersFamily:
     """Tokens that captions are cut and padded to; None: the pipeline's own default."""
     guidance: float = GUIDANCE
     """What a denoiser with an embedding of guidance is told."""
+    tells_gap: bool = False
+    """Whether the denoiser is told how far a step goes (`train_few_step.py`)."""
     lora: LoraConfig | None = None
     """Of the adapters that the denoiser has in training."""
     offload_text_encoders: bool = False
@@ -125,6 +133,9 @@ class DiffusersFamily:
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
         schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma, cls.gives_sigmas)
+        if isinstance(config, FewStepConfig):
+            sampler = few_step_sampler(schedule, sampler, config)
+            cls._check_few_step(config)
         cls._check_fields(config, sampler)
         encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
         cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
@@ -139,6 +150,7 @@ class DiffusersFamily:
             has_weights=weights != "none",
             max_sequence_length=config.model.max_sequence_length,
             guidance=GUIDANCE if config.model.guidance is None else config.model.guidance,
+            tells_gap=config.tells_gap,
             lora=config.model.lora,
             offload_text_encoders=config.model.offload_text_encoders,
             vae_slicing=config.model.vae_slicing,
@@ -179,6 +191,22 @@ class DiffusersFamily:
             raise InputError(f"model.train_text_encoder: the text encoders of a {name} stay frozen, got true")
         if lora is not None and not lora.merge and not cls.loads_adapters():
             raise InputError(f"model.lora: a {name} of diffusers loads no adapters; use model.lora.merge")
+
+    @classmethod
+    def _check_few_step(cls, config: FewStepConfig) -> None:
+        """Raise InputError if this pipeline cannot sample what the method trains."""
+        name, method, steps = cls.pipeline_class.__name__, config.few_step.method, config.evaluation.num_inference_steps
+        if not cls.takes_derivative:
+            raise InputError(f"few_step.method: torch has no forward derivative of a {name}'s denoiser, got {method}")
+        if config.tells_gap and not cls.gap_fields:
+            raise InputError(
+                f"few_step.method: a {name} cannot tell its denoiser how far a step goes; use consistency, got {method}"
+            )
+        if not config.tells_gap and steps > 1 and not hasattr(cls.pipeline_class, "prepare_extra_step_kwargs"):
+            raise InputError(
+                f"evaluation.num_inference_steps: must be 1 for consistency, a {name} gives its sampler no generator "
+                f"for the noise between steps, got {steps}"
+            )
 
     @property
     def class_name(self) -> str:
@@ -237,11 +265,32 @@ class DiffusersFamily:
             return self.denoiser_on_meta()
         name, at = self.denoiser_part, {"revision": self.revision}
         if self.init_seed is None:
-            return load_weights(self.source, self.model_index, name, variant=self.variant, **at)
-        config = load_part(self.source, self.model_index, name, "load_config", **at)
+            denoiser = load_weights(self.source, self.model_index, name, variant=self.variant, **at)
+            return self._with_gap(denoiser) if self.tells_gap else denoiser
+        config = load_part(self.source, self.model_index, name, "load_config", **at) | self._more_fields(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.init_seed, "weights", 0))
             return part_class(self.model_index, name).from_config(config)
+
+    def _more_fields(self, name: str) -> dict[str, Any]:
+        """The fields of a part's config that are not the checkpoint's: of a denoiser that has no place for a gap."""
+        if not (self.tells_gap and name == self.denoiser_part):
+            return {}
+        at = {"revision": self.revision}
+        own = load_part(self.source, self.model_index, name, "load_config", **at)
+        return {field: value for field, value in self.gap_fields.items() if not own.get(field)}
+
+    def _with_gap(self, denoiser: torch.nn.Module) -> torch.nn.Module:
+        """The same function as the denoiser, with a place for a gap, of which what it puts out is 0 at first."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            told = type(denoiser).from_config(self.config_of(self.denoiser_part))
+        missing = told.load_state_dict(denoiser.state_dict(), strict=False).missing_keys
+        last = missing[-1].rpartition(".")[0] if missing else None
+        for name, weight in told.named_parameters():
+            if name.rpartition(".")[0] == last:
+                torch.nn.init.zeros_(weight)
+        return told
 
     def denoiser_on_meta(self) -> torch.nn.Module:
         """A denoiser without weights, for what only looks at its config."""
@@ -277,8 +326,9 @@ class DiffusersFamily:
                 if self.model_index[name][0] == "transformers":
                     self._configs[name] = cls.config_class.from_pretrained(self.source, **at)
                 else:
+                    config = cls.load_config(self.source, **at) | self._more_fields(name)
                     with torch.device("meta"):
-                        self._configs[name] = cls.from_config(cls.load_config(self.source, **at)).config
+                        self._configs[name] = cls.from_config(config).config
         return self._configs[name]
 
     def train_text_encoders(self, seed: int, gradient_checkpointing: bool) -> TextEncoders:
@@ -567,12 +617,24 @@ class DiffusersFamily:
         known = inspect.signature(type(pipeline).__call__).parameters
         options = {"height": height, "width": width, "use_resolution_binning": False}
         options = {name: value for name, value in options.items() if name in known and value is not None}
+        if self.tells_gap:
+            steps = num_inference_steps or known["num_inference_steps"].default
+            guidance_scale = pipeline_guidance("mean_flow", self.class_name, steps)
         call = self.call_options(prompts, 1.0 if guidance_scale is None else guidance_scale)
         if guidance_scale is None:
             call = {name: value for name, value in call.items() if name not in GUIDANCE_OPTIONS}
         more = {"guidance_rescale": guidance_rescale or None, "num_inference_steps": num_inference_steps}
         more |= {"negative_prompt": negative_prompts}
         return options | self.text_options | call | {name: value for name, value in more.items() if value is not None}
+
+    def embed_gap(self, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor | None:
+        """The `timestep_cond` of a UNet that is told how far a step goes, (batch, time_cond_proj_dim), else None: the
+        conditioning's "gap", or 0 without one, embedded as the pipelines' `get_guidance_scale_embedding` does with
+        guidance_scale - 1."""
+        if not self.tells_gap:
+            return None
+        gap = conditioning.get("gap", torch.zeros(timesteps.shape, device=timesteps.device))
+        return get_timestep_embedding(1000 * gap, self.config_of("unet").time_cond_proj_dim, downscale_freq_shift=1)
 
     def save_pipeline(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`: the frozen parts in float32 and unused (a tokenizer that has padded would be saved with its

@@ -24,6 +24,7 @@ class Flux(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
+    gap_fields: ClassVar[dict[str, Any]] = {"guidance_embeds": True}
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Flux":
@@ -49,9 +50,9 @@ class Flux(DiffusersFamily):
     ) -> torch.Tensor:
         guidance = None
         if self.has_guidance_embedding:
-            guidance = torch.full(
-                (len(noisy_latents),), self.guidance, device=noisy_latents.device, dtype=torch.float32
-            )
+            own = 0.0 if self.tells_gap else self.guidance
+            guidance = torch.full((len(noisy_latents),), own, device=noisy_latents.device, dtype=torch.float32)
+            guidance = conditioning.get("gap", guidance)
         output = denoiser(
             **packed_arguments(noisy_latents, timesteps, conditioning["prompt_embeds"]),
             guidance=guidance,

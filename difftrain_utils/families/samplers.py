@@ -6,9 +6,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.objective.schedule import (
     FLOW_SCHEDULERS,
@@ -81,6 +89,34 @@ def build_schedule(
             if not torch.as_tensor(trial.timesteps).isfinite().all():  # one step with a `shift_terminal` is 0 / 0
                 raise ValueError("its timesteps are not finite")
     return schedule, sampler
+
+
+def few_step_sampler(schedule: Schedule, sampler: SchedulerMixin, config: FewStepConfig) -> SchedulerMixin:
+    """The sampler of a model that samples in few steps: on the path `linear` equal steps of the first order, as the
+    model's mean velocities are meant; on the path `cosine` what goes to the data and back to the noise, with each step.
+
+    Raises:
+        InputError: the schedule is not that of the method, or its steps are not equal.
+    """
+    method = config.few_step.method
+    path, prediction_type = ("linear", "flow_prediction") if config.tells_gap else ("cosine", "v_prediction")
+    if (schedule.path, schedule.prediction_type) != (path, prediction_type):
+        got = f"{schedule.prediction_type} on the path {schedule.path}"
+        raise InputError(f"few_step.method: {method} is of {prediction_type} on the path {path}, got {got}")
+    if not config.tells_gap:
+        num_timesteps = schedule.num_train_timesteps
+        betas = cosine_betas(num_timesteps)
+        return LCMScheduler(num_timesteps, trained_betas=betas, prediction_type=prediction_type, clip_sample=False)
+    if schedule.shift != 1 or sampler.config.get("use_dynamic_shifting"):
+        raise InputError(f"scheduler.flow_shift: must be 1 for {method}, whose steps are equal")
+    if isinstance(sampler, DPMSolverMultistepScheduler):
+        return DPMSolverMultistepScheduler.from_config(sampler.config, solver_order=1)
+    if not isinstance(sampler, FlowMatchEulerDiscreteScheduler):
+        name = type(sampler).__name__
+        raise InputError(
+            f"scheduler.sampler: {method} makes Euler's steps; try DPMSolverMultistepScheduler, not {name}"
+        )
+    return sampler
 
 
 def _check_pair(path: str, prediction_type: str, own_path: str, gives_sigmas: bool, config: Config) -> None:

@@ -20,6 +20,7 @@ class StableDiffusion(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     has_init_noise_sigma: ClassVar[bool] = True
+    gap_fields: ClassVar[dict[str, Any]] = {"time_cond_proj_dim": 256}
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "StableDiffusion":
@@ -57,4 +58,6 @@ class StableDiffusion(DiffusersFamily):
         timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        return denoiser(noisy_latents, timesteps, conditioning["prompt_embeds"]).sample.float()
+        gap = self.embed_gap(timesteps, conditioning)
+        embeds = conditioning["prompt_embeds"]
+        return denoiser(noisy_latents, timesteps, embeds, timestep_cond=gap).sample.float()

@@ -23,6 +23,7 @@ class StableDiffusionXL(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     has_init_noise_sigma: ClassVar[bool] = True
+    gap_fields: ClassVar[dict[str, Any]] = {"time_cond_proj_dim": 256}
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "StableDiffusionXL":
@@ -76,6 +77,7 @@ class StableDiffusionXL(DiffusersFamily):
             noisy_latents,
             timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
+            timestep_cond=self.embed_gap(timesteps, conditioning),
             added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.float()},
             return_dict=False,
         )[0].float()

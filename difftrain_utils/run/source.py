@@ -61,6 +61,12 @@ class Source:
         return not _has_file(self.path, INDEX_FILE) and _has_file(self.path, MODEL_FILE)
 
     @property
+    def tells_gap(self) -> bool:
+        """Whether they are a run's whose denoiser is told how far a step goes."""
+        few_step = self.config.get("few_step")
+        return isinstance(few_step, dict) and few_step.get("method") != "consistency"
+
+    @property
     def has_adapters(self) -> bool:
         """Whether what was learned can be scaled."""
         if self.kind not in ("checkpoint", "weights"):

@@ -22,6 +22,7 @@ from difftrain_utils.families.load import load_family
 from difftrain_utils.families.prx_pixel import PRXPixel
 from difftrain_utils.keyed_random import keyed_randn, seed_for, torch_generator_for
 from difftrain_utils.media.image import to_pixel_values
+from difftrain_utils.objective.few_step import probing
 from difftrain_utils.objective.timesteps import sample_timesteps
 from difftrain_utils.run.flops import training_flops
 
@@ -462,3 +463,24 @@ def test_a_run_whose_encoders_stay_on_the_disk(family_run, captions, tmp_path):
     assert grids[0] == grids[1] != []
     with pytest.raises(InputError, match=r"^model.offload_text_encoders: needs data.cache_text, .*, got True"):
         parse_config([*family_run, "--model.offload_text_encoders", "true"])
+
+
+def test_the_derivative_along_a_path_is_that_of_finite_differences(name, family, denoiser, captions, monkeypatch):
+    """In float64, but for what models compute in float32 whatever they are given."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    denoiser = denoiser.double()
+    conditioning = family.encode_prompts(captions[:2])
+    conditioning = {k: v.double() if v.is_floating_point() else v for k, v in conditioning.items()}
+    latents, along = torch.randn(2, 2, *first_latents(family, generators(1)).shape[1:], dtype=torch.float64)
+    timesteps = torch.tensor([300.3, 701.7], dtype=torch.float64)
+    predict = functools.partial(family.predict, denoiser, conditioning=conditioning)
+    with probing(denoiser):
+        if not family.takes_derivative:
+            with pytest.raises(RuntimeError, match="view size is not compatible"):
+                torch.func.jvp(predict, (latents, timesteps), (along, 1000 * torch.ones(2)))
+            return
+        _, derivative = torch.func.jvp(predict, (latents, timesteps), (along, torch.full_like(timesteps, 1000)))
+        h = 1e-5
+        ahead, behind = (predict(latents + s * along, timesteps + 1000 * s) for s in (h, -h))
+    expected = (ahead - behind) / (2 * h)
+    assert (derivative - expected).abs().max() < 2e-3 * expected.abs().max()

@@ -1,0 +1,103 @@
+"""The config of train_few_step.py."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from difftrain_utils.config.config import Require
+from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.text_to_image import TextToImageConfig
+
+
+@dataclass
+class FewStepMethodConfig:
+    """How a model learns to sample in few steps."""
+
+    method: Literal["mean_flow", "shortcut", "consistency"] = "mean_flow"
+    """MeanFlow, shortcut models, both on the linear path, or continuous-time consistency (sCM) on the cosine path."""
+    flow_share: float = 0.75
+    """The share of samples that learn the velocity, as in flow matching, while the others learn steps; not of
+    `consistency`."""
+    adaptive_power: float = 1.0
+    """p of `mean_flow`: a sample's squared error is divided by itself to the power of p; 0: not."""
+    guidance: float = 1.0
+    """ω of `mean_flow`: classifier-free guidance that is trained in, so that a step of sampling is one pass; 1: no."""
+    guidance_mix: float = 0.0
+    """κ of `mean_flow`: how much of that guidance's velocity is the model's own, which makes the whole of it
+    ω / (1 - κ)."""
+    num_steps: int = 128
+    """Steps of the finest sampling of `shortcut`, a power of 2."""
+    warmup_steps: int = 1000
+    """Steps over which the derivative of the model comes into the target of `consistency`."""
+
+    def check(self, require: Require) -> None:
+        require(0 <= self.flow_share <= 1, "flow_share", "must be between 0 and 1")
+        require(0 <= self.adaptive_power <= 2, "adaptive_power", "must be between 0 and 2")
+        require(self.guidance >= 1, "guidance", "must be at least 1")
+        require(0 <= self.guidance_mix < 1, "guidance_mix", "must be at least 0 and below 1")
+        is_power = self.num_steps >= 2 and self.num_steps.bit_count() == 1
+        require(is_power, "num_steps", "must be a power of 2, at least 2")
+        require(self.warmup_steps >= 0, "warmup_steps", "must be 0 or more")
+        for name in ("guidance", "guidance_mix"):
+            is_default = getattr(self, name) == getattr(FewStepMethodConfig, name)
+            require(self.method == "mean_flow" or is_default, name, "goes with few_step.method mean_flow")
+        rule = "goes with few_step.guidance above 1"
+        require(self.guidance > 1 or self.guidance_mix == 0, "guidance_mix", rule)
+
+
+@dataclass
+class FewStepEvaluationConfig(EvaluationConfig):
+    """The grid of images, the validation loss and the image metrics that show the progress."""
+
+    num_inference_steps: int = 1
+    """Denoising steps: few."""
+    guidance_scale: float = 1.0
+    """Must be 1: what guidance there is, is trained in (`few_step.guidance`)."""
+
+    def check(self, require: Require) -> None:
+        super().check(require)
+        require(self.guidance_scale == 1, "guidance_scale", "must be 1; few_step.guidance trains guidance in")
+
+
+def pipeline_guidance(method: str, pipeline_class: str | None, num_inference_steps: int) -> float:
+    """The `guidance_scale` with which a plain pipeline samples what was trained by a method: of those that tell the
+    denoiser how far a step goes it says that, and is no guidance."""
+    if method == "consistency":
+        return 1.0
+    return (0 if pipeline_class == "FluxPipeline" else 1) + 1 / num_inference_steps
+
+
+@dataclass
+class FewStepConfig(TextToImageConfig):
+    """One run of `train_few_step.py`."""
+
+    EXAMPLE: ClassVar[str] = "configs/quickstart_few_step.yaml"
+
+    few_step: FewStepMethodConfig = field(default_factory=FewStepMethodConfig)
+    evaluation: FewStepEvaluationConfig = field(default_factory=FewStepEvaluationConfig)
+
+    @property
+    def tells_gap(self) -> bool:
+        return self.few_step.method != "consistency"
+
+    def check_sections(self, requires: dict[str, Require]) -> None:
+        super().check_sections(requires)
+        method, prediction_type = self.few_step.method, self.model.prediction_type
+        needed = "flow_prediction" if self.tells_gap else "v_prediction"
+        rule = f"must be {needed} for few_step.method {method}"
+        requires["model"](prediction_type in (needed, None), "prediction_type", rule)
+        rule = "is of train_text_to_image.py"
+        requires["strategy"](not self.strategy.dream_training, "dream_training", rule)
+        requires["noise"](not self.noise.input_perturbation, "input_perturbation", rule)
+        rule = "not here: the derivative of the model is taken of whole weights; there is DDP for it, train.shard none"
+        requires["train"](self.train.shard != "full", "shard", rule)
+        rule = f"not with few_step.method {method}: torch differentiates no GroupNorm forwards in this layout"
+        requires["train"](method == "shortcut" or not self.train.channels_last, "channels_last", rule)
+        is_plain = method != "mean_flow" or self.few_step.adaptive_power == 0
+        rule = "with few_step.method mean_flow needs few_step.adaptive_power 0, which divides by the loss already"
+        requires["loss"](is_plain or not self.loss.learned_uncertainty, "learned_uncertainty", rule)
+        rule = "needs model.trainable, with what tells the denoiser of its steps, and model.lora.merge"
+        is_told = not self.tells_gap or self.model.lora is None or self.model.trainable is not None
+        requires["model"](is_told, "lora", rule)
+        guided = self.few_step.guidance == 1 or self.data.caption_dropout > 0
+        rule = "needs data.caption_dropout above 0, or the model does not learn what is without a caption"
+        requires["few_step"](guided, "guidance", rule)

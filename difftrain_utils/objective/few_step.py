@@ -1,0 +1,187 @@
+"""What a model has to predict that samples in few steps.
+
+On the path `linear`, u(x_t, t, gap) is the mean velocity of a step from time t to t - gap, so that x_(t - gap) = x_t -
+gap·u; a gap of 0 has the velocity itself. Times are noise levels σ = t / num_train_timesteps here, from 0 (data) to 1
+(noise), and gaps are differences of them. On the path `cosine`, a consistency function goes from any time to 0.
+
+The targets take passes of the model of their own, without gradients: `predict(noisy_latents, timesteps, conditioning)`
+is of the bare denoiser then (`probing`), and the pass whose gradient counts goes through the wrapped one, as in every
+script. The conditioning tells the model the gap, (batch,), as "gap".
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from difftrain_utils.config.few_step import FewStepMethodConfig
+from difftrain_utils.config.objective import TimestepsConfig
+from difftrain_utils.devices import to_device
+from difftrain_utils.keyed_random import keyed_rand
+from difftrain_utils.objective.schedule import Schedule, append_dims
+from difftrain_utils.objective.timesteps import sample_timesteps
+
+Conditioning = dict[str, torch.Tensor]
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+
+ADAPTIVE_FLOOR = 1e-3  # c of MeanFlow's weight
+TANGENT_FLOOR = 0.1  # c of the consistency model's tangent
+
+
+def sample_times(
+    config: FewStepMethodConfig,
+    density: TimestepsConfig,
+    schedule: Schedule,
+    seed: int,
+    keys: Sequence[int],
+    batch_size: int,
+    device=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps and gaps of the samples `keys`, both (len(keys),) float32.
+
+    - `mean_flow`: the later of two times that are drawn from the density, and their difference; of the share
+      `flow_share` one time, and 0 (Geng et al. 2025, arXiv:2505.13447, section 4.3)
+    - `shortcut`: a step of 1, 1/2, …, 2 / num_steps, from a multiple of it; of the share `flow_share` a time from the
+      density, and 0 (Frans et al. 2024, arXiv:2410.12557, section 3.2)
+    - `consistency`: a time from the density, and all of the way from it
+    """
+    times = sample_timesteps(density, schedule, seed, keys, batch_size, device=device)
+    num_timesteps = schedule.num_train_timesteps
+    if config.method == "consistency":
+        return times, times / num_timesteps
+    learns_flow = to_device(keyed_rand(seed, "learns_flow", keys) < config.flow_share, device)
+    if config.method == "mean_flow":
+        others = sample_timesteps(density, schedule, seed, keys, batch_size, device=device, purpose="second_timestep")
+        later, gaps = torch.maximum(times, others), (times - others).abs() / num_timesteps
+    else:
+        halvings = int(math.log2(config.num_steps))
+        steps = 0.5 ** (keyed_rand(seed, "step", keys) * halvings).floor()
+        places = (keyed_rand(seed, "step_place", keys) / steps).floor() + 1
+        later, gaps = (to_device(x.float(), device) for x in (places * steps * num_timesteps, steps))
+    return torch.where(learns_flow, times, later), torch.where(learns_flow, 0, gaps)
+
+
+@contextmanager
+def probing(denoiser: torch.nn.Module) -> Iterator[None]:
+    """For passes of a denoiser that is not wrapped which are differentiated forwards and not backwards: without
+    gradients, as it samples, uncompiled, and with the one kernel of attention that has a derivative."""
+    denoiser.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        yield
+    denoiser.train()
+
+
+def guided_velocity(
+    config: FewStepMethodConfig,
+    predict: Predict,
+    noisy_latents: torch.Tensor,
+    velocity: torch.Tensor,
+    timesteps: torch.Tensor,
+    conditioning: Conditioning,
+    nothing: Conditioning,
+    dropped: Sequence[bool],
+) -> torch.Tensor:
+    """The velocity ω·v + κ·u(x_t, t, 0) + (1 - ω - κ)·u(x_t, t, 0 | nothing) of guidance, of the latents' shape, for
+    samples `velocity` v; v itself of those whose caption is `dropped`. `nothing` is the conditioning of one sample
+    without a caption (Geng et al. 2025, appendix, equation 21)."""
+    if config.guidance == 1:
+        return velocity
+    gap = {"gap": torch.zeros_like(timesteps)}
+    nothing = {name: value.expand(len(velocity), *value.shape[1:]) for name, value in nothing.items()}
+    without = predict(noisy_latents, timesteps, conditioning | nothing | gap)
+    guided = config.guidance * velocity + (1 - config.guidance - config.guidance_mix) * without
+    if config.guidance_mix:
+        guided = guided + config.guidance_mix * predict(noisy_latents, timesteps, conditioning | gap)
+    return torch.where(append_dims(torch.tensor(dropped, device=velocity.device), velocity), velocity, guided)
+
+
+def mean_flow_target(
+    schedule: Schedule,
+    predict: Predict,
+    noisy_latents: torch.Tensor,
+    velocity: torch.Tensor,
+    timesteps: torch.Tensor,
+    gaps: torch.Tensor,
+    conditioning: Conditioning,
+) -> torch.Tensor:
+    """v - gap·du/dt, of the latents' shape, which u is if and only if it is the mean velocity (Geng et al. 2025,
+    equations 6 and 10). The derivative is that along the path, on which x moves by v while the step's end stays, so
+    that the gap grows with t."""
+
+    def mean_velocity(noisy_latents, timesteps, gaps):
+        return predict(noisy_latents, timesteps, conditioning | {"gap": gaps})
+
+    rate = torch.full_like(timesteps, schedule.num_train_timesteps)  # of timesteps, with the time
+    along = (velocity, rate, torch.ones_like(gaps))
+    _, derivative = torch.func.jvp(mean_velocity, (noisy_latents, timesteps, gaps), along)
+    return velocity - append_dims(gaps, velocity) * derivative
+
+
+def shortcut_target(
+    config: FewStepMethodConfig,
+    schedule: Schedule,
+    predict: Predict,
+    noisy_latents: torch.Tensor,
+    velocity: torch.Tensor,
+    timesteps: torch.Tensor,
+    gaps: torch.Tensor,
+    conditioning: Conditioning,
+) -> torch.Tensor:
+    """The velocity where the gap is 0, and else the mean of two steps that are half as long, of the latents' shape
+    (Frans et al. 2024, equation 5 and algorithm 1). Half of the shortest gap is 0, that is flow matching's step. Unlike
+    in the paper's code, the two steps are the model's as it is, not its average's."""
+    steps = gaps > 0
+    target = velocity.clone()
+    if not steps.any():
+        return target
+    noisy_latents, timesteps, halves = noisy_latents[steps], timesteps[steps], gaps[steps] / 2
+    told = {"gap": torch.where(halves * config.num_steps > 1, halves, 0)}
+    conditioning = {name: value[steps] for name, value in conditioning.items()} | told
+    first = predict(noisy_latents, timesteps, conditioning)
+    between = noisy_latents - append_dims(halves, first) * first
+    second = predict(between, timesteps - schedule.num_train_timesteps * halves, conditioning)
+    target[steps] = (first + second) / 2
+    return target
+
+
+def consistency_target(
+    config: FewStepMethodConfig,
+    schedule: Schedule,
+    predict: Predict,
+    noisy_latents: torch.Tensor,
+    velocity: torch.Tensor,
+    timesteps: torch.Tensor,
+    conditioning: Conditioning,
+    step: int,
+) -> torch.Tensor:
+    """F + g, of the latents' shape, for the v-prediction F of the consistency function f(x, t) = cos(t)·x - sin(t)·F(x,
+    t), t from 0 to π/2. With the derivative along the path, df/dt, and the velocity v = dx/dt of the samples,
+
+        g = cos(t)·df/dt = -cos²(t)·(F - v) - r·cos(t)·sin(t)·(x + dF/dt),
+
+    and then g / (‖g‖ + 0.1) of its root mean square ‖g‖; r goes from 0 to 1 over `warmup_steps` steps (Lu & Song 2024,
+    arXiv:2410.11081, algorithm 1, for data of standard deviation 1). Weigh it by `loss.learned_uncertainty`, as in the
+    paper.
+    """
+    alphas, sigmas = (append_dims(x, noisy_latents) for x in schedule.alphas_and_sigmas(timesteps))
+    rate = torch.full_like(timesteps, schedule.num_train_timesteps / (math.pi / 2))  # of timesteps, with the angle
+    slowed = (alphas * sigmas).flatten()  # within the derivative, so that it is not large where it does not count
+    output, derivative = torch.func.jvp(
+        lambda noisy_latents, timesteps: predict(noisy_latents, timesteps, conditioning),
+        (noisy_latents, timesteps),
+        (alphas * sigmas * velocity, slowed * rate),
+    )
+    warmth = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    tangent = -alphas.square() * (output - velocity) - warmth * (alphas * sigmas * noisy_latents + derivative)
+    norm = append_dims(tangent.flatten(1).square().mean(1).sqrt(), tangent)
+    return output + tangent / (norm + TANGENT_FLOOR)
+
+
+def adaptive_weights(config: FewStepMethodConfig, errors: torch.Tensor, num_elements: int) -> torch.Tensor:
+    """MeanFlow's weights 1 / (‖Δ‖² + c)^p of mean squared errors (batch,) of so many elements, of their shape (Geng et
+    al. 2025, section 4.3); 1 for other methods."""
+    if config.method != "mean_flow":
+        return torch.ones_like(errors)
+    return (errors.detach() * num_elements + ADAPTIVE_FLOOR) ** -config.adaptive_power
