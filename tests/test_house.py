@@ -155,7 +155,7 @@ def test_packages_reexport_nothing_and_each_folder_is_explained():
 
 
 def test_no_familys_name_stands_in_a_script():
-    shared = {"family", "load", "denoiser", "samplers", "text_encoders"}
+    shared = {"family", "load", "denoiser", "reference", "samplers", "text_encoders"}
     names = {path.stem for path in (UTILS / "families").glob("*.py")} - shared
     for script in SCRIPTS:
         assert not [name for name in names if re.search(rf"\b{name}\b", script.read_text())]

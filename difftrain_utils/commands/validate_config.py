@@ -31,8 +31,12 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator = launch(config)
     checkpoint = on_main_process(accelerator, partial(find_checkpoint, config))
-    prepare_run = {"train_text_to_image.py": prepare_text_to_image, "train_text.py": prepare_text}[script]
-    record, *run = prepare_run(accelerator, checkpoint, config)
+    prepare_run = {
+        "train_text_to_image.py": prepare_text_to_image,
+        "train_preference.py": prepare_preference,
+        "train_text.py": prepare_text,
+    }
+    record, *run = prepare_run[script](accelerator, checkpoint, config)
     output_dir = Path(config.train.output_dir)
     accelerator.print(describe_memory(accelerator, *run, config))
     if holds_run(output_dir):
@@ -60,6 +64,34 @@ def prepare_text_to_image(accelerator, checkpoint: Path | None, config: Config) 
     count_epochs(config, data.samples_per_epoch, checkpoint)
     lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
     evaluation = Evaluation(accelerator, family, data.validation_rows, config)
+    record = prepare(accelerator, family, models, data, checkpoint, config)
+    accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
+
+    # ── The same, up to here, as in the script ───────────────────────────────────────────────────────────────
+    del lr_scheduler, evaluation  # they can be made
+    return record, family, models, optimizer, data
+
+
+def prepare_preference(accelerator, checkpoint: Path | None, config: Config) -> tuple[Any, ...]:
+    """As train_preference.py does."""
+    from difftrain_utils.data.load import load_data
+    from difftrain_utils.evaluation.evaluate import Evaluation
+    from difftrain_utils.families.load import load_family, trained_models
+    from difftrain_utils.families.reference import Reference
+    from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
+    from difftrain_utils.run.checkpoints import count_epochs
+    from difftrain_utils.run.launch import prepare
+    from difftrain_utils.run.summary import describe_run
+
+    # ── Model and data. What is wrong with the input shows here, before anything is written ──────────────────
+    family = load_family(config)
+    models = trained_models(family, config)
+    optimizer = build_optimizer(config.optimizer, models)
+    data = load_data(accelerator, family, config)
+    count_epochs(config, data.samples_per_epoch, checkpoint)
+    lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
+    reference = Reference(family, models["denoiser"], config)
+    evaluation = Evaluation(accelerator, family, data.validation_rows, config, reference)
     record = prepare(accelerator, family, models, data, checkpoint, config)
     accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
 

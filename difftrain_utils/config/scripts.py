@@ -6,10 +6,15 @@ from pathlib import Path
 import yaml
 
 from difftrain_utils.config.config import Config, field_names
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 
-SCRIPTS: dict[str, type[Config]] = {"train_text_to_image.py": TextToImageConfig, "train_text.py": TextConfig}
+SCRIPTS: dict[str, type[Config]] = {
+    "train_text_to_image.py": TextToImageConfig,
+    "train_preference.py": PreferenceConfig,
+    "train_text.py": TextConfig,
+}
 
 
 def script_for(argv: Sequence[str]) -> str:
