@@ -271,12 +271,12 @@ def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
             *drawn, caption = draw_pair(index, resolution)
         else:
             *drawn, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
-        row: dict[str, Any] = {"text": caption}
+        row: dict[str, Any] = {}
         for column, picture in zip(columns, drawn, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG", compress_level=1)
             row[column] = {"bytes": buffer.getvalue(), "path": f"{index:06d}.png"}
-        rows.append(row)
+        rows.append(row | {"text": caption})
     features = datasets.Features(dict.fromkeys(columns, datasets.Image()) | {"text": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
 
