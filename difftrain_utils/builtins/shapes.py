@@ -1,4 +1,4 @@
-"""The built-in captioned data sets: one coloured shape on a dark ground, and a judge that names both."""
+"""The built-in captioned data sets: one coloured shape on a dark ground, pairs of them, and a judge that names both."""
 
 import math
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
 PLACED = [f"{prompt} on the {side}" for prompt in PROMPTS for side in SIDES]
 SHAPE_SETS = {"builtin:shapes": PROMPTS, "builtin:placed-shapes": PLACED}
 """The captions of each data set. A model that has learned the first has something new in the second: where."""
+SHAPE_PAIRS, PREFERRED, OTHER = "builtin:shape-pairs", "left", "right"
+"""The data set of pairs, and on which side the shape of the image that is preferred is, and that of the other."""
 SUPERSAMPLING = 8
 CANVAS = 128  # px, that images are judged at
 NEEDED = {"circle": (0.935, 0.05, 1.15), "square": (0.9, 0.05, 1.2), "triangle": (0.84, 0.12, 1.3)}
@@ -56,6 +58,14 @@ def draw_shape(
     else:
         draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
     return large.reduce(SUPERSAMPLING), caption
+
+
+def draw_pair(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image, Image.Image, str]:
+    """Pair `index` of `builtin:shape-pairs`: the image that is preferred, the other, and the caption of both, "a red
+    circle". They differ in the side alone on which the shape is, of which the caption says nothing."""
+    caption = PROMPTS[index % len(PROMPTS)]
+    chosen, rejected = (draw_shape(index, image_size, seed, [f"{caption} on the {s}"])[0] for s in (PREFERRED, OTHER))
+    return chosen, rejected, caption
 
 
 def judge(image: Image.Image) -> tuple[str | None, str | None]:
@@ -150,3 +160,8 @@ def count_right(images: list[Image.Image], prompts: list[str]) -> int:
         is_there = not side or judge_side(image) == side
         right += is_there and " ".join(["a", *map(str, judge(image))]) == what
     return right
+
+
+def count_preferred(images: list[Image.Image], prompts: list[str]) -> int:
+    """How many images show what their prompts ask for, and that as the images that `builtin:shape-pairs` prefers."""
+    return count_right(images, [f"{prompt} on the {PREFERRED}" for prompt in prompts])

@@ -59,15 +59,16 @@ SEEDS = ("train.seed", "train.seeds", *(f"train.seeds.{source}" for source in SO
 NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
-OBJECTIVE += ("few_step.",)
+OBJECTIVE += ("few_step.", "preference.")
 OBJECTIVE += ("masking.random_length_share",)  # the estimators of text estimate the same
-JUDGED_BY = ("evaluation.", "data.validation", "data.resolution", "data.image_interpolation")
+JUDGED_BY = ("evaluation.", "preference.", "data.validation", "data.resolution", "data.image_interpolation")
 JUDGED_BY += ("data.sequence_length", "data.packing", "data.tokenizer", "data.text_column", "data.prompt_column")
 DENOISER = "base_model.sha256.denoiser"
 ORDER = {
     FINAL: 0,
     BEST: 1,
     "shapes_right": 2,
+    "shapes_preferred": 2,
     "valid": 2,
     "final train loss": 4,
     "samples/s": 5,
@@ -88,6 +89,7 @@ class Kind(NamedTuple):
 KINDS = {
     "train_text_to_image.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_few_step.py": Kind("noise level", "noise levels", "images", "diffusers"),
+    "train_preference.py": Kind("noise level", "noise levels", "pairs", "diffusers"),
     "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
 }
 

@@ -131,7 +131,8 @@ class Plan:
             yield from _wrap(f"{reading.rows} rows of a stream, whose size is not known")
         else:
             total = reading.rows * reading.mean_bytes
-            yield _row(f"{reading.rows} images, {reading.mean_bytes / 1e3:.4g} kB each", _gb(total))
+            rows = media_of(config.data).describe(reading.rows, config.data)
+            yield _row(f"{rows}, {reading.mean_bytes / 1e3:.4g} kB each", _gb(total))
             again = " and cache" if config.data.cache_latents else ""
             yield _row(f"read before step 1, to check{again}", _gb((1 + config.data.cache_latents) * total))
         if self.planner.is_text:

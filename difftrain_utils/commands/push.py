@@ -294,7 +294,12 @@ def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: 
     return Kind(f"A masked diffusion model of text (`{architecture}`)", "transformers", "text-generation", usage)
 
 
-KINDS = {"train_text_to_image.py": _of_images, "train_few_step.py": _of_images, "train_text.py": _of_text}
+KINDS = {
+    "train_text_to_image.py": _of_images,
+    "train_few_step.py": _of_images,
+    "train_preference.py": _of_images,
+    "train_text.py": _of_text,
+}
 
 
 def _usage(

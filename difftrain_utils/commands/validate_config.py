@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare_text_to_image(accelerator, checkpoint: Path | None, config: Config) -> tuple[Any, ...]:
-    """As train_text_to_image.py does."""
+    """As train_text_to_image.py and train_few_step.py do."""
     from difftrain_utils.data.load import load_data
     from difftrain_utils.evaluation.evaluate import Evaluation
     from difftrain_utils.families.load import load_family, trained_models
@@ -67,11 +67,12 @@ def prepare_text_to_image(accelerator, checkpoint: Path | None, config: Config) 
     return record, family, models, optimizer, data
 
 
-def prepare_few_step(accelerator, checkpoint: Path | None, config: Config) -> tuple[Any, ...]:
-    """As train_few_step.py does."""
+def prepare_preference(accelerator, checkpoint: Path | None, config: Config) -> tuple[Any, ...]:
+    """As train_preference.py does."""
     from difftrain_utils.data.load import load_data
     from difftrain_utils.evaluation.evaluate import Evaluation
     from difftrain_utils.families.load import load_family, trained_models
+    from difftrain_utils.families.reference import Reference
     from difftrain_utils.optimization.optimizers import build_lr_scheduler, build_optimizer
     from difftrain_utils.run.checkpoints import count_epochs
     from difftrain_utils.run.launch import prepare
@@ -84,7 +85,8 @@ def prepare_few_step(accelerator, checkpoint: Path | None, config: Config) -> tu
     data = load_data(accelerator, family, config)
     count_epochs(config, data.samples_per_epoch, checkpoint)
     lr_scheduler = build_lr_scheduler(config.lr_scheduler, optimizer, config.train.max_steps)
-    evaluation = Evaluation(accelerator, family, data.validation_rows, config)
+    reference = Reference(family, models["denoiser"], config)
+    evaluation = Evaluation(accelerator, family, data.validation_rows, config, reference)
     record = prepare(accelerator, family, models, data, checkpoint, config)
     accelerator.print(describe_run(accelerator, family, models, optimizer, data, checkpoint, config), flush=True)
 
@@ -122,6 +124,7 @@ def prepare_text(accelerator, checkpoint: Path | None, config: Config) -> tuple[
 
 PREPARE = {
     "train_text_to_image.py": prepare_text_to_image,
-    "train_few_step.py": prepare_few_step,
+    "train_few_step.py": prepare_text_to_image,
+    "train_preference.py": prepare_preference,
     "train_text.py": prepare_text,
 }

@@ -16,6 +16,8 @@ from difftrain_utils.config.config import RENAMED, Config
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.config.help import NESTED, Field, describe, sections
+from difftrain_utils.config.pairs import PairSourceConfig
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_data import TextSourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -24,10 +26,13 @@ from difftrain_utils.files import write_file
 FILES = {
     "schema.json": TextToImageConfig,
     "schema_few_step.json": FewStepConfig,
+    "schema_preference.json": PreferenceConfig,
     "schema_text.json": TextConfig,
 }
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
-OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys((SourceConfig, TextSourceConfig), "data.sources")
+OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys(
+    (SourceConfig, PairSourceConfig, TextSourceConfig), "data.sources"
+)
 
 
 def config_schema(config_class: type[Config]) -> dict[str, Any]:

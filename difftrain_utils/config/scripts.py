@@ -7,12 +7,14 @@ import yaml
 
 from difftrain_utils.config.config import Config, field_names
 from difftrain_utils.config.few_step import FewStepConfig
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 
 SCRIPTS: dict[str, type[Config]] = {
     "train_text_to_image.py": TextToImageConfig,
     "train_few_step.py": FewStepConfig,
+    "train_preference.py": PreferenceConfig,
     "train_text.py": TextConfig,
 }
 

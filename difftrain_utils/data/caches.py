@@ -32,8 +32,18 @@ from difftrain_utils.data.rows import read_captions
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
+from difftrain_utils.media import pairs
 from difftrain_utils.media.captions import captions_of
-from difftrain_utils.media.image import crop_of, read_image, read_mask, resize_and_crop, resize_and_crop_mask, size_of
+from difftrain_utils.media.image import (
+    Row,
+    crop_of,
+    read_image,
+    read_mask,
+    resize_and_crop,
+    resize_and_crop_mask,
+    size_of,
+)
+from difftrain_utils.media.media import media_of
 from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.processes import main_process_first
 
@@ -66,7 +76,7 @@ def load_caches(
 def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> EncodedCache:
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
     deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
-    "masks", (1 or 2, 1, height, width).
+    "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
@@ -87,7 +97,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = torch.stack([family.encode_images(flip) for flip in flips], 1)
+        moments = torch.stack([_moments_of(family, flip) for flip in flips], 1)
         if not moments.isfinite().all():
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
         entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
@@ -100,27 +110,41 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
 
 
+def _moments_of(family, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Those of images (batch, 3, height, width), or of pairs of them (batch, 2, 3, height, width)."""
+    return family.encode_images(pixel_values.flatten(0, -4)).unflatten(0, pixel_values.shape[:-3])
+
+
 class _Images:
     """Item i is the image of row i as a training sample has it, with the middle cut out, its mask, the sizes of that
-    crop as it is and mirrored, (2, 6), and whether the image could be read (if not, it is grey)."""
+    crop as it is and mirrored, (2, 6), and whether the image could be read (if not, it is grey); of pairs (2, 3,
+    height, width), no mask and (2, 2, 6)."""
 
     def __init__(self, data: Data, config: DataConfig):
-        self.data, self.config = data, config
+        self.data, self.config, self.are_pairs = data, config, media_of(config) is pairs
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         size = size_of(self.config) if self.data.buckets is None else self.data.buckets.size_of(row)
+        number, stored = (2,) if self.are_pairs else (), self.data.rows[row]
         try:
-            stored = self.data.rows[row]
-            image, _ = read_image(stored), captions_of(stored.captions, stored.name)
-            mask = read_mask(stored, image) if self.data.rows.has_masks else None
+            captions_of(stored.captions, stored.name)
+            if self.are_pairs:
+                images, masks, sizes = zip(*(self._read(one, size) for one in pairs.images_of(stored)), strict=True)
+                return torch.stack(images), masks[0], torch.stack(sizes, 1), True
+            return *self._read(stored, size), True
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.zeros(3, *size), torch.zeros(1, *size), torch.zeros(2, 6, dtype=torch.long), False
+            sizes = torch.zeros(2, *number, 6, dtype=torch.long)
+            return torch.zeros(*number, 3, *size), torch.zeros(1, *size), sizes, False
+
+    def _read(self, stored: Row, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image = read_image(stored)
+        mask = read_mask(stored, image) if self.data.rows.has_masks else None
         upright, mirrored = (crop_of(image, size, flip=flip) for flip in (False, True))
-        sizes = torch.tensor([upright.sizes, mirrored.sizes])
         mask = torch.ones(1, *size) if mask is None else resize_and_crop_mask(mask, upright, self.config)
-        return resize_and_crop(image, upright, self.config), mask, sizes, True
+        sizes = torch.tensor([upright.sizes, mirrored.sizes])
+        return resize_and_crop(image, upright, self.config), mask, sizes
 
 
 class TextCache:

@@ -12,18 +12,18 @@ from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.photos import find_problems
 from difftrain_utils.data.rows import map_in_threads, open_rows
 from difftrain_utils.data.sources import (
+    file_key,
+    files_of,
     find_metadata,
-    mask_file,
     metadata_lines,
     open_source,
     photo_folder,
     read_metadata_line,
 )
 from difftrain_utils.errors import InputError
-from difftrain_utils.media import image
+from difftrain_utils.media import image, text
 from difftrain_utils.media.captions import follow, join_captions, label_text
-from difftrain_utils.media.image import Row, mask_in, text_columns
-from difftrain_utils.media.media import media_of
+from difftrain_utils.media.media import Row, media_of
 from difftrain_utils.terminal import progress
 
 Problem = tuple[str, str]  # "error" or "warning", and the message
@@ -34,15 +34,15 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
 
     A row's name is how problems call it. A photo without a caption is a row that has none.
     """
-    of_images, problems = media_of(source) is image, []
-    path = find_metadata(source) if of_images else None
+    media, problems = media_of(source), []
+    path = find_metadata(source) if media is not text else None
     if path is None and config.streaming:
         raise InputError(
             "data.streaming: check_data reads a data set as a whole, and an image folder without loading it"
         )
     if path is None:
         try:
-            if of_images and (photos := photo_folder(field, source)) is not None:
+            if media is image and (photos := photo_folder(field, source)) is not None:
                 problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
             rows = open_rows([(field, source)], config)
         except InputError as error:
@@ -62,15 +62,18 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         except InputError as error:
             problems.append(("error", str(error)))
             continue
-        file, name = os.path.normpath(path.parent / row["file_name"]), f"{path} line {number}: {row['file_name']}"
-        if file in lines:
-            several = "several captions of an image go into a list"
-            problems.append(("error", f"{name}: the same file as in line {lines[file]}; {several}"))
-        lines.setdefault(file, number)
-        values.append([follow(row, column) for column, _ in text_columns(source)])
-        mask = mask_file(row, source)
-        mask = mask and {"bytes": None, "path": os.path.normpath(path.parent / mask)}
-        rows.append(Row(name, {"bytes": None, "path": file}, None, mask_in({source.mask_column: mask}, source)))
+        files = {column: os.path.normpath(path.parent / file) for column, file in files_of(row, source).items()}
+        name = f"{path} line {number}: {row[file_key(source.image_column)]}"
+        images = tuple(file for column, file in files.items() if column != source.mask_column)
+        if images in lines:
+            several = f"several captions of {'an image' if media is image else 'a pair'} go into a list"
+            same = "file" if len(images) == 1 else "files"
+            problems.append(("error", f"{name}: the same {same} as in line {lines[images]}; {several}"))
+        lines.setdefault(images, number)
+        values.append([follow(row, column) for column, _ in media.text_columns(source)])
+        columns = dict.fromkeys((column for column, _ in media.file_columns(source)))
+        content = columns | {column: {"bytes": None, "path": file} for column, file in files.items()}
+        rows.append(media.row_of(content, name, source, [])._replace(name=name))
     features = [integers_of(column) for column in zip(*values, strict=True)]
     for i, of_row in enumerate(values):
         captions = join_captions([label_text(*pair) for pair in zip(of_row, features, strict=True)], source)

@@ -1,5 +1,5 @@
 """Where rows come from: folders of photos, image folders, parquet, arrow and WebDataset files, hub data sets, drawn
-shapes."""
+shapes and pairs of them."""
 
 import contextlib
 import dataclasses
@@ -13,16 +13,17 @@ from typing import Any
 
 import datasets
 
-from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
+from difftrain_utils.builtins.shapes import SHAPE_PAIRS, SHAPE_SETS, draw_pair, draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
-from difftrain_utils.media import image, text
+from difftrain_utils.media import image, pairs, text
 from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
+BUILTINS = (*SHAPE_SETS, SHAPE_PAIRS)
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
@@ -64,10 +65,10 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             data = read_photos(photos)
     elif name.startswith("builtin:") and media_of(source) is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
-    elif name in SHAPE_SETS:
+    elif name in BUILTINS:
         data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
+        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(BUILTINS)}")
     else:
         folder = local_path(name)
         with _blame_cache(), blame(cannot_load(field, source), Exception), texts.blame_file(source):
@@ -125,6 +126,12 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
         check_metadata(metadata, field, source, config)
         return {"path": "imagefolder", "data_dir": str(folder)}
     if photo_folder(field, source) is not None:
+        if media_of(source) is pairs:
+            names = " and ".join(f'"{file_key(column)}"' for column, _ in pairs.file_columns(source))
+            raise InputError(
+                f"{field_of(field, 'dataset')}: {folder} is a folder of photos; of pairs it needs a metadata.jsonl, "
+                f"with {names}"
+            )
         raise InputError(f"data.streaming: {folder} is a folder of photos, which is not read as a stream")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
@@ -255,16 +262,23 @@ def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
 
 
 def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
-    """A built-in data set as PNGs in memory, with the columns `image` and `text`."""
-    images, captions = [], []
+    """A built-in data set as PNGs in memory, with the columns `image` and `text`, or of pairs `chosen`, `rejected` and
+    `text`."""
+    columns = ["chosen", "rejected"] if name == SHAPE_PAIRS else ["image"]
+    rows = []
     for index in range(NUM_BUILTIN_SHAPES):
-        image, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})
-        captions.append(caption)
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    return datasets.Dataset.from_dict({"image": images, "text": captions}, features=features)
+        if name == SHAPE_PAIRS:
+            *drawn, caption = draw_pair(index, resolution)
+        else:
+            *drawn, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
+        row: dict[str, Any] = {}
+        for column, picture in zip(columns, drawn, strict=True):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG", compress_level=1)
+            row[column] = {"bytes": buffer.getvalue(), "path": f"{index:06d}.png"}
+        rows.append(row | {"text": caption})
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image()) | {"text": datasets.Value("string")})
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def find_metadata(source: SourceConfig) -> Path | None:
@@ -277,30 +291,26 @@ def find_metadata(source: SourceConfig) -> Path | None:
 def check_metadata(path: Path, field: str, source: SourceConfig, config: DataConfig) -> None:
     """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
     whose image is missing."""
-    if source.image_column != "image":
-        raise InputError(
-            f"{field_of(field, 'image_column')}: an image folder has its images in 'image', got {source.image_column!r}"
-        )
     number = 0
     for number, line in metadata_lines(path):
         row = read_metadata_line(line, f"{path} line {number}", field, source)
-        for name in files_of(row, source) if config.on_bad_row == "stop" else ():
+        for name in files_of(row, source).values() if config.on_bad_row == "stop" else ():
             if not os.path.isfile(path.parent / name):
                 raise InputError(f"{path} line {number}: no such file: {name}")
     if number == 0:
         raise InputError(f"{path}: has no line; it needs one for each image")
 
 
-def mask_file(row: dict[str, Any], source: SourceConfig) -> str | None:
-    """The file of the mask that a line of metadata.jsonl names, as `datasets` reads it: `mask_file_name` is of the
-    column `mask`."""
-    name = row.get(f"{source.mask_column}_file_name")
-    return name if isinstance(name, str) else None
+def file_key(column: str) -> str:
+    """How a line of metadata.jsonl calls the file of a column, as `datasets` reads it: `mask_file_name` is of the
+    column `mask`, and `file_name` of `image`."""
+    return "file_name" if column == "image" else f"{column}_file_name"
 
 
-def files_of(row: dict[str, Any], source: SourceConfig) -> list[str]:
-    """The files that a line of metadata.jsonl names."""
-    return [name for name in (row["file_name"], mask_file(row, source)) if name is not None]
+def files_of(row: dict[str, Any], source: SourceConfig) -> dict[str, str]:
+    """The files that a line of metadata.jsonl names, by their columns."""
+    found = {column: row.get(file_key(column)) for column, _ in media_of(source).file_columns(source)}
+    return {column: name for column, name in found.items() if isinstance(name, str)}
 
 
 def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -310,7 +320,7 @@ def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceConfig) -> dict[str, Any]:
-    """A line's object, which has a file name and a caption.
+    """A line's object, which has the names of its files (a mask's may be missing) and a caption.
 
     Raises:
         InputError: it has not, or is no JSON; the message begins with `line_name`, or names it.
@@ -321,15 +331,18 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
         raise InputError(f"{line_name}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError:
         raise InputError(f"{line_name}: not UTF-8") from None
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise InputError(f'{line_name}: needs a "file_name", got {line.decode().strip():.80}')
-    for name in files_of(row, source):
+    keys = {column: file_key(column) for column, _ in media_of(source).file_columns(source)}
+    files = files_of(row, source) if isinstance(row, dict) else {}
+    for column, key in keys.items():
+        if column not in files and column != source.mask_column:
+            raise InputError(f'{line_name}: needs a "{key}", got {line.decode().strip():.80}')
+    for name in files.values():
         if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
             raise InputError(f"{line_name}: the file must lie in this folder, got {name}")
     columns = [column for column, _ in media_of(source).text_columns(source)]
     if not any(column in row or column.split(".")[0] in row for column in columns) and source.default_caption is None:
         raise InputError(
             f"{field_of(field, 'caption_column')}: no {' or '.join(map(repr, columns))} in {line_name}; "
-            f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
+            f"it has {', '.join(sorted(row.keys() - {*keys.values()})) or f'only {keys[source.image_column]}'}"
         )
     return row

@@ -6,13 +6,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from difftrain_utils.builtins.shapes import count_right
+from difftrain_utils.builtins.shapes import count_preferred, count_right
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import go_on_without
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
-from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
+from difftrain_utils.evaluation.validation import (
+    by_noise_level,
+    save_validation_losses,
+    validation_losses,
+    validation_preferences,
+)
+from difftrain_utils.families.reference import Reference
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
@@ -22,35 +28,46 @@ from difftrain_utils.terminal import progress
 
 
 class Evaluation:
-    """What is evaluated every `train.eval_every` steps. Its networks are loaded when it is made.
+    """What is evaluated every `train.eval_every` steps; with a `reference`, of pairs of images. Its networks are loaded
+    when it is made.
 
     Raises:
         InputError: a network cannot be loaded, or there are too few held-out images for it.
     """
 
-    def __init__(self, accelerator: Accelerator, family, validation_rows: MappedRows | None, config: Config):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family,
+        validation_rows: MappedRows | None,
+        config: Config,
+        reference: Reference | None = None,
+    ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
+        self.reference = reference
         with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
         """The line of metrics. All processes call it and share the work out; the grid of images is written by one.
 
-        The validation loss is taken of the raw and of the EMA weights, all else of the EMA weights if there are any.
+        The validation loss, and what is measured of pairs beside it, is taken of the raw and of the EMA weights, all
+        else of the EMA weights if there are any.
         """
         evaluation, logs, denoiser = self.config.evaluation, {}, self.accelerator.unwrap_model(denoiser)
         models = denoiser, self.family.text_encoders
         if self.rows is not None:
-            losses, num_bins = {}, evaluation.num_validation_bins
-            weights = {"validation_loss": None} | ({"validation_loss_ema": ema} if ema is not None else {})
-            for name, average in weights.items():
+            found, num_bins = {}, evaluation.num_validation_bins
+            weights = {"": None} | ({"_ema": ema} if ema is not None else {})
+            for suffix, average in weights.items():
                 with evaluation_weights(average, *models):
-                    losses[name] = validation_losses(self.accelerator, self.family, denoiser, self.rows, self.config)
-                logs |= by_noise_level(name, losses[name], num_bins)
+                    found |= {f"{name}{suffix}": values for name, values in self.validate(denoiser).items()}
+            for name, values in found.items():
+                logs |= by_noise_level(name, values, num_bins)
             if self.accelerator.is_main_process:
                 path = step_file(self.config.train.output_dir, VALIDATION, step, ".safetensors")
                 with go_on_without():
-                    save_validation_losses(losses, len(self.rows), num_bins, path)
+                    save_validation_losses(found, len(self.rows), num_bins, path)
         if evaluation.prompts:
             with evaluation_weights(ema, *models), self.accelerator.autocast():
                 images = self.generate_grid(denoiser)
@@ -61,11 +78,20 @@ class Evaluation:
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
+                if self.reference is not None:
+                    logs["shapes_preferred"] = count_preferred(images, evaluation.prompts) / len(images)
         if self.networks:
             with evaluation_weights(ema, *models), self.accelerator.autocast():
                 logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
         self.family.free_cached()
         return logs
+
+    def validate(self, denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What is found of the fixed triples of the held-out rows, by its name in the line of metrics."""
+        run = self.accelerator, self.family, denoiser
+        if self.reference is None:
+            return {"validation_loss": validation_losses(*run, self.rows, self.config)}
+        return validation_preferences(*run, self.reference, self.rows, self.config)
 
     def generate_grid(self, denoiser: torch.nn.Module) -> list:
         """The images of all evaluation prompts, of which each process makes its share."""

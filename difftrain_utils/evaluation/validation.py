@@ -12,11 +12,15 @@ from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.preference import PreferenceConfig
+from difftrain_utils.data.pairs import as_images
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import read_held_out
+from difftrain_utils.families.reference import Reference
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
-from difftrain_utils.objective.loss import scale_masks
+from difftrain_utils.objective.loss import sample_losses, scale_masks
+from difftrain_utils.objective.preference import implicit_accuracies, preference_losses, preference_margins
 from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import progress
@@ -53,6 +57,41 @@ def validation_losses(
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
         found[keys[:num_kept]] = losses[:num_kept]
     return accelerator.reduce(found, "sum").cpu()
+
+
+@torch.no_grad()
+def validation_preferences(
+    accelerator: Accelerator,
+    family,
+    denoiser: torch.nn.Module,
+    reference: Reference,
+    rows: MappedRows,
+    config: PreferenceConfig,
+) -> dict[str, torch.Tensor]:
+    """Of fixed (pair, noise, noise level) triples, which are chosen as those of `validation_losses`: the losses of
+    training, and the implicit accuracies and margins that they are made of, each of the shape
+    (`evaluation.num_validation_samples`,), float32 on the CPU."""
+    evaluation, schedule, names = config.evaluation, family.schedule, ("loss", "implicit_accuracy", "margin")
+    found = torch.zeros(len(names), evaluation.num_validation_samples, device=accelerator.device)
+    batches = share_out(accelerator, found.shape[1], evaluation.batch_size)
+    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
+        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
+        latents, conditioning = family.encode(as_images(batch), evaluation.seed, None, "validation_vae_noise")
+        noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
+        timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
+        noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
+        noisy_latents = schedule.add_noise(latents, noise, timesteps)
+        target = schedule.target(latents, noise, timesteps)
+        output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
+        before = reference.predict(denoiser, noisy_latents, timesteps, conditioning)
+        errors, reference_errors = (
+            sample_losses(config.loss, schedule, predicted, target, timesteps) for predicted in (output, before)
+        )
+        margins = preference_margins(config.preference, errors, reference_errors)
+        values = torch.stack([preference_losses(margins), implicit_accuracies(margins), margins])
+        found[:, keys[:num_kept]] = values[:, :num_kept]
+    found = accelerator.reduce(found, "sum").cpu()
+    return {f"validation_{name}": values for name, values in zip(names, found, strict=True)}
 
 
 def by_noise_level(name: str, losses: torch.Tensor, num_bins: int) -> dict[str, float | list[float]]:

@@ -61,8 +61,8 @@ def row_of(content: dict[str, Any], name: str, source: SourceConfig, texts: list
 
 def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     """The paths of images and masks, and whether they are files that hold them."""
-    masks = _paths(part, part.source.mask_column) if part.source.mask_column else ()
-    return itertools.chain(_paths(part, part.source.image_column), masks)
+    masks = paths_in(part, part.source.mask_column) if part.source.mask_column else ()
+    return itertools.chain(paths_in(part, part.source.image_column), masks)
 
 
 def limits() -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ def limits() -> tuple[Any, ...]:
 def lasting_names(part) -> Iterator[list[str]]:
     """The images' file names without their folders."""
     index = 0
-    for paths, _ in _paths(part, part.source.image_column):
+    for paths, _ in paths_in(part, part.source.image_column):
         yield [file_name(path, index + i) for i, path in enumerate(paths)]
         index += len(paths)
 
@@ -153,19 +153,7 @@ def read(row: Row, place: Place, size: tuple[int, int], config: DataConfig, has_
 def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]]]:
     """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
     image is decoded for that."""
-    captions, problems = [], []
-    try:
-        image = read_image(row)
-        if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
-            problems.append(
-                ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
-            )
-        width, height = image.size
-        if min(width, height) < config.resolution and not (config.no_upscale and config.buckets):
-            fate = "left out, for it is smaller than" if config.no_upscale else "to be enlarged to"
-            problems.append(("warning", f"{row.name}: {width} × {height} pixels, {fate} {config.resolution}"))
-    except RowError as error:
-        problems.append(("error", str(error)))
+    captions, problems = [], image_problems(row, config)
     try:
         captions = captions_of(row.captions, row.name)
         if not all(map(str.strip, captions)):
@@ -200,6 +188,24 @@ def file_name(path: str | None, index: int) -> str:
     return os.path.basename(path or f"row {index}")
 
 
+def image_problems(row: Row, config: DataConfig) -> list[tuple[str, str]]:
+    """What `find_problems` says of the image and its mask."""
+    problems = []
+    try:
+        image = read_image(row)
+        if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
+            problems.append(
+                ("warning", f"{mask_name(row)}: no part counts for much, the brightest is {brightest} of 255")
+            )
+        width, height = image.size
+        if min(width, height) < config.resolution and not (config.no_upscale and config.buckets):
+            fate = "left out, for it is smaller than" if config.no_upscale else "to be enlarged to"
+            problems.append(("warning", f"{row.name}: {width} × {height} pixels, {fate} {config.resolution}"))
+    except RowError as error:
+        problems.append(("error", str(error)))
+    return problems
+
+
 def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
     """A row's undecoded mask, which may be one that is not there; None where its source has no masks."""
     if source.mask_column is None:
@@ -207,7 +213,7 @@ def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
     return row[source.mask_column] or {"bytes": None, "path": None}
 
 
-def _paths(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]:
+def paths_in(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]:
     """The paths in a column of images, and whether they are files that hold the images, some rows at a time."""
     for images, rows in part.batches(column):
         # the paths alone, not the bytes, which lie in the same column

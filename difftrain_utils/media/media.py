@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.pairs import PairDataConfig, PairSourceConfig
 from difftrain_utils.config.rows import RowsConfig, RowsSource
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
-from difftrain_utils.media import image, text
+from difftrain_utils.media import image, pairs, text
 
 
 class Row(Protocol):
@@ -76,7 +77,14 @@ class Media(Protocol):
         cannot be written."""
 
 
-MEDIA: dict[type, Media] = {DataConfig: image, SourceConfig: image, TextDataConfig: text, TextSourceConfig: text}
+MEDIA: dict[type, Media] = {
+    DataConfig: image,
+    SourceConfig: image,
+    PairDataConfig: pairs,
+    PairSourceConfig: pairs,
+    TextDataConfig: text,
+    TextSourceConfig: text,
+}
 
 
 def media_of(config: RowsConfig | RowsSource) -> Media:

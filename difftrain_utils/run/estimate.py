@@ -10,6 +10,7 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
+from difftrain_utils.media import pairs
 from difftrain_utils.media.image import read_bytes
 from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
@@ -79,9 +80,9 @@ class Reading:
     """Of the data."""
 
     rows: int | None
-    """How many images or texts there are; None: the data is not here."""
+    """How many images, pairs or texts there are; None: the data is not here."""
     mean_bytes: float | None
-    """Of an image; None: not known, or texts, which are small."""
+    """Of an image or a pair; None: not known, or texts, which are small."""
     cached: int
     """Bytes of a sample that come from caches, at most."""
 
@@ -192,21 +193,24 @@ def reading_of(planner: Planner, data: Data | None, config: Config) -> Reading:
     if planner.is_text:
         return Reading(None if data is None else len(data.rows), None, 0)
     latents, _, conditioning = planner.inputs(1, planner.size(config), planner.dtype(config))
-    moments = 2 * latents.numel() * planner.dtype(config).itemsize  # mean and standard deviation
+    images = 2 if planner.are_pairs else 1
+    moments = images * 2 * latents.numel() * planner.dtype(config).itemsize  # mean and standard deviation
     cached = config.data.cache_latents * moments + config.data.cache_text * num_bytes(conditioning.values())
     if data is None:
         return Reading(None, None, cached)
-    return Reading(len(data.rows), mean_image_bytes(data.rows), cached)
+    return Reading(len(data.rows), mean_row_bytes(data.rows), cached)
 
 
-def mean_image_bytes(rows) -> float | None:
+def mean_row_bytes(rows) -> float | None:
     """Of some rows, spread over all; None of a stream."""
     if not isinstance(rows, MappedRows):
         return None
     sizes = []
     for index in np.unique(np.linspace(0, len(rows) - 1, MEASURED_ROWS).astype(int)).tolist():
         try:
-            sizes.append(len(read_bytes(rows[index].image, rows[index].name)))
+            row = rows[index]
+            images = [row.image, row.rejected] if isinstance(row, pairs.Row) else [row.image]
+            sizes.append(sum(len(read_bytes(image, row.name)) for image in images))
         except RowError:  # the run says what it makes of it
             continue
     return sum(sizes) / len(sizes) if sizes else None

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig, TextModelConfig
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
@@ -162,6 +163,7 @@ class Planner:
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed_of("noise")
         self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
         self.class_path, self.is_text = config.optimizer.class_path, isinstance(config.model, TextModelConfig)
+        self.are_pairs = isinstance(config, PreferenceConfig)
         # each once
         for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
             setattr(self, name, cache(getattr(self, name)))
@@ -202,6 +204,7 @@ class Planner:
         held = {"trained weights": trained, "frozen weights": frozen, "gradients": trained}
         held["optimizer state"] = self.state_bytes(config).total()
         held["averages"] = self.average_bytes(config)
+        held["reference"] = self.reference_bytes(config)
         return {name: math.ceil(size / self.num_shards(config)) for name, size in held.items()}
 
     def trained_bytes(self, config: Config) -> int:
@@ -212,6 +215,11 @@ class Planner:
         is_here = everywhere or not config.ema.on_cpu or self.accelerator.device.type == "cpu"
         averaged = num_bytes(trained_parameters(self.denoiser(config), self.models.get("text_encoders")))
         return averaged * ((config.ema.enabled and is_here) + len(config.ema.power_sigma_rels))
+
+    def reference_bytes(self, config: Config) -> int:
+        """Of the copy that preferences are compared with: of the weights that are trained; with adapters there is
+        none."""
+        return self.trained_bytes(config) if self.are_pairs and config.model.lora is None else 0
 
     def num_shards(self, config: Config) -> int:
         """How many processes share what is trained."""
@@ -311,6 +319,10 @@ class Planner:
         """Samples that a process computes at a time."""
         return config.train.batch_size // (config.train.gradient_accumulation_steps * self.accelerator.num_processes)
 
+    def num_images(self, config: Config) -> int:
+        """How many images, or texts, these are: two of a pair."""
+        return (2 if self.are_pairs else 1) * self.micro_batch(config)
+
     def size(self, config: Config) -> tuple[int, ...]:
         """(height, width) of its largest images, or (length,) of its texts in tokens."""
         if self.is_text:
@@ -384,7 +396,7 @@ class Planner:
         try:
             is_adapted, dtype = config.model.lora is not None and not self.has_lora, self.dtype(config)
             denoiser = self._denoiser_of(is_adapted, dtype, config.train.shard != "none")
-            counted = self._count(denoiser, self.micro_batch(config), self.size(config), dtype)
+            counted = self._count(denoiser, self.num_images(config), self.size(config), dtype)
         except Exception as error:  # whatever libraries raise on tensors that have no values
             self.uncounted = shorten(one_line(error), 100)
             return None
@@ -398,11 +410,12 @@ class Planner:
 
     def flops(self, config: Config) -> dict[str, int]:
         """FLOPs of a process's part of a batch by what takes them: the denoiser's forward and backward pass, what
-        gradient checkpointing computes once more, and the encoders that no cache stands in for, where they are trained
-        with a backward pass of twice the forward one."""
+        gradient checkpointing computes once more, of pairs the reference, and the encoders that no cache stands in for,
+        where they are trained with a backward pass of twice the forward one."""
         size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
         denoiser = self._denoiser_of(config.model.lora is not None and not self.has_lora, dtype)
-        inputs, predict = self.inputs(batch, size, dtype), partial(self.family.predict, denoiser)
+        images = self.num_images(config)
+        inputs, predict = self.inputs(images, size, dtype), partial(self.family.predict, denoiser)
         with without_checkpointing(denoiser):
             with torch.enable_grad():
                 flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
@@ -414,10 +427,12 @@ class Planner:
             if self.is_text:
                 return {name: number for name, number in flops.items() if number}
             if family.image_part and not config.data.cache_latents:
-                flops[family.image_part] = batch * flops_of_shapes(self.shapes, _latents_of, family, size)
+                flops[family.image_part] = images * flops_of_shapes(self.shapes, _latents_of, family, size)
             if not config.data.cache_text:
                 times = 3 if config.model.train_text_encoder else 1
                 flops["text encoders"] = times * batch * flops_of_shapes(self.shapes, family.null_conditioning)
+            if self.are_pairs:
+                flops["reference"] = flops_of_shapes(self.shapes, predict, *inputs)
             if config.strategy.dream_training:
                 flops["DREAM's probe"] = flops_of_shapes(self.shapes, predict, *inputs)
         return {name: number for name, number in flops.items() if number}

@@ -1,11 +1,12 @@
 """All that changes while a run trains, and what of it a checkpoint holds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Totals:
         """Begin anew."""
         self.losses: dict[str, torch.Tensor] = {}  # sums over the steps
         self.counts: dict[str, int] = {}  # of the steps that had them
+        self.measures: list[str] = []  # those of them that are no part of the loss
         self.steps, self.skipped_rows = 0, 0  # the latter of the process; loaded ones are the main process's
         self.clear_step()
 
@@ -59,9 +61,16 @@ class Totals:
         self.step_losses: dict[str, torch.Tensor] = {}
         self.step_skipped_rows = 0
 
-    def add(self, losses: dict[str, torch.Tensor], skipped: list[bool]) -> None:
-        """A part of a step: its samples' losses, (batch,) each, and for which of them other rows stand in."""
-        for name, values in losses.items():
+    def add(
+        self,
+        losses: dict[str, torch.Tensor],
+        skipped: list[bool],
+        measures: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """A part of a step: its samples' losses, (batch,) each, for which of them other rows stand in, and measures,
+        (batch,) each, whose means are logged beside the loss."""
+        self.measures = list(dict.fromkeys([*self.measures, *measures]))
+        for name, values in {**losses, **measures}.items():
             self.step_losses[name] = self.step_losses.get(name, 0) + values.detach().mean() / self.num_parts
         self.step_skipped_rows += sum(skipped)
 
@@ -82,7 +91,8 @@ class Totals:
         rows = torch.tensor(float(self.skipped_rows), device=accelerator.device)
         losses = {name: accelerator.gather(loss.view(1)).tolist() for name, loss in self.losses.items()}
         rows = round(accelerator.reduce(rows, "sum").item())
-        return {"losses": losses, "counts": self.counts, "steps": self.steps, "skipped_rows": rows}
+        counts = {"counts": self.counts, "measures": self.measures} if self.measures else {"counts": self.counts}
+        return {"losses": losses, **counts, "steps": self.steps, "skipped_rows": rows}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, on any number of processes."""
@@ -91,19 +101,21 @@ class Totals:
             same = len(sums) == accelerator.num_processes
             loss = sums[accelerator.process_index] if same else fmean(sums)
             self.losses[name] = torch.full((), loss, device=accelerator.device)
-        self.counts, self.steps = dict(state["counts"]), state["steps"]
+        self.counts, self.steps, self.measures = dict(state["counts"]), state["steps"], state.get("measures", [])
         self.skipped_rows = state["skipped_rows"] if accelerator.is_main_process else 0
 
     def take(self) -> dict[str, Any]:
         """The mean "loss" of the steps, if any counted, and where it is the sum of several, each one's mean over the
-        steps that had it, as "loss_NAME"; the sum of `skipped_rows`; and begin anew."""
+        steps that had it, as "loss_NAME"; such means of the measures; the sum of `skipped_rows`; and begin anew."""
         state = self.state()
         self.clear()
         sums, means = {name: fmean(of_processes) for name, of_processes in state["losses"].items()}, {}
+        measures = {name: sums.pop(name) for name in state.get("measures", []) if name in sums}
         if sums:
             means["loss"] = sum(sums.values()) / state["steps"]
         if len(sums) > 1:
             means |= {f"loss_{name}": loss / state["counts"][name] for name, loss in sums.items()}
+        means |= {name: value / state["counts"][name] for name, value in measures.items()}
         return means | {"skipped_rows": state["skipped_rows"]}
 
 
@@ -145,9 +157,14 @@ class TrainState:
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     # ── A step ───────────────────────────────────────────────────────────────────────────────────────────────
-    def add(self, losses: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
-        """A part of a step is done: its losses, (batch,) each."""
-        self.totals.add(losses, batch["skipped"])
+    def add(
+        self,
+        losses: dict[str, torch.Tensor],
+        batch: dict[str, Any],
+        measures: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """A part of a step is done: its losses, (batch,) each, and what is logged beside them."""
+        self.totals.add(losses, batch["skipped"], measures)
 
     def accepts(self, grad_norm: torch.Tensor, samples: Samples) -> bool:
         """Whether the optimizer shall make its step: not if the gradient is not finite, which counts as a skipped step.

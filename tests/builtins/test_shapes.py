@@ -6,7 +6,18 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from difftrain_utils.builtins.shapes import COLORS, PLACED, PROMPTS, SHAPES, SIDES, count_right, draw_shape, judge
+from difftrain_utils.builtins.shapes import (
+    COLORS,
+    PLACED,
+    PROMPTS,
+    SHAPES,
+    SIDES,
+    count_preferred,
+    count_right,
+    draw_pair,
+    draw_shape,
+    judge,
+)
 from difftrain_utils.builtins.tiny.parts import shapes_vae
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
@@ -35,6 +46,12 @@ def test_the_judge_names_the_side():
     anywhere = [draw_shape(index, 32)[0] for index in range(72)]
     for side in SIDES:  # by chance
         assert count_right(anywhere, [f"{prompt} on the {side}" for prompt in PROMPTS * 4]) < 28
+
+
+def test_the_judge_prefers_what_the_pairs_do():
+    chosen, rejected, captions = zip(*(draw_pair(index, 32) for index in range(36)), strict=True)
+    assert count_right(chosen, captions) == count_right(rejected, captions) == 36
+    assert (count_preferred(chosen, captions), count_preferred(rejected, captions)) == (36, 0)
 
 
 def test_the_judge_bears_a_little_blur_and_noise():

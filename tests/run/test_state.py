@@ -80,6 +80,18 @@ def test_a_loss_that_comes_only_in_some_steps_is_the_mean_of_those():
     assert totals.take() == {"loss": 11 / 3, "loss_denoising": 1.0, "loss_alignment": 8.0, "skipped_rows": 0}
 
 
+def test_measures_are_no_part_of_the_loss():
+    totals, saved = Totals(Accelerator(), num_parts=2), None
+    for part in (1.0, 3.0, 5.0, 7.0):
+        totals.add({"preference": torch.tensor([part])}, [], {"margin": torch.tensor([10 * part, 0.0])})
+        if part in (3.0, 7.0):
+            totals.end_step(is_finite=True)
+            saved = json.loads(json.dumps(totals.state()))
+            totals.clear()
+            totals.load_state(saved)
+    assert totals.take() == {"loss": 4.0, "margin": 20.0, "skipped_rows": 0}
+
+
 class Tied(torch.nn.Module):
     """As language models have them: one matrix embeds tokens and scores them."""
 
