@@ -53,7 +53,7 @@ from difftrain_utils.run.summary import describe_run
 def main(config: TextToImageConfig) -> int:
     """The run; returns its exit code."""
     started, seed, batch_size = time.monotonic(), config.train.seed_of("noise"), config.train.batch_size
-    max_grad_norm = config.train.max_grad_norm
+    max_grad_norm, group_size = config.train.max_grad_norm, config.train.group_size
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
     accelerator = launch(config)
@@ -97,12 +97,12 @@ def main(config: TextToImageConfig) -> int:
         while not state.is_finished and not interruptions.stop:
             # ── One step: the gradient of a batch, in parts ──────────────────────────────────────────────────
             for batch in meter.parts(batches):
-                keys, masks = batch["keys"], batch["masks"]
+                keys, masks, conditions = batch["keys"], batch["masks"], batch["conditions"]
                 seed_device(seed_for(seed, "model", keys[0]), device)  # for what the model draws, such as dropout
                 with accelerator.accumulate(*state.models.values()):
                     latents, conditioning = family.encode(batch, seed, text_encoders)
                     predict = partial(family.predict, denoiser, conditioning=conditioning)
-                    noise = sample_noise(config.noise, seed, keys, latents, config.train.group_size)
+                    noise = sample_noise(config.noise, seed, keys, latents, conditions, group_size)
                     shift = family.shift(*latents.shape[2:])
                     timesteps = sample_timesteps(config.timesteps, schedule, seed, keys, batch_size, shift, device)
                     if config.strategy.dream_training and state.step >= config.strategy.dream_start_step:
@@ -120,7 +120,7 @@ def main(config: TextToImageConfig) -> int:
                         losses["denoising"] = uncertainty(losses["denoising"], schedule.snr(timesteps))
                     if config.loss.contrastive:
                         losses["contrastive"] = contrastive_losses(
-                            config.loss, schedule, output, latents, noise, timesteps, batch, config.train.group_size
+                            config.loss, schedule, output, latents, noise, timesteps, conditions, group_size, masks
                         )
                     losses = {name: values * batch["weights"] for name, values in losses.items()}
                     accelerator.backward(sum(losses.values()).mean())

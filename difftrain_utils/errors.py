@@ -88,7 +88,7 @@ def one_line(error: Exception) -> str:
 EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
-    "scipy": "immiscible",
+    "scipy": "pairing",
     "torchmetrics": "metrics",
     "peft": "lora",
     "bitsandbytes": "quantization",

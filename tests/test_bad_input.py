@@ -79,7 +79,7 @@ CONFIG = [
     ("--model.prediction_type epsilon --scheduler.rescale_betas_zero_snr", "scheduler.rescale_betas_zero_snr: epsilon"),
     ("--model.prediction_type flow_prediction --scheduler.beta_schedule linear", "scheduler.beta_schedule: goes"),
     ("--timesteps.density table", "timesteps.table: goes with timesteps.density table"),
-    ("--train.group_size 2", "train.group_size: goes with noise.immiscible and loss.contrastive only, got 2"),
+    ("--train.group_size 2", "train.group_size: goes with noise.pairing nearest and transport,"),
     ("--loss.weighting minsnr", "loss.weighting: .*min_snr.*minsnr"),
     ("--ema.decay 1", "ema.decay: must be at least 0 and below 1, got 1.0"),
     ("--ema.power_sigma_rels [0.5]", "ema.power_sigma_rels: must be above 0 and at most 0.28"),

@@ -128,14 +128,14 @@ def test_the_walk_of_the_docs(short_run, tmp_path):
     edit(
         "config/objective.py",
         ('"uniform", "snr", "min_snr"', '"uniform", "snr", "truncated_snr", "min_snr"'),
-        ("    immiscible: bool = False\n", f"{''.join(indented)}    immiscible: bool = False\n"),
+        (pairing := "    pairing: ", "".join(indented) + pairing),
     )
     edit("objective/loss.py", ('        "snr": lambda: snr,\n', f'        "snr": lambda: snr,\n        {weight}'))
     imported, body = function.split("\n\n\n")
     edit("objective/noise.py", ("import torch\nimport", f"import torch\n{imported}\nimport"))
     path = package / "objective/noise.py"
     path.write_text(f"{path.read_text()}\n\n{body}")
-    drawn = "                    noise = sample_noise(config.noise, seed, keys, latents, config.train.group_size)\n"
+    drawn = "                    noise = sample_noise(config.noise, seed, keys, latents, conditions, group_size)\n"
     script = tmp_path / "train_antithetic.py"
     script.write_text(
         change(

@@ -56,8 +56,8 @@ COVERING = {
         "loss.type": "l1",
         "timesteps.density": "mode",
     },
-    "immiscible-groups": {
-        "noise.immiscible": True,
+    "nearest-groups": {
+        "noise.pairing": "nearest",
         "train.group_size": 2,
         "data.cache_text": True,
         "timesteps.density": "log_normal",
@@ -101,11 +101,20 @@ COVERING = {
         "data.validation_split": 0.2,
         "train.eval_every": 3,
     },
-    "contrastive": {
+    "contrastive-transport": {
         "loss.contrastive": 0.05,
+        "noise.pairing": "transport",
+        "data.caption_dropout": 0.5,
         "train.group_size": 2,
         "loss.weighting": "min_snr",
         **CACHES,
+    },
+    "knn": {
+        "noise.pairing": "knn",
+        "noise.knn_candidates": 3,
+        "noise.offset": 0.1,
+        "loss.contrastive": 0.05,
+        "train.group_size": 2,
     },
     "other-schedule": {
         "scheduler.sampler": "DPMSolverMultistepScheduler",
@@ -151,7 +160,12 @@ def test_it_trains_resumes_and_splits_exactly(short_run, default_run, tmp_path, 
         ({"timesteps.density": "table", "timesteps.table": [0.0]}, "timesteps.table: must be weights of 0 or more"),
         ({"timesteps.min": 0.5, "timesteps.max": 0.5}, "timesteps.min: must be from 0 to below max"),
         ({"loss.huber_schedule": "snr"}, "loss.huber_schedule: does nothing for loss.type mse"),
-        ({"train.group_size": 2}, "train.group_size: goes with noise.immiscible and loss.contrastive only"),
+        (
+            {"train.group_size": 2},
+            "train.group_size: goes with noise.pairing nearest and transport, and with loss.contr",
+        ),
+        ({"train.group_size": 2, "noise.pairing": "knn"}, "train.group_size: goes with noise.pairing nearest and"),
+        ({"noise.knn_candidates": 8}, "noise.knn_candidates: goes with noise.pairing knn, got 8"),
         ({"loss.contrastive": 1.0}, "loss.contrastive: must be at least 0 and below 1, from where on no"),
         ({"loss.contrastive": 0.1, "train.group_size": 1}, "loss.contrastive: needs others: train.group_size"),
         ({"loss.contrastive": 0.1, "data.caption_dropout": 1.0}, "loss.contrastive: needs captions"),
@@ -167,7 +181,7 @@ def test_what_does_not_go_together_is_refused_as_the_config_loads(short_run, fie
         parse_config([*short_run, *options(fields)])
 
 
-def test_immiscible_noise_needs_its_group_in_one_part_of_the_batch(short_run, tmp_path):
-    split = ["--noise.immiscible", "--train.gradient_accumulation_steps", "2"]
+def test_pairs_need_their_group_in_one_part_of_the_batch(short_run, tmp_path):
+    split = ["--noise.pairing", "nearest", "--train.gradient_accumulation_steps", "2"]
     assert_refused(launch([*short_run, *split]), r"train.group_size: must divide a part of the batch, which is 2")
     assert not (tmp_path / "run").exists()

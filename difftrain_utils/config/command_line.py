@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from difftrain_utils.config.completion import add_fields, check_installed, completion
-from difftrain_utils.config.config import RENAMED, Config, field_names, rename_fields
+from difftrain_utils.config.config import RENAMED, RENAMED_VALUES, Config, field_names, rename_fields, rename_value
 from difftrain_utils.config.foreign import sources as foreign
 from difftrain_utils.config.help import NESTED, help_text
 from difftrain_utils.config.hub import use_cache_without_network
@@ -162,7 +162,7 @@ def _expand(config_class: type[Config], argv: Sequence[str]) -> list[str]:
         for name, cls in classes.items()
         for field in dataclasses.fields(cls)
         if field.type in (bool, bool | None, bool | int)
-    ]
+    ] + [*RENAMED_VALUES]
     expanded = []
     for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = arg.partition("=")
@@ -201,7 +201,10 @@ def _check_names(config_class: type[Config], argv: Sequence[str]) -> list[str]:
                 argv[position + has_next] = ("" if has_next else "--config=") + json.dumps(content)
         elif name in RENAMED:
             warn(f"--{name} is called --{RENAMED[name]} now")
-            argv[position] = f"--{RENAMED[name]}{equals}{'' if has_next else value}"
+            if name in RENAMED_VALUES and value in ("true", "false"):
+                value = rename_value(name, value == "true") or "null"
+            argv[position + has_next] = ("" if has_next else f"--{RENAMED[name]}=") + value
+            argv[position] = f"--{RENAMED[name]}" if has_next else argv[position]
         elif (
             name not in [*known, "print_config"]
             and name.removesuffix("+") not in top_level

@@ -17,7 +17,9 @@ RENAMED = {  # what fields were called before
     "data.validation_dir": "data.validation_dataset",
     "scheduler.name": "scheduler.sampler",
     "noise.immiscible_batch_size": "train.group_size",
+    "noise.immiscible": "noise.pairing",
 }
+RENAMED_VALUES = {"noise.immiscible": {False: None, True: "nearest"}}  # where they are called otherwise, too
 
 
 class Require(Protocol):
@@ -105,6 +107,11 @@ def require_of(section, name: str) -> Require:
     return require
 
 
+def rename_value(old: str, value: Any) -> Any:
+    """The value of the field that was called `old` as it is called today."""
+    return RENAMED_VALUES.get(old, {}).get(value, value) if isinstance(value, bool) else value
+
+
 def rename_fields(content: dict[str, Any]) -> dict[str, str]:
     """Give the fields of a config's content, in place, their names of today. Returns {old: new} of those it had.
 
@@ -118,6 +125,6 @@ def rename_fields(content: dict[str, Any]) -> dict[str, str]:
         if isinstance(section, dict) and old_name in section:
             if new_name in content.setdefault(new_section, {}):
                 raise ValueError(f"{old} is called {new} now, and the config has both")
-            content[new_section][new_name] = section.pop(old_name)
+            content[new_section][new_name] = rename_value(old, section.pop(old_name))
             renamed[old] = new
     return renamed

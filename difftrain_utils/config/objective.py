@@ -88,12 +88,19 @@ class NoiseConfig:
     """Add coarser noise, weighted by this to the power of its level (0.8 is usual; 0: none)."""
     input_perturbation: float = 0.0
     """Add this much more noise to the input, but not to the target (0.1 is usual)."""
-    immiscible: bool = False
-    """Give each image of a batch, or of each `train.group_size` samples of it, the noise that is nearest to it."""
+    pairing: Literal["nearest", "transport", "knn"] | None = None
+    """Which noise an image gets of that of a batch, or of `train.group_size` samples of it: `nearest`, the least sum of
+    distances (immiscible diffusion); `transport`, the least sum of squared ones among images of the same caption; or
+    `knn`, the nearest of several that are drawn for the image alone. null: any."""
+    knn_candidates: int = 4
+    """How many are drawn for an image, of `knn`; the more, the less noise the nearest is."""
 
     def check(self, require: Require) -> None:
         require(0 <= self.pyramid_discount < 1, "pyramid_discount", "must be at least 0 and below 1")
         require(self.input_perturbation >= 0, "input_perturbation", "must be 0 or more")
+        require(self.knn_candidates >= 2, "knn_candidates", "must be at least 2")
+        is_used = self.pairing == "knn" or self.knn_candidates == NoiseConfig.knn_candidates
+        require(is_used, "knn_candidates", "goes with noise.pairing knn")
 
 
 @dataclass

@@ -79,7 +79,7 @@ class TextConfig(Config):
 
     def check_sections(self, requires: dict[str, Require]) -> None:
         train, evaluation, longest = self.train, self.evaluation, self.data.sequence_length
-        requires["train"](train.group_size is None, "group_size", "is of images (noise.immiscible)")
+        requires["train"](train.group_size is None, "group_size", "is of images (noise.pairing)")
         requires["train"](not train.shard_encoders, "shard_encoders", "is of images: there are no text encoders")
         is_even = not self.masking.antithetic or train.batch_size % 2 == 0
         requires["masking"](is_even, "antithetic", f"needs an even train.batch_size (it is {train.batch_size})")

@@ -49,7 +49,7 @@ class TextToImageConfig(Config):
             requires["train"](not self.model.train_text_encoder, "shard", rule)
         rule = "goes without data.cache_text, with which there are no encoders to share out"
         requires["train"](not (self.train.shard_encoders and data.cache_text), "shard_encoders", rule)
-        rule = "goes with noise.immiscible and loss.contrastive only"
+        rule = "goes with noise.pairing nearest and transport, and with loss.contrastive"
         requires["train"](self.train.group_size is None or self.has_groups, "group_size", rule)
         rule = "needs captions, which data.caption_dropout 1.0 leaves out"
         requires["loss"](not self.loss.contrastive or data.has_captions, "contrastive", rule)
@@ -78,7 +78,7 @@ class TextToImageConfig(Config):
     @property
     def has_groups(self) -> bool:
         """Whether something works on the samples of a group together."""
-        return bool(self.noise.immiscible or self.loss.contrastive)
+        return self.noise.pairing in ("nearest", "transport") or self.loss.contrastive > 0
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut
@@ -97,7 +97,7 @@ class TextToImageConfig(Config):
 
     def needed_packages(self) -> dict[str, str]:
         """The optional packages that the config asks for, by the fields that do."""
-        lora, fields = self.model.lora, {"noise.immiscible": ("scipy", self.noise.immiscible)}
+        lora, fields = self.model.lora, {"noise.pairing": ("scipy", self.noise.pairing in ("nearest", "transport"))}
         fields |= {"model.lora": ("peft", lora is not None)}
         fields |= {"model.lora.quantization": ("bitsandbytes", lora is not None and lora.quantization)}
         fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features)}

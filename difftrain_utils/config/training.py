@@ -58,7 +58,7 @@ class TrainConfig:
     batch_size: int = 16
     """Samples of one optimizer step, over all processes and accumulation steps."""
     group_size: int | None = None
-    """Samples in a row among which methods of several samples work (`noise.immiscible`, `loss.contrastive`); null:
+    """Samples in a row among which methods of several samples work (`noise.pairing`, `loss.contrastive`); null:
     the whole batch, which then cannot be split."""
     num_processes: int | None = None
     """Refuse to start with another number of processes; null: with any."""

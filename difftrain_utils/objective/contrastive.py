@@ -2,7 +2,6 @@
 arXiv:2506.05350)."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 
@@ -19,8 +18,9 @@ def contrastive_losses(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    batch: dict[str, Any],
+    conditions: Sequence[Hashable],
     group_size: int | None = None,
+    masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """-λ times the loss (`sample_losses`) of each sample's output against the target that the latents and the noise of
     another sample (`others_of`) have at its own timestep, shape (batch,); λ = `contrastive`.
@@ -28,10 +28,10 @@ def contrastive_losses(
     It is 0 for a sample that has no other. The paper's code makes up for those by their share of the batch, which
     would depend on how the batch is split.
     """
-    others, has_other = others_of(batch["conditions"], group_size)
+    others, has_other = others_of(conditions, group_size)
     others, has_other = to_device(others, latents.device), to_device(has_other, latents.device)
     target = schedule.target(latents[others], noise[others], timesteps)
-    losses = sample_losses(config, schedule, output, target, timesteps, batch["masks"])
+    losses = sample_losses(config, schedule, output, target, timesteps, masks)
     return -config.contrastive * has_other * losses
 
 

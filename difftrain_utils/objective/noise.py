@@ -3,18 +3,25 @@
 All of it is drawn on the CPU from (seed, k) and moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.devices import to_device
 from difftrain_utils.keyed_random import generator_for, keyed_randn, randn
+from difftrain_utils.objective.schedule import append_dims
 
 
 def sample_noise(
-    config: NoiseConfig, seed: int, keys: Sequence[int], latents: torch.Tensor, group_size: int | None = None
+    config: NoiseConfig,
+    seed: int,
+    keys: Sequence[int],
+    latents: torch.Tensor,
+    conditions: Sequence[Hashable],
+    group_size: int | None = None,
 ) -> torch.Tensor:
     """The noise of the samples `keys`, of the latents' shape (batch, channels, …), float32.
 
@@ -22,22 +29,40 @@ def sample_noise(
     - `pyramid_discount`: plus coarser noise, weighted by discount^level (Whitaker 2023, "Multi-Resolution Noise for
       Diffusion Model Training"), divided by its standard deviation at each place, so that its variance is 1 everywhere;
       the original divides by the sample's own, which makes it depend on the sample
-    - `immiscible`: each image of a group (`group_size` samples in a row, None: all) gets the noise of the group that is
-      nearest to it in the sum over the group
-      (Li et al. 2024, arXiv:2406.12303)
+    - `pairing`: which latents get which of that noise, see `pair`, or `knn`: each the nearest of `knn_candidates` that
+      are drawn for it alone (Li et al. 2025, arXiv:2505.18521)
     """
-    shape = latents.shape[1:]
-    noise = keyed_randn(seed, "noise", keys, shape)
-    if config.pyramid_discount:
-        noise = torch.stack([_pyramid(noise[i], config, seed, k) for i, k in enumerate(keys)])
-    if config.offset:
-        per_channel = keyed_randn(seed, "offset_noise", keys, shape[:1])
-        noise = noise + config.offset * per_channel.reshape(*per_channel.shape, *[1] * (len(shape) - 1))
-    noise = to_device(noise, latents.device)
-    if config.immiscible:
-        size = group_size or len(keys)
-        noise = torch.cat([assign(x, n) for x, n in zip(latents.split(size), noise.split(size), strict=True)])
+    noise = _draw(config, seed, keys, latents)
+    if config.pairing == "knn":
+        nearest = _distances(latents, noise)
+        for number in range(1, config.knn_candidates):
+            candidate = _draw(config, seed, keys, latents, f"_{number}")
+            distances = _distances(latents, candidate)
+            noise = torch.where(append_dims(distances < nearest, noise), candidate, noise)
+            nearest = torch.minimum(nearest, distances)
+    elif config.pairing is not None:
+        noise = pair(latents, noise, conditions if config.pairing == "transport" else None, group_size)
     return noise
+
+
+def _draw(
+    config: NoiseConfig, seed: int, keys: Sequence[int], latents: torch.Tensor, candidate: str = ""
+) -> torch.Tensor:
+    """Noise of the latents' shape, and on their device; `candidate` tells those of one key from each other."""
+    shape = latents.shape[1:]
+    noise = keyed_randn(seed, f"noise{candidate}", keys, shape)
+    if config.pyramid_discount:
+        generators = [generator_for(seed, f"pyramid_noise{candidate}", k) for k in keys]
+        noise = torch.stack([_pyramid(*of_one, config) for of_one in zip(noise, generators, strict=True)])
+    if config.offset:
+        per_channel = keyed_randn(seed, f"offset_noise{candidate}", keys, shape[:1])
+        noise = noise + config.offset * append_dims(per_channel, noise)
+    return to_device(noise, latents.device)
+
+
+def _distances(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The squared distance of each sample's latents and noise, (batch,)."""
+    return (latents - noise).square().flatten(1).sum(1)
 
 
 def perturb_input(config: NoiseConfig, seed: int, keys: Sequence[int], noise: torch.Tensor) -> torch.Tensor:
@@ -50,19 +75,39 @@ def perturb_input(config: NoiseConfig, seed: int, keys: Sequence[int], noise: to
     return noise + config.input_perturbation * keyed_randn(seed, "perturbation", keys, noise.shape[1:], noise.device)
 
 
-def assign(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The rows of `noise` in the order that makes the sum of distances to the rows of `latents` smallest."""
+def pair(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    conditions: Sequence[Hashable] | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """The rows of `noise`, (batch, channels, …), in another order within each group (`group_size` rows, None: all).
+
+    Without `conditions` that which makes the sum of the distances to the rows of `latents` smallest (Li et al. 2024,
+    arXiv:2406.12303). With them the exact transport plan, the least sum of squared distances, among the rows whose
+    conditions are equal (Cheng and Schwing 2025, arXiv:2503.10636: others cost infinitely much), so that the noise of
+    each condition stays Gaussian.
+    """
     from scipy.optimize import linear_sum_assignment  # an optional extra
 
-    distance = torch.cdist(latents.flatten(1).float(), noise.flatten(1).float())
-    _, order = linear_sum_assignment(distance.cpu().numpy())
-    return noise[torch.as_tensor(order, device=noise.device)]
+    size, power = group_size or len(latents), 1 if conditions is None else 2
+    of_conditions = [None] * len(latents) if conditions is None else conditions
+    rows: dict[Hashable, list[int]] = {}
+    for i, condition in enumerate(of_conditions):
+        rows.setdefault((i // size, condition), []).append(i)
+    order = list(range(len(latents)))
+    for among in rows.values():
+        if len(among) > 1:
+            of_latents, of_noise = latents[among].flatten(1).float(), noise[among].flatten(1).float()
+            cost = torch.cdist(of_latents, of_noise).pow(power)
+            for i, j in zip(among, linear_sum_assignment(cost.cpu().numpy())[1], strict=True):
+                order[i] = among[j]
+    return noise[order]
 
 
-def _pyramid(noise: torch.Tensor, config: NoiseConfig, seed: int, k: int) -> torch.Tensor:
+def _pyramid(noise: torch.Tensor, generator: np.random.Generator, config: NoiseConfig) -> torch.Tensor:
     """Level i is discount^i times noise of 1 / r^i of the size, enlarged, with a new r in [2, 4) each; of level 0,
     which has the full size, there is one besides the noise itself."""
-    generator = generator_for(seed, "pyramid_noise", k)
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[noise.ndim - 1]
     total, variance, size, level = 2**0.5 * noise, torch.tensor(2.0), noise.shape[1:], 0
     while min(size) > 1:

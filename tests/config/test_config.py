@@ -85,13 +85,19 @@ def test_fields_have_their_names_of_before_with_a_warning(tmp_path, capsys):
     )
     config = parse_config(["--config", str(path), "--train.batch_size", "8"])
     assert config.data.validation_dataset == "held/out" and config.scheduler.sampler == "DDIMScheduler"
-    assert config.train.group_size == 4
+    assert (config.train.group_size, config.noise.pairing) == (4, "nearest")
     warnings = capsys.readouterr().err
     for old, new in RENAMED.items():
         assert f"warning: {path}: {old} is called {new} now\n" in warnings
     config = parse_config([*REQUIRED, "--scheduler.name", "DDPMScheduler", "--data.validation_dir=x"])
     assert (config.scheduler.sampler, config.data.validation_dataset) == ("DDPMScheduler", "x")
     assert "warning: --scheduler.name is called --scheduler.sampler now" in capsys.readouterr().err
+    for old, new in (
+        (["--noise.immiscible"], "nearest"),
+        (["--noise.immiscible=true"], "nearest"),
+        (["--noise.immiscible", "false"], None),
+    ):
+        assert parse_config([*REQUIRED, *old]).noise.pairing == new
 
 
 def test_a_field_under_both_its_names_is_refused(tmp_path):

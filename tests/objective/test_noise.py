@@ -1,16 +1,20 @@
+from collections.abc import Callable
+from itertools import permutations
+
+import numpy as np
 import pytest
 import torch
 
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.keyed_random import keyed_randn
-from difftrain_utils.objective.noise import _variance_of_enlarged, assign, perturb_input, sample_noise
+from difftrain_utils.objective.noise import _variance_of_enlarged, pair, perturb_input, sample_noise
 
 SHAPES = [(8, 4, 17), (8, 4, 16, 16), (8, 4, 3, 8, 8)]
 
 
-def draw(shape=(8, 4, 16, 16), keys=None, seed=0, group_size=None, **fields) -> torch.Tensor:
-    latents = keyed_randn(9, "latents", range(shape[0]), shape[1:])
-    return sample_noise(NoiseConfig(**fields), seed, keys or list(range(shape[0])), latents, group_size)
+def draw(shape=(8, 4, 16, 16), keys=None, seed=0, conditions=None, group_size=None, **fields) -> torch.Tensor:
+    keys, latents = keys or list(range(shape[0])), keyed_randn(9, "latents", range(shape[0]), shape[1:])
+    return sample_noise(NoiseConfig(**fields), seed, keys, latents, conditions or [None] * len(keys), group_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -68,25 +72,77 @@ def test_input_perturbation_adds_independent_noise():
     assert perturb_input(NoiseConfig(), 0, range(500), noise) is noise
 
 
-def test_immiscible_noise_is_the_nearest_assignment():
-    latents = keyed_randn(9, "latents", range(6), (4, 3, 3))
-    noise = keyed_randn(0, "noise", range(6), (4, 3, 3))
-    assigned = assign(latents, noise)
-    rows = {tuple(row.flatten().tolist()) for row in noise}
-    assert {tuple(row.flatten().tolist()) for row in assigned} == rows  # a permutation
-
-    def cost(order):
-        return (latents - noise[list(order)]).flatten(1).norm(dim=1).sum()
-
-    from itertools import permutations
-
-    best = min(cost(order) for order in permutations(range(6)))
-    torch.testing.assert_close((latents - assigned).flatten(1).norm(dim=1).sum(), best)
+def cheapest(latents: torch.Tensor, noise: torch.Tensor, cost: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The rows of `noise` in the order whose sum of costs is least, `cost` of differences, of all orders."""
+    of_pairs = cost((latents[:, None] - noise[None]).flatten(2).norm(dim=2))
+    orders = permutations(range(len(latents)))
+    return noise[list(min(orders, key=lambda order: sum(of_pairs[i, j] for i, j in enumerate(order))))]
 
 
-def test_immiscible_groups_are_assigned_on_their_own():
-    whole = draw((8, 4, 4, 4), immiscible=True)
-    grouped = draw((8, 4, 4, 4), immiscible=True, group_size=4)
+def of_two_conditions(count: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Latents around -1 and 1, noise, and which of the two each has."""
+    latents, noise = (keyed_randn(seed, "noise", range(count), shape) for seed in (9, 0))
+    signs = torch.tensor([-1.0, 1.0, 1.0])[torch.arange(count) % 3]
+    return latents + signs.reshape(-1, *[1] * len(shape)), noise, ["abb"[i % 3] for i in range(count)]
+
+
+def test_the_nearest_noise_is_the_cheapest_of_all_orders():
+    latents, noise, _ = of_two_conditions(6, 4, 3, 3)
+    assert torch.equal(pair(latents, noise), cheapest(latents, noise, lambda distance: distance))
+
+
+def test_transport_is_the_cheapest_of_all_orders_of_each_condition():
+    """With a cost that forbids all others, as in C2OT."""
+    latents, noise, conditions = of_two_conditions(7, 1, 2, 1)
+    forbidden = torch.tensor([[a != b for b in conditions] for a in conditions]) * 1e6
+    paired = pair(latents, noise, conditions)
+    assert torch.equal(paired, cheapest(latents, noise, lambda distance: distance.square() + forbidden))
+    assert not torch.equal(paired, cheapest(latents, noise, lambda distance: distance + forbidden))
+    assert not torch.equal(paired, noise)
+
+
+def test_transport_leaves_each_conditions_noise_gaussian_and_the_nearest_does_not():
+    latents, noise, conditions = of_two_conditions(1200, 1, 1, 2)
+    of_a = torch.tensor([condition == "a" for condition in conditions])
+    skewed = pair(latents, noise, group_size=12)[of_a].mean()
+    paired = pair(latents, noise, conditions, group_size=12)
+    assert skewed < -0.5 and abs(paired[of_a].mean()) < 4 / 800**0.5 and abs(paired[of_a].var() - 1) < 0.2
+    drawn = draw((1200, 1, 1, 2), conditions=conditions, group_size=12, pairing="transport")
+    assert torch.equal(drawn[of_a].flatten(1).sum(1).sort().values, noise[of_a].flatten(1).sum(1).sort().values)
+
+
+@pytest.mark.parametrize("pairing", ["nearest", "transport"])
+def test_groups_are_paired_on_their_own(pairing):
+    conditions, fields = list("aabbabab"), {"pairing": pairing}
+    whole = draw((8, 4, 4, 4), conditions=conditions, **fields)
+    grouped = draw((8, 4, 4, 4), conditions=conditions, group_size=4, **fields)
     latents, plain = keyed_randn(9, "latents", range(8), (4, 4, 4)), draw((8, 4, 4, 4))
-    expected = torch.cat([assign(latents[:4], plain[:4]), assign(latents[4:], plain[4:])])
-    assert torch.equal(grouped, expected) and not torch.equal(grouped, whole)
+    told = conditions if pairing == "transport" else [None] * 8
+    halves = [pair(latents[half], plain[half], told[half]) for half in (slice(4), slice(4, 8))]
+    if pairing == "nearest":
+        halves = [pair(latents[half], plain[half]) for half in (slice(4), slice(4, 8))]
+    assert torch.equal(grouped, torch.cat(halves)) and not torch.equal(grouped, whole)
+
+
+def test_knn_noise_is_the_nearest_of_those_drawn_for_a_sample():
+    shape, keys = (5, 4, 3, 3), range(5)
+    latents = keyed_randn(9, "latents", keys, shape[1:])
+    candidates = [keyed_randn(0, purpose, keys, shape[1:]) for purpose in ("noise", "noise_1", "noise_2")]
+    distances = torch.stack([(latents - noise).flatten(1).norm(dim=1) for noise in candidates])
+    expected = torch.stack(candidates)[distances.argmin(0), torch.arange(5)]
+    drawn = draw(shape, pairing="knn", knn_candidates=3)
+    assert torch.equal(drawn, expected) and len(set(distances.argmin(0).tolist())) > 1
+    assert torch.equal(draw((2, 4, 3, 3), pairing="knn", knn_candidates=3), expected[:2])  # whatever is beside it
+    with_more = draw(shape, pairing="knn", knn_candidates=3, offset=0.1, pyramid_discount=0.5)
+    assert not torch.equal(with_more, drawn)
+
+
+def test_knn_noise_is_as_weak_as_the_docs_say():
+    """.895 of the variance for the nearest of 64 in 256 dimensions, here as numpy draws and chooses it, too."""
+    rng = np.random.default_rng(0)
+    of_numpy = []
+    for latents in rng.standard_normal((400, 256), np.float32):
+        candidates = rng.standard_normal((64, 256), np.float32)
+        of_numpy.append(np.square(candidates[np.linalg.norm(candidates - latents, axis=1).argmin()]).mean())
+    ours = draw((400, 4, 8, 8), pairing="knn", knn_candidates=64).square().mean()
+    assert np.mean(of_numpy) == pytest.approx(0.895, abs=0.01) and ours == pytest.approx(0.895, abs=0.01)

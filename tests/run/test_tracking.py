@@ -57,7 +57,7 @@ def test_trackers_are_refused_rather_than_dropped():
 
 def test_a_package_of_an_extra_is_named_with_it():
     assert not_installed("aim") == "aim is not installed (pip install aim)"
-    assert not_installed("scipy") == "scipy is not installed (pip install -c constraints.txt -e '.[immiscible]')"
+    assert not_installed("scipy") == "scipy is not installed (pip install -c constraints.txt -e '.[pairing]')"
     project = (ROOT / "pyproject.toml").read_text()
     assert all(f'\n{extra} = ["{package}>' in project for package, extra in EXTRAS.items())
 

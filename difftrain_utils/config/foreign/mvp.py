@@ -28,6 +28,10 @@ def mvp_batch(value: Any, flags: Flags) -> int:
     return number(value) * number(parts) * processes(flags)
 
 
+def immiscible(value: Any, flags: Flags) -> str | None:
+    return "nearest" if switch(value, flags) else None
+
+
 MVP: Table = {
     "model.pretrained_model": Ours("model.pretrained_model_name_or_path"),
     "model.name_or_path": Ours("model.pretrained_model_name_or_path"),
@@ -94,7 +98,7 @@ MVP: Table = {
     "strategy.dream_detail_preservation": Ours("strategy.dream_detail_preservation", number),
     "strategy.noise_offset": Ours("noise.offset", number),
     "strategy.input_perturbation": Ours("noise.input_perturbation", number),
-    "strategy.immiscible": Ours("noise.immiscible", switch),
+    "strategy.immiscible": Ours("noise.pairing", immiscible),
     "noise.noise_offset": Ours("noise.offset", number),
     "ema.enabled": Ours("ema.enabled", switch),
     "ema.use_ema": Ours("ema.enabled", switch),
