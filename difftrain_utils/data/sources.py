@@ -8,12 +8,13 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
+from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
@@ -22,7 +23,11 @@ from difftrain_utils.files import local_path
 from difftrain_utils.media import image, text
 from difftrain_utils.media.media import media_of
 
-NUM_BUILTIN_SHAPES = 1800
+BUILTIN_IMAGES = {  # how image (index, size in pixels) is drawn, and how many there are
+    "builtin:shapes": (shapes.draw_shape, 1800),
+    "builtin:placed-shapes": (partial(shapes.draw_shape, captions=shapes.PLACED), 1800),
+    "builtin:scenes": (scenes.draw_scene, scenes.NUM_IMAGES),
+}
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
@@ -64,10 +69,12 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             data = read_photos(photos)
     elif name.startswith("builtin:") and media_of(source) is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
-    elif name in SHAPE_SETS:
-        data = draw_shapes(name, config.resolution)
+    elif name in BUILTIN_IMAGES:
+        data = draw_builtin(name, config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(SHAPE_SETS)}")
+        raise InputError(
+            f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(BUILTIN_IMAGES)}"
+        )
     else:
         folder = local_path(name)
         with _blame_cache(), blame(cannot_load(field, source), Exception), texts.blame_file(source):
@@ -254,11 +261,11 @@ def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
     return found
 
 
-def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
+def draw_builtin(name: str, resolution: int) -> datasets.Dataset:
     """A built-in data set as PNGs in memory, with the columns `image` and `text`."""
-    images, captions = [], []
-    for index in range(NUM_BUILTIN_SHAPES):
-        image, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
+    images, captions, (draw, number) = [], [], BUILTIN_IMAGES[name]
+    for index in range(number):
+        image, caption = draw(index, resolution)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
         images.append({"bytes": buffer.getvalue(), "path": f"{index:06d}.png"})
