@@ -23,6 +23,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "train": "start the training script on the GPUs of this machine, or CPU",
     "generate": "draw or write with a run, a checkpoint of it or any pipeline",
     "report": "show runs as a page with curves and pictures, also while they go on",
+    "score": "say how good the pictures in a folder are",
     "compare": "compare runs: whether one won, and whether that is fair",
     "reproduce": "run a run again, and say whether it comes out the same",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
