@@ -128,9 +128,9 @@ def read_folder(
     return images, captions
 
 
-def table(scores: dict[str, "Score"]) -> str:
+def table(scores: dict[str, "Score"], what: str = "metric", of: str = "value") -> str:
     """Aligned: name, value, standard error."""
-    rows = [("metric", "value", "standard error")]
+    rows = [(what, of, "standard error")]
     for name, (value, error) in scores.items():
         rows.append((name, f"{value:.4g}", "–" if error is None else f"{error:.2g}"))
-    return "\n".join(f"{name:<16}{value:>10}{error:>16}" for name, value, error in rows)
+    return "\n".join(f"{name:<16}{value:>14}{error:>16}" for name, value, error in rows)
