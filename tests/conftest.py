@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import make_data, short_options
 from markers import pytest_addoption, pytest_collection_modifyitems  # noqa: F401
+from networks import networks_folder  # noqa: F401
 from PIL import Image
 
 from difftrain_utils.commands import draw_shapes

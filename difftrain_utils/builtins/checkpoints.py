@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SHIPPED = {"tiny-stable-diffusion": HERE / "tiny_stable_diffusion"}
 MADE = (
     *("tiny-sdxl", "tiny-sd3", "tiny-zimage", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-dit"),
-    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel"),
+    *("tiny-ddpm", "tiny-pixart-sigma", "tiny-sana", "tiny-lumina2", "tiny-chroma", "tiny-pixel", "tiny-scenes"),
 )
 """By `make` of the module in tiny/ that is called so."""
 MADE_FOR_TEXT = ("tiny-modernbert", "tiny-bert", "tiny-llada")
@@ -37,7 +37,7 @@ def builtin_checkpoint(name: str) -> Path:
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]
-    patterns = ("tiny/*.py", "tiny_stable_diffusion/vae/*", "tiny_stable_diffusion/tokenizer/*")
+    patterns = ("tiny/*.py", "tiny_scenes/*.*", "tiny_stable_diffusion/vae/*", "tiny_stable_diffusion/tokenizer/*")
     made_of = [file_digest(path) for pattern in patterns for path in sorted(HERE.glob(pattern))]
     made_of += [module.__version__ for module in (torch, diffusers, transformers)]
     folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(made_of))[:16]}"

@@ -20,10 +20,9 @@ SHAPES = ("circle", "square", "triangle")
 SIDES = ("left", "right")
 PROMPTS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
 PLACED = [f"{prompt} on the {side}" for prompt in PROMPTS for side in SIDES]
-SHAPE_SETS = {"builtin:shapes": PROMPTS, "builtin:placed-shapes": PLACED}
-"""The captions of each data set. A model that has learned the first has something new in the second: where."""
-SHAPE_PAIRS, PREFERRED, OTHER = "builtin:shape-pairs", "left", "right"
-"""The data set of pairs, and on which side the shape of the image that is preferred is, and that of the other."""
+"""The captions of `builtin:placed-shapes`: a model that has learned `builtin:shapes` has something new there, where."""
+PREFERRED, OTHER = "left", "right"
+"""Of `builtin:shape-pairs`: the side of the shape in the image that is preferred, and in the other."""
 SUPERSAMPLING = 8
 CANVAS = 128  # px, that images are judged at
 NEEDED = {"circle": (0.935, 0.05, 1.15), "square": (0.9, 0.05, 1.2), "triangle": (0.84, 0.12, 1.3)}
@@ -50,14 +49,18 @@ def draw_shape(
     # Drawn large and averaged down, so that edges are smooth and places are not bound to pixels.
     large = Image.new("RGB", (image_size * SUPERSAMPLING,) * 2, (ground,) * 3)
     box = [SUPERSAMPLING * edge for edge in (left, top, left + size, top + size)]
-    draw = ImageDraw.Draw(large)
+    draw_figure(ImageDraw.Draw(large), color, shape, box)
+    return large.reduce(SUPERSAMPLING), caption
+
+
+def draw_figure(draw: ImageDraw.ImageDraw, color: str, shape: str, box: Sequence[float]) -> None:
+    """A shape that fills the box (left, top, right, bottom), in pixels."""
     if shape == "circle":
         draw.ellipse(box, fill=COLORS[color])
     elif shape == "square":
         draw.rectangle(box, fill=COLORS[color])
     else:
         draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
-    return large.reduce(SUPERSAMPLING), caption
 
 
 def draw_pair(index: int, image_size: int, seed: int = 0) -> tuple[Image.Image, Image.Image, str]:
@@ -89,13 +92,17 @@ def _is_clear(pixels: np.ndarray, chroma: np.ndarray, figure: np.ndarray) -> boo
     full = np.median(chroma[figure])
     edge = (chroma > 0.2 * full) & (chroma < 0.8 * full)
     around = Image.fromarray(figure).convert("L").filter(ImageFilter.MaxFilter(2 * (CANVAS // 16) + 1))
-    ground = pixels[np.asarray(around) == 0]
+    # An edge's pixels over its length, about four times the figure's size, are its width.
+    return edge.sum() < 4 * figure.sum() / 7 and is_clean(pixels[np.asarray(around) == 0])
+
+
+def is_clean(ground: np.ndarray) -> bool:
+    """Whether pixels, of shape (N, 3) and from 0 to 1, are of one dark grey, and there are any."""
     if not len(ground):
         return False
     grey = np.median(ground, axis=0)
     stains = np.abs(ground - grey).max(axis=1) > 0.12
-    # An edge's pixels over its length, about four times the figure's size, are its width.
-    return edge.sum() < 4 * figure.sum() / 7 and grey.max() < 0.4 and stains.mean() < 0.002
+    return grey.max() < 0.4 and stains.mean() < 0.002
 
 
 def _judge_color(pixels: np.ndarray) -> str | None:
@@ -151,7 +158,12 @@ def judge_side(image: Image.Image) -> str | None:
     return "left" if left <= free / 4 and left < right else "right" if right <= free / 4 and right < left else None
 
 
-def count_right(images: list[Image.Image], prompts: list[str]) -> int:
+def share_right(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
+    """{"shapes_right": the share of the images that are right}."""
+    return {"shapes_right": count_right(images, prompts) / len(images)}
+
+
+def count_right(images: Sequence[Image.Image], prompts: Sequence[str]) -> int:
     """How many images show the colour and the shape, and on which side, that their prompts ("a red circle", "a red
     circle on the left") ask for."""
     right = 0

@@ -32,7 +32,8 @@ class DataConfig(RowsConfig):
 
     dataset: str | None = None
     """A folder of photos (`cat.jpg` and its caption `cat.txt`), of images with a `metadata.jsonl`, of parquet, arrow or
-    WebDataset tar files, a hub data set, or `builtin:shapes` or `builtin:placed-shapes` (need no download)."""
+    WebDataset tar files, a hub data set, or `builtin:shapes`, `builtin:placed-shapes` or `builtin:scenes` (need no
+    download)."""
     image_column: str = "image"
     """Column of the images (an image folder calls it `image`, tar files `jpg`, `png`, …)."""
     caption_column: str | list[str] = "text"

@@ -30,7 +30,7 @@ class EvaluationConfig:
     num_validation_bins: int = 8
     """Noise levels from low to high that the validation loss is reported for."""
     shapes_judge: bool = False
-    """Count the images that show the colour and shape of their prompts (for built-in data)."""
+    """Count the images that show what their prompts ask for (for built-in data)."""
     fid_features: str | None = None
     """Network whose features FID and KID compare: an image model of transformers (a folder or hub name, such as
     `facebook/dinov2-base`) or `inception`; null: no FID and KID."""

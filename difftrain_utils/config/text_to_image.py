@@ -34,9 +34,9 @@ class TextToImageConfig(Config):
 
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
-        names = [data.dataset] if data.sources is None else [source.dataset for source in data.sources]
-        are_builtin = all(str(name).startswith("builtin:") for name in names)
-        rule = f"needs data.dataset builtin:shapes or builtin:placed-shapes (it is {', '.join(map(repr, names))})"
+        are_builtin = all(str(name).startswith("builtin:") for name in self.datasets)
+        known = "builtin:shapes, builtin:placed-shapes or builtin:scenes"
+        rule = f"needs data.dataset {known} (it is {', '.join(map(repr, self.datasets))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         held_out = bool(data.validation_split or data.validation_dataset)
         for name in ("fid_features", "clip_score_model"):
@@ -62,16 +62,16 @@ class TextToImageConfig(Config):
         if self.model.train_text_encoder:
             requires["data"](not data.cache_text, "cache_text", "cannot be with model.train_text_encoder")
         evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
+        judged, judge = evaluation.shapes_judge and evaluation.prompts, "evaluation.shapes_judge and evaluation.prompts"
+        has_scenes = "builtin:scenes" in self.datasets
         best = {
             "validation_loss": (held_out, images),
             "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
             "fid": (evaluation.fid_features, "evaluation.fid_features"),
             "kid": (evaluation.fid_features, "evaluation.fid_features"),
             "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
-            "shapes_right": (
-                evaluation.shapes_judge and evaluation.prompts,
-                "evaluation.shapes_judge and evaluation.prompts",
-            ),
+            "shapes_right": (judged and not has_scenes, f"{judge}, of shapes"),
+            "scenes_right": (judged and has_scenes, f"{judge}, of scenes"),
         }
         check_shared(self, best, requires)
 
@@ -79,6 +79,12 @@ class TextToImageConfig(Config):
     def has_groups(self) -> bool:
         """Whether something works on the samples of a group together."""
         return self.noise.pairing in ("nearest", "transport") or self.loss.contrastive > 0
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets that are trained on."""
+        sources = self.data.sources
+        return [self.data.dataset] if sources is None else [source.dataset for source in sources]
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes, no group of samples cut
@@ -100,5 +106,5 @@ class TextToImageConfig(Config):
         lora, fields = self.model.lora, {"noise.pairing": ("scipy", self.noise.pairing in ("nearest", "transport"))}
         fields |= {"model.lora": ("peft", lora is not None)}
         fields |= {"model.lora.quantization": ("bitsandbytes", lora is not None and lora.quantization)}
-        fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features)}
+        fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features == "inception")}
         return {name: package for name, (package, is_used) in fields.items() if is_used}

@@ -8,12 +8,13 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from difftrain_utils.builtins.shapes import SHAPE_PAIRS, SHAPE_SETS, draw_pair, draw_shape
+from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
@@ -22,8 +23,12 @@ from difftrain_utils.files import local_path
 from difftrain_utils.media import image, pairs, text
 from difftrain_utils.media.media import media_of
 
-NUM_BUILTIN_SHAPES = 1800
-BUILTINS = (*SHAPE_SETS, SHAPE_PAIRS)
+BUILTIN_IMAGES = {  # how row (index, size in pixels) is drawn, with its caption, and how many rows there are
+    "builtin:shapes": (shapes.draw_shape, 1800),
+    "builtin:placed-shapes": (partial(shapes.draw_shape, captions=shapes.PLACED), 1800),
+    "builtin:shape-pairs": (shapes.draw_pair, 1800),
+    "builtin:scenes": (scenes.draw_scene, scenes.NUM_IMAGES),
+}
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
@@ -65,10 +70,12 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             data = read_photos(photos)
     elif name.startswith("builtin:") and media_of(source) is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
-    elif name in BUILTINS:
-        data = draw_shapes(name, config.resolution)
+    elif name in BUILTIN_IMAGES:
+        data = draw_builtin(name, config.resolution)
     elif name.startswith("builtin:"):
-        raise InputError(f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(BUILTINS)}")
+        raise InputError(
+            f"{field_of(field, 'dataset')}: no such builtin: {name!r}; there is {', '.join(BUILTIN_IMAGES)}"
+        )
     else:
         folder = local_path(name)
         with _blame_cache(), blame(cannot_load(field, source), Exception), texts.blame_file(source):
@@ -261,23 +268,20 @@ def text_features(data, source: SourceConfig) -> list[tuple[list[str], Any]]:
     return found
 
 
-def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
+def draw_builtin(name: str, resolution: int) -> datasets.Dataset:
     """A built-in data set as PNGs in memory, with the columns `image` and `text`, or of pairs `chosen`, `rejected` and
     `text`."""
-    columns = ["chosen", "rejected"] if name == SHAPE_PAIRS else ["image"]
-    rows = []
-    for index in range(NUM_BUILTIN_SHAPES):
-        if name == SHAPE_PAIRS:
-            *drawn, caption = draw_pair(index, resolution)
-        else:
-            *drawn, caption = draw_shape(index, resolution, captions=SHAPE_SETS[name])
-        row: dict[str, Any] = {}
-        for column, picture in zip(columns, drawn, strict=True):
+    rows, (draw, number) = [], BUILTIN_IMAGES[name]
+    for index in range(number):
+        *drawn, caption = draw(index, resolution)
+        row: dict[str, Any] = {"text": caption}
+        for column, picture in zip(["image"] if len(drawn) == 1 else ["chosen", "rejected"], drawn, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG", compress_level=1)
             row[column] = {"bytes": buffer.getvalue(), "path": f"{index:06d}.png"}
-        rows.append(row | {"text": caption})
-    features = datasets.Features(dict.fromkeys(columns, datasets.Image()) | {"text": datasets.Value("string")})
+        rows.append(row)
+    images = {column: datasets.Image() for column in rows[0] if column != "text"}
+    features = datasets.Features(images | {"text": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
 
 

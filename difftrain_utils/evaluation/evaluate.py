@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from difftrain_utils.builtins.shapes import count_preferred, count_right
+from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
-from difftrain_utils.errors import go_on_without
+from difftrain_utils.errors import blame, go_on_without
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import (
@@ -32,7 +32,8 @@ class Evaluation:
     when it is made.
 
     Raises:
-        InputError: a network cannot be loaded, or there are too few held-out images for it.
+        InputError: a network cannot be loaded, or there are too few held-out images for it, or a prompt is no caption
+            that the judge knows.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class Evaluation:
     ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
         self.reference = reference
+        self.judge = (scenes if "builtin:scenes" in config.datasets else shapes).share_right
+        if config.evaluation.shapes_judge and self.judge is scenes.share_right:
+            for prompt in config.evaluation.prompts:
+                with blame("evaluation.prompts", ValueError):
+                    scenes.parse(prompt)
         with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
 
@@ -77,9 +83,9 @@ class Evaluation:
                     media_of(self.config.data).save(images, evaluation.prompts, path)
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
-                logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
+                logs |= self.judge(images, evaluation.prompts)
                 if self.reference is not None:
-                    logs["shapes_preferred"] = count_preferred(images, evaluation.prompts) / len(images)
+                    logs["shapes_preferred"] = shapes.count_preferred(images, evaluation.prompts) / len(images)
         if self.networks:
             with evaluation_weights(ema, *models), self.accelerator.autocast():
                 logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)

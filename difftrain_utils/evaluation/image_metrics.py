@@ -1,8 +1,8 @@
 """FID, KID and CLIP score of images that are generated from the captions of held-out images.
 
 Feature networks are image models of transformers, by folder or hub name, with their own preprocessing (always Pillow's
-resizing, torchvision or not); torchmetrics computes FID and KID from their features. The CLIP score is of transformers
-alone: torchmetrics 1.9's takes what transformers 5 returns for a tensor, and fails.
+resizing, torchvision or not). The CLIP score is of transformers alone: torchmetrics 1.9's takes what transformers 5
+returns for a tensor, and fails.
 """
 
 import importlib.util
@@ -21,6 +21,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import read_held_out
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.evaluation.distances import frechet_distance, kernel_distance
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import announce, progress
@@ -44,12 +45,12 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
     blank = [Image.new("RGB", (config.data.resolution, config.data.resolution))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
-            importlib.import_module("torchmetrics.image.fid")  # fails here if torch-fidelity is there and is broken
-            networks["features"] = (_load_inception if features == "inception" else _load_features)(features, device)
+            networks["features"] = load_features(features, device)
             networks["features"](blank)
     if clip:
         with blame(f"evaluation.clip_score_model: cannot use {clip!r}", Exception):
-            networks["clip_score"] = _load_clip_score(clip, device)
+            embed = load_clip(clip, device)
+            networks["clip_score"] = lambda images, captions: clip_score(*embed(images, captions))
             networks["clip_score"](blank, [""])
     return networks
 
@@ -87,48 +88,34 @@ def image_metrics(
     return metrics
 
 
-def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Fréchet distance of the Gaussians through two sets of features (N, d), N >= 2 (Heusel et al. 2017,
-    arXiv:1706.08500, equation 6), by torchmetrics."""
-    from torchmetrics.image.fid import FrechetInceptionDistance  # an optional extra
-
-    as_they_are = torch.nn.Identity()
-    as_they_are.num_features = real.shape[1]
-    fid = FrechetInceptionDistance(as_they_are, sync_on_compute=False)  # each process has the features of all
-    fid.update(real, real=True)
-    fid.update(generated, real=False)
-    return fid.compute().item()
-
-
-def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Unbiased estimate of the squared MMD, kernel (x·y/d + 1)³, of two sets of features (N, d), N >= 2 (Bińkowski et
-    al. 2018, arXiv:1801.01401, section 4), by torchmetrics. It is of all N at once: the usual mean over subsets has
-    the same expectation and more variance, and torchmetrics draws them from the global random state."""
-    from torchmetrics.image.kid import poly_mmd  # an optional extra
-
-    return poly_mmd(real, generated).item()
-
-
-def _load_features(name: str, device: torch.device) -> Callable:
+def load_features(name: str, device: torch.device) -> Callable:
+    """(images) -> (N, d), of an image model of transformers, its features before the head, or of "inception"."""
+    if name == "inception":
+        return _load_inception(device)
     network, processor = _load(AutoModel, name, device)
     network = getattr(network, "vision_model", network)  # CLIP has a text model as well
     return lambda images: network(processor(images)).pooler_output.flatten(1)
 
 
-def _load_clip_score(name: str, device: torch.device) -> Callable:
+def load_clip(name: str, device: torch.device) -> Callable:
+    """(images, captions) -> the embeddings of both, (N, d) of length 1."""
     model, processor = _load(CLIPModel, name, device)
     tokenizer, text_config = CLIPTokenizer.from_pretrained(name), model.config.text_config
     if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one where files are missing
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its text model {text_config.vocab_size}")
     cut = {"padding": True, "truncation": True, "max_length": text_config.max_position_embeddings}
 
-    def clip_score(images: list[Image.Image], captions: list[str]) -> torch.Tensor:
-        """100 max(cos, 0) of the embeddings of image and caption (Hessel et al. 2021, arXiv:2104.08718, but 2.5)."""
+    def embed(images: list[Image.Image], captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         text = tokenizer(captions, return_tensors="pt", **cut).to(device)
         output = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=processor(images))
-        return 100 * (output.image_embeds * output.text_embeds).sum(-1).clamp(min=0)  # the embeddings have length 1
+        return output.image_embeds, output.text_embeds
 
-    return clip_score
+    return embed
+
+
+def clip_score(of_images: torch.Tensor, of_captions: torch.Tensor) -> torch.Tensor:
+    """(N,) of N pairs of embeddings of length 1: 100 max(cos, 0) (Hessel et al. 2021, arXiv:2104.08718, but 2.5)."""
+    return 100 * (of_images * of_captions).sum(-1).clamp(min=0)
 
 
 def _load(model_class, name: str, device: torch.device) -> tuple[torch.nn.Module, Callable]:
@@ -141,7 +128,7 @@ def _load(model_class, name: str, device: torch.device) -> tuple[torch.nn.Module
     return model, lambda images: processor(images, return_tensors="pt")["pixel_values"].to(device)
 
 
-def _load_inception(_, device: torch.device) -> Callable:
+def _load_inception(device: torch.device) -> Callable:
     """The network of the original FID, from torch-fidelity, which needs torchvision. Nothing is downloaded."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise InputError("evaluation.fid_features: inception needs torch-fidelity (pip install torch-fidelity)")

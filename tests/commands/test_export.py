@@ -14,7 +14,7 @@ from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.optimization.trained import trained_weights
 
 LORA = {"model.lora.rank": 4, "model.lora.alpha": 6, "optimizer.init_args.lr": 0.05, "train.max_steps": 3}
-LOADING = [name for name in BUILTINS if name.split("-", 1)[1] not in ("dit", "ddpm", "pixart-sigma", "pixel")]
+LOADING = [name for name in BUILTINS if name.split("-", 1)[1] not in ("dit", "ddpm", "pixart-sigma", "pixel", "scenes")]
 WITH_ENCODERS = ("builtin:tiny-stable-diffusion", "builtin:tiny-sdxl")
 QUICK = ("builtin:tiny-stable-diffusion", "builtin:tiny-sd3", "builtin:tiny-zimage")
 LAYER = {"transformer.a.lora_A.weight": torch.ones(2, 3), "transformer.a.lora_B.weight": torch.ones(3, 2)}

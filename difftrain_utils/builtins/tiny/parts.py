@@ -50,10 +50,12 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
 
 
-def clip_text_encoder(with_projection: bool = False, width: int = WIDTH) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """For `clip_tokenizer`. With random weights a token's state tells as much of its place as of its word, so the
-    places' weights are made smaller."""
-    tokenizer = clip_tokenizer()
+def clip_text_encoder(
+    with_projection: bool = False, width: int = WIDTH, tokenizer: CLIPTokenizer | None = None, place: float = 0.25
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """For a tokenizer, by default `clip_tokenizer`. With random weights a token's state tells as much of its place as
+    of its word, so the places' weights are multiplied by `place`."""
+    tokenizer = tokenizer or clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -68,7 +70,7 @@ def clip_text_encoder(with_projection: bool = False, width: int = WIDTH) -> CLIP
     )
     model = (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
     embeddings = model.text_model.embeddings if with_projection else model.embeddings
-    embeddings.position_embedding.weight.data.mul_(0.25)
+    embeddings.position_embedding.weight.data.mul_(place)
     return model.eval()
 
 

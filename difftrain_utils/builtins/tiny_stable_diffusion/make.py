@@ -8,12 +8,14 @@ weights (it only has to tell words apart), and the UNet comes as a config: each 
 """
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from difftrain_utils.builtins.shapes import COLORS, SHAPES, draw_shape
@@ -23,9 +25,9 @@ from difftrain_utils.media.image import to_pixel_values
 IMAGE_SIZE, MAX_TOKENS = 32, 16
 
 
-def train_vae(steps: int, batch_size: int = 32, learning_rate: float = 2e-3) -> AutoencoderKL:
+def make_vae() -> AutoencoderKL:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -35,12 +37,19 @@ def train_vae(steps: int, batch_size: int = 32, learning_rate: float = 2e-3) -> 
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.0)
+
+
+def train_vae(
+    vae: AutoencoderKL, draw: Callable[[int, int], tuple[Image.Image, str]], steps: int, batch_size: int = 32
+) -> AutoencoderKL:
+    """Of the images that `draw` makes of an index and a size in pixels, each with its caption."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=200, num_training_steps=steps)
     for step in range(steps):
         # Indices far above those of the data set: the VAE never sees an image that it will encode.
         indices = keyed_randint(0, "vae", range(step * batch_size, (step + 1) * batch_size), 10**6, 10**9)
-        pixel_values = torch.stack([to_pixel_values(draw_shape(i, IMAGE_SIZE)[0]) for i in indices.tolist()])
+        pixel_values = torch.stack([to_pixel_values(draw(i, IMAGE_SIZE)[0]) for i in indices.tolist()])
         posterior = vae.encode(pixel_values).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         reconstruction = F.mse_loss(decoded, pixel_values) + F.l1_loss(decoded, pixel_values)
@@ -53,20 +62,20 @@ def train_vae(steps: int, batch_size: int = 32, learning_rate: float = 2e-3) -> 
         if step % 500 == 0 or step == steps - 1:
             print(f"step {step}: reconstruction {reconstruction.item():.4f}, loss {loss.item():.4f}", flush=True)
     with torch.no_grad():  # latents of standard deviation 1, as the noise schedule expects them
-        pixel_values = torch.stack([to_pixel_values(draw_shape(i, IMAGE_SIZE)[0]) for i in range(1800)])
+        pixel_values = torch.stack([to_pixel_values(draw(i, IMAGE_SIZE)[0]) for i in range(1800)])
         vae.register_to_config(scaling_factor=round(1 / vae.encode(pixel_values).latent_dist.mode().std().item(), 4))
     return vae.eval()
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with a vocabulary just large enough: each word of the shapes is one token,
-    any other text is spelled in bytes."""
+def make_tokenizer(words: Iterable[str] = (*COLORS, *SHAPES)) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with a vocabulary just large enough: each of the words is one token, any other text is
+    spelled in bytes."""
     # GPT-2's printable stand-ins for the 256 bytes, which CLIP's vocabulary begins with
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = characters + [character + "</w>" for character in characters]
     merges = []
-    for word in [*COLORS, *SHAPES]:
+    for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             merge = (pieces[0], pieces[1])
@@ -130,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     tokenizer = make_tokenizer()
     pipeline = StableDiffusionPipeline(
-        vae=train_vae(args.vae_steps).half(),  # half the size; loading makes float32 of it
+        vae=train_vae(make_vae(), draw_shape, args.vae_steps).half(),  # half the size; loading makes float32 of it
         text_encoder=make_text_encoder(tokenizer).half(),
         tokenizer=tokenizer,
         unet=make_unet(),
