@@ -79,7 +79,8 @@ def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, 
 
         def keep(module, inputs, output, name=name):
             if not isinstance(output, torch.Tensor):
-                *_, output = (value for value in output if isinstance(value, torch.Tensor))
+                values = output.values() if isinstance(output, dict) else output
+                *_, output = (value for value in values if isinstance(value, torch.Tensor))
             if not output.is_meta:  # where FLOPs are counted
                 states[name] = output
 
