@@ -37,6 +37,7 @@ FUNCTIONS = (  # what a fork calls
     "difftrain_utils.objective.loss",
     "difftrain_utils.families.family",
     "difftrain_utils.families.denoiser",
+    "difftrain_utils.data.features",
 )
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
@@ -60,7 +61,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     if page.file.generated_by is not None:
         return markdown
-    return links_to_site(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+    path = f"docs/{page.file.src_uri}"
+    return links_to_site(markdown, path, page.file.src_uri) + diffs_of(markdown, path)
+
+
+def diffs_of(text: str, path: str) -> str:
+    """The diffs that the Markdown of a file links to, to be shown below it."""
+    files = [ROOT / dirname(path) / name for name in LINK.findall(text) if name.endswith(".diff")]
+    return "".join(f"\n~~~~diff\n{file.read_text()}~~~~\n" for file in files)
 
 
 def links_to_site(text: str, path: str, site: str) -> str:

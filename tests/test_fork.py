@@ -76,19 +76,15 @@ ALIGNMENT = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{}, pytest.param(CACHES | {"train.gradient_checkpointing": True}, marks=pytest.mark.slow)],
-    ids=["plain", "caches"],
-)
-def test_a_trained_module_on_the_denoisers_features(short_run, tmp_path, fields):
-    """It uses the batch's pixels beside cached latents, `dropped`, `sizes` and a second time, and has its own group,
-    clipping and file; the run resumes to the bit and does not mind how a batch is split."""
+@pytest.mark.slow
+def test_a_trained_module_on_the_denoisers_features(short_run, tmp_path):
+    """What the recipes (test_recipes.py) do not use: the batch's pixels beside cached latents, `dropped`, `sizes`, a
+    second time, a clipping of the module's own, and gradient checkpointing."""
     script = tmp_path / "train_aligned.py"
     script.write_text(change(SCRIPT.read_text(), *ALIGNMENT))
     model = {"model.pretrained_model_name_or_path": without_dropout(short_run, tmp_path)}
-    common = {"train.keep_checkpoints": 0, "data.cache_dir": tmp_path / "cache"}
-    argv = [*short_run, *options(model | common | fields)]
+    common = {"train.keep_checkpoints": 0, "data.cache_dir": tmp_path / "cache", "train.gradient_checkpointing": True}
+    argv = [*short_run, *options(model | common | CACHES)]
     whole = run_to_the_end(script, tmp_path / "whole", *argv)
     metrics = metrics_without_times(whole)
     for entry in metrics:

@@ -50,7 +50,7 @@ from difftrain_utils.processes import main_process_first
 # Part of a cache's name: to be raised when what is stored changes. Text 2 was of captions encoded together, whose last
 # bits depended on each other, text 3 of encoders with rotary frequencies in the run's precision, text 4 of
 # a T5 that was rounded wholly in fp16, and the same for both of Stable Diffusion XL's conditionings of no caption
-FORMATS = {"latents": 2, "text": 5}
+FORMATS = {"latents": 2, "text": 5, "features": 1}
 AFFIXES = ("caption_prefix", "caption_suffix")
 
 
@@ -90,7 +90,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     key |= {"no_upscale": True} if config.data.no_upscale else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
-    folder = _folder(accelerator, config.data, "latents", key)
+    folder = named_folder(accelerator, config.data, "latents", key)
     sides = 2 if config.data.random_flip else 1
 
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
@@ -106,7 +106,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
             entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
         return entry
 
-    images = _Images(data, config.data)
+    images = CroppedImages(data, config.data)
     return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
 
 
@@ -115,7 +115,7 @@ def _moments_of(family, pixel_values: torch.Tensor) -> torch.Tensor:
     return family.encode_images(pixel_values.flatten(0, -4)).unflatten(0, pixel_values.shape[:-3])
 
 
-class _Images:
+class CroppedImages:
     """Item i is the image of row i as a training sample has it, with the middle cut out, its mask, the sizes of that
     crop as it is and mirrored, (2, 6), and whether the image could be read (if not, it is grey); of pairs (2, 3,
     height, width), no mask and (2, 2, 6)."""
@@ -173,7 +173,7 @@ def cache_text(accelerator: Accelerator, family, data: Data, sha256: str, config
     key = {"data": sha256}
     key |= {name: value for name in AFFIXES if (value := getattr(config.data, name))}  # a cache without keeps its name
     key |= describe_rounding(accelerator, family, config) | family.describe_parts(*family.text_parts)
-    folder = _folder(accelerator, config.data, "text", key)
+    folder = named_folder(accelerator, config.data, "text", key)
     captions_file = folder / "captions.json"
     with main_process_first(accelerator):
         if accelerator.is_main_process and not is_intact(captions_file):
@@ -218,7 +218,8 @@ def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[
     }
 
 
-def _folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
+def named_folder(accelerator: Accelerator, config: DataConfig, what: str, key: dict[str, Any]) -> Path:
+    """The folder of the cache of `what`, named by all that decides its content; it may be empty."""
     formats = [json.dumps({"format": version} | key, indent=2) + "\n" for version in range(1, FORMATS[what] + 1)]
     *older, folder = [cache_folder(config) / f"{what}-{text_digest(content)[:20]}" for content in formats]
     with writing(folder):

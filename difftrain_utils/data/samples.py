@@ -38,6 +38,7 @@ class Samples(torch.utils.data.Dataset):
     - "dropped": whether the caption is dropped
     - "condition": what the model is told, equal where it is told the same: the caption, or its number in the cache;
       None where it is dropped
+    - "flip": 1 if the image is mirrored, else 0
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss
     - "skipped": whether another row stands in for the one that was due, which cannot be read
@@ -84,14 +85,15 @@ class Samples(torch.utils.data.Dataset):
             size = self.media.size_of(self.config) if self.buckets is None else self.buckets.size_of(row)
             has_masks = self.rows.has_masks and self.latents is None
             sample |= self.media.read(stored, place, size, self.config, has_masks)
+        if hasattr(place, "flip"):
+            sample["flip"] = int(place.flip)
         if self.latents is not None:
             entry = self.latents[row]
             if self.config.on_bad_row == "skip" and not entry["is_readable"]:
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
-            side = 1 if place.flip else 0
-            sample |= {"moments": entry["moments"][side], "sizes": entry["sizes"][side]}
+            sample |= {name: entry[name][sample["flip"]] for name in ("moments", "sizes")}
             if self.rows.has_masks:
-                sample["mask"] = entry["masks"][side]
+                sample["mask"] = entry["masks"][sample["flip"]]
         if self.media.HAS_CAPTIONS:
             sample["dropped"] = self._is_dropped(k)
         if self.has_caption:
@@ -175,12 +177,13 @@ class Shares(torch.utils.data.Sampler):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped", "conditions" and
+    """A batch: tensors are stacked, also those in dicts; "keys", "captions", "dropped", "conditions", "flips" and
     "skipped" are lists; "weights" is a tensor; "masks" is one, or None where no source has masks.
 
     The keys stay Python integers: what is drawn for them is drawn on the CPU, without asking the device.
     """
     names = {"key": "keys", "caption": "captions", "condition": "conditions", "weight": "weights", "mask": "masks"}
+    names |= {"flip": "flips"}
     batch = {names.get(name, name): [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], torch.Tensor):

@@ -64,7 +64,8 @@ def enable_gradient_checkpointing(model: torch.nn.Module) -> None:
 
 def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """A dict that has, after each forward pass, what the modules of these names in the denoiser put out, with their
-    gradients. Ask for it before the denoiser is wrapped, that is before `TrainState` is made; it may be compiled.
+    gradients; of several tensors the last one, which of blocks that have two streams is the image's. Ask for it before
+    the denoiser is wrapped, that is before `TrainState` is made; it may be compiled.
 
     Raises:
         InputError: there is no such module.
@@ -77,7 +78,9 @@ def hidden_states(denoiser: torch.nn.Module, names: Iterable[str]) -> dict[str, 
             raise InputError(f"hidden states: the denoiser has no module {name!r}; it has {there}, …")
 
         def keep(module, inputs, output, name=name):
-            output = output if isinstance(output, torch.Tensor) else output[0]
+            if not isinstance(output, torch.Tensor):
+                values = output.values() if isinstance(output, dict) else output
+                *_, output = (value for value in values if isinstance(value, torch.Tensor))
             if not output.is_meta:  # where FLOPs are counted
                 states[name] = output
 

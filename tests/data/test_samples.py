@@ -109,6 +109,7 @@ def test_sizes_say_where_a_crop_lies(with_buckets, center_crop, random_flip):
         *original, top, left, target_height, target_width = sample["sizes"].tolist()
         assert original == [height * factor, width * factor] and (target_height, target_width) == size
         is_flipped = bool(sample["pixel_values"][0, 0, 0] > sample["pixel_values"][0, 0, -1])
+        assert sample["flip"] == is_flipped
         scaled = grid(height, width)
         whole = to_pixel_values(ImageOps.mirror(scaled) if is_flipped else scaled)
         assert torch.equal(sample["pixel_values"], whole[:, top : top + size[0], left : left + size[1]])
@@ -149,7 +150,7 @@ class TestCaches:
         config = replace(self.config, cache_latents="latents" in which, cache_text="text" in which)
         caches = load_fake_caches(data, config)
         plain, cached = Samples(data, config, 0, 100), Samples(data, config, 0, 100, caches, also)
-        names = {"key", "weight", "dropped", "sizes", "skipped"}
+        names = {"key", "weight", "dropped", "flip", "sizes", "skipped"}
         names |= {"moments"} if "latents" in which else {"pixel_values"}
         names |= {"conditioning"} if "text" in which else {"caption"}
         seen, told = set(), set()

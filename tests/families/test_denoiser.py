@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import InputError
@@ -120,6 +120,15 @@ def test_counting_flops_leaves_hidden_states_as_they_are(unet):
     before = states["mid_block"]
     assert training_flops(unet, lambda denoiser, *inputs: denoiser(*inputs).sample, latents, timesteps, prompts) > 0
     assert states["mid_block"] is before
+
+
+def test_of_a_block_with_two_streams_it_is_the_images():
+    sizes = {"attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 8}
+    denoiser = SD3Transformer2DModel(sample_size=4, patch_size=1, in_channels=4, num_layers=2, **sizes)
+    names = ["transformer_blocks.0", "transformer_blocks.1"]  # the last one puts out None of the text
+    states, pooled = hidden_states(denoiser, names), torch.randn(2, denoiser.config.pooled_projection_dim)
+    denoiser(torch.randn(2, denoiser.config.in_channels, 4, 4), torch.randn(2, 5, 8), pooled, torch.tensor([3, 900]))
+    assert [states[name].shape for name in names] == [(2, 16, 8)] * 2
 
 
 def test_an_unknown_hidden_state_is_refused(unet):
