@@ -59,8 +59,8 @@ from difftrain_utils.run.summary import describe_run
 
 def main(config: FewStepConfig) -> int:
     """The run; returns its exit code."""
-    started, seed, batch_size = time.monotonic(), config.train.seed, config.train.batch_size
-    max_grad_norm = config.train.max_grad_norm
+    started, seed, batch_size = time.monotonic(), config.train.seed_of("noise"), config.train.batch_size
+    max_grad_norm, group_size = config.train.max_grad_norm, config.train.group_size
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
     accelerator = launch(config)
@@ -94,7 +94,7 @@ def main(config: FewStepConfig) -> int:
     begin_run(accelerator, record, state.step, checkpoint, config.train)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    samples = Samples(data, config.data, seed, config.train.max_steps * batch_size, caches)
+    samples = Samples(data, config.data, config.train.seed_of("data"), config.train.max_steps * batch_size, caches)
     batches = load_batches(accelerator, samples, state, config)
 
     with (
@@ -105,11 +105,11 @@ def main(config: FewStepConfig) -> int:
         while not state.is_finished and not interruptions.stop:
             # ── One step: the gradient of a batch, in parts ──────────────────────────────────────────────────
             for batch in meter.parts(batches):
-                keys, masks = batch["keys"], batch["masks"]
+                keys, masks, conditions = batch["keys"], batch["masks"], batch["conditions"]
                 seed_device(seed_for(seed, "model", keys[0]), device)  # for what the model draws, such as dropout
                 with accelerator.accumulate(*state.models.values()):
                     latents, conditioning = family.encode(batch, seed, text_encoders)
-                    noise = sample_noise(config.noise, seed, keys, latents, config.train.group_size)
+                    noise = sample_noise(config.noise, seed, keys, latents, conditions, group_size)
                     timesteps, gaps = sample_times(few_step, config.timesteps, schedule, seed, keys, batch_size, device)
                     noisy_latents = schedule.add_noise(latents, noise, timesteps)
                     velocity = schedule.target(latents, noise, timesteps)

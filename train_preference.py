@@ -54,7 +54,7 @@ from difftrain_utils.run.summary import describe_run
 
 def main(config: PreferenceConfig) -> int:
     """The run; returns its exit code."""
-    started, seed, batch_size = time.monotonic(), config.train.seed, config.train.batch_size
+    started, seed, batch_size = time.monotonic(), config.train.seed_of("noise"), config.train.batch_size
     max_grad_norm = config.train.max_grad_norm
 
     # ── The machine, and where to start ──────────────────────────────────────────────────────────────────────
@@ -89,7 +89,7 @@ def main(config: PreferenceConfig) -> int:
     begin_run(accelerator, record, state.step, checkpoint, config.train)
 
     # ── The stream of samples, from the first one that this run has not seen ─────────────────────────────────
-    samples = Samples(data, config.data, seed, config.train.max_steps * batch_size, caches)
+    samples = Samples(data, config.data, config.train.seed_of("data"), config.train.max_steps * batch_size, caches)
     batches = load_batches(accelerator, samples, state, config)
 
     with (
@@ -105,7 +105,7 @@ def main(config: PreferenceConfig) -> int:
                 with accelerator.accumulate(*state.models.values()):
                     latents, conditioning = family.encode(as_images(batch), seed)  # chosen and rejected in turn
                     predict = partial(family.predict, denoiser, conditioning=conditioning)
-                    noise = sample_noise(config.noise, seed, keys, latents[::2])
+                    noise = sample_noise(config.noise, seed, keys, latents[::2], batch["conditions"])
                     shift = family.shift(*latents.shape[2:])
                     timesteps = sample_timesteps(config.timesteps, schedule, seed, keys, batch_size, shift, device)
                     input_noise = perturb_input(config.noise, seed, keys, noise)

@@ -138,7 +138,7 @@ def test_two_processes_train_the_same(pairs_run, tmp_path, fields):
         ({"preference.beta": 0}, "preference.beta: must be above 0, got 0"),
         ({"loss.type": "huber", "loss.huber_schedule": "constant"}, "loss.type: must be mse for pairs: "),
         ({"strategy.dream_training": True}, "strategy.dream_training: not for pairs: "),
-        ({"noise.immiscible": True}, "noise.immiscible: not for pairs: "),
+        ({"noise.pairing": "nearest"}, "noise.pairing: not for pairs: "),
         ({"loss.learned_uncertainty": True}, "loss.learned_uncertainty: not for pairs: "),
         ({"model.train_text_encoder": True}, "model.train_text_encoder: not for pairs: "),
         (LORA | {"model.trainable": ["*"]}, "model.trainable: not for pairs with model.lora"),

@@ -87,6 +87,7 @@ class FewStepConfig(TextToImageConfig):
         requires["model"](prediction_type in (needed, None), "prediction_type", rule)
         rule = "is of train_text_to_image.py"
         requires["strategy"](not self.strategy.dream_training, "dream_training", rule)
+        requires["loss"](self.loss.contrastive == 0, "contrastive", rule)
         requires["noise"](not self.noise.input_perturbation, "input_perturbation", rule)
         rule = "not here: the derivative of the model is taken of whole weights; there is DDP for it, train.shard none"
         requires["train"](self.train.shard != "full", "shard", rule)

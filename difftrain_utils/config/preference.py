@@ -36,7 +36,8 @@ class PreferenceConfig(TextToImageConfig):
         requires["model"](not both, "trainable", "not for pairs with model.lora: give one of the two")
         for section, name, rule in (
             ("strategy", "dream_training", "its noise would differ between the two images of a pair"),
-            ("noise", "immiscible", "its noise would be near one of the two images of a pair"),
+            ("noise", "pairing", "its noise would be near one of the two images of a pair"),
+            ("loss", "contrastive", "the images that are pushed away are the rejected ones"),
             ("loss", "learned_uncertainty", "a preference's loss does not depend on the noise level so"),
         ):
             requires[section](not getattr(getattr(self, section), name), name, f"not for pairs: {rule}")
