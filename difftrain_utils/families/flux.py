@@ -24,6 +24,7 @@ class Flux(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Flux":

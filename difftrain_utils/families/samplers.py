@@ -2,11 +2,18 @@
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, blame
@@ -21,11 +28,9 @@ from difftrain_utils.objective.schedule import (
 
 FIELDS_OF_PATHS = {
     "ddpm": ("beta_schedule", "rescale_betas_zero_snr"),
-    "linear": ("flow_shift", "flow_base_resolution"),
+    "linear": ("flow_shift", "flow_shift_by_tokens", "flow_base_resolution"),
 }
-SMALLEST_LAMBDA = (
-    -5.1
-)  # ln(a/s) at which diffusers' docs advise to begin on the cosine path, for epsilon says little before
+SMALLEST_LAMBDA = -5.1  # of ln(a/s), where diffusers' docs let epsilon begin on a cosine: below it says little of x_0
 
 
 def build_schedule(
@@ -112,7 +117,13 @@ def _linear(
 ) -> tuple[Schedule, dict[str, Any]]:
     """The schedule, and the fields of a sampler that fits it."""
     fields = config.scheduler
+    by_tokens = fields.flow_shift_by_tokens
     is_dynamic = bool(own.get("use_dynamic_shifting")) and fields.flow_shift is None  # by the family, from the size
+    if by_tokens and not (is_own and issubclass(sampler_class, FlowMatchEulerDiscreteScheduler)):
+        raise InputError(
+            "scheduler.flow_shift_by_tokens: needs flow_prediction and the checkpoint's own "
+            "FlowMatchEulerDiscreteScheduler, which knows of it"
+        )
     if is_dynamic and not is_own and (fields.sampler is not None or prediction_type != "flow_prediction"):
         raise InputError(
             f"scheduler.flow_shift: must be given, for the checkpoint's shift depends on the size, which a "
@@ -124,6 +135,11 @@ def _linear(
     schedule = Schedule("linear", prediction_type, num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):
         fitting = {"shift": shift} | ({"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {})
+        if by_tokens:
+            (least, base_shift), (most, max_shift) = ((n, math.log(s)) for n, s in sorted(by_tokens.items()))
+            fitting |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+            fitting |= {"base_image_seq_len": least, "max_image_seq_len": most}
+            fitting |= {"base_shift": base_shift, "max_shift": max_shift}
     else:
         fitting = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
     return schedule, fitting | {"num_train_timesteps": num_timesteps}
