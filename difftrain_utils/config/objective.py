@@ -23,9 +23,9 @@ class SchedulerConfig:
     """End the path `ddpm` in pure noise (terminal SNR of zero; not for epsilon, which has no image in it then)."""
     flow_shift: float | None = None
     """Shift of the path `linear` towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ). 1: no shift."""
-    flow_shift_by_tokens: dict[int, float] | None = None
-    """Shifts of images of two numbers of the model's tokens, `{256: 1.65, 4096: 3.16}`, instead of one for all: that of
-    another size is the exponential of what is linear in its number of tokens (Flux, LTX-Video)."""
+    flow_shift_by_tokens: list[list[float]] | None = None
+    """Two pairs of a number of the model's tokens and a shift, `[[256, 1.65], [4096, 3.16]]`, instead of one shift for
+    all sizes: the logarithm of a size's is linear in its number of tokens (Flux, LTX-Video)."""
     flow_base_resolution: int | None = None
     """Multiply flow_shift (which has to be given) by resolution / flow_base_resolution: larger images need more
     noise."""
@@ -35,8 +35,10 @@ class SchedulerConfig:
         require(steps is None or steps >= 2, "num_train_timesteps", "must be at least 2, or null")
         require(shift is None or shift > 0, "flow_shift", "must be above 0, or null")
         by_tokens = self.flow_shift_by_tokens
-        are_two = by_tokens is None or (len(by_tokens) == 2 and min(by_tokens) >= 1 and min(by_tokens.values()) > 0)
-        require(are_two, "flow_shift_by_tokens", "must be shifts above 0 of two numbers of tokens, or null")
+        pairs = [[1, 1], [2, 1]] if by_tokens is None else by_tokens
+        are_two = len(pairs) == 2 and all(len(pair) == 2 and min(pair) > 0 for pair in pairs)
+        rule = "must be two rising numbers of tokens, each with a shift above 0, or null"
+        require(are_two and pairs[0][0] < pairs[1][0], "flow_shift_by_tokens", rule)
         require(by_tokens is None or shift is None, "flow_shift_by_tokens", "goes without scheduler.flow_shift")
         require(base is None or base >= 1, "flow_base_resolution", "must be at least 1, or null")
         # null means the checkpoint's own shift, which may have been multiplied already

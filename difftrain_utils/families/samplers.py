@@ -136,10 +136,10 @@ def _linear(
     if issubclass(sampler_class, FLOW_SCHEDULERS):
         fitting = {"shift": shift} | ({"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {})
         if by_tokens:
-            (least, base_shift), (most, max_shift) = ((n, math.log(s)) for n, s in sorted(by_tokens.items()))
+            (least, base_shift), (most, max_shift) = by_tokens
             fitting |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
-            fitting |= {"base_image_seq_len": least, "max_image_seq_len": most}
-            fitting |= {"base_shift": base_shift, "max_shift": max_shift}
+            fitting |= {"base_image_seq_len": int(least), "max_image_seq_len": int(most)}
+            fitting |= {"base_shift": math.log(base_shift), "max_shift": math.log(max_shift)}
     else:
         fitting = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
     return schedule, fitting | {"num_train_timesteps": num_timesteps}

@@ -411,7 +411,7 @@ def test_a_dynamic_shift_is_what_the_sampler_is_told(family, denoiser, monkeypat
 @pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux", "tiny-sana", "tiny-flux2-klein"])
 def test_a_shift_by_tokens_is_that_of_the_pipeline(name, family_run, monkeypatch):
     """At the sizes that the field names its own, and between and beyond exp of what is linear in the tokens."""
-    config = parse_config([*family_run, *options({"scheduler.flow_shift_by_tokens": {16: 2.0, 64: 4.0}})])
+    config = parse_config([*family_run, *options({"scheduler.flow_shift_by_tokens": [[16, 2.0], [64, 4.0]]})])
     if name in ("tiny-sana", "tiny-flux2-klein"):
         with pytest.raises(
             InputError, match=r"^scheduler.flow_shift_by_tokens: a \w+Pipeline does not tell its sampler"

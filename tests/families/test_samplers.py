@@ -213,7 +213,7 @@ def test_the_config_overrides_the_shift_of_a_sampler_that_is_kept():
         (None, {"flow_shift": 3.0}, "^scheduler.flow_shift: goes with the path linear, not with ddpm, got 3.0"),
         (
             "flow_prediction",
-            {"flow_shift_by_tokens": {16: 2.0, 64: 3.0}},
+            {"flow_shift_by_tokens": [[16, 2.0], [64, 3.0]]},
             "flow_shift_by_tokens: needs flow_prediction",
         ),
         ("sample", {"path": "linear", "sampler": "DEISMultistepScheduler"}, "cannot sample sample on .* makes another"),
