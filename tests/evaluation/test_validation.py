@@ -94,7 +94,7 @@ class TestValidationLoss:
         ("prediction_type", "path"),
         [
             *((prediction_type, None) for prediction_type in ("epsilon", "v_prediction", "sample", "flow_prediction")),
-            *(("v_prediction", "cosine"), ("epsilon", "cosine"), ("sample", "linear")),
+            *(("v_prediction", "cosine"), ("sample", "linear")),
         ],
     )
     def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type, path):
