@@ -297,12 +297,11 @@ class TestProtocol:
 
     def test_a_rows_own_weight_comes_on_top_and_is_in_the_fingerprint(self, kind, tmp_path):
         def opened(weights: list, **fields):
-            table = {
-                "image": [{"bytes": encode(Image.new("RGB", (8, 8))), "path": f"{i}.png"} for i in range(len(weights))]
-            }
-            table |= {"text": [str(i) for i in range(len(weights))], "meta": [{"score": weight} for weight in weights]}
-            folder = tmp_path / str(weights)
-            folder.mkdir(exist_ok=True)
+            image, numbers = encode(Image.new("RGB", (8, 8))), range(len(weights))
+            table = {"image": [{"bytes": image, "path": f"{i}.png"} for i in numbers]}
+            table |= {"text": [str(i) for i in numbers], "meta": [{"score": weight} for weight in weights]}
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            folder.mkdir()
             data = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
             data.to_parquet(folder / "train-00000.parquet")
             source = SourceConfig(str(folder), loss_weight=2.0, weight_column="meta.score")
