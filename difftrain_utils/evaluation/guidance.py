@@ -24,7 +24,7 @@ class GuidedDenoiser(torch.nn.Module):
     """A denoiser for one pipeline, called as the denoiser `strong` and with all that it has.
 
     With a `weaker` one, whose pipeline does without guidance, it puts out weaker + scale · (strong - weaker) of one
-    input: autoguidance (Karras et al. 2024, arXiv:2406.02507, equation 3). Without, the pipeline guides: outside of the
+    input: autoguidance (Karras et al. 2024, arXiv:2406.02507). Without, the pipeline guides: outside of the
     `interval` it is given the prediction for the prompt as the one for no prompt, so that their difference is 0
     (Kynkäänniemi et al. 2024, arXiv:2404.07724). The interval is [start, stop] of the share of noise s / (a + s) of
     x_t = a·x_0 + s·ε, from 0 to 1; that of flow matching is its time.
@@ -54,7 +54,7 @@ class GuidedDenoiser(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         number = self._calls
-        if number == 0:  # the sampler knows by now which steps there are
+        if number == 0:  # only now the sampler knows its steps
             self._levels = noise_levels(self._schedule, self._sampler.timesteps)
         self._calls = (number + 1) % (len(self._levels) * self._calls_of_step)  # a pipeline may be called again
         start, stop = self._interval
@@ -111,13 +111,11 @@ def check_guidance(family, config: Any) -> None:
     """Raise InputError if the family's pipeline does not guide by two predictions, and `config` has a
     `guidance_interval` or `autoguidance`."""
     for field in ("guidance_interval", "autoguidance"):
-        value, name = getattr(config, field), family.class_name
-        if value is None:
-            continue
-        if family.guidance_order is None:
-            raise InputError(f"evaluation.{field}: a {name} has no guidance that is known here, got {value}")
-        if family.is_distilled:
-            raise InputError(f"evaluation.{field}: this {name} was distilled with its guidance, got {value}")
+        value = getattr(config, field)
+        if value is not None and family.guidance_order is None:
+            raise InputError(f"evaluation.{field}: the model's pipeline has none that is known here, got {value}")
+        if value is not None and family.is_distilled:
+            raise InputError(f"evaluation.{field}: the {family.class_name} was distilled with its own, got {value}")
 
 
 def load_weaker(family, name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
