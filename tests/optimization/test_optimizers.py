@@ -1,6 +1,11 @@
+import re
+
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel
+from helpers import ROOT
 
 from difftrain_utils.config.training import LrSchedulerConfig, OptimizerConfig
 from difftrain_utils.errors import InputError
@@ -154,3 +159,21 @@ def test_a_learning_rate_below_the_end_of_a_polynomial_schedule_is_refused():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1e-8)
     with pytest.raises(InputError, match=r"^lr_scheduler.name: polynomial: .*1e-07.*1e-08"):
         build_lr_scheduler(LrSchedulerConfig(name="polynomial"), optimizer, 10)
+
+
+def test_the_rates_of_the_docs_for_a_wider_dit_are_those_of_what_reads_its_width():
+    text = (ROOT / "docs/training.md").read_text()
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "timestep_embedder" in b]
+    fields = yaml.safe_load(block)["optimizer"]
+    narrow, wide = (
+        DiTTransformer2DModel(heads, 12, num_layers=2, sample_size=4, num_embeds_ada_norm=8) for heads in (2, 8)
+    )
+    optimizer = build_optimizer(
+        OptimizerConfig(init_args=fields["init_args"], groups=fields["groups"]), {"denoiser": wide}
+    )
+    rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    others = dict(narrow.named_parameters())
+    for name, weight in wide.named_parameters():
+        is_table = name.endswith("embedding_table.weight")  # of which one row is read
+        reads_width = weight.ndim > 1 and not is_table and weight[0].numel() == 4 * others[name][0].numel()
+        assert rates[id(weight)] == (2.5e-4 if reads_width else 1e-3), name
