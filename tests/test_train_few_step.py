@@ -35,6 +35,7 @@ VARIANTS = {
         "model.pretrained_model_name_or_path": "builtin:tiny-flux",
         "model.max_sequence_length": 24,
         "scheduler.flow_shift": 1.0,
+        "train.gradient_checkpointing": True,
     },
     "consistency-dit": CONSISTENCY | {"model.pretrained_model_name_or_path": "builtin:tiny-dit"},
 }
@@ -71,7 +72,7 @@ def few_step_run(tmp_path) -> list[str]:
 
 def losses(argv: list[str], tmp_path, parts: int) -> list[float]:
     split = {"train.gradient_accumulation_steps": parts, "train.output_dir": tmp_path / str(parts)}
-    split |= {"train.eval_every": 0, "train.save_every": 0, "data.validation_split": 0.0}
+    split |= {"train.eval_every": 0, "train.save_every": 0}
     return [entry["loss"] for entry in metrics_without_times(train_few_step([*argv, *options(split)]))]
 
 
@@ -85,7 +86,7 @@ def test_it_trains_resumes_and_splits_exactly(few_step_run, tmp_path, name):
     train_few_step([*argv, *resumed])
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
     assert metrics_without_times(tmp_path / "resumed") == metrics[2:]
-    whole = losses(argv, tmp_path, 1)
+    whole = [entry["loss"] for entry in metrics]
     for parts in (2,) if name in QUICK else (2, 4):
         assert losses(argv, tmp_path, parts) == pytest.approx(whole, rel=1e-5)
 
