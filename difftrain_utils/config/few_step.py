@@ -101,3 +101,6 @@ class FewStepConfig(TextToImageConfig):
         guided = self.few_step.guidance == 1 or self.data.caption_dropout > 0
         rule = "needs data.caption_dropout above 0, or the model does not learn what is without a caption"
         requires["few_step"](guided, "guidance", rule)
+        rule = "not with model.train_text_encoder, for what is without a caption is encoded once"
+        encodes_once = self.few_step.guidance == 1 or not self.model.train_text_encoder
+        requires["few_step"](encodes_once, "guidance", rule)
