@@ -222,6 +222,24 @@ def test_a_probe_leaves_the_model_as_it_was():
     assert net.training and torch.is_grad_enabled()
 
 
+def test_a_probe_differentiates_norms_in_bf16_and_in_any_layout():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 1), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 8, 1),
+                              torch.nn.LayerNorm(5), torch.nn.Linear(5, 5))  # fmt: skip
+    latents, along = torch.randn(2, 2, 4, 5, 5)
+    derivatives = []
+    for dtype in (None, torch.bfloat16):
+        with probing(net), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            derivatives.append(torch.func.jvp(net, (latents,), (along,))[1].float())
+    torch.nn.Module.to(net, memory_format=torch.channels_last)
+    with probing(net):
+        derivatives.append(torch.func.jvp(net, (latents,), (along,))[1])
+    expected, *others = derivatives
+    for other, error in zip(others, (0.05, 1e-5), strict=True):
+        assert (other - expected).norm() < error * expected.norm()
+    assert not any(module._forward_pre_hooks for module in net)
+
+
 @pytest.mark.parametrize("method", ["mean_flow", "shortcut"])
 def test_a_step_of_what_was_learned_is_the_flow(method):
     """One pass from noise to data N(0, 0.5²) multiplies by 0.5, or with shortcuts by what their shortest steps do."""
