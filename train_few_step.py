@@ -85,6 +85,7 @@ def main(config: FewStepConfig) -> int:
     family.move_frozen_parts(accelerator, config.train)
     caches = load_caches(accelerator, family, data, record.fingerprints, config)  # to make them may take hours
     nothing = family.null_conditioning() if few_step.guidance > 1 else {}
+    family.free_cached()
     state = TrainState(accelerator, models, optimizer, lr_scheduler, record, config.train)
     denoiser, text_encoders = state.models["denoiser"], state.models.get("text_encoders")
     uncertainty = state.models.get("uncertainty")

@@ -20,7 +20,6 @@ from difftrain_utils.builtins.checkpoints import BUILTINS
 from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.devices import weight_dtype
@@ -138,7 +137,7 @@ def load(
 def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
     """What a run was trained from, as it was; with its exported adapters, or to be given weights that it has saved."""
     config.model.offload_text_encoders = config.data.cache_latents = config.data.cache_text = False
-    config.evaluation = EvaluationConfig()
+    config.evaluation = type(config.evaluation)()
     leave_out_training(config)
     family = load_family(config)
     if source.kind not in ("checkpoint", "weights", "average"):
@@ -251,6 +250,9 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
     for option, (argument, value) in options.items():
         if value is not None and argument not in known:
             raise InputError(f"{option}: a {name} has none, got {value}")
+    draws_between = isinstance(loaded.pipeline.scheduler, diffusers.LCMScheduler) and settings.steps != 1
+    if draws_between and not hasattr(loaded.pipeline, "prepare_extra_step_kwargs"):
+        raise InputError(f"--steps: must be 1, a {name} gives its sampler no generator for the noise between steps")
     if settings.negative_prompt is None:
         return
     own = known.get("true_cfg_scale") or known.get("guidance_scale")

@@ -39,6 +39,8 @@ def unet(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     blocks of 2 layers is `input_blocks.4.0`, because a downsampler counts, too."""
     if not isinstance(layers := config["layers_per_block"], int):
         raise ValueError(f"layers_per_block must be one number, got {layers}")
+    if config.get("time_cond_proj_dim"):
+        raise ValueError("there is no place in it for time_cond_proj_dim, with which a UNet is told of its steps")
     with_attention = {name.split(".")[1] for name in tensors if re.match(r"up_blocks\.\d+\.attentions", name)}
 
     def original(name: str) -> str:

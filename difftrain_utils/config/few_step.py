@@ -91,8 +91,6 @@ class FewStepConfig(TextToImageConfig):
         requires["noise"](not self.noise.input_perturbation, "input_perturbation", rule)
         rule = "not here: the derivative of the model is taken of whole weights; there is DDP for it, train.shard none"
         requires["train"](self.train.shard != "full", "shard", rule)
-        rule = f"not with few_step.method {method}: torch differentiates no GroupNorm forwards in this layout"
-        requires["train"](method == "shortcut" or not self.train.channels_last, "channels_last", rule)
         is_plain = method != "mean_flow" or self.few_step.adaptive_power == 0
         rule = "with few_step.method mean_flow needs few_step.adaptive_power 0, which divides by the loss already"
         requires["loss"](is_plain or not self.loss.learned_uncertainty, "learned_uncertainty", rule)
@@ -102,3 +100,6 @@ class FewStepConfig(TextToImageConfig):
         guided = self.few_step.guidance == 1 or self.data.caption_dropout > 0
         rule = "needs data.caption_dropout above 0, or the model does not learn what is without a caption"
         requires["few_step"](guided, "guidance", rule)
+        rule = "not with model.train_text_encoder, for what is without a caption is encoded once"
+        encodes_once = self.few_step.guidance == 1 or not self.model.train_text_encoder
+        requires["few_step"](encodes_once, "guidance", rule)

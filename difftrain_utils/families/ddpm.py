@@ -23,7 +23,6 @@ class DDPM(DiffusersFamily):
     denoiser_part: ClassVar[str] = "unet"
     image_part: ClassVar[str | None] = None
     has_fixed_size: ClassVar[bool] = True
-    takes_derivative: ClassVar[bool] = False  # that of GroupNorm asks for a layout which its attention does not leave
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "DDPM":

@@ -78,8 +78,6 @@ class DiffusersFamily:
     all others what goes in and out."""
     takes_gradient_checkpointing: ClassVar[bool] = True
     """Whether `train.gradient_checkpointing` leaves what the denoiser computes as it is."""
-    takes_derivative: ClassVar[bool] = True
-    """Whether torch differentiates the denoiser forwards (torch.func.jvp)."""
     has_init_noise_sigma: ClassVar[bool] = False
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
@@ -203,8 +201,6 @@ class DiffusersFamily:
     def _check_few_step(cls, config: FewStepConfig) -> None:
         """Raise InputError if this pipeline cannot sample what the method trains."""
         name, method, steps = cls.pipeline_class.__name__, config.few_step.method, config.evaluation.num_inference_steps
-        if not cls.takes_derivative:
-            raise InputError(f"few_step.method: torch has no forward derivative of a {name}'s denoiser, got {method}")
         if config.tells_gap and not cls.gap_fields:
             raise InputError(
                 f"few_step.method: a {name} cannot tell its denoiser how far a step goes; use consistency, got {method}"

@@ -27,6 +27,7 @@ Conditioning = dict[str, torch.Tensor]
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 
 ADAPTIVE_FLOOR = 1e-3  # c of MeanFlow's weight
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 TANGENT_FLOOR = 0.1  # c of the consistency model's tangent
 
 
@@ -67,10 +68,21 @@ def sample_times(
 def probing(denoiser: torch.nn.Module) -> Iterator[None]:
     """For passes of a denoiser that is not wrapped which are differentiated forwards and not backwards: without
     gradients, as it samples, uncompiled, and with the one kernel of attention that has a derivative."""
+    norms = [module for module in denoiser.modules() if isinstance(module, NORMS)]
+    hooks = [norm.register_forward_pre_hook(_as_its_derivative_asks) for norm in norms]
     denoiser.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         yield
     denoiser.train()
+    for hook in hooks:
+        hook.remove()
+
+
+def _as_its_derivative_asks(norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """torch's forward derivative of a norm wants the precision of its weights and the plain layout, which `contiguous`
+    does not give to the derivative of what has it already."""
+    dtype = inputs[0].dtype if norm.weight is None else norm.weight.dtype
+    return inputs[0].to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def guided_velocity(

@@ -523,10 +523,6 @@ def test_the_derivative_along_a_path_is_that_of_finite_differences(name, family,
     timesteps = torch.tensor([300.3, 701.7], dtype=torch.float64)
     predict = functools.partial(family.predict, denoiser, conditioning=conditioning)
     with probing(denoiser):
-        if not family.takes_derivative:
-            with pytest.raises(RuntimeError, match="view size is not compatible"):
-                torch.func.jvp(predict, (latents, timesteps), (along, 1000 * torch.ones(2)))
-            return
         _, derivative = torch.func.jvp(predict, (latents, timesteps), (along, torch.full_like(timesteps, 1000)))
         h = 1e-5
         ahead, behind = (predict(latents + s * along, timesteps + 1000 * s) for s in (h, -h))
