@@ -8,6 +8,7 @@ from helpers import ROOT
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import field_names
 from difftrain_utils.config.help import sections
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
@@ -15,8 +16,9 @@ from difftrain_utils.errors import InputError
 REQUIRED = ["--model.pretrained_model_name_or_path", "builtin:tiny-modernbert", "--data.dataset", "builtin:brackets"]
 
 
-def test_each_field_is_explained_and_read_somewhere():
-    fields = [field for _, of_section in sections(TextConfig).values() for field in of_section]
+@pytest.mark.parametrize("config_class", [TextConfig, PreferenceConfig])
+def test_each_field_is_explained_and_read_somewhere(config_class):
+    fields = [field for _, of_section in sections(config_class).values() for field in of_section]
     assert len(fields) > 100 and all(field.text for field in fields)
     read = set()
     for path in [*ROOT.glob("train_*.py"), *(ROOT / "difftrain_utils").rglob("*.py")]:
@@ -24,7 +26,7 @@ def test_each_field_is_explained_and_read_somewhere():
             # checking looks at every field: that does not count as using it
             if isinstance(scope, ast.FunctionDef) and not scope.name.startswith("check"):
                 read |= {node.attr for node in ast.walk(scope) if isinstance(node, ast.Attribute)}
-    assert [name for name in field_names(TextConfig) if name.split(".")[1] not in read] == []
+    assert [name for name in field_names(config_class) if name.split(".")[1] not in read] == []
 
 
 def test_what_it_prints_it_reads():
