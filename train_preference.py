@@ -114,8 +114,8 @@ def main(config: PreferenceConfig) -> int:
                     noise, input_noise, timesteps = (x.repeat_interleave(2, 0) for x in (noise, input_noise, timesteps))
                     noisy_latents = schedule.add_noise(latents, input_noise, timesteps)
                     target = schedule.target(latents, noise, timesteps)
-                    output = predict(noisy_latents, timesteps)
                     before = reference.predict(denoiser, noisy_latents, timesteps, conditioning)
+                    output = predict(noisy_latents, timesteps)
 
                     errors, reference_errors = (
                         sample_losses(config.loss, schedule, x, target, timesteps) for x in (output, before)

@@ -98,6 +98,16 @@ def test_it_begins_at_the_reference(pairs_run, tmp_path):
         assert (metrics["margin"], metrics["implicit_accuracy"]) == (0, 0.5) and metrics["grad_norm"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "dit", "pixel"])
+def test_so_it_does_with_other_families(pairs_run, tmp_path, family):
+    fields = {"model.pretrained_model_name_or_path": f"builtin:tiny-{family}", "train.max_steps": 1}
+    fields |= {"train.eval_every": 0} | ({"model.max_sequence_length": 24} if family in ("sd3", "flux") else {})
+    fields |= {"model.lora.rank": 4} if family == "flux" else {}
+    (metrics,) = metrics_without_times(train_preference([*pairs_run, *options(fields)]))
+    assert metrics["loss"] == pytest.approx(math.log(2), rel=1e-7) and metrics["margin"] == 0
+
+
 def losses_of(run) -> list[tuple[float, ...]]:
     return [tuple(entry[name] for name in ("loss", *MEASURES)) for entry in metrics_without_times(run)]
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, options, parse_config, train
+from helpers import ROOT, options, parse_config, train, train_preference
 
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import RENAMED, field_names
@@ -370,6 +370,7 @@ TINY = {
     "sd35_finetune": "tiny-sd3",
     "emoji": "tiny-pixel",
     "quickstart_lora": "tiny-stable-diffusion",
+    "quickstart_preference": "tiny-stable-diffusion",
     "photos_8gb": "tiny-stable-diffusion",
 }
 """The configs of checkpoints that are not built in, and the built-in ones that stand in for these."""
@@ -399,8 +400,9 @@ def test_the_configs_of_checkpoints_that_are_not_built_in_run(name, image_folder
         "evaluation.num_inference_steps": 2,
     }
     sections = yaml.safe_load(config.read_text())
-    if "sources" not in sections["data"]:
+    if not sections["data"].get("dataset", "builtin:").startswith("builtin:"):
         fields["data.dataset"] = image_folder
-    run = train(["--config", str(config), *options(fields)])
+    start = train_preference if "preference" in sections else train
+    run = start(["--config", str(config), *options(fields)])
     is_lora = "lora" in sections["model"]
     assert (run / "samples/step-000002.png").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()

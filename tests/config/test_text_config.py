@@ -9,6 +9,7 @@ from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import field_names
 from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.config.help import sections
+from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
@@ -16,7 +17,7 @@ from difftrain_utils.errors import InputError
 REQUIRED = ["--model.pretrained_model_name_or_path", "builtin:tiny-modernbert", "--data.dataset", "builtin:brackets"]
 
 
-@pytest.mark.parametrize("config_class", [TextConfig, FewStepConfig])
+@pytest.mark.parametrize("config_class", [TextConfig, FewStepConfig, PreferenceConfig])
 def test_each_field_is_explained_and_read_somewhere(config_class):
     fields = [field for _, of_section in sections(config_class).values() for field in of_section]
     assert len(fields) > 100 and all(field.text for field in fields)
