@@ -3,10 +3,10 @@
     difftrain ranks runs/baseline-* runs/huber-* runs/min_snr-*
     difftrain ranks runs/small-* runs/large-* --over model.pretrained_model_name_or_path --metric scenes_right
 
-A RUN is a run's output folder. Runs that differ only in their seed, and in --over, are one setting, of which the mean
-over the seeds counts. Without --over the columns are the steps at which all runs were evaluated, with it the values of
-that field, each by the last evaluation. Under each column Kendall's tau-b with the last one: 1 is the same order, 0 no
-relation, -1 the reverse.
+A RUN is a run's output folder. Runs that differ only in their seed, and in the fields of --over, are one setting, of
+which the mean over the seeds counts. Without --over the columns are the steps at which all runs were evaluated, with it
+the values of its first field, each by the last evaluation. Under each column is Kendall's tau-b with the last one: 1 is
+the same order, 0 no relation, -1 the reverse.
 """
 
 import itertools
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def cells_of(runs: list[Run], over: Sequence[str], metric: str) -> dict[str, Cells]:
-    """By the names of the settings. Raises InputError unless there are two settings or more, which have all columns, and
-    no two runs of one setting, column and seed."""
+    """By the names of the settings. Raises InputError unless there are two settings or more, which have all columns,
+    and no two runs of one setting, column and seed."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
         config = {name: v for name, v in run.config.items() if name not in (*IGNORED, "train.seed", *over)}
