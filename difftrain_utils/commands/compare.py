@@ -64,6 +64,7 @@ ORDER = {
     FINAL: 0,
     BEST: 1,
     "shapes_right": 2,
+    "scenes_right": 2,
     "valid": 2,
     "final train loss": 4,
     "samples/s": 5,
