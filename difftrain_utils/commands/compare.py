@@ -69,6 +69,7 @@ ORDER = {
     BEST: 1,
     "shapes_right": 2,
     "shapes_preferred": 2,
+    "scenes_right": 2,
     "valid": 2,
     "final train loss": 4,
     "samples/s": 5,

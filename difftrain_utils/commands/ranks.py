@@ -3,10 +3,10 @@
     difftrain ranks runs/baseline-* runs/huber-* runs/min_snr-*
     difftrain ranks runs/small-* runs/large-* --over model.pretrained_model_name_or_path --metric scenes_right
 
-A RUN is a run's output folder. Runs that differ only in their seed, and in --over, are one setting, of which the mean
-over the seeds counts. Without --over the columns are the steps at which all runs were evaluated, with it the values of
-that field, each by the last evaluation. Under each column Kendall's tau-b with the last one: 1 is the same order, 0 no
-relation, -1 the reverse.
+A RUN is a run's output folder. Runs that differ only in their seed, and in the fields of --over, are one setting, of
+which the mean over the seeds counts. Without --over the columns are the steps at which all runs were evaluated, with it
+the values of its first field, each by the last evaluation. Under each column is Kendall's tau-b with the last one: 1 is
+the same order, 0 no relation, -1 the reverse.
 """
 
 import itertools
@@ -40,22 +40,23 @@ Cells = dict[str, dict[int, float]]
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain ranks", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="*", help="output folder of a run")
-    parser.add_argument(
-        "--over", metavar="FIELD", help="field of the config whose values are the columns; default: steps"
-    )
+    over = "field whose values are the columns, and fields that differ with it, such as a rate; default: steps"
+    parser.add_argument("--over", metavar="FIELD", nargs="+", default=[], help=over)
     parser.add_argument("--metric", metavar="NAME", default=LOSS, help=f"of metrics.jsonl; default: {LOSS}, of the EMA")
     args = parser.parse_args(argv)
     runs = load_runs(args.runs)
-    if args.over is not None and not any(args.over in run.config for run in runs):
-        raise InputError(f"--over: the configs have no field {args.over!r}")
+    for field in args.over:
+        if not any(field in run.config for run in runs):
+            raise InputError(f"--over: the configs have no field {field!r}")
     print(printable(text_table(ranks_table(cells_of(runs, args.over, args.metric)))))
 
 
-def cells_of(runs: list[Run], over: str | None, metric: str) -> dict[str, Cells]:
-    """By the names of the settings. Raises InputError unless there are two settings or more, which have all columns."""
+def cells_of(runs: list[Run], over: Sequence[str], metric: str) -> dict[str, Cells]:
+    """By the names of the settings. Raises InputError unless there are two settings or more, which have all columns,
+    and no two runs of one setting, column and seed."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
-        config = {name: v for name, v in run.config.items() if name not in (*IGNORED, "train.seed", over)}
+        config = {name: v for name, v in run.config.items() if name not in (*IGNORED, "train.seed", *over)}
         settings.setdefault(as_text(config), []).append(run)
     if len(settings) < 2:
         raise InputError("difftrain ranks: all runs are one setting, which has no order")
@@ -65,12 +66,15 @@ def cells_of(runs: list[Run], over: str | None, metric: str) -> dict[str, Cells]
         values: Cells = {}
         for run in own:
             found = measured(run, metric)
-            for column, value in found.items() if over is None else [(run.config.get(over), [*found.values()][-1])]:
-                values.setdefault(brief(as_text(column)), {}).setdefault(run.config.get("train.seed"), value)
+            for column, value in [(run.config.get(over[0]), [*found.values()][-1])] if over else found.items():
+                of_seeds, seed = values.setdefault(brief(as_text(column)), {}), run.config.get("train.seed")
+                if seed in of_seeds:
+                    raise InputError(f"{run.folder}: another run of its setting has seed {seed}")
+                of_seeds[seed] = value
         cells[groups.get(own[0].name, own[0].name)] = values
     shared = [column for column in next(iter(cells.values())) if all(column in own for own in cells.values())]
-    if over is not None and (missing := {column for own in cells.values() for column in own} - {*shared}):
-        raise InputError(f"--over {over}: not all settings have runs with {', '.join(sorted(missing))}")
+    if over and (missing := {column for own in cells.values() for column in own} - {*shared}):
+        raise InputError(f"--over {over[0]}: not all settings have runs with {', '.join(sorted(missing))}")
     if len(shared) < 2:
         raise InputError(f"difftrain ranks: needs two columns or more, got {', '.join(shared) or 'none'}")
     return {name: {column: own[column] for column in shared} for name, own in cells.items()}

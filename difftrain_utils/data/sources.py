@@ -359,8 +359,8 @@ def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceConfig) -> dict[str, Any]:
-    """A line's object, which has the names of its files (a mask's may be missing), a caption and, where the source names
-    a column of them, a weight.
+    """A line's object, which has the names of its files (a mask's may be missing), a caption and, where the source
+    names a column of them, a weight.
 
     Raises:
         InputError: it has not, or is no JSON; the message begins with `line_name`, or names it.

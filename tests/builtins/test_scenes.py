@@ -1,4 +1,5 @@
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from difftrain_utils.builtins.scenes import (
     task_of,
 )
 from difftrain_utils.builtins.shapes import COLORS, SHAPES, draw_figure
+from difftrain_utils.commands import draw_shapes
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.evaluate import Evaluation
 from difftrain_utils.keyed_random import generator_for
@@ -174,6 +176,12 @@ def test_the_evaluation_judges_scenes_where_they_are_trained_on(monkeypatch):
 def test_an_image_is_a_function_of_seed_and_index():
     assert draw_scene(7, 32, seed=1)[0].tobytes() == draw_scene(7, 32, seed=1)[0].tobytes()
     assert draw_scene(7, 32, seed=1)[0].tobytes() != draw_scene(7, 32, seed=2)[0].tobytes()
+
+
+def test_the_folder_holds_what_is_drawn(tmp_path):
+    draw_shapes.main(["--output-dir", str(tmp_path), "--dataset", "builtin:scenes", "--num-images", "6"])
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [draw_scene(index, 32)[1] for index in range(6)]
 
 
 def test_the_config_has_the_grid_of_all_tasks():

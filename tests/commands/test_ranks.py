@@ -54,7 +54,7 @@ RUNS = [
 
 
 def test_the_table_over_steps():
-    assert ranks_table(cells_of(RUNS, None, "validation_loss")) == [
+    assert ranks_table(cells_of(RUNS, [], "validation_loss")) == [
         ["setting", "10", "20", "30"],
         ["mse", "3.050", "2.050", "1.050"],
         ["huber", "4.050", "3.050", "2.050"],
@@ -67,11 +67,11 @@ def test_the_table_over_steps():
 
 def test_the_table_over_a_field_is_of_the_last_evaluations():
     wide = [run(f"{loss}-wide", 0, loss, 128, [0, value]) for loss, value in (("mse", 3), ("huber", 2), ("l1", 1))]
-    rows = ranks_table(cells_of([*RUNS, *wide], "model.width", "fid"))
+    rows = ranks_table(cells_of([*RUNS, *wide], ["model.width"], "fid"))
     assert rows[0] == ["setting", "64", "128"] and rows[1] == ["mse", "-1.050", "-3.000"]
     assert rows[4] == ["tau with the last", "-1.00", "1.00"] and rows[6] == ["tau between seeds", "1.00", "–"]
-    with pytest.raises(InputError, match=r"--over model\.width: not all settings have runs with 128"):
-        cells_of([*RUNS, wide[0]], "model.width", "fid")
+    with pytest.raises(InputError, match=r"--over model.width: not all settings have runs with 128"):
+        cells_of([*RUNS, wide[0]], ["model.width"], "fid")
 
 
 def test_seeds_that_do_not_agree():
@@ -82,14 +82,15 @@ def test_seeds_that_do_not_agree():
 @pytest.mark.parametrize(
     ("runs", "over", "metric", "message"),
     [
-        (RUNS[:2], None, "validation_loss", "difftrain ranks: all runs are one setting"),
-        (RUNS, None, "kid", "mse-0: has no kid"),
-        (RUNS, "model.width", "fid", "difftrain ranks: needs two columns or more, got 64"),
+        (RUNS[:2], [], "validation_loss", "difftrain ranks: all runs are one setting"),
+        (RUNS, [], "kid", "mse-0: has no kid"),
+        ([*RUNS, RUNS[0]], [], "fid", "mse-0: another run of its setting has seed 0"),
+        (RUNS, ["model.width"], "fid", "difftrain ranks: needs two columns or more, got 64"),
     ],
 )
 def test_what_is_refused(runs, over, metric, message, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=f"^{message}"):
         cells_of(runs, over, metric)
     monkeypatch.setattr(ranks, "load_runs", lambda _: RUNS)
-    with pytest.raises(InputError, match=r"no field .model\.depth."):
+    with pytest.raises(InputError, match=r"--over: the configs have no field 'model.depth'"):
         ranks.main([str(tmp_path), "--over", "model.depth"])
