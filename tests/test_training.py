@@ -62,7 +62,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
     metrics = metrics_without_times(output_dir)
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(set(entry) == {"step", "loss", "lr", "grad_norm"} and entry["loss"] > 0 for entry in metrics)
+    assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "flops"} and entry["loss"] > 0 for entry in metrics)
     assert [entry["lr"] for entry in metrics][:3] == [0, 5e-4, 1e-3]  # warm-up: the rate that the step was made with
 
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-000003.png", "step-000006.png"]
