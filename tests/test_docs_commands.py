@@ -36,6 +36,7 @@ RUN_BY = {  # the tests that run a program, or a command of it, as the docs say 
     "difftrain push": "test_newcomer.py",
     "difftrain report": "test_report.py",
     "difftrain reproduce": "test_smoke.py",
+    "difftrain sweep": "test_sweep.py",
     "difftrain train": "test_newcomer.py",
     "difftrain validate-config": "test_smoke.py",
     "make_dummy_imagefolder": "test_smoke.py",

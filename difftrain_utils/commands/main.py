@@ -24,6 +24,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "generate": "draw or write with a run, a checkpoint of it or any pipeline",
     "report": "show runs as a page with curves and pictures, also while they go on",
     "compare": "compare runs: whether one won, and whether that is fair",
+    "sweep": "compare strategies, each at its best learning rate, by a plan",
     "reproduce": "run a run again, and say whether it comes out the same",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
     "export": "write what a run has learned as one file for other programs",
