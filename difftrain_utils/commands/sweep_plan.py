@@ -221,7 +221,7 @@ class Plan:
         path = Path(self.output_dir, PLAN_FILE)
         with blame(f"output_dir: {self.output_dir}", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True))
+            write_file(path, yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True), shared=True)
 
     def changes(self, kept: dict[str, Any]) -> Iterator[str]:
         """What of a plan that runs were made of is otherwise in this one. What is new beside it does not matter."""

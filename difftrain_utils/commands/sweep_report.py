@@ -32,6 +32,7 @@ from difftrain_utils.run.run_folder import DIVERGED, read_manifest
 
 FINISHED, UNFINISHED, ABSENT = "finished", "unfinished", "absent"  # or DIVERGED
 AXES = ("steps", "samples", "FLOPs", "seconds")
+Table = tuple[str, list[list[str]], list[str]]  # what it shows, header and rows, and sentences about it
 
 
 @dataclass
@@ -228,7 +229,7 @@ class Findings:
     """Of a sweep: its tables, each with what it shows and what is to be said of it; by setting, the curve, the rate and
     the verdict; and the runs that are not done."""
 
-    tables: list[tuple[str, list[list[str]], list[str]]]
+    tables: list[Table]
     curves: dict[str, Curve]
     choices: dict[str, Choice]
     results: dict[str, Compared]
@@ -266,41 +267,18 @@ def findings(plan: Plan) -> Findings:
         and (run.stage == TUNE or not choices[run.strategy].is_hopeless)
     ]
     runs = {called: finished_runs(plan, COMPARE, called) for called in (*plan.strategies, CONTROL)}
-    counts = {called: len(plan.control_seeds if called == CONTROL else plan.seeds) for called in runs}
     curves = {called: curve for called, own in runs.items() if (curve := curve_of(own, metric))}
     tables, results = [], {}
     if any(map(plan.is_tuned, plan.strategies)):
         tables.append(tuning_table(plan, choices, name))
-
-    base, rows, sentences = runs[plan.baseline], [], []
-    complete = {c: own for c, own in runs.items() if len(own) == counts[c] and c not in (plan.baseline, CONTROL)}
-    whole = len(base) == counts[plan.baseline] > 0
-    contest = held_against(base, plan.baseline, complete, plan.looks, metric) if whole and complete else None
-    found = {row[0]: row[1:] for row in contest.rows[1:]} if contest else {}
-    if contest:
-        results = dict(zip(complete, contest.results, strict=True))
-        sentences = contest.sentences
-    header = ["setting", "rate", f"{name}, mean ± sd", "seeds", "difference", "95 % interval"]
-    header += contest.rows[0][4:] if contest else ["", "p (Holm)", "verdict"]
-    for called in plan.strategies:
-        if called not in found:
-            why = why_no_verdict(plan, called, choices, runs)
-            found[called] = [str(len(runs[called])), *["–"] * 4, why]
-            results |= {called: Compared(None, verdict=why)} if called != plan.baseline else {}
-        cells = found[called]
-        rows.append([called, rate_of(choices[called]), spread_of(runs[called], metric), *cells])
-    what = contest.introduction if contest else f"Against {plan.baseline}, when all seeds are run."
-    tables.append((what, [header, *rows], sentences))
-    if contest and contest.bins:
-        tables.append(("The difference by noise level:", contest.bins, []))
-
+    tables += verdict_tables(plan, choices, runs, results)
     if plan.control_seeds:
         tables.append(control_table(plan, choices, runs, results))
     if plan.baseline in curves:
         what = (
-            f"What they cost (means of the runs), how soon the mean {name} was where the baseline ended, as shares of "
+            f"What they cost (means of the runs), how soon the mean {name} was where the baseline ended (as shares of "
         )
-        what += f"the baseline's whole cost, and the {name} where each had cost as much as the cheapest in all:"
+        what += f"its whole cost), and the {name} where each had cost as much as the cheapest in all:"
         tables.append((what, cost_table(curves, plan.baseline, best, name), []))
     if len(rows := variance_table(plan)) > 1:
         of = "the logarithm of the losses' geometric mean" if metric is None else name
@@ -311,7 +289,7 @@ def findings(plan: Plan) -> Findings:
     return Findings(tables, curves, choices, results, missing)
 
 
-def tuning_table(plan: Plan, choices: dict[str, Choice], name: str) -> tuple[str, list[list[str]], list[str]]:
+def tuning_table(plan: Plan, choices: dict[str, Choice], name: str) -> Table:
     metric, rows, sentences = plan.what_decides, [["setting", "chosen", "tried"]], []
 
     def shown(found: float | None, diverged: int) -> str:
@@ -334,9 +312,35 @@ def tuning_table(plan: Plan, choices: dict[str, Choice], name: str) -> tuple[str
     return f"Learning rates, each with the seeds {plan.tuning_seeds}: {what}.", rows, sentences
 
 
+def verdict_tables(
+    plan: Plan, choices: dict[str, Choice], runs: dict[str, list[Run]], results: dict[str, Compared]
+) -> list[Table]:
+    """The strategies against the baseline, and by noise level; `results` get what is found."""
+    metric, base, contest = plan.what_decides, runs[plan.baseline], None
+    whole = {name: runs[name] for name in plan.strategies if len(runs[name]) == len(plan.seeds)}
+    if whole.pop(plan.baseline, None) and whole:
+        contest = held_against(base, plan.baseline, whole, plan.looks, metric)
+        results.update(zip(whole, contest.results, strict=True))
+    name = metric.name if metric else "validation loss"
+    header = ["setting", "rate", f"{name}, mean ± sd", "seeds", "difference", "95 % interval"]
+    rows = [[*header, *(contest.rows[0][4:] if contest else ["", "p (Holm)", "verdict"])]]
+    found = {row[0]: row[1:] for row in contest.rows[1:]} if contest else {}
+    for strategy in plan.strategies:
+        if strategy not in found:
+            why = why_no_verdict(plan, strategy, choices, runs)
+            found[strategy] = [str(len(runs[strategy])), *["–"] * 4, why]
+            if strategy != plan.baseline:
+                results[strategy] = Compared(None, verdict=why)
+        rows.append([strategy, rate_of(choices[strategy]), spread_of(runs[strategy], metric), *found[strategy]])
+    if contest is None:
+        return [(f"Against {plan.baseline}, when all seeds are run.", rows, [])]
+    bins = [("The difference by noise level:", contest.bins, [])] if contest.bins else []
+    return [(contest.introduction, rows, contest.sentences), *bins]
+
+
 def control_table(
     plan: Plan, choices: dict[str, Choice], runs: dict[str, list[Run]], results: dict[str, Compared]
-) -> tuple[str, list[list[str]], list[str]]:
+) -> Table:
     """The baseline against itself, with other seeds."""
 
     def in_turn(own: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:

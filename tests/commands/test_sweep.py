@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from helpers import ROOT
@@ -142,8 +143,10 @@ def test_it_stops_with_its_runs_and_goes_on(sweep):
     while sum(starts().values()) < 2:
         time.sleep(0.05)
     time.sleep(0.2)
+    runs = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 75 and len(starts()) == 2
+    assert process.wait(20) == 75 and len(starts()) == len(runs) == 2
+    assert not any(run.is_running() for run in runs)
     Path("hold").unlink()
     assert main([plan, "--jobs", "4"]) == 0
     assert sorted(starts().values()) == [1] * 20 + [2] * 2  # the fake ones have no checkpoints to go on from
