@@ -8,8 +8,10 @@ seeds of their own; then each is run at its best rate, on the seeds that are com
 it stopped. Exit code 0: all is run; 1: some runs failed; 75: stopped.
 """
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +78,8 @@ def carry_out(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> list[str]:
                         failures.append(failure)
     finally:
         for _, process in running.values():
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # also what a launcher has started, which may tell it nothing
         for _, process in running.values():
             process.wait()
     return failures
