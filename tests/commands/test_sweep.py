@@ -168,10 +168,15 @@ def test_a_task_of_slurm_is_a_run(sweep):
     assert main([plan, "--slurm", "array.sbatch"]) == 0
     script = Path("array.sbatch").read_text()
     assert "--array=0-3 array.sbatch" in script and "--dependency=afterany:$tune --array=4-5 array.sbatch" in script
-    subprocess.run(["bash", "-n", "array.sbatch"], check=True)
+    Path("srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    Path("srun").chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": "0"}
+    environment["PATH"] = f"{Path.cwd()}:{os.environ['PATH']}"
+    subprocess.run(["bash", "array.sbatch"], env=environment, check=True)
+    assert list(starts()) == ["tune/mse/lr-0.003/seed-100"]
     with pytest.raises(RunError, match="mse: not all of its rates are tried"):
         main([plan, "--task", "4"])
-    for task in range(6):
+    for task in range(1, 6):
         assert main([plan, "--task", str(task)]) == 0
     assert list(starts().values()) == [1] * 6 and starts().keys() == {
         *(f"tune/{name}/lr-{rate}/seed-100" for name in ("mse", "huber") for rate in (0.003, 0.01)),
