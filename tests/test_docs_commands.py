@@ -39,6 +39,7 @@ RUN_BY = {  # the tests that run a program, or a command of it, as the docs say 
     "difftrain report": "test_report.py",
     "difftrain reproduce": "test_smoke.py",
     "difftrain score": "test_score.py",
+    "difftrain sweep": "test_sweep.py",
     "difftrain train": "test_newcomer.py",
     "difftrain validate-config": "test_smoke.py",
     "make_dummy_imagefolder": "test_smoke.py",

@@ -35,6 +35,7 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train_text_to_image
 from difftrain_utils.commands import posthoc_ema, validate_config
 from difftrain_utils.config.training import SOURCES
 from difftrain_utils.data.rows import map_rows
@@ -62,7 +63,7 @@ def test_what_a_run_leaves(short_run, tmp_path, checkpoint_folder):
 
     metrics = metrics_without_times(output_dir)
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4, 5, 6]
-    assert all(set(entry) == {"step", "loss", "lr", "grad_norm"} and entry["loss"] > 0 for entry in metrics)
+    assert all(set(entry) == {"step", "loss", "lr", "grad_norm", "flops"} and entry["loss"] > 0 for entry in metrics)
     assert [entry["lr"] for entry in metrics][:3] == [0, 5e-4, 1e-3]  # warm-up: the rate that the step was made with
 
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-000003.png", "step-000006.png"]
@@ -134,8 +135,16 @@ def test_the_same_command_twice_gives_the_same_bytes(short_run, tmp_path):
     assert pipeline_bytes(first) != pipeline_bytes(other)
 
 
-def test_seeds_can_be_given_by_what_is_drawn(short_run, tmp_path):
+def test_seeds_can_be_given_by_what_is_drawn(short_run, tmp_path, monkeypatch):
     """Nothing is left that depends on train.seed where all three are given, and each of them makes another run."""
+    seeds_of_samples = []
+
+    def samples_of(data, config, seed, *more) -> Samples:
+        assert data.order.seed == seed
+        seeds_of_samples.append(seed)
+        return Samples(data, config, seed, *more)
+
+    monkeypatch.setattr(train_text_to_image, "Samples", samples_of)
 
     def result(name: str, **fields: int) -> dict:
         fields = {f"train.{field}": value for field, value in fields.items()} | {"train.max_steps": 2}
@@ -146,6 +155,7 @@ def test_seeds_can_be_given_by_what_is_drawn(short_run, tmp_path):
     first = result("first", seed=0)
     assert first == result("given", seed=1, **zeros)
     others = [result(source, seed=0, **{f"seeds.{source}": 1}) for source in SOURCES]
+    assert seeds_of_samples == [0, 0, 0, 1, 0]
     assert all(first != other for other in others) and all(a != b for a, b in itertools.combinations(others, 2))
     assert json.loads((tmp_path / "noise/run_manifest.json").read_text())["seeds"] == dict(weights=0, data=0, noise=1)
 

@@ -56,7 +56,7 @@ from difftrain_utils.terminal import printable
 # These say where a run lies and what it is called, not what it is
 IGNORED = tuple(f"train.{name}" for name in ("output_dir", "resume_from", "overwrite", "project", "run_name"))
 SEEDS = ("train.seed", "train.seeds", *(f"train.seeds.{source}" for source in SOURCES))
-NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", *TIMES}  # as final metrics
+NOT_SHOWN = {"step", "loss", "lr", "grad_norm", "skipped_rows", "flops", *TIMES}  # as final metrics
 FINAL, BEST = "final val. loss", "best val. loss"
 OBJECTIVE = ("model.prediction_type", "loss.", "timesteps.", "noise.", "scheduler.", "strategy.")  # of training
 OBJECTIVE += ("few_step.", "preference.")

@@ -27,6 +27,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "score": "say how good the pictures in a folder are",
     "compare": "compare runs: whether one won, and whether that is fair",
     "ranks": "say whether settings keep their order over steps or models",
+    "sweep": "compare strategies, each at its best learning rate, by a plan",
     "reproduce": "run a run again, and say whether it comes out the same",
     "posthoc-ema": "make a pipeline with an average of the weights of any width",
     "export": "write what a run has learned as one file for other programs",

@@ -10,8 +10,7 @@ import torch
 
 from difftrain_utils.commands.compare import Run, brief, differing, facts_of, flatten
 from difftrain_utils.files import digest_of_each
-from difftrain_utils.run.manifest import loss_trace_digest
-from difftrain_utils.run.metrics import TIMES
+from difftrain_utils.run.metrics import TIMES, loss_trace_digest
 from difftrain_utils.run.run_folder import METRICS_FILE
 from difftrain_utils.run.saved_tensors import OPTIMIZER, SavedTensors
 

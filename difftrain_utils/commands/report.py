@@ -72,6 +72,7 @@ TITLES = {
     "data_wait": "Share of time spent waiting for data",
     "peak_memory_gb": "Peak memory (10⁹ bytes)",
     "mfu": "Model FLOPs utilisation",
+    "flops": "FLOPs so far",
 }
 LEVELS = ("validation_loss_ema_bins", "validation_loss_bins")  # the first one that a run has
 
@@ -132,7 +133,7 @@ def charts(runs: list[Run]) -> tuple[list[dict], list[list[int]], str]:
                 curve = thin(points, limit)
                 curve["x"] = steps.setdefault(tuple(curve["x"]), len(steps))
                 drawn.append({"run": i, **curve})
-        kind = "levels" if name.startswith("level ") else "throughput" if name in TIMES else "curves"
+        kind = "levels" if name.startswith("level ") else "throughput" if name in (*TIMES, "flops") else "curves"
         found.append({"name": name, "title": TITLES.get(name, name), "kind": kind, "curves": drawn})
     longest = max((len(points) for of_run in curves for points in of_run.values()), default=0)
     size = -(-longest // limit)

@@ -1,9 +1,12 @@
 """Run a run again, and say whether it comes out the same.
 
     difftrain reproduce runs/quickstart [--steps 100] [--output-dir runs/again]
+    difftrain reproduce experiments.jsonl:3 [--rerun 2]
 
-Start it in the folder that the run was started in. Exit code 0: the same, to the bit or within the tolerance; 1:
-another result, or the re-run failed; 2: the run cannot be run again. See docs/reproducibility.md.
+The second checks line 3 of a ledger: whether the folders of its runs still say the same, by their digests and verdicts;
+and runs two of them again. Start it in the folder that the run was started in. Exit code 0: the same, to the bit or
+within the tolerance; 1: another result, or the re-run failed; 2: the run cannot be run again. See
+docs/reproducibility.md.
 """
 
 import os
@@ -14,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from difftrain_utils.commands import ledger
 from difftrain_utils.commands.compare import Run, flatten, load_run
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.commands.repetition import (
@@ -188,20 +192,38 @@ def rerun(command: list[str], environment: dict[str, str], output_dir: Path, ste
         raise RunError(f"the re-run left no checkpoint-{steps} in {output_dir}")
 
 
+def check_comparison(ledger_file: Path, number: int, rerun: int, trust: bool) -> int:
+    """Whether a line of a ledger still holds, also after so many of its runs are run again."""
+    line = ledger.read_line(ledger_file, number)
+    found = ledger.deviations_from(line)
+    report("Otherwise than in the ledger", found)
+    verdicts = ", ".join(f"{name} {own['verdict']}" for name, own in line["settings"].items() if "verdict" in own)
+    say(f"{'differs from' if found else 'the same as'} line {number} of {ledger_file}: {verdicts}")
+    finished = [folder for folder, of_run in line["runs"].items() if "weights" in of_run]
+    rerun = min(rerun, len(finished))
+    codes = [
+        main([finished[i * len(finished) // rerun], *(["--trust"] if trust else [])]) for i in range(rerun)
+    ]  # spread over all
+    return max([int(bool(found)), *codes])
+
+
 def report(title: str, lines: list[str]) -> None:
     say("\n  ".join([f"{title}:", *lines]) if lines else f"{title}: none")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="difftrain reproduce", description=__doc__)
-    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run")
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run, or LEDGER.jsonl:LINE")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")
+    parser.add_argument("--rerun", metavar="N", type=int, default=0, help="of a ledger's line: run N of its runs again")
     parser.add_argument(
         "--trust", action="store_true", help="run the script also if it is not the one of here and then"
     )
     args = parser.parse_args(argv)
 
+    if (place := ledger.place_in(str(args.run))) is not None:
+        return check_comparison(*place, args.rerun, args.trust)
     run = load_run(args.run, args.run.name)
     manifest, env = (read_mapping(run.folder / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE))
     output_dir = args.output_dir or Path(f"{args.run if args.run.name else args.run.resolve()}-reproduced")

@@ -4,6 +4,8 @@ A difference is that of one seed, of the logarithms of two losses; runs of one s
 so that most of what varies between seeds cancels.
 """
 
+import bisect
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -55,7 +57,36 @@ def detectable(sd: float, n: int, level: float = LEVEL) -> float:
 
 def seeds_needed(sd: float, gap: float, level: float = LEVEL) -> int | None:
     """How many seeds detect a mean of `gap`; None: more than 1000."""
-    return next((n for n in range(2, 1001) if detectable(sd, n, level) <= abs(gap)), None)
+    numbers = range(2, 1001)
+    place = bisect.bisect_left(numbers, True, key=lambda n: detectable(sd, n, level) <= abs(gap))
+    return numbers[place] if place < len(numbers) else None
+
+
+def deviation_interval(sd: float, n: int) -> tuple[float, float]:
+    """A 95 % interval of the standard deviation of a normal distribution of which n values, two or more, spread by
+    `sd`."""
+
+    def quantile(tail: float) -> float:
+        low, high = 0.0, 1.0
+        while chi2_tail(high, n - 1) > tail:
+            high *= 2
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if chi2_tail(middle, n - 1) > tail else (low, middle)
+        return (low + high) / 2
+
+    return sd * math.sqrt((n - 1) / quantile(LEVEL / 2)), sd * math.sqrt((n - 1) / quantile(1 - LEVEL / 2))
+
+
+def chi2_tail(x: float, freedom: int) -> float:
+    """The probability of more than x under the χ² distribution (Abramowitz and Stegun 1964, 26.4.4 and 26.4.5)."""
+    odd = freedom % 2
+    total = math.erfc(math.sqrt(x / 2)) if odd else 0.0
+    term = math.exp(-x / 2) * (math.sqrt(2 * x / math.pi) if odd else 1.0)
+    for i in range(freedom // 2):
+        total += term
+        term *= x / (2 * i + 2 + odd)
+    return total
 
 
 def t_cdf(t: float, freedom: int) -> float:
@@ -71,6 +102,7 @@ def t_cdf(t: float, freedom: int) -> float:
     return 0.5 + inside / 2
 
 
+@functools.cache
 def t_quantile(p: float, freedom: int) -> float:
     """The inverse of `t_cdf`, for p in [0.5, 1)."""
     low, high = 0.0, 1.0

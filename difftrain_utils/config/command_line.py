@@ -38,7 +38,7 @@ class _Lost(yaml.MarkedYAMLError):
     """What would be lost in silence."""
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML without what is lost in silence: of two keys the first, of 010 that it is 8, and of 1:30 that it is 90."""
 
     def construct_mapping(self, node, deep=False):
@@ -60,7 +60,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 for tag in ("int", "float"):
-    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", _StrictLoader.construct_number)
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{tag}", StrictLoader.construct_number)
 
 
 def parse_config(config_class: type[C], argv: Sequence[str] | None = None, prog: str = "", about: str = "") -> C:
@@ -235,7 +235,7 @@ def _refuse_lost(argv: Sequence[str]) -> None:
             values[name] = value
             if value.startswith(("{", "[")):
                 try:
-                    yaml.load(value, _StrictLoader)
+                    yaml.load(value, StrictLoader)
                 except _Lost as error:
                     raise InputError(f"{name}: {error.problem}") from None
                 except yaml.YAMLError:  # jsonargparse says what is wrong with it, if anything
@@ -251,7 +251,7 @@ def _read_file(config_class: type[Config], path: str) -> dict[str, Any]:
     known = [*field_names(config_class), *_nested_names()]
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _StrictLoader)
+            content = yaml.load(file, StrictLoader)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

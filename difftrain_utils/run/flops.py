@@ -9,12 +9,23 @@ import torch
 from accelerate import Accelerator
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.optimization.quantized import is_quantized, quantized_flops
 from difftrain_utils.run.gpus import PEAK_TFLOPS, peak_of
+
+RECOUNT = 100  # steps
+OPERATIONS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 def peak_tflops(accelerator: Accelerator, config: TrainConfig) -> float | None:
@@ -69,6 +80,75 @@ def training_flops(denoiser: torch.nn.Module, predict: Callable[..., Any], *inpu
     sizes = {p: p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in denoiser.parameters()}
     trained_share = sum(size for p, size in sizes.items() if p.requires_grad) / max(1, sum(sizes.values()))
     return round((2 + trained_share) * flops)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the FLOPs of all that is computed while it is on, in the backward pass, too: as torch's FlopCounterMode
+    does, but of a CPU's own kernel of attention as well, and without what changes the last bits there. It sees what
+    torch.compile has left as torch's own operations: nearly all products."""
+
+    def __init__(self):
+        super().__init__()
+        self.total, self.is_paused = 0, False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled is compiled as without it."""
+        return True
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        if (flops_of := OPERATIONS.get(operation._overloadpacket)) is not None and not self.is_paused:
+            self.total += flops_of(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+class StepFlops:
+    """The FLOPs of a run's steps so far, of all processes and of all that is between two batches: VAE, text encoders,
+    probes, teachers, what checkpointing computes once more.
+
+    Counted are the parts of each `RECOUNT`-th step, and those whose tensors have other shapes than any before; the rest
+    are taken to need as many as the last of their shapes, also where it depends on values (each different caption is
+    encoded once). So a part that later costs more than it did (DREAM from some step on) counts as such from the next
+    `RECOUNT`-th step on. So are the parts of other processes, which have the same shapes.
+    """
+
+    def __init__(self, num_processes: int):
+        self.num_processes = num_processes
+        self.total: int | None = 0  # None: there are steps of which it is not known
+        self.of_shapes: dict[str, int] = {}  # of one process
+        self.counter: OperationCounter | None = None
+
+    @contextlib.contextmanager
+    def part(self, batch: dict[str, Any], step: int) -> Iterator[None]:
+        """Count what the block does with a part of a step's batch."""
+        shapes = str([tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)])
+        if self.total is None or (step % RECOUNT and shapes in self.of_shapes):
+            yield
+        else:
+            with OperationCounter() as self.counter:
+                yield
+            self.of_shapes[shapes], self.counter = self.counter.total, None
+        if self.total is not None:
+            self.total += self.of_shapes[shapes] * self.num_processes
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what the block computes."""
+        if self.counter is not None:
+            self.counter.is_paused = True
+        yield
+        if self.counter is not None:
+            self.counter.is_paused = False
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` goes on from."""
+        return {"total": self.total, "of_shapes": self.of_shapes}
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """None: of a version that did not count."""
+        state = state or {"total": None, "of_shapes": {}}
+        self.total, self.of_shapes = state["total"], dict(state["of_shapes"])
 
 
 def flops_of_shapes(shapes: AbstractContextManager, function: Callable[..., Any], *inputs: Any) -> int:

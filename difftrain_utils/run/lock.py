@@ -45,6 +45,26 @@ def lock_used_folder(output_dir: Path) -> None:
         lock_folder(output_dir)
 
 
+def is_in_use(output_dir: Path) -> bool:
+    """Whether a run is in the folder now."""
+    path = (output_dir / LOCK_FILE).resolve()
+    owner = path.with_name(f"{path.name}.owner")
+    if owner.exists():
+        return not is_gone(read_process(owner))
+    if path in _held or not path.exists():
+        return path in _held
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no locks here
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _own(path: Path, output_dir: Path) -> None:
     for _ in range(2):
         try:

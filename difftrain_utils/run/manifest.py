@@ -17,12 +17,13 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.training import SOURCES
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import one_line, warn
-from difftrain_utils.files import text_digest, write_file
+from difftrain_utils.files import write_file
 from difftrain_utils.keyed_random import STREAM_VERSION
 from difftrain_utils.run.code import describe_git, describe_script, redact_command
-from difftrain_utils.run.metrics import TIMES, read_metrics
+from difftrain_utils.run.metrics import loss_trace_digest
 from difftrain_utils.run.run_folder import (
     CONFIG_FILE,
+    DIVERGED,
     ENVIRONMENT_FILE,
     LORA,
     MANIFEST_FILE,
@@ -126,7 +127,8 @@ class Record:
         self.write(output_dir)
 
     def end(self, step: int, reason: str | None, weights: dict[str, str] | None) -> None:
-        """Note in the manifest where this start of the run ended, and why, and say so.
+        """Note in the manifest where this start of the run ended, and why, and say so (of one that diverged, an error
+        does).
 
         `weights`, the digests of the final weights, end the run: they are noted as `final`, with that of the loss
         trace."""
@@ -147,7 +149,7 @@ class Record:
             made = [f"{output_dir / name} holds {what}" for name, what in names.items() if (output_dir / name).is_dir()]
             made += [best] if (best := describe_best(output_dir)) else []
             print(f"Done: {', '.join(made)}")
-        else:
+        elif reason != DIVERGED:
             print(f"Stopped at step {step} by {reason}; --resume-from latest goes on")
 
 
@@ -158,13 +160,6 @@ def _first_manifest(output_dir: Path, checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         warn(f"{output_dir / MANIFEST_FILE}: {one_line(error)}; going on with the copy in {checkpoint.name}")
         return read_manifest(checkpoint)
-
-
-def loss_trace_digest(path: Path) -> str:
-    """SHA-256 over a metrics.jsonl without the times of its steps."""
-    entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
-    metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
-    return text_digest(json.dumps(metrics))
 
 
 def describe_versions() -> dict[str, str]:

@@ -58,18 +58,21 @@ class Meter:
         late = f"step {self.state.step + 1} has not ended after {minutes} minutes (train.step_minutes)"
         self.limit.enter_context(time_limit(minutes, late))
         for _ in range(self.config.train.gradient_accumulation_steps):
-            yield self.timer.next_batch(batches)
+            batch = self.timer.next_batch(batches)
+            with self.state.flops.part(batch, self.state.step):
+                yield batch
 
     def count_flops(self, predict: partial, *inputs: torch.Tensor) -> None:
         """This part of a step trains what `predict(*inputs)` computes, a `partial` of the family's `predict(denoiser,
         …)` with the rest by name, such as `conditioning`."""
-        self.timer.count_flops(predict, *inputs)
+        with self.state.flops.paused():
+            self.timer.count_flops(predict, *inputs)
 
     def end_step(self, grad_norm: torch.Tensor, lr: float) -> dict[str, Any]:
         """A step is done, its gradient had this norm before clipping, and it was made at this learning rate.
 
         Returns the line of metrics, every `train.log_every` steps and after the last: losses (means since the line
-        before), lr, times; the norm if it is finite. Else nothing.
+        before), lr, FLOPs so far, times; the norm if it is finite. Else nothing.
         """
         self.limit.close()
         self.timer.end_step()
@@ -83,6 +86,8 @@ class Meter:
             logs["grad_norm"] = norm
         if self.state.skipped_steps:
             logs["skipped_steps"] = self.state.skipped_steps
+        if self.state.flops.total is not None:
+            logs["flops"] = self.state.flops.total
         logs |= self.timer.take()
         self._show(logs)
         return logs

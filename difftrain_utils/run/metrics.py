@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain_utils.errors import InputError, blame
+from difftrain_utils.files import text_digest
 
 # What differs between two equal runs
 TIMES = ("samples_per_second", "data_wait", "step_time_median", "step_time_p95", "peak_memory_gb", "mfu")
@@ -34,3 +35,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path} line {number}: must be a JSON object with a step")
         metrics.append(entry)
     return metrics
+
+
+def loss_trace_digest(path: Path) -> str:
+    """SHA-256 over a metrics.jsonl without the times of its steps."""
+    entries = read_metrics(path) if path.exists() else []  # a run that branched off at its last step
+    metrics = [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
+    return text_digest(json.dumps(metrics))

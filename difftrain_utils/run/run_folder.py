@@ -13,6 +13,7 @@ from difftrain_utils.files import find_damage
 
 CONFIG_FILE, ENVIRONMENT_FILE, MANIFEST_FILE = "config.resolved.yaml", "env.json", "run_manifest.json"
 METRICS_FILE, LOCK_FILE = "metrics.jsonl", "run.lock"
+DIVERGED = "diverged"  # why a start of a run ended, in its manifest
 SAMPLES, VALIDATION, TRACKERS, PROFILE = "samples", "validation", "logs", "profile"
 EMA_SNAPSHOTS, WEIGHTS, PIPELINE, LORA = "ema_snapshots", "weights", "pipeline", "lora"
 BEST_FILE = "best.safetensors"  # of WEIGHTS

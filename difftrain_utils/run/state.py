@@ -23,9 +23,11 @@ from difftrain_utils.optimization.sharding import is_sharded, shard_models, whol
 from difftrain_utils.optimization.trained import round_frozen, saved_state, trained_parameters, trained_weights
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import Checkpoint, load_checkpoint, load_optimizer, read_state
+from difftrain_utils.run.flops import StepFlops
 from difftrain_utils.run.manifest import Record
 from difftrain_utils.run.run_folder import (
     BEST_FILE,
+    DIVERGED,
     EMA_SNAPSHOTS,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -150,6 +152,7 @@ class TrainState:
         self.averages: Averages = {}
         self.step, self.skipped_steps = 0, 0
         self.totals = Totals(accelerator, config.gradient_accumulation_steps)
+        self.flops = StepFlops(accelerator.num_processes)
         self._is_finite = True  # of the step that is being made
         self.saving: Checkpoint | None = None
         # models are saved by their names, and not by accelerate, which numbers them
@@ -180,10 +183,12 @@ class TrainState:
         if scaler is not None:
             if scaler.get_scale() < MIN_LOSS_SCALE:
                 self.save(required=True)
+                self.record.end(self.step, DIVERGED, None)
                 raise RunError(f"at step {self.step + 1} no loss scale makes fp16's gradient finite; use bf16")
         elif self.config.on_nonfinite == "stop" or self.skipped_steps >= self.config.max_skipped_steps:
             self._blame_the_update()
             self.save(required=True)
+            self.record.end(self.step, DIVERGED, None)
             raise RunError(self._describe_nonfinite(grad_norm.item(), samples))
         self.skipped_steps += 1
         return scaler is not None
@@ -193,6 +198,7 @@ class TrainState:
         weights = [weight.detach() for model in self.models.values() for weight in trained_parameters(model)]
         largest = whole(torch.nn.utils.get_total_norm(weights, torch.inf)).item()
         if not largest < RUINED:  # or nan
+            self.record.end(self.step, DIVERGED, None)
             newest = list_checkpoints(Path(self.config.output_dir))
             there = newest[-1][1] if newest else "no checkpoint"
             raise RunError(
@@ -250,6 +256,7 @@ class TrainState:
         if (folder / checkpoint_name(self.step)).exists():  # the same step of the same run
             return
         state = {"global_step": self.step, "skipped_steps": self.skipped_steps, "totals": self.totals.state()}
+        state["flops"] = self.flops.state()
         of_optimizer: dict[str, torch.Tensor] = {}
         documents = self.record.files | {
             STATE_FILE: json.dumps(state, indent=2) + "\n",
@@ -281,6 +288,7 @@ class TrainState:
             load_optimizer(self.optimizer.optimizer, checkpoint)
             self.step, self.skipped_steps = state["global_step"], state["skipped_steps"]
             self.totals.load_state(state["totals"])
+            self.flops.load_state(state.get("flops"))
         self.accelerator.print(f"Resuming from {checkpoint} at step {self.step} of {self.config.max_steps}")
 
     def save_ema_snapshot(self) -> None:

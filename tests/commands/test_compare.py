@@ -16,6 +16,7 @@ from scipy import stats
 
 from difftrain_utils.commands.compare import (
     Contest,
+    Metric,
     as_text,
     brief,
     by_value,
@@ -215,6 +216,25 @@ def test_a_verdict_says_of_which_seeds_it_is(tmp_path):
     assert noise.sentences == ["huber: holds for these seeds of weights and data, which its runs share."]
     mixed = found("mixed", {}, {"train.seeds.noise": 1}, {"train.seeds.data": 1})
     assert mixed.rows[1][-1] == "no verdict: its runs share seeds of data, and so do not count as 3"
+
+
+def test_another_metric_decides_in_its_own_direction(tmp_path, capsys):
+    """shapes_right is half the loss here: what is worse by the one is better by the other."""
+    folders = seeds(tmp_path, "a", [0.5, 0.52, 0.51]) + seeds(
+        tmp_path, "b", [0.6, 0.63, 0.61], **{"loss.type": "huber"}
+    )
+    runs = load_runs(folders)
+    assert contest(runs).rows[1][-1] == "worse"
+    row = contest(runs, metric=Metric("shapes_right", "highest")).rows[1]
+    low, high = map(float, row[3].split(" to "))
+    assert row[2] == "+0.05167" and row[-1] == "better" and 0 < low < 0.05167 < high
+    assert contest(runs, metric=Metric("fid", "lowest")).rows[1][-1] == "no verdict: no fid"
+    main([*map(str, folders), "--metric", "shapes_right"])
+    assert "by how much shapes_right is lower (-) or higher (+), of which the highest is best" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    with pytest.raises(InputError, match=r"^--metric: must be one of validation_loss, .*, got 'x'$"):
+        main([*map(str, folders), "--metric", "x"])
 
 
 def test_a_repeated_seed_counts_once(tmp_path):

@@ -14,7 +14,7 @@ from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.errors import InputError
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*(ROOT / "configs/sweeps").iterdir()})
 WHOLE = {"model": {"pretrained_model_name_or_path": "some/model"}, "data": {"dataset": "some/data"}}
 
 

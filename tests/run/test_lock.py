@@ -31,12 +31,13 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_one_ends_well(short_r
     first = start(argv)
     request.addfinalizer(first.kill)
     wait_for(lambda: last_step(tmp_path / "run") > 1, first)
+    assert lock.is_in_use(tmp_path / "run")
     message = rf"train.output_dir: another run is writing into .*run \(process {first.pid} on {platform.node()}, since "
     for more in (["--train.overwrite"], ["--resume-from", "latest"]):
         result = launch([*argv, *more])
         assert_refused(result, message)
     first.terminate()
-    assert first.wait() == STOPPED
+    assert first.wait() == STOPPED and not lock.is_in_use(tmp_path / "run")
     assert list_checkpoints(tmp_path / "run")[-1][0] == last_step(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.damaged"))
 

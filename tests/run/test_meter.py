@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import io
 import json
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import metrics_without_times, options, parse_config, pipeline_bytes, train
+from helpers import DREAM, metrics_without_times, options, parse_config, pipeline_bytes, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.optimization.trained import round_frozen
-from difftrain_utils.run.flops import peak_tflops, training_flops
+from difftrain_utils.run.flops import StepFlops, peak_tflops, training_flops
 from difftrain_utils.run.meter import BAR, Meter, StepTimer
 from difftrain_utils.run.metrics import TIMES
 
@@ -132,6 +133,36 @@ def test_utilisation_is_reported_where_the_peak_is_known(short_run, monkeypatch)
     for name, peaks in {"NVIDIA H100 PCIe": [51.2, 378.0], "NVIDIA H100 80GB HBM3 MIG 1g.10gb": [None] * 2}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert [peak_tflops(accelerator, TrainConfig(tf32=tf32)) for tf32 in (False, True)] == peaks
+
+
+def test_the_flops_of_whole_steps_are_counted_and_change_nothing(short_run, tmp_path, monkeypatch):
+    """Those of the denoiser, of VAE and text encoder (once a caption); DREAM is seen when they are counted again."""
+
+    def flops(name: str, **fields) -> list[int]:
+        argv = [*short_run, *options({"train.output_dir": tmp_path / name} | fields)]
+        return [entry["flops"] for entry in metrics_without_times(train(argv))]
+
+    plain = flops("plain")
+    assert plain == [plain[0] * step for step in range(1, 7)]
+    assert flops("parts", **{"train.gradient_accumulation_steps": 2}) == pytest.approx(plain, rel=0.01)
+    config = parse_config(short_run)
+    family = load_family(config)
+    inputs = torch.zeros(4, 4, 8, 8), torch.zeros(4, dtype=torch.int64)
+    conditioning = {"prompt_embeds": torch.zeros(4, 16, 64)}
+    of_denoiser = training_flops(family.load_denoiser(), family.predict, *inputs, conditioning=conditioning)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        family.encode_images(torch.zeros(4, 3, 32, 32))
+        for _ in range(4):  # one by one
+            family.encode_prompts(["a red circle"])
+    assert plain[0] == pytest.approx(of_denoiser + counter.get_total_flops(), rel=0.02)
+
+    monkeypatch.setattr("difftrain_utils.run.flops.RECOUNT", 2)
+    with_dream = flops("dream", **DREAM)  # from step 1 on
+    differences = [b - a for a, b in zip([0, *with_dream], with_dream, strict=False)]
+    assert differences[:2] == [plain[0]] * 2 and min(differences[2:]) > plain[0] * 1.1
+    monkeypatch.setattr(StepFlops, "part", lambda self, batch, step: contextlib.nullcontext())
+    assert set(flops("uncounted")) == {0}
+    assert pipeline_bytes(tmp_path / "uncounted") == pipeline_bytes(tmp_path / "plain")
 
 
 @pytest.mark.slow

@@ -241,6 +241,8 @@ def test_an_update_that_was_too_large_is_blamed_and_not_the_images(short_run, tm
     ):
         train(argv)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    (segment,) = json.loads((tmp_path / "run/run_manifest.json").read_text())["segments"]
+    assert segment["reason"] == "diverged" and segment["to_step"] in (1, 2)
 
 
 def test_the_last_step_has_a_line_of_metrics(short_run):
