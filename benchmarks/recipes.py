@@ -34,7 +34,7 @@ CONFIG = {
     "data.resolution": 32,
     "data.center_crop": "true",
     "data.caption_dropout": 0.1,
-    "train.batch_size": 32,
+    "train.batch_size": 16,
     "train.save_every": 0,
     "train.eval_every": 0,
 }
@@ -76,12 +76,12 @@ def main() -> None:
     there = sorted(path.stem for path in (ROOT / "docs/recipes").glob("*.diff"))
     parser.add_argument("recipes", nargs="*", default=there, choices=[*there, []], metavar="RECIPE")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10, help="of a turn of each")
+    parser.add_argument("--steps", type=int, default=6, help="of a turn of each")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         script, teacher = Path(folder) / SCRIPT.name, Path(folder) / "teacher"
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
         Dinov2Model(Dinov2Config(**sizes)).save_pretrained(teacher)
         normalisation = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         (teacher / "preprocessor_config.json").write_text(json.dumps(normalisation))

@@ -46,12 +46,8 @@ def teacher(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 2, "image_size": 8}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
-    processor = {
-        "image_mean": [0.5, 0.4, 0.3],
-        "image_std": [0.2, 0.2, 0.3],
-        "image_processor_type": "BitImageProcessor",
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    normalisation = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
     return folder
 
 
@@ -70,11 +66,12 @@ def run_options(image_folder, tmp_path_factory) -> list[str]:
 
 
 def apply_recipe(name: str, folder: Path) -> Path:
-    """The script with a recipe, as the docs apply it."""
+    """The script with a recipe."""
     script = folder / "train_text_to_image.py"
     script.write_text((ROOT / script.name).read_text())
     diff = ROOT / "docs/recipes" / f"{name}.diff"
-    subprocess.run(["git", "apply", str(diff)], cwd=folder, check=True)
+    result = subprocess.run(["git", "apply", str(diff)], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, f"{result.stderr}\ndocs/recipes/README.md says how to merge it into a changed script"
     return script
 
 

@@ -97,6 +97,11 @@ COVERING = {
         "optimizer.groups": {"*.bias": {"weight_decay": 0.0}},
     },
     "adamw-8bit": {"optimizer.class_path": "bitsandbytes.optim.AdamW8bit", "optimizer.init_args.min_8bit_size": 1},
+    "adafactor": {"optimizer.class_path": "torch.optim.Adafactor"},
+    "ademamix-8bit": {
+        "optimizer.class_path": "bitsandbytes.optim.AdEMAMix8bit",
+        "optimizer.init_args.min_8bit_size": 1,
+    },
     "schedule-free": {
         "optimizer.class_path": "schedulefree.AdamWScheduleFree",
         "ema.enabled": False,
