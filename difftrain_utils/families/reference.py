@@ -18,7 +18,7 @@ from difftrain_utils.optimization.sharding import is_sharded, mesh_of, shard_mod
 class Reference:
     """Where adapters alone are trained, the denoiser without them; else a frozen copy, of the weights whose digest is
     the base model's in the manifest, so that a resumed run has the same one. It computes without dropout, and otherwise
-    as the denoiser does: one that was not trained yet predicts the same, to the bit."""
+    as the denoiser does: one that was not trained yet predicts the same, to the bit unless it is compiled."""
 
     def __init__(self, family: ImageFamily, denoiser: torch.nn.Module, config: Config):
         self.family, self.copy = family, None
