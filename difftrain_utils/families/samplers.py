@@ -71,8 +71,11 @@ def build_schedule(
     else:
         schedule, fitting = _ddpm(own if own_path == path else {}, prediction_type, config)
     kept = own if is_own or path == own_path == "ddpm" else {}
-    if "clip_sample" not in kept and "clip_sample" in inspect.signature(sampler_class).parameters:
+    known = inspect.signature(sampler_class).parameters
+    if "clip_sample" not in kept and "clip_sample" in known:
         fitting["clip_sample"] = False  # latents go beyond 1
+    if not kept and path != "ddpm" and "steps_offset" in known:
+        fitting["steps_offset"] = 1  # else Stable Diffusion's pipelines warn; it is used on neither path
     with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
         sampler = sampler_class.from_config(kept, **fitting) if kept else sampler_class(**fitting)
     if path == "ddpm":

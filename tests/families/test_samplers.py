@@ -113,7 +113,8 @@ def test_another_prediction_stays_on_the_path_of_a_checkpoint_of_flow_matching()
 
 
 def test_latents_are_not_clipped_by_a_sampler_that_would_by_itself():
-    assert not build("v_prediction", path="cosine", sampler="DDIMScheduler")[1].config.clip_sample
+    of_cosine = build("v_prediction", path="cosine", sampler="DDIMScheduler")[1].config
+    assert (of_cosine.clip_sample, of_cosine.steps_offset) == (False, 1)  # of which Stable Diffusion's pipelines warn
     assert not build("v_prediction", sampler="DDIMScheduler")[1].config.clip_sample
     assert build("v_prediction", DDIMScheduler(), sampler="DDPMScheduler")[1].config.clip_sample  # as the checkpoint
 
