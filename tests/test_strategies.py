@@ -40,6 +40,7 @@ COVERING = {
     "dream-sample-offset": {
         "strategy.dream_training": True,
         "model.prediction_type": "sample",
+        "scheduler.path": "linear",
         "noise.offset": 0.1,
         "loss.weighting": "debiased",
     },
@@ -83,6 +84,7 @@ COVERING = {
         "ema.update_every": 2,
     },
     "learned-uncertainty": {
+        "scheduler.path": "cosine",
         "loss.learned_uncertainty": True,
         "loss.weighting": "edm",
         "loss.edm_sigma_data": 1.0,
@@ -147,6 +149,10 @@ def test_it_trains_resumes_and_splits_exactly(short_run, default_run, tmp_path, 
         ({"loss.huber_schedule": "snr"}, "loss.huber_schedule: does nothing for loss.type mse"),
         ({"train.group_size": 2}, "train.group_size: goes with noise.immiscible only"),
         ({"scheduler.flow_base_resolution": 512}, "scheduler.flow_base_resolution: needs scheduler.flow_shift"),
+        (
+            {"scheduler.flow_shift_by_tokens": [[64, 2.0], [16, 1.0]]},
+            "scheduler.flow_shift_by_tokens: must be two rising",
+        ),
         ({"noise.pyramid_discount": 1.0}, "noise.pyramid_discount: must be at least 0 and below 1, got 1.0"),
         ({"strategy.dream_detail_preservation": -1.0}, "strategy.dream_detail_preservation: must be 0 or more"),
         ({"strategy.dream_probability": 2.0}, "strategy.dream_probability: must be between 0 and 1, got 2.0"),

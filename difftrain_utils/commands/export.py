@@ -98,10 +98,13 @@ def main(argv: list[str] | None = None) -> None:
 def _class_of(pipeline: Path) -> str:
     """The class of a pipeline's folder; says what its weights alone do not."""
     name = read_mapping(pipeline / INDEX_FILE).get("_class_name")
-    scheduler = pipeline / "scheduler/scheduler_config.json"
-    prediction = read_mapping(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else "epsilon"
+    path = pipeline / "scheduler/scheduler_config.json"
+    scheduler = read_mapping(path) if path.is_file() else {}
+    prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "flow_prediction"):
         warn(f"{pipeline}: predicts {prediction}, which is not in the file: other programs have to be told")
+    if scheduler.get("trained_betas") or (scheduler.get("use_flow_sigmas") and prediction != "flow_prediction"):
+        warn(f"{pipeline}: its noise levels are its own, which are not in the file: other programs have to be told")
     return str(name)
 
 

@@ -23,6 +23,9 @@ class SchedulerConfig:
     """End the path `ddpm` in pure noise (terminal SNR of zero; not for epsilon, which has no image in it then)."""
     flow_shift: float | None = None
     """Shift of the path `linear` towards noise: σ becomes shift·σ / (1 + (shift - 1)·σ). 1: no shift."""
+    flow_shift_by_tokens: list[list[float]] | None = None
+    """Two pairs of a number of the model's tokens and a shift, `[[256, 1.65], [4096, 3.16]]`, instead of one shift for
+    all sizes: the logarithm of a size's is linear in its number of tokens (Flux, LTX-Video)."""
     flow_base_resolution: int | None = None
     """Multiply flow_shift (which has to be given) by resolution / flow_base_resolution: larger images need more
     noise."""
@@ -31,6 +34,12 @@ class SchedulerConfig:
         steps, shift, base = self.num_train_timesteps, self.flow_shift, self.flow_base_resolution
         require(steps is None or steps >= 2, "num_train_timesteps", "must be at least 2, or null")
         require(shift is None or shift > 0, "flow_shift", "must be above 0, or null")
+        by_tokens = self.flow_shift_by_tokens
+        pairs = [[1, 1], [2, 1]] if by_tokens is None else by_tokens
+        are_two = len(pairs) == 2 and all(len(pair) == 2 and min(pair) > 0 for pair in pairs)
+        rule = "must be two rising numbers of tokens, each with a shift above 0, or null"
+        require(are_two and pairs[0][0] < pairs[1][0], "flow_shift_by_tokens", rule)
+        require(by_tokens is None or shift is None, "flow_shift_by_tokens", "goes without scheduler.flow_shift")
         require(base is None or base >= 1, "flow_base_resolution", "must be at least 1, or null")
         # null means the checkpoint's own shift, which may have been multiplied already
         require(base is None or shift is not None, "flow_base_resolution", "needs scheduler.flow_shift")
@@ -56,9 +65,9 @@ class TimestepsConfig:
     """Scale of `mode`, between -1 and 1.75."""
     p_mean: float | None = None
     """Mean of the logarithm of the noise-to-signal ratio, of `log_normal`, which needs it. EDM's -1.2 is for data of
-    standard deviation 0.5: latents, of about 1, have -1.2 + ln(1 / 0.5) = -0.5."""
+    standard deviation 0.5: latents, of about 1, have -1.2 + ln(1 / 0.5) = -0.5, and EDM2's -0.4 is 0.3."""
     p_std: float = 1.2
-    """Standard deviation of that logarithm."""
+    """Standard deviation of that logarithm: 1.2 in EDM, 1.0 in EDM2."""
     table: list[float] | None = None
     """Weights of equal parts of the schedule, of `table`: any number of them."""
 

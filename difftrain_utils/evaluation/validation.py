@@ -76,7 +76,7 @@ def validation_timesteps(config: EvaluationConfig, schedule: Schedule, keys: Ite
     angles = (torch.tensor([j % bins for j in keys]) + places) / bins * (math.pi / 2)
     num_timesteps = schedule.num_train_timesteps
     if schedule.path == "cosine":
-        return angles / (math.pi / 2) * num_timesteps
+        return (angles / (math.pi / 2) * num_timesteps).float()
     if schedule.path == "linear":
         sigmas = angles.tan() / (1 + angles.tan())
         return (sigmas * num_timesteps).float()

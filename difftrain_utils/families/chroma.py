@@ -26,6 +26,7 @@ class Chroma(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
     takes_gradient_checkpointing: ClassVar[bool] = False
 
     @classmethod

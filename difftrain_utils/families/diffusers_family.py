@@ -82,6 +82,8 @@ class DiffusersFamily:
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells its sampler at which sigmas to sample, and a shift of them; few samplers take that."""
+    tells_tokens: ClassVar[bool] = False
+    """Whether the pipeline tells its sampler a shift by the number of the image's tokens, from the sampler's config."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
     gap_fields: ClassVar[dict[str, Any]] = {}
@@ -182,6 +184,8 @@ class DiffusersFamily:
                 f"scheduler.sampler: a {name} gives its sampler sigmas and a shift, which {type(sampler).__name__} "
                 "does not take; try FlowMatchEulerDiscreteScheduler"
             )
+        if config.scheduler.flow_shift_by_tokens and not cls.tells_tokens:
+            raise InputError(f"scheduler.flow_shift_by_tokens: a {name} does not tell its sampler how many there are")
         for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
             if getattr(config.model, option) and not parts:
                 raise InputError(f"model.{option}: a {name} has no such part, got true")

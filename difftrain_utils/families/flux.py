@@ -25,6 +25,7 @@ class Flux(DiffusersFamily):
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
     gap_fields: ClassVar[dict[str, Any]] = {"guidance_embeds": True}
+    tells_tokens: ClassVar[bool] = True
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "Flux":

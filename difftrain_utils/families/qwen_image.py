@@ -22,6 +22,7 @@ class QwenImage(DiffusersFamily):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_lengths: ClassVar[tuple[int, float]] = (1, 1024)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
 
     trims_captions: bool = True
     """To the longest of a batch, as the pipeline; not where each length would be compiled."""

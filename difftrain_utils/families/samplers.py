@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import diffusers
@@ -29,11 +30,9 @@ from difftrain_utils.objective.schedule import (
 
 FIELDS_OF_PATHS = {
     "ddpm": ("beta_schedule", "rescale_betas_zero_snr"),
-    "linear": ("flow_shift", "flow_base_resolution"),
+    "linear": ("flow_shift", "flow_shift_by_tokens", "flow_base_resolution"),
 }
-SMALLEST_LAMBDA = (
-    -5.1
-)  # ln(a/s) at which diffusers' docs advise to begin on the cosine path, for epsilon says little before
+SMALLEST_LAMBDA = -5.1  # of ln(a/s), where diffusers' docs let epsilon begin on a cosine: below it says little of x_0
 
 
 def build_schedule(
@@ -148,7 +147,13 @@ def _linear(
 ) -> tuple[Schedule, dict[str, Any]]:
     """The schedule, and the fields of a sampler that fits it."""
     fields = config.scheduler
+    by_tokens = fields.flow_shift_by_tokens
     is_dynamic = bool(own.get("use_dynamic_shifting")) and fields.flow_shift is None  # by the family, from the size
+    if by_tokens and not (is_own and issubclass(sampler_class, FlowMatchEulerDiscreteScheduler)):
+        raise InputError(
+            "scheduler.flow_shift_by_tokens: needs flow_prediction and the checkpoint's own "
+            "FlowMatchEulerDiscreteScheduler, which knows of it"
+        )
     if is_dynamic and not is_own and (fields.sampler is not None or prediction_type != "flow_prediction"):
         raise InputError(
             f"scheduler.flow_shift: must be given, for the checkpoint's shift depends on the size, which a "
@@ -160,6 +165,11 @@ def _linear(
     schedule = Schedule("linear", prediction_type, num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):
         fitting = {"shift": shift} | ({"use_dynamic_shifting": is_dynamic} if own.get("use_dynamic_shifting") else {})
+        if by_tokens:
+            (least, base_shift), (most, max_shift) = by_tokens
+            fitting |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+            fitting |= {"base_image_seq_len": int(least), "max_image_seq_len": int(most)}
+            fitting |= {"base_shift": math.log(base_shift), "max_shift": math.log(max_shift)}
     else:
         fitting = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
     return schedule, fitting | {"num_train_timesteps": num_timesteps}

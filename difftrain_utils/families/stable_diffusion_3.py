@@ -23,6 +23,7 @@ class StableDiffusion3(DiffusersFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
+    tells_tokens: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = tuple(
         f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in SUFFIXES
     )

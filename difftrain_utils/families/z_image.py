@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ZImagePipeline
+from diffusers import DiffusionPipeline, SchedulerMixin, UniPCMultistepScheduler, ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
+from difftrain_utils.config.config import Config
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import INNER_FIELDS, DiffusersFamily, caption_start
 from difftrain_utils.families.family import Conditioning
 
@@ -22,6 +24,16 @@ class ZImage(DiffusersFamily):
         *("dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "qk_norm", "rope_theta", "axes_dims")
     }
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def _check_fields(cls, config: Config, sampler: SchedulerMixin) -> None:
+        super()._check_fields(config, sampler)
+        if isinstance(sampler, UniPCMultistepScheduler):  # which calculates with them (diffusers 0.42)
+            raise InputError(
+                "scheduler.sampler: a ZImagePipeline gives its sampler a list of sigmas, which UniPCMultistepScheduler "
+                "does not take; there is FlowMatchEulerDiscreteScheduler, of flow_prediction"
+            )
 
     @property
     def text_lengths(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from difftrain_utils.builtins.tiny.parts import clip_text_encoder
 from difftrain_utils.commands import single_file
 from difftrain_utils.commands.export import main
 from difftrain_utils.errors import InputError
+from difftrain_utils.objective.schedule import cosine_betas
 
 TRANSFORMERS = {
     "flux": FluxTransformer2DModel,
@@ -170,9 +171,12 @@ def test_dtype_and_default_output(checkpoint_folder, tmp_path, capsys):
     weight = load_file(folder / "unet/diffusion_pytorch_model.safetensors")["conv_out.weight"]
     assert torch.equal(halves, weight.half())
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "v_prediction"}))
+    config |= {"prediction_type": "v_prediction", "trained_betas": cosine_betas(1000)}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     main([str(tmp_path / "run")])
-    assert "predicts v_prediction, which is not in the file: other programs have to be told" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    for what in ("predicts v_prediction, which is", "its noise levels are its own, which are"):
+        assert f"{what} not in the file: other programs have to be told" in warnings
     assert load_file(folder / "single_file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float32
     tensors = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     tensors["conv_out.weight"][0] = 1e6

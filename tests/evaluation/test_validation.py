@@ -67,10 +67,10 @@ def test_the_grid_shows_each_picture_above_its_label():
 
 
 class TestValidationLoss:
-    def loss(self, checkpoint_folder, rows, prediction=None, **fields) -> dict:
+    def loss(self, checkpoint_folder, rows, prediction=None, path=None, **fields) -> dict:
         evaluation = EvaluationConfig(num_validation_samples=32, batch_size=8, **fields.pop("evaluation", {}))
         config = TextToImageConfig(ModelConfig(str(checkpoint_folder), **fields), DataConfig("d", resolution=32))
-        config.evaluation = evaluation
+        config.evaluation, config.scheduler.path = evaluation, path
         family = load_family(config)
         denoiser = family.load_denoiser().eval()
         if prediction is not None:
@@ -90,8 +90,14 @@ class TestValidationLoss:
         other = self.loss(checkpoint_folder, rows, evaluation={"seed": 1})
         assert other["validation_loss"] != first["validation_loss"]
 
-    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-    def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type):
+    @pytest.mark.parametrize(
+        ("prediction_type", "path"),
+        [
+            *((prediction_type, None) for prediction_type in ("epsilon", "v_prediction", "sample", "flow_prediction")),
+            *(("v_prediction", "cosine"), ("sample", "linear")),
+        ],
+    )
+    def test_it_is_the_same_whatever_the_model_predicts(self, checkpoint_folder, image_folder, prediction_type, path):
         """A model that always says x̂_0 = 0: v̂ - v = x_0 / sin φ, at the same noise levels for every type."""
         rows = map_rows(DataConfig(str(image_folder)))
 
@@ -101,7 +107,8 @@ class TestValidationLoss:
             implied_noise = noisy / append_dims(sigmas, noisy)
             return family.schedule.target(zeros, implied_noise, timesteps)
 
-        bins = self.loss(checkpoint_folder, rows, blank, prediction_type=prediction_type)["validation_loss_bins"]
+        fields = {"prediction_type": prediction_type, "path": path}
+        bins = self.loss(checkpoint_folder, rows, blank, **fields)["validation_loss_bins"]
         expected = self.loss(checkpoint_folder, rows, blank)["validation_loss_bins"]
         # an integer timestep only comes near the noise level that is asked for
         assert bins[1:] == pytest.approx(expected[1:], rel=0.02)
@@ -109,9 +116,10 @@ class TestValidationLoss:
         assert bins[4:] == pytest.approx((0.95 / angles.sin() ** 2).tolist()[4:], rel=0.35)
 
     def test_noise_levels_are_spread_over_the_bins(self):
-        for scheduler in (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler()):
-            schedule = Schedule.of(scheduler)
+        schedulers = (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler())
+        for schedule in (*map(Schedule.of, schedulers), Schedule("cosine", "v_prediction")):
             timesteps = validation_timesteps(EvaluationConfig(), schedule, range(800))
+            assert timesteps.dtype == (torch.float32 if schedule.has_continuous_time else torch.int64)
             alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
             bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
             assert (bins == torch.arange(800) % 8).float().mean() > 0.97

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import ChromaPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import CACHES, DREAM, data_of, metrics_without_times, options, parse_config, pipeline_bytes, train
 
@@ -193,14 +193,15 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser, caption
     assert_same(ours_output, output)
 
 
-@pytest.mark.usefixtures("masks_are_bool")
 @torch.no_grad()
-def test_sampling_by_predict_is_the_pipelines(family, denoiser, captions):
+def assert_sampling_by_predict_is_the_pipelines(family, denoiser, captions) -> None:
     """So the sign, the packing and the latents' normalisation are right: what the pipeline's VAE decodes, normalised,
     is what sampling with `predict` ends at."""
     images, decoded = call_pipeline(family, denoiser, captions[:2], 1.0, 3)
     sampler, draws, conditioning = family.sampler, generators(2), family.encode_prompts(captions[:2])
-    sampler._step_index, latents = None, first_latents(family, draws)
+    for field, value in {"_step_index": None, "lower_order_nums": 0, "last_sample": None}.items():  # before its steps
+        setattr(sampler, field, value)
+    latents = first_latents(family, draws)
     for timestep in sampler.timesteps:
         output = family.predict(denoiser, scaled(sampler, latents, timestep), timestep.expand(2), conditioning)
         output = as_its_sampler_takes_it(family, output, latents, timestep)
@@ -213,6 +214,27 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser, captions):
     else:
         decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
         torch.testing.assert_close(latents, family.normalise(decoded), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("masks_are_bool")
+def test_sampling_by_predict_is_the_pipelines(family, denoiser, captions):
+    assert_sampling_by_predict_is_the_pipelines(family, denoiser, captions)
+
+
+@pytest.mark.usefixtures("masks_are_bool")
+@pytest.mark.parametrize(("path", "prediction_type"), [("cosine", "v_prediction"), ("linear", "sample")])
+def test_another_path_is_sampled_by_the_pipeline_or_refused(name, family_run, captions, path, prediction_type):
+    fields = {"scheduler.path": path, "model.prediction_type": prediction_type}
+    fields |= {"scheduler.flow_shift": 2.0} if path == "linear" else {}
+    config, cannot = parse_config([*family_run, *options(fields)]), {"cosine": [*GIVES_SIGMAS, "tiny-pixel"]}
+    if name in cannot.get(path, ["tiny-zimage"]):
+        with pytest.raises(InputError, match=r"scheduler.(path: must be linear|sampler: a ZImagePipeline)|be sample"):
+            load_family(config)
+        return
+    family = load_family(config)
+    assert (family.schedule.path, family.schedule.prediction_type) == (path, prediction_type)
+    torch.manual_seed(1)
+    assert_sampling_by_predict_is_the_pipelines(family, fill_zeros(family.load_denoiser()).eval(), captions)
 
 
 @pytest.mark.usefixtures("masks_are_bool")
@@ -385,6 +407,32 @@ def test_a_dynamic_shift_is_what_the_sampler_is_told(family, denoiser, monkeypat
     family.generate(denoiser, CAPTIONS[:1], *size, 2, 1.0, 0.0, generators(1))
     latent_size = (side // family.vae_scale_factor for side in size)
     assert family.shift(*latent_size) == pytest.approx(math.exp(told[0]["mu"]))
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux", "tiny-sana", "tiny-flux2-klein"])
+def test_a_shift_by_tokens_is_that_of_the_pipeline(name, family_run, monkeypatch):
+    """At the sizes that the field names its own, and between and beyond exp of what is linear in the tokens."""
+    config = parse_config([*family_run, *options({"scheduler.flow_shift_by_tokens": [[16, 2.0], [64, 4.0]]})])
+    if name in ("tiny-sana", "tiny-flux2-klein"):
+        with pytest.raises(
+            InputError, match=r"^scheduler.flow_shift_by_tokens: a \w+Pipeline does not tell its sampler"
+        ):
+            load_family(config)
+        return
+    family, told, set_timesteps = load_family(config), [], FlowMatchEulerDiscreteScheduler.set_timesteps
+    side = family.patch_size * family.vae_scale_factor
+
+    @functools.wraps(set_timesteps)
+    def tell(*args, **given):
+        told.append(given["mu"])
+        return set_timesteps(*args, **given)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", tell)
+    denoiser = family.load_denoiser().eval()
+    for (height, width), expected in {(4, 4): 2.0, (4, 10): 2.0**1.5, (8, 8): 4.0}.items():
+        family.generate(denoiser, CAPTIONS[:1], height * side, width * side, 1, 1.0, 0.0, generators(1))
+        sizes = [length * side // family.vae_scale_factor for length in (height, width)]
+        assert family.shift(*sizes) == pytest.approx(math.exp(told[-1])) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", GIVES_SIGMAS)

@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from difftrain_utils.config.data import DataConfig
@@ -100,7 +101,15 @@ def test_a_checkpoint_of_another_path_keeps_nothing_of_it():
     linear = DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True)
     assert build(checkpoint=linear)[0].path == "linear"
     assert not build("v_prediction", linear, path="cosine")[1].config.use_flow_sigmas
-    assert build("sample", FlowMatchEulerDiscreteScheduler(shift=3.0))[0].shift == 3.0  # the checkpoint's path
+
+
+def test_another_prediction_stays_on_the_path_of_a_checkpoint_of_flow_matching():
+    for gives_sigmas, solver in ((False, DPMSolverMultistepScheduler), (True, UniPCMultistepScheduler)):
+        config = TextToImageConfig(ModelConfig("m", prediction_type="sample"), DataConfig("d"))
+        own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        schedule, sampler = build_schedule(type(own), own.config, config, gives_sigmas=gives_sigmas)
+        assert (schedule.path, schedule.prediction_type, schedule.shift) == ("linear", "sample", 3.0)
+        assert isinstance(sampler, solver) and sampler.config.flow_shift == 3.0
 
 
 def test_latents_are_not_clipped_by_a_sampler_that_would_by_itself():
@@ -211,6 +220,11 @@ def test_the_config_overrides_the_shift_of_a_sampler_that_is_kept():
             "^scheduler.flow_shift: goes with the path linear, not ",
         ),
         (None, {"flow_shift": 3.0}, "^scheduler.flow_shift: goes with the path linear, not with ddpm, got 3.0"),
+        (
+            "flow_prediction",
+            {"flow_shift_by_tokens": [[16, 2.0], [64, 3.0]]},
+            "flow_shift_by_tokens: needs flow_prediction",
+        ),
         ("sample", {"path": "linear", "sampler": "DEISMultistepScheduler"}, "cannot sample sample on .* makes another"),
         ("sample", {"path": "linear", "sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler: .*use_flow_sig"),
         (None, {"rescale_betas_zero_snr": True}, "epsilon says nothing of the image at pure noise"),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from difftrain_utils.config.objective import LossConfig
@@ -146,6 +146,12 @@ def test_flow_weighs_clean_latents_as_the_velocity_is():
     torch.testing.assert_close(weights, sigmas.clamp(min=0.05) ** -2)
     velocities = loss_weights(LossConfig(weighting="flow"), schedule_of("flow_prediction"), timesteps)
     torch.testing.assert_close(velocities, torch.tensor([0.16, 1.0, 1.0, 1.0]))
+    # as its code has it, of z = t·x + (1 - t)·e
+    x, noise, predicted = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    z, floored = linear.add_noise(x, noise, timesteps), append_dims(sigmas, x).clamp(min=0.05)
+    expected = ((x - z) / floored - (predicted - z) / floored).square().flatten(1).mean(1)
+    config = LossConfig(weighting="flow")
+    torch.testing.assert_close(sample_losses(config, linear, predicted, x, timesteps), expected, rtol=1e-4, atol=0)
 
 
 def test_edm_gives_unit_weight_to_edms_own_parametrisation():
@@ -153,6 +159,27 @@ def test_edm_gives_unit_weight_to_edms_own_parametrisation():
     sigmas = torch.logspace(-2, 2, 50)
     weights = clean_weight(LossConfig(weighting="edm", edm_sigma_data=0.7), sigmas**-2)
     torch.testing.assert_close(weights * (sigmas * 0.7) ** 2 / (sigmas**2 + 0.7**2), torch.ones(50))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
+def test_edm_is_v_on_the_cosine_path_of_data_divided_by_sigma_data(sigma_data):
+    """diffusers' preconditioning of a network F (Karras et al. 2022, table 1) at y + σ·ε: what goes into it is our
+    noisy latents of y / σ_d at the angle atan(σ / σ_d), what it makes of the output our x_0, and its loss ours."""
+    cosine, generator = Schedule("cosine", "v_prediction"), torch.Generator().manual_seed(0)
+    data, noise, output = torch.randn(3, 20, 4, 8, 8, generator=generator, dtype=torch.float64)
+    data, sigmas = data * sigma_data, torch.logspace(-2, 2, 20, dtype=torch.float64)
+    edm, like = EDMEulerScheduler(sigma_data=sigma_data, prediction_type="v_prediction"), sigmas[:, None, None, None]
+    timesteps = torch.atan(sigmas / sigma_data) / (math.pi / 2) * 1000
+    ours = cosine.add_noise(data / sigma_data, noise, timesteps)
+    torch.testing.assert_close(edm.precondition_inputs(data + like * noise, like), ours, rtol=1e-10, atol=1e-12)
+    denoised = edm.precondition_outputs(data + like * noise, output, like)
+    clean = cosine.convert(output, ours, timesteps, "sample") * sigma_data
+    torch.testing.assert_close(clean, denoised, rtol=1e-10, atol=1e-12)
+    weights = (sigmas**2 + sigma_data**2) / (sigmas * sigma_data) ** 2
+    expected = weights * (denoised - data).square().flatten(1).mean(1)
+    target = cosine.target(data / sigma_data, noise, timesteps)
+    for config in (LossConfig(), LossConfig(weighting="edm", edm_sigma_data=1.0)):
+        torch.testing.assert_close(sample_losses(config, cosine, output, target, timesteps), expected)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

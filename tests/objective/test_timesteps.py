@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -90,6 +92,13 @@ def test_log_normal_has_its_mean_and_deviation_in_log_sigma(schedule):
     timesteps = draw(schedule, density="log_normal", p_mean=-0.4, p_std=0.8)
     log_sigmas = -0.5 * schedule.snr(timesteps).log()
     assert abs(log_sigmas.mean() + 0.4) < 0.05 and abs(log_sigmas.std() - 0.8) < 0.05
+
+
+def test_edm2s_density_is_that_of_the_noise_of_data_of_its_own_deviation():
+    """ln σ of mean -0.4 and deviation 1 (Karras et al. 2024, arXiv:2312.02696) where data have 0.5: σ = 0.5·tan φ."""
+    timesteps = draw(COSINE, density="log_normal", p_mean=-0.4 - math.log(0.5), p_std=1.0)
+    log_sigmas = (0.5 * torch.tan(timesteps.double() * torch.pi / 2000)).log()
+    assert abs(log_sigmas.mean() + 0.4) < 0.05 and abs(log_sigmas.std() - 1) < 0.05
 
 
 def test_a_range_keeps_the_timesteps_in_it():
