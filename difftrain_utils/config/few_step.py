@@ -20,7 +20,7 @@ class FewStepMethodConfig:
     adaptive_power: float = 1.0
     """p of `mean_flow`: a sample's squared error is divided by itself to the power of p; 0: not."""
     guidance: float = 1.0
-    """ω of `mean_flow`: classifier-free guidance that is trained in, so that a step of sampling is one pass; 1: no."""
+    """ω of `mean_flow`: classifier-free guidance that is trained in, and costs nothing in sampling; 1: none."""
     guidance_mix: float = 0.0
     """κ of `mean_flow`: how much of that guidance's velocity is the model's own, which makes the whole of it
     ω / (1 - κ)."""

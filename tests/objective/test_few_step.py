@@ -222,6 +222,19 @@ def test_a_probe_leaves_the_model_as_it_was():
     assert net.training and torch.is_grad_enabled()
 
 
+def test_a_compiled_model_is_probed_uncompiled(batch):
+    net, plain = Net().double(), Net().double()
+    graphs = []
+    net.compile(backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=False)
+    net.forward = lambda latents, t, gap: net.predict(latents, t, {"gap": gap})
+    latents, noise, timesteps, gaps = batch
+    where = latents, noise, timesteps, gaps, {}
+    with probing(net):
+        target = mean_flow_target(LINEAR, lambda x, t, told: net(x, t, told["gap"]), *where)
+    assert torch.equal(target, mean_flow_target(LINEAR, plain.predict, *where)) and not graphs
+    assert torch.equal(net(latents, timesteps, gaps), plain.predict(latents, timesteps, {"gap": gaps})) and graphs
+
+
 def test_a_probe_differentiates_norms_in_bf16_and_in_any_layout():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 1), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 8, 1),
