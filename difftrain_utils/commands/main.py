@@ -22,7 +22,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "plan": "estimate memory, time and data of a run on other GPUs",
     "train": "start the training script on the GPUs of this machine, or CPU",
     "generate": "draw or write with a run, a checkpoint of it or any pipeline",
-    "guidance": "find the guidance scale at which a run draws best",
+    "best-guidance": "find the guidance scale at which a run draws best",
     "report": "show runs as a page with curves and pictures, also while they go on",
     "score": "say how good the pictures in a folder are",
     "compare": "compare runs: whether one won, and whether that is fair",

@@ -5,7 +5,7 @@ from helpers import options, short_options, train
 from PIL import Image
 
 from difftrain_utils.builtins.shapes import PROMPTS, draw_shape
-from difftrain_utils.commands import drawing, guidance
+from difftrain_utils.commands import best_guidance, drawing
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.source import Source
 
@@ -29,10 +29,10 @@ def drawn(monkeypatch, tmp_path):
             shift = {3: 0, 2: i % 2}.get(settings.guidance, 1)
             yield sample, draw_shape(PROMPTS.index(sample.prompt) + shift, 32)[0]
 
-    monkeypatch.setattr(guidance, "find_sources", lambda run: [source])
+    monkeypatch.setattr(best_guidance, "find_sources", lambda run: [source])
     monkeypatch.setattr(Source, "is_of_text", False)
-    monkeypatch.setattr(guidance, "run_config", lambda source: config)
-    monkeypatch.setattr(guidance, "settings_of", lambda *_: {"height": 32, "width": 32, "steps": 1})
+    monkeypatch.setattr(best_guidance, "run_config", lambda source: config)
+    monkeypatch.setattr(best_guidance, "settings_of", lambda *_: {"height": 32, "width": 32, "steps": 1})
     for name in ("load", "check"):
         monkeypatch.setattr(drawing, name, lambda *_: None)
     monkeypatch.setattr(drawing, "own_precision", lambda *_: "fp32")
@@ -41,7 +41,9 @@ def drawn(monkeypatch, tmp_path):
 
 
 def test_the_best_is_chosen_by_other_pictures_than_are_reported(drawn, tmp_path, capsys):
-    guidance.main(["a/run", "--scales", "4", "1", "3", "2", "--num-images", "2", "--output", str(tmp_path / "grids")])
+    best_guidance.main(
+        ["a/run", "--scales", "4", "1", "3", "2", "--num-images", "2", "--output", str(tmp_path / "grids")]
+    )
     printed = capsys.readouterr().out
     assert "Best by shapes_right: guidance 3. There, with other noise:" in printed
     rows = {row.split()[0]: row.split()[1] for row in printed.splitlines() if len(row.split()) > 1}
@@ -53,7 +55,7 @@ def test_the_best_is_chosen_by_other_pictures_than_are_reported(drawn, tmp_path,
     for scale in (1, 2, 4):  # but at each scale the same noise
         assert [(prompt, seed) for s, prompt, seed in drawn if s == scale] == chosen_by
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == [f"guidance-{i}.png" for i in (1, 2, 3, 4)]
-    guidance.main(["a/run", "--scales", "1", "2"])
+    best_guidance.main(["a/run", "--scales", "1", "2"])
     assert "guidance 2, the last that was tried" in capsys.readouterr().out
 
 
@@ -68,7 +70,7 @@ def test_the_best_is_chosen_by_other_pictures_than_are_reported(drawn, tmp_path,
 )
 def test_what_is_refused(drawn, argv, message):
     with pytest.raises(InputError, match=f"^{message}"):
-        guidance.main(["a/run", *argv.split()])
+        best_guidance.main(["a/run", *argv.split()])
     assert drawn == []
 
 
@@ -76,7 +78,7 @@ def test_what_is_refused(drawn, argv, message):
 def test_a_run(checkpoint_folder, image_folder, tmp_path, capsys):
     argv = [*short_options(checkpoint_folder, image_folder, tmp_path / "run"), *options(SHAPES)]
     run = train([*argv, "--train.max_steps", "2", "--evaluation.num_inference_steps", "2"])
-    guidance.main([str(run), "--scales", "1", "2", "--output", str(tmp_path / "grids")])
+    best_guidance.main([str(run), "--scales", "1", "2", "--output", str(tmp_path / "grids")])
     assert "Best by shapes_right: guidance 1" in capsys.readouterr().out  # all wrong
     pictures = [Image.open(tmp_path / f"grids/guidance-{scale}.png").tobytes() for scale in (1, 2)]
     assert pictures[0] != pictures[1]

@@ -1,7 +1,7 @@
 """Find the guidance scale at which a run draws best.
 
-    difftrain guidance runs/scenes
-    difftrain guidance runs/photos --num-images 4 --reference data/photos --features facebook/dinov2-base
+    difftrain best-guidance runs/scenes
+    difftrain best-guidance runs/photos --num-images 4 --reference data/photos --features facebook/dinov2-base
 
 Draws the prompts of the run (evaluation.prompts) at each scale and says which one is best by a metric: that of the
 run's judge, or one of those that difftrain score knows. What is reported of the best scale is of other noise than what
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="difftrain guidance", description=__doc__)
+    parser = Parser(prog="difftrain best-guidance", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint")
     parser.add_argument(
         "--scales", metavar="X", type=finite, nargs="+", default=SCALES, help="default: 1 1.5 2 3 4 6 8"
