@@ -47,9 +47,10 @@ class DataConfig(RowsConfig):
     has `mask` of `cat-masklabel.png` beside `cat.jpg`, metadata.jsonl `mask` of its `mask_file_name`)."""
     sources: list[SourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, image_column: image, caption_column:
-    text, default_caption: null, mask_column: null, weight: null, loss_weight: 1.0}, the first six as the field of data
-    of that name. `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1);
-    without weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
+    text, default_caption: null, mask_column: null, weight_column: null, weight: null, loss_weight: 1.0}, all but the
+    last two as the field of data of that name. `weight` is a source's share of the samples (for all sources or none;
+    they are scaled to add up to 1); without weights every row comes once an epoch. `loss_weight` is a factor of the
+    loss of its samples."""
     resolution: int = 512
     """Side of the square training image in pixels; the image's shorter side is resized to it."""
     no_upscale: bool = False

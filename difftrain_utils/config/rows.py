@@ -24,6 +24,8 @@ class RowsSource:
     """Share of the samples that are of this source."""
     loss_weight: float = 1.0
     """Factor of the loss of this source's samples."""
+    weight_column: str | None = None
+    """As data.weight_column."""
 
     @classmethod
     def of_data(cls) -> list[str]:
@@ -53,6 +55,9 @@ class RowsConfig:
     """A folder, or a name on the hub."""
     split: str = "train"
     """The split of the data set to train on."""
+    weight_column: str | None = None
+    """Column of factors of each row's loss, numbers of 0 or more (of an image folder a field of metadata.jsonl); a
+    source's `loss_weight` comes on top. null: all rows count the same."""
     streaming: bool = False
     """Read the data set as a stream, for one that does not fit on the disk (also from a folder of tar files)."""
     shuffle_buffer: int = 1000

@@ -35,9 +35,9 @@ class TextDataConfig(RowsConfig):
     """Column of what comes before each text: it is seen, but never masked, and does not count. null: nothing."""
     sources: list[TextSourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, text_column: text, prompt_column:
-    null, weight: null, loss_weight: 1.0}, the first four as the field of data of that name. `weight` is a source's
-    share of the samples (for all sources or none; they are scaled to add up to 1); without weights every row comes
-    once an epoch. `loss_weight` is a factor of the loss of its samples."""
+    null, weight_column: null, weight: null, loss_weight: 1.0}, all but the last two as the field of data of that name.
+    `weight` is a source's share of the samples (for all sources or none; they are scaled to add up to 1); without
+    weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     sequence_length: int = 128
     """Tokens of a sample."""
     packing: Literal["pad", "pack"] = "pad"
@@ -59,6 +59,8 @@ class TextDataConfig(RowsConfig):
             require(not self.streaming, "packing", "data.streaming goes with pad: where blocks begin, all texts say")
             prompts = [source.prompt_column for source in [self, *(self.sources or [])]]
             require(not any(prompts), "packing", "data.prompt_column goes with pad")
+            weights = [source.weight_column for source in [self, *(self.sources or [])]]
+            require(not any(weights), "packing", "data.weight_column goes with pad: a block is of several texts")
         if self.streaming:
             is_learned = self.tokenizer not in (None, "bytes")
             require(not is_learned, "tokenizer", "cannot be learned from data.streaming (bytes needs no data)")

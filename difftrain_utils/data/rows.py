@@ -22,6 +22,8 @@ from difftrain_utils.data.sources import (
     split_by_repeats,
     text_features,
     validation_source,
+    weight_of,
+    weight_path,
 )
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.keyed_random import generator_for
@@ -43,7 +45,7 @@ class Rows(Protocol):
     def __getitem__(self, index: Any) -> Row: ...
 
     def loss_weight(self, index: Any) -> float:
-        """The factor of a row's loss, without reading the row."""
+        """The factor of a row's loss: its source's times its own. Raises RowError if a row's own is none."""
 
     def order(self, seed: int, batch_size: int, buckets=None) -> Sequence[Any]:
         """The index of the row of each sample k, and `epoch_length`. Raises InputError where there is none."""
@@ -70,13 +72,24 @@ class SourceRows:
 
     def __post_init__(self):
         self.media, self.texts = media_of(self.source), text_features(self.data, self.source)
+        self.weight_path = weight_path(self.data, self.source)
+        self.weight_rows = self.data.select_columns(self.weight_path[:1]) if self.weight_path else None
 
     def __len__(self) -> int:
         return len(self.data) if self.indices is None else len(self.indices)
 
     def __getitem__(self, index: int) -> Row:
-        content = self.data[index if self.indices is None else int(self.indices[index])]
+        content = self.data[self._place(index)]
         return self.media.row_of(content, f"{self.source.dataset} row {index}", self.source, self.texts)
+
+    def weight(self, index: int) -> float:
+        """That of a row, 1 where the source names no column of them. Raises RowError if it is none."""
+        if self.weight_rows is None:
+            return 1.0
+        return weight_of(self.weight_rows[self._place(index)], self.weight_path, f"{self.source.dataset} row {index}")
+
+    def _place(self, index: int) -> int:
+        return index if self.indices is None else int(self.indices[index])
 
     def batches(self, column: str) -> Iterator[tuple[pa.Array, pa.Array]]:
         """Some rows at a time, a stretch of a column in Arrow and which of its values are those of the rows."""
@@ -104,8 +117,13 @@ class MappedRows(Sequence):
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        part, row = self._place(index)
+        return part[row]
+
+    def _place(self, index: int) -> tuple[SourceRows, int]:
+        """The source of a row, and which of its rows it is."""
         number = bisect.bisect_right(self._ends, index)
-        return self.parts[number][index - (self._ends[number - 1] if number else 0)]
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
     @property
     def has_masks(self) -> bool:
@@ -132,8 +150,9 @@ class MappedRows(Sequence):
         return [part.source.weight for part in self.parts]
 
     def loss_weight(self, index: int) -> float:
-        """The factor of a row's loss, without reading the row."""
-        return self.parts[bisect.bisect_right(self._ends, index)].source.loss_weight
+        """The factor of a row's loss, without reading the row but for its weight. Raises RowError if that is none."""
+        part, row = self._place(index)
+        return part.source.loss_weight * part.weight(row)
 
     def order(self, seed: int, batch_size: int, buckets=None) -> Order:
         """Raises InputError: see `Order`."""
@@ -159,7 +178,9 @@ class MappedRows(Sequence):
         media = media_of(config)
 
         def digest(index: int) -> bytes:
-            entry = media.check(self[index], index, config)
+            part, row = self._place(index)
+            entry = media.check(part[row], index, config)
+            entry += [] if part.weight_rows is None else [_weight_or_null(part, row, config)]
             return hashlib.sha256(json.dumps(entry, default=str).encode()).digest()
 
         def compute() -> bytes:
@@ -190,6 +211,16 @@ class MappedRows(Sequence):
                 files = [stamp(path) for path, read in zip(paths, is_file, strict=True) if read]
                 digest.update(repr(files).encode())
         return digest.hexdigest()
+
+
+def _weight_or_null(part: SourceRows, row: int, config: DataConfig) -> float | None:
+    """For the fingerprint; null where a row without one is skipped."""
+    try:
+        return part.weight(row)
+    except RowError:
+        if config.on_bad_row == "stop":
+            raise
+        return None
 
 
 def map_rows(config: DataConfig) -> MappedRows:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,17 @@ import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.rows import RowsSource
 from difftrain_utils.data import texts
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
-from difftrain_utils.errors import InputError, RunError, blame
+from difftrain_utils.errors import InputError, RowError, RunError, blame
 from difftrain_utils.files import local_path
 from difftrain_utils.media import image, text
+from difftrain_utils.media.captions import follow
 from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
+WEIGHTS_AT_ONCE = 10_000
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
@@ -80,6 +84,8 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     check_columns(data, field, source)
     if len(data) == 0:
         raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
+    if source.weight_column is not None and config.on_bad_row == "stop":
+        check_weights(data, field, source)
     if photos is not None:
         check_photo_captions(data, field, source, config)
     return used_columns(data, source)
@@ -210,6 +216,9 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
             raise InputError(
                 f"{field_of(field, asked_by)}: no column {column!r} in {name}; it has {', '.join(columns)}"
             )
+    if source.weight_column is not None and weight_path(data, source) is None:
+        there = f"no column {source.weight_column!r} in {name}; it has {', '.join(columns)}"
+        raise InputError(f"{field_of(field, 'weight_column')}: {there}")
     for column, asked_by in of_files:
         feature = data.features.get(column)
         is_bytes = feature == datasets.Value("binary") or (
@@ -221,10 +230,36 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
             raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
+def check_weights(data: datasets.Dataset, field: str, source: SourceConfig) -> None:
+    """Raise InputError for the first row whose weight is none."""
+    path, row = weight_path(data, source), 0
+    for values in data.select_columns(path[:1]).iter(WEIGHTS_AT_ONCE):
+        for value in values[path[0]]:
+            with blame(field_of(field, "weight_column"), RowError):
+                weight_of({path[0]: value}, path, f"{source.dataset} row {row}")
+            row += 1
+
+
+def weight_path(data: datasets.Dataset | datasets.IterableDataset, source: RowsSource) -> list[str] | None:
+    """The path to a source's column of weights (`find_column`), if it names one."""
+    return None if source.weight_column is None else find_column(data, source.weight_column)
+
+
+def weight_of(row: dict[str, Any], path: str | list[str], name: str) -> float:
+    """The weight that a row has there. Raises RowError, which begins with `name`, unless it is a number from 0 on."""
+    value = follow(row, path)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < math.inf):
+        column = path if isinstance(path, str) else ".".join(path)
+        raise RowError(f"{name}: {column}: must be a number of 0 or more, got {value!r:.80}")
+    return float(value)
+
+
 def used_columns(data, source: SourceConfig):
     """A data set of the columns that a source names, files undecoded: other columns would be read with each row."""
     of_files = [column for column, _ in media_of(source).file_columns(source)]
-    used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source))])
+    weights = (weight_path(data, source) or [])[:1]
+    used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source)), *weights])
     data = data.select_columns(list(used))
     for column in of_files:
         data = data.cast_column(column, datasets.Image(decode=False))
@@ -310,7 +345,7 @@ def metadata_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceConfig) -> dict[str, Any]:
-    """A line's object, which has a file name and a caption.
+    """A line's object, which has a file name, a caption and, where the source names a column of them, a weight.
 
     Raises:
         InputError: it has not, or is no JSON; the message begins with `line_name`, or names it.
@@ -332,4 +367,7 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
             f"{field_of(field, 'caption_column')}: no {' or '.join(map(repr, columns))} in {line_name}; "
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
+    if source.weight_column is not None:
+        with blame(field_of(field, "weight_column"), RowError):
+            weight_of(row, source.weight_column, line_name)
     return row

@@ -29,6 +29,8 @@ from difftrain_utils.data.sources import (
     sources_of,
     text_features,
     used_columns,
+    weight_of,
+    weight_path,
 )
 from difftrain_utils.data.units import FEATURE_FINDERS, FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
 from difftrain_utils.errors import InputError, RowError, blame
@@ -45,12 +47,17 @@ class StreamedSource:
     source: SourceConfig
     rows: FileRows | TableRows
     texts: list[tuple[list[str], Any]]
+    weight_path: list[str] | None
     num_files: int
     sha256: str
 
     def row(self, content: dict[str, Any]) -> Row:
         """A row as it is stored."""
         return media_of(self.source).row_of(content, content[NAME], self.source, self.texts)
+
+    def weight(self, content: dict[str, Any]) -> float:
+        """Its own weight, 1 where the source names no column of them. Raises RowError if it is none."""
+        return 1.0 if self.weight_path is None else weight_of(content, self.weight_path, content[NAME])
 
 
 def open_stream(config: DataConfig) -> "StreamedRows":
@@ -68,6 +75,7 @@ def open_stream(config: DataConfig) -> "StreamedRows":
         if isinstance(content, RowError):
             raise content
         media_of(config).check(opened.row(content), 0, config)
+        opened.weight(content)
     return rows
 
 
@@ -100,7 +108,7 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
         if rows.units.rows.sum() == 0:
             raise InputError(f"{culprit}: {source.dataset} has no {media_of(source).NOUN}")
         sha256 = files_digest(files, reader)
-    return StreamedSource(source, rows, text_features(data, source), len(files), sha256)
+    return StreamedSource(source, rows, text_features(data, source), weight_path(data, source), len(files), sha256)
 
 
 def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:
@@ -147,8 +155,12 @@ class StreamedRows:
         self._forget()
 
     def __getitem__(self, place: Place) -> Row:
+        return self.sources[place.window.source].row(self._read_row(place))
+
+    def _read_row(self, place: Place) -> dict[str, Any]:
+        """Its columns. Raises RowError if it cannot be read."""
         window, position = place
-        units, source = self._hold(window, position), self.sources[window.source]
+        units = self._hold(window, position)
         unit, row = int(window.units[position]), int(window.rows[position])
         content = units[unit].result()[row]
         if content is None:
@@ -156,7 +168,7 @@ class StreamedRows:
             content = units[unit].result()[row]
         if isinstance(content, RowError):
             raise content
-        return source.row(content)
+        return content
 
     def __getstate__(self):  # for the workers of a data loader where they are not forked
         return {"sources": self.sources, "config": self.config}
@@ -173,8 +185,10 @@ class StreamedRows:
         return any(opened.source.mask_column for opened in self.sources)
 
     def loss_weight(self, index: Place) -> float:
-        """The factor of a row's loss."""
-        return self.sources[index.window.source].source.loss_weight
+        """The factor of a row's loss. Raises RowError if its weight is none, or cannot be read."""
+        opened = self.sources[index.window.source]
+        own = 1.0 if opened.weight_path is None else opened.weight(self._read_row(index))
+        return opened.source.loss_weight * own
 
     def order(self, seed: int, batch_size: int, buckets=None) -> Lanes:
         """Raises InputError: see `Lanes`."""

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 import shutil
@@ -293,3 +294,33 @@ class TestProtocol:
         rows = map_rows(config) if kind == "mapped" else open_stream(config)
         monkeypatch.setattr(type(rows), "__getitem__", None)
         assert [rows.loss_weight(rows.order(0, 1)[k]) for k in range(7)] == [2.5] * 7
+
+    def test_a_rows_own_weight_comes_on_top_and_is_in_the_fingerprint(self, kind, tmp_path):
+        def opened(weights: list, **fields):
+            image, numbers = encode(Image.new("RGB", (8, 8))), range(len(weights))
+            table = {"image": [{"bytes": image, "path": f"{i}.png"} for i in numbers]}
+            table |= {"text": [str(i) for i in numbers], "meta": [{"score": weight} for weight in weights]}
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            folder.mkdir()
+            data = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+            data.to_parquet(folder / "train-00000.parquet")
+            source = SourceConfig(str(folder), loss_weight=2.0, weight_column="meta.score")
+            config = DataConfig(sources=[source], streaming=kind == "streamed", resolution=16, **fields)
+            return map_rows(config) if kind == "mapped" else open_stream(config), config
+
+        rows, config = opened([0.5, 3.0, 0.0, 1.0])
+        samples = Samples(data_of(rows), config, 0, 20)
+        assert all(samples[k]["weight"] == 2 * [0.5, 3, 0, 1][int(samples[k]["caption"])] for k in range(20))
+        digests = [opened(weights)[0].inspect(config)["sha256"] for weights in ([0.5, 3.0, 0.0, 1.0], [1.0] * 4)]
+        assert digests[0] != digests[1]
+        if kind == "mapped":
+            training, held_out = split_rows(rows, dataclasses.replace(config, validation_split=0.5))
+            weights = {row.captions: part.loss_weight(i) for part in (training, held_out) for i, row in enumerate(part)}
+            assert weights == {"0": 1, "1": 6, "2": 0, "3": 2}
+        for bad in (-1.0, None, float("inf")):  # of a stream, whose first row is looked at
+            message = rf"row 0: meta.score: must be a number of 0 or more, got {bad}$"
+            with pytest.raises((InputError, RowError), match=message if kind == "mapped" else message[6:]):
+                opened([bad, 1.0])
+            rows, config = opened([bad, 1.0], on_bad_row="skip")
+            samples = Samples(data_of(rows), config, 0, 20)
+            assert [samples[k]["weight"] for k in range(20)] == [2] * 20

@@ -276,3 +276,28 @@ def test_images_are_known_without_the_features_of_datasets(tmp_path):
 def test_a_caption_that_is_no_unicode_is_a_bad_row(tmp_path):
     with pytest.raises(RowError, match=r"^x.png: the caption is no Unicode text, got 'a\\ud800b'$"):
         captions_of("a\ud800b", "x.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_weights_of_an_image_folder(tmp_path, streaming):
+    """Of which a bad one is refused by its line."""
+    for i in range(3):
+        grey(i).save(tmp_path / f"{i}.png")
+
+    def opened(*weights: str):
+        lines = [f'{{"file_name": "{i}.png", "text": "a"{weight}}}\n' for i, weight in enumerate(weights)]
+        (tmp_path / "metadata.jsonl").write_text("".join(lines))
+        config = DataConfig(str(tmp_path), weight_column="score", streaming=streaming, lanes=1 if streaming else None)
+        rows = open_stream(config) if streaming else map_rows(config)
+        return sorted(rows.loss_weight(rows.order(0, 1)[k]) for k in range(3))
+
+    assert opened(', "score": 2', ', "score": 0.5', ', "score": 0') == [0, 0.5, 2]
+    for bad, got in ((', "score": "2"', "'2'"), (', "score": true', "True"), (', "score": NaN', "nan"), ("", "None")):
+        message = rf"^data.weight_column: .*metadata.jsonl line 2: score: must be a number of 0 or more, got {got}$"
+        with pytest.raises(InputError, match=message):
+            opened(', "score": 2', bad, ', "score": 1')
+    with pytest.raises(InputError, match=r"^data.weight_column: no column 'score' in .*; it has image, text"):
+        (tmp_path / "metadata.jsonl").unlink()
+        for i in range(3):
+            (tmp_path / f"{i}.txt").write_text("a")
+        map_rows(DataConfig(str(tmp_path), weight_column="score"))
