@@ -25,6 +25,7 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some
+from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
@@ -48,6 +49,8 @@ class Settings:
     guidance: float | None = None
     negative_prompt: str | None = None
     guidance_rescale: float = 0.0
+    guidance_interval: list[float] | None = None
+    autoguidance: str | None = None
 
 
 @dataclass
@@ -257,6 +260,26 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
         raise InputError(f"--negative-prompt: counts with --guidance above 1 alone, which is {guidance:g}")
 
 
+def guide(loaded: Loaded, settings: Settings, device: torch.device, precision: str) -> Settings:
+    """Let the pipeline's denoiser guide in the interval alone, or by a weaker model, if the settings say so, and return
+    those that the pipeline is called with then.
+
+    Raises:
+        InputError: the pipeline does not guide, or the weaker model cannot be loaded.
+    """
+    interval, name, family = settings.guidance_interval, settings.autoguidance, loaded.family
+    if interval is None and name is None:
+        return settings
+    if settings.guidance is None or settings.guidance <= 1:
+        raise InputError(f"--guidance: must be above 1 with an interval or autoguidance, got {settings.guidance}")
+    check_guidance(family, settings)
+    weaker = None if name is None else load_weaker(family, name, device, weight_dtype(precision))
+    denoiser, pipeline = getattr(loaded.pipeline, family.denoiser_part), loaded.pipeline
+    guided = GuidedDenoiser(denoiser, family, pipeline.scheduler, interval, weaker, settings.guidance)
+    setattr(pipeline, family.denoiser_part, guided)
+    return settings if weaker is None else dataclasses.replace(settings, guidance=1.0, guidance_rescale=0.0)
+
+
 def draw_all(
     loaded: Loaded, pictures: Iterable, settings: Settings, config: TextToImageConfig | None
 ) -> Iterator[tuple[Any, Image.Image]]:
@@ -299,5 +322,7 @@ def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
         "guidance": settings.guidance,
         "size": None if settings.height is None else f"{settings.height} x {settings.width}",
         "negative_prompt": settings.negative_prompt,
+        "guidance_interval": settings.guidance_interval,
+        "autoguidance": settings.autoguidance,
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -41,7 +41,8 @@ from difftrain_utils.terminal import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OF_PICTURES = ("negative_prompt", "guidance", "height", "width", "offload")  # options of these alone
+# Options of pictures alone, and of texts
+OF_PICTURES = ("negative_prompt", "guidance", "guidance_interval", "autoguidance", "height", "width", "offload")
 OF_TEXTS = ("sampler", "temperature", "length", "block_length")
 TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "sampler": "sampler",
@@ -100,6 +101,7 @@ def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source]) ->
         describe,
         draw_all,
         find_device,
+        guide,
         load,
         own_precision,
     )
@@ -109,6 +111,7 @@ def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source]) ->
     loaded = load(sources[0], config, device, precision, args.offload)
     check(loaded, prompts, settings)
     facts = describe(loaded, settings)
+    settings = guide(loaded, settings, device, precision)
     announce_samples("Drawing", "picture", samples, f"{device} in {precision}", facts, args)
 
     # ── The pictures ─────────────────────────────────────────────────────────────────────────────────────────
@@ -197,6 +200,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pictures = parser.add_argument_group("of pictures alone")
     pictures.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures shall be guided away from")
     pictures.add_argument("--guidance", metavar="X", type=finite, help="classifier-free guidance; 1: none")
+    pictures.add_argument(
+        "--guidance-interval",
+        metavar=("START", "STOP"),
+        type=finite,
+        nargs=2,
+        help="guide at these shares of noise alone",
+    )
+    pictures.add_argument("--autoguidance", metavar="SOURCE", help="guide by this weaker model instead of by no prompt")
     pictures.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
     pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height")
     pictures.add_argument(
@@ -221,6 +232,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         refuse_twice(f"--{option.replace('_', '-')}", getattr(args, option) or [])
     if args.guidance is not None and args.guidance < 1:
         raise InputError(f"--guidance: must be at least 1, got {args.guidance:g}")
+    if args.guidance_interval is not None and not 0 <= args.guidance_interval[0] < args.guidance_interval[1] <= 1:
+        got = " ".join(f"{end:g}" for end in args.guidance_interval)
+        raise InputError(f"--guidance-interval: must be START STOP with 0 <= START < STOP <= 1, got {got}")
     if args.temperature is not None and args.temperature < 0:
         raise InputError(f"--temperature: must be 0 or more, got {args.temperature:g}")
     return args
@@ -306,6 +320,7 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     height, width = args.height or args.width, args.width or args.height
     settings = {"height": height, "width": width, "steps": args.steps, "guidance": args.guidance}
     settings["negative_prompt"] = args.negative_prompt
+    settings |= {"guidance_interval": args.guidance_interval, "autoguidance": args.autoguidance}
     if source.record is None:
         return settings
     with blame(f"{source.record / CONFIG_FILE}: not the config of a run", KeyError, TypeError, AttributeError):
@@ -316,6 +331,8 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         resolution = config["data"]["resolution"]
         own = {"height": resolution, "width": resolution, "steps": evaluation.num_inference_steps}
         own |= {"guidance": evaluation.guidance_scale, "guidance_rescale": evaluation.guidance_rescale}
+        if args.guidance is None or args.guidance > 1:
+            own |= {"guidance_interval": evaluation.guidance_interval, "autoguidance": evaluation.autoguidance}
         return own | {name: value for name, value in settings.items() if value is not None}
 
 

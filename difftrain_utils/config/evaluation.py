@@ -23,6 +23,12 @@ class EvaluationConfig:
     guidance_rescale: float = 0.0
     """How far guided predictions are scaled back to the spread of unguided ones (0.7 is usual with
     `scheduler.rescale_betas_zero_snr`); 0: not."""
+    guidance_interval: list[float] | None = None
+    """[start, stop]: guide only at these noise levels, shares of noise s / (a + s) of x_t = a·x_0 + s·ε from 0 to 1
+    (of flow matching its time); null: at all."""
+    autoguidance: str | None = None
+    """Guide by a weaker model instead of by no prompt, so far as `guidance_scale` says (2 is usual): a pipeline (folder
+    or hub name) of the same family, a run, a checkpoint, or a file of `train.save_weights_every`."""
     batch_size: int = 8
     """Images generated at a time."""
     num_validation_samples: int = 256
@@ -52,6 +58,15 @@ class EvaluationConfig:
         require(self.num_inference_steps >= 1, "num_inference_steps", "must be at least 1")
         require(self.guidance_scale >= 1, "guidance_scale", "must be at least 1")
         require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "must be between 0 and 1")
+        interval, is_guided = self.guidance_interval, self.guidance_scale > 1
+        fits = interval is None or (len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1)
+        require(fits, "guidance_interval", "must be [start, stop] with 0 <= start < stop <= 1, or null")
+        for name in ("guidance_interval", "autoguidance"):
+            rule = f"needs a guidance_scale above 1, which is {self.guidance_scale:g}"
+            require(getattr(self, name) is None or is_guided, name, rule)
+        require(self.autoguidance != "", "autoguidance", "must not be empty")
+        rule = "cannot go with autoguidance, which takes the place of the guidance that is rescaled"
+        require(not (self.autoguidance and self.guidance_rescale), "guidance_rescale", rule)
         require(self.batch_size >= 1, "batch_size", "must be at least 1")
         samples, bins = self.num_validation_samples, self.num_validation_bins
         require(bins >= 1, "num_validation_bins", "must be at least 1")

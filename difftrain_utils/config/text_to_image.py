@@ -92,7 +92,7 @@ class TextToImageConfig(Config):
         data, evaluation = self.data, self.evaluation
         names = [self.model.pretrained_model_name_or_path, data.dataset, data.validation_dataset]
         names += [source.dataset for source in data.sources or []]
-        names += [evaluation.fid_features, evaluation.clip_score_model]
+        names += [evaluation.fid_features, evaluation.clip_score_model, evaluation.autoguidance]
         return [name for name in names if name and name != "inception"]
 
     def needed_packages(self) -> dict[str, str]:

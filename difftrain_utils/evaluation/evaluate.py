@@ -9,8 +9,10 @@ from accelerate.utils import gather_object
 from difftrain_utils.builtins.shapes import count_right
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import go_on_without
 from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.validation import by_noise_level, save_validation_losses, validation_losses
 from difftrain_utils.media.media import media_of
@@ -25,13 +27,19 @@ class Evaluation:
     """What is evaluated every `train.eval_every` steps. Its networks are loaded when it is made.
 
     Raises:
-        InputError: a network cannot be loaded, or there are too few held-out images for it.
+        InputError: a network cannot be loaded, or there are too few held-out images for it; or see `check_guidance` and
+            `load_weaker`.
     """
 
     def __init__(self, accelerator: Accelerator, family, validation_rows: MappedRows | None, config: Config):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
         with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
+            check_guidance(family, config.evaluation)
+            self.weaker = None
+            if (name := config.evaluation.autoguidance) is not None and family.has_weights:
+                dtype = weight_dtype(accelerator.mixed_precision)
+                self.weaker = load_weaker(family, name, accelerator.device, dtype)
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
         """The line of metrics. All processes call it and share the work out; the grid of images is written by one.
@@ -63,7 +71,9 @@ class Evaluation:
                 logs["shapes_right"] = count_right(images, evaluation.prompts) / len(images)
         if self.networks:
             with evaluation_weights(ema, *models), self.accelerator.autocast():
-                logs |= image_metrics(self.accelerator, self.networks, self.family, denoiser, self.rows, self.config)
+                logs |= image_metrics(
+                    self.accelerator, self.networks, self.family, denoiser, self.rows, self.config, self.weaker
+                )
         self.family.free_cached()
         return logs
 
@@ -73,7 +83,7 @@ class Evaluation:
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
         for keys, num_kept in progress(batches, len(batches), "Drawing, batches"):
             prompts = [evaluation.prompts[i] for i in keys]
-            drawn = generate(self.family, denoiser, evaluation, resolution, prompts, keys)
+            drawn = generate(self.family, denoiser, evaluation, resolution, prompts, keys, self.weaker)
             made += list(zip(keys, drawn, strict=True))[:num_kept]
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

@@ -8,6 +8,7 @@ from PIL import Image
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.text import TextEvaluationConfig
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.guidance import guide
 from difftrain_utils.keyed_random import torch_generator_for
 
 
@@ -19,15 +20,18 @@ def generate(
     resolution: int,
     prompts: Sequence[str],
     keys: Sequence[int],
+    weaker: torch.nn.Module | None = None,
 ) -> list[Image.Image]:
-    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone."""
+    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone. With a `weaker` denoiser
+    it guides (`evaluation.autoguidance`)."""
+    denoiser, guidance_scale = guide(family, denoiser, weaker, config)
     return family.generate(
         denoiser,
         prompts,
         height=resolution,
         width=resolution,
         num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
+        guidance_scale=guidance_scale,
         guidance_rescale=config.guidance_rescale,
         generators=[torch_generator_for(config.seed, "evaluation", k) for k in keys],
     )

@@ -55,7 +55,13 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
 
 
 def image_metrics(
-    accelerator: Accelerator, networks: dict, family, denoiser: torch.nn.Module, rows: MappedRows, config: Config
+    accelerator: Accelerator,
+    networks: dict,
+    family,
+    denoiser: torch.nn.Module,
+    rows: MappedRows,
+    config: Config,
+    weaker: torch.nn.Module | None = None,
 ) -> dict[str, float]:
     """`fid`, `kid` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images` images made
     from the first captions of the first `rows`; FID and KID compare them with the images of these rows.
@@ -67,7 +73,7 @@ def image_metrics(
     for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
         held_out = read_held_out(rows, keys, config.data, evaluation.seed)
         captions = held_out["captions"]
-        images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys)
+        images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys, weaker)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:

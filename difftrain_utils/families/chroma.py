@@ -22,6 +22,7 @@ class Chroma(DiffusersFamily):
     it masks nothing. Here it is the bool that it is meant to be; `generate` is the pipeline as it is."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ChromaPipeline
+    guidance_order: ClassVar[str] = "apart"
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -80,6 +80,9 @@ class DiffusersFamily:
     """Whether the pipeline asks its sampler for `init_noise_sigma`, which the flow matching ones have not."""
     gives_sigmas: ClassVar[bool] = False
     """Whether the pipeline tells its sampler at which sigmas to sample, and a shift of them; few samplers take that."""
+    guidance_order: ClassVar[Literal["nothing first", "prompt first", "apart"] | None] = None
+    """How the pipeline asks for the two predictions of classifier-free guidance: in one call, in this order, or in two,
+    that of the prompt first; None: it does not guide, or this is not known."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
 
@@ -199,6 +202,13 @@ class DiffusersFamily:
     def has_guidance_embedding(self) -> bool:
         """Whether the denoiser is told a guidance, because it was distilled with one."""
         return bool(self.config_of(self.denoiser_part).get("guidance_embeds"))
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the pipeline's guidance scale is not that of classifier-free guidance: the denoiser is told it, or it
+        is not used."""
+        has_embedding = self.config_of(self.denoiser_part).get("time_cond_proj_dim") is not None
+        return self.has_guidance_embedding or has_embedding or bool(self.pipeline_options.get("is_distilled"))
 
     @property
     def pipeline_options(self) -> dict[str, Any]:

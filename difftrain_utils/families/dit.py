@@ -27,6 +27,7 @@ class DiT(DiffusersFamily):
     and its number. Of the transformer's output the second half, if there is one, is a variance and not trained."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = DiTPipeline
+    guidance_order: ClassVar[str] = "prompt first"
     has_fixed_size: ClassVar[bool] = True
 
     @classmethod

@@ -97,6 +97,11 @@ class ImageFamily(Family, Protocol):
     """The noise schedule to train with."""
     size_multiple: int
     """What an image's sides must be multiples of."""
+    guidance_order: Literal["nothing first", "prompt first", "apart"] | None
+    """How the pipeline asks for the two predictions of classifier-free guidance: in one call, in this order, or in two,
+    that of the prompt first; None: it does not guide, or this is not known."""
+    is_distilled: bool
+    """Whether the pipeline's guidance scale is not that of classifier-free guidance."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "ImageFamily":

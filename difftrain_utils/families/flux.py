@@ -20,6 +20,7 @@ class Flux(DiffusersFamily):
     training, and the guidance scale in sampling; one that was not (schnell) has classifier-free guidance."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    guidance_order: ClassVar[str] = "apart"
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows

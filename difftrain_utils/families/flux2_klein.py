@@ -25,6 +25,7 @@ class Flux2Klein(DiffusersFamily):
     Latents are patches: 4 times as many channels as the VAE has, at half of its sides."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Flux2KleinPipeline
+    guidance_order: ClassVar[str] = "apart"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     gives_sigmas: ClassVar[bool] = True
 

@@ -141,14 +141,14 @@ def describe_family(name: str) -> DiffusersFamily:
         InputError: there is no such checkpoint.
     """
     with blame(name, *LOAD_ERRORS):
-        source, model_index = _read_index(name, None)
+        source, model_index = read_index(name, None)
         family_class = FAMILIES.get(model_index["_class_name"], DiffusersFamily)
         return family_class(source, None, None, model_index, schedule=None, sampler=None)
 
 
 def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
-    source, model_index = _read_index(name, revision)
+    source, model_index = read_index(name, revision)
     if model_index["_class_name"] not in FAMILIES:
         raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
     return source, model_index
@@ -183,7 +183,7 @@ def _source_of(name: str, revision: str | None) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+def read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """The same as `_find` of a checkpoint of any family."""
     source = _source_of(name, revision)
     is_folder = Path(source).is_dir()

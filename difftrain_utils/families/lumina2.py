@@ -17,6 +17,7 @@ class Lumina2(DiffusersFamily):
     but one, of the system prompt and the caption, (batch, tokens, width), and "prompt_embeds_mask", (batch, tokens)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Lumina2Pipeline
+    guidance_order: ClassVar[str] = "apart"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS | {
         *("hidden_size", "num_refiner_layers", "num_kv_heads", "multiple_of", "ffn_dim_multiplier", "axes_dim_rope")

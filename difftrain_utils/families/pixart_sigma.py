@@ -20,6 +20,7 @@ class PixArtSigma(DiffusersFamily):
     Of the transformer's output the second half, if there is one, is a variance and not trained."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PixArtSigmaPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     has_init_noise_sigma: ClassVar[bool] = True
 

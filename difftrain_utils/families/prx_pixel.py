@@ -28,6 +28,7 @@ class PRXPixel(DiffusersFamily):
     it: x_t = (1 - σ)·x_0 + σ·ε of latents is that of pixels with noise_scale·ε, divided by noise_scale."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PRXPixelPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     image_part: ClassVar[str | None] = None
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     lora_targets: ClassVar[tuple[str, ...]] = ("img_qkv_proj", "txt_kv_proj", "to_out.0")

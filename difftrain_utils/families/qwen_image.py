@@ -19,6 +19,7 @@ class QwenImage(DiffusersFamily):
     (batch, tokens)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
+    guidance_order: ClassVar[str] = "apart"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_lengths: ClassVar[tuple[int, float]] = (1, 1024)  # that the pipeline allows
     gives_sigmas: ClassVar[bool] = True

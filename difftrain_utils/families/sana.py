@@ -22,6 +22,7 @@ class Sana(DiffusersFamily):
     pipeline's default, of which the first token is kept (Xie et al. 2024, arXiv:2410.10629, section 2.3)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = SanaPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
 
     @property

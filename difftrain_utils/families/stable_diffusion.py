@@ -16,6 +16,7 @@ class StableDiffusion(DiffusersFamily):
     """See `Family`. Conditioning: "prompt_embeds", the text encoder's last hidden states, (batch, tokens, width)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     denoiser_part: ClassVar[str] = "unet"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)

@@ -21,6 +21,7 @@ class StableDiffusion3(DiffusersFamily):
     The T5 may be left out (`text_encoder_3` null in model_index.json), and counts as zeros then, as in its pipeline."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    guidance_order: ClassVar[str] = "nothing first"
     lora_targets: ClassVar[tuple[str, ...]] = JOINT_ATTENTION
     text_lengths: ClassVar[tuple[int, float]] = (1, 512)  # that the pipeline allows
     text_parts: ClassVar[tuple[str, ...]] = tuple(

@@ -19,6 +19,7 @@ class StableDiffusionXL(DiffusersFamily):
     arXiv:2307.01952, section 2.2)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     denoiser_part: ClassVar[str] = "unet"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")

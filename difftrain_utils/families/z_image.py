@@ -17,6 +17,7 @@ class ZImage(DiffusersFamily):
     but one, (batch, tokens, width), and "prompt_embeds_mask", (batch, tokens)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = ZImagePipeline
+    guidance_order: ClassVar[str] = "prompt first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     free_fields: ClassVar[frozenset[str]] = INNER_FIELDS | {
         *("dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "qk_norm", "rope_theta", "axes_dims")

@@ -330,3 +330,24 @@ def test_bad_input_is_refused_in_one_line(run, tmp_path, argv, message):
         main(argv)
     assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_guidance_at_some_noise_levels_and_by_a_weaker_model(run, draw, tmp_path):
+    """Whether it is the command's or the run's."""
+    prompt = "a red circle"
+    plainly, unguided = draw(run, prompt), draw(run, prompt, "--guidance", 1)
+    assert draw(run, prompt, "--guidance-interval", 0, 1) == plainly
+    assert draw(run, prompt, "--guidance-interval", 0, 0.001) == unguided
+    guided = draw(run, prompt, "--autoguidance", run / "checkpoint-4")
+    assert guided not in (plainly, unguided)
+    assert draw(run, prompt, "--autoguidance", run / "pipeline") == unguided  # no weaker than itself
+    assert draw(run / "checkpoint-6", prompt, "--autoguidance", run / "checkpoint-4", "--guidance", 2) != guided
+    copy = shutil.copytree(run, tmp_path / "copy")
+    content = yaml.safe_load((copy / "config.resolved.yaml").read_text())
+    content["evaluation"]["autoguidance"] = str(run / "checkpoint-4")
+    (copy / "config.resolved.yaml").write_text(yaml.safe_dump(content))
+    assert draw(copy, prompt) == guided and draw(copy, prompt, "--guidance", 1) == unguided
+    with pytest.raises(InputError, match=r"^--guidance: must be above 1 with an interval or autoguidance, got 1"):
+        draw(run, prompt, "--guidance", 1, "--guidance-interval", 0, 1)
+    with pytest.raises(InputError, match=r"^--guidance-interval: must be START STOP with 0 <= START < STOP <= 1, got"):
+        draw(run, prompt, "--guidance-interval", 1, 0)
