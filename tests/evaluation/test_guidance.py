@@ -97,7 +97,7 @@ def test_both_are_their_formulas(short_run):
                 predictions[1] = family.predict(weak, latents, timestep[None], told[0])
             signal = sampler.alphas_cumprod[timestep].sqrt()
             noise = (1 - sampler.alphas_cumprod[timestep]).sqrt()
-            numbers.append(0.3 <= noise / (signal + noise) <= 0.75)
+            numbers.append(bool(0.3 <= noise / (signal + noise) <= 0.75))
             scale = 3.0 if numbers[-1] else 1.0
             prediction = predictions[1] + scale * (predictions[0] - predictions[1])
             latents = sampler.step(prediction, timestep, latents).prev_sample
