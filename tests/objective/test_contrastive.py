@@ -34,8 +34,8 @@ def test_the_others_are_the_next_of_the_group_that_are_told_something_else():
 def test_it_is_the_papers_term_for_each_sample():
     """Equation 4 of arXiv:2506.05350 by numpy: -λ|v - (ε̃ - x̃)|², as the mean over the elements."""
     output, latents, noise, timesteps = drawn(4, 2, 3, 3)
-    batch = {"conditions": [5, 7, None, 5], "masks": None}
-    losses = contrastive_losses(LossConfig(contrastive=0.05), FLOW, output, latents, noise, timesteps, batch)
+    config, conditions = LossConfig(contrastive=0.05), [5, 7, None, 5]
+    losses = contrastive_losses(config, FLOW, output, latents, noise, timesteps, conditions)
     v, x, eps = (tensor.numpy() for tensor in (output, latents, noise))
     of_others = [((v[i] - (eps[j] - x[j])) ** 2).mean() for i, j in ((0, 1), (1, 2), (3, 1))]
     np.testing.assert_allclose(losses.numpy(), -0.05 * np.insert(of_others, 2, 0), rtol=1e-6)
@@ -45,8 +45,8 @@ def test_the_others_target_is_at_the_samples_own_timestep_and_weighed_as_its_own
     schedule = Schedule.of(DDPMScheduler(prediction_type="v_prediction"))
     output, latents, noise, timesteps = drawn(2, 1, 4, 4)
     timesteps, masks = timesteps.long(), torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    config, batch = LossConfig(contrastive=0.5, weighting="min_snr", type="l1"), {"conditions": [0, 1], "masks": masks}
-    losses = contrastive_losses(config, schedule, output, latents, noise, timesteps, batch)
+    config = LossConfig(contrastive=0.5, weighting="min_snr", type="l1")
+    losses = contrastive_losses(config, schedule, output, latents, noise, timesteps, [0, 1], masks=masks)
     target = DDPMScheduler().get_velocity(latents.flip(0), noise.flip(0), timesteps)
     expected = -0.5 * sample_losses(config, schedule, output, target, timesteps, masks)
     torch.testing.assert_close(losses, expected)
@@ -57,14 +57,14 @@ def test_the_best_prediction_is_the_targets_mean_less_that_of_the_others(weight)
     """By the closed form (E u - λ E ũ) / (1 - λ), of one prediction for many samples of two conditions."""
     _, latents, noise, timesteps = drawn(2000, 1, 1, 2)
     latents = latents + torch.tensor([1.0, 3.0])[torch.arange(2000) % 2].reshape(-1, 1, 1, 1)
-    batch, config = {"conditions": [0, 1] * 1000, "masks": None}, LossConfig(contrastive=weight)
+    conditions, config = [0, 1] * 1000, LossConfig(contrastive=weight)
     of_one = torch.arange(0, 2000, 2)
     prediction = torch.zeros(1, 1, 2, requires_grad=True)
     target = noise - latents
 
     def loss() -> torch.Tensor:
         output = prediction.expand(2000, 1, 1, 2)
-        away = contrastive_losses(config, FLOW, output, latents, noise, timesteps, batch)
+        away = contrastive_losses(config, FLOW, output, latents, noise, timesteps, conditions)
         return (sample_losses(config, FLOW, output, target, timesteps) + away)[of_one].mean()
 
     optimizer = torch.optim.LBFGS([prediction])
