@@ -325,7 +325,7 @@ def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
         "guidance": settings.guidance,
         "size": None if settings.height is None else f"{settings.height} x {settings.width}",
         "negative_prompt": settings.negative_prompt,
-        "guidance_interval": settings.guidance_interval,
+        "guidance_interval": settings.guidance_interval and "{} to {}".format(*settings.guidance_interval),
         "autoguidance": settings.autoguidance,
     }
     return {name: value for name, value in found.items() if value is not None}
