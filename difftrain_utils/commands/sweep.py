@@ -57,7 +57,7 @@ def carry_out(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> list[str]:
     """
     waiting = deque(run for run in runs if status_of(run.folder) not in (FINISHED, DIVERGED))
     running: dict[int, tuple[PlannedRun, subprocess.Popen]] = {}  # by slot
-    failures = []
+    waited_for, failures = [], []
     try:
         while waiting or running:
             free = [slot for slot in range(jobs) if slot not in running]
@@ -68,6 +68,9 @@ def carry_out(plan: Plan, runs: Sequence[PlannedRun], jobs: int) -> list[str]:
                     running[slot] = run, start(plan, run, jobs, slot)
                 elif status_of(run.folder) not in (FINISHED, DIVERGED):
                     waiting.append(run)
+                    if run not in waited_for:
+                        say(f"{run.folder}: another process is at it; waiting")
+                        waited_for.append(run)
             time.sleep(WAIT)
             for slot, (run, process) in list(running.items()):
                 if process.poll() is not None:
@@ -107,7 +110,7 @@ def start(plan: Plan, run: PlannedRun, jobs: int, slot: int) -> subprocess.Popen
     command = [sys.executable, *command[1:], plan.script_of(run.strategy), *plan.options(run, rate)]
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with log_of(run).open("a", encoding="utf-8") as log:
-        log.write(f"{shlex.join(command)}\n")
+        log.write(f"\n$ {shlex.join(command)}\n")
         log.flush()
         # of a session of its own: Ctrl-C stops the sweep, which stops its runs
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -126,7 +129,8 @@ def end(plan: Plan, run: PlannedRun, code: int) -> str | None:
     if status == DIVERGED:
         say(f"{run.folder}: diverged, which counts as worst")
         return None
-    said = [line for line in log_of(run).read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    last = log_of(run).read_text(errors="replace").rpartition("\n$ ")[2]
+    said = [line for line in last.splitlines() if line.startswith("error: ")]
     reason = "stopped" if code == STOPPED else said[-1].removeprefix("error: ") if said else f"exit code {code}"
     failure = f"{run.folder}: {reason}; {log_of(run)} has what it said"
     say(failure)

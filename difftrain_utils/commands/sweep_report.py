@@ -218,7 +218,12 @@ def variance_table(plan: Plan) -> list[list[str]]:
             sd = statistics.stdev(score(run, metric) for run in runs)
             ends = deviation_interval(sd, len(runs))
             shown = [percent(v).removeprefix("+") if metric is None else f"{v:.3g}" for v in (sd, *ends)]
-            cells = [str(len(runs)), shown[0], f"{shown[1]} to {shown[2]}", f"{sd**2 / total**2:.0%}" if total else "–"]
+            cells = [
+                str(len(runs)),
+                shown[0],
+                f"{shown[1]} to {shown[2]}",
+                f"{100 * sd**2 / total**2:.0f} %" if total else "–",
+            ]
             rows.append([source, *cells])
     return rows
 
@@ -267,7 +272,7 @@ def findings(plan: Plan) -> Findings:
         and (run.stage == TUNE or not choices[run.strategy].is_hopeless)
     ]
     runs = {called: finished_runs(plan, COMPARE, called) for called in (*plan.strategies, CONTROL)}
-    curves = {called: curve for called, own in runs.items() if (curve := curve_of(own, metric))}
+    curves = {name: curve for name in plan.strategies if (curve := curve_of(runs[name], metric))}
     tables, results = [], {}
     if any(map(plan.is_tuned, plan.strategies)):
         tables.append(tuning_table(plan, choices, name))
