@@ -231,12 +231,11 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
 
 
 def check_weights(data: datasets.Dataset, field: str, source: SourceConfig) -> None:
-    """Raise InputError for the first row whose weight is none."""
+    """Raise RowError for the first row whose weight is none."""
     path, row = weight_path(data, source), 0
     for values in data.select_columns(path[:1]).iter(WEIGHTS_AT_ONCE):
         for value in values[path[0]]:
-            with blame(field_of(field, "weight_column"), RowError):
-                weight_of({path[0]: value}, path, f"{source.dataset} row {row}")
+            weight_of({path[0]: value}, path, f"{field_of(field, 'weight_column')}: {source.dataset} row {row}")
             row += 1
 
 
@@ -368,6 +367,5 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
             f"it has {', '.join(sorted(row.keys() - {'file_name'})) or 'only file_name'}"
         )
     if source.weight_column is not None:
-        with blame(field_of(field, "weight_column"), RowError):
-            weight_of(row, source.weight_column, line_name)
+        weight_of(row, source.weight_column, f"{field_of(field, 'weight_column')}: {line_name}")
     return row
