@@ -93,7 +93,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     if len(data) == 0:
         raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
     if source.weight_column is not None and config.on_bad_row == "stop":
-        check_weights(data, source)
+        check_weights(data, field, source)
     if photos is not None:
         check_photo_captions(data, field, source, config)
     return used_columns(data, source)
@@ -244,12 +244,12 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
             raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
-def check_weights(data: datasets.Dataset, source: SourceConfig) -> None:
+def check_weights(data: datasets.Dataset, field: str, source: SourceConfig) -> None:
     """Raise RowError for the first row whose weight is none."""
     path, row = weight_path(data, source), 0
     for values in data.select_columns(path[:1]).iter(WEIGHTS_AT_ONCE):
         for value in values[path[0]]:
-            weight_of({path[0]: value}, path, f"{source.dataset} row {row}")
+            weight_of({path[0]: value}, path, f"{field_of(field, 'weight_column')}: {source.dataset} row {row}")
             row += 1
 
 
@@ -264,7 +264,7 @@ def weight_of(row: dict[str, Any], path: str | list[str], name: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and 0 <= value < math.inf):
         column = path if isinstance(path, str) else ".".join(path)
-        raise RowError(f"{name}: data.weight_column: {column} must be a number of 0 or more, got {value!r:.80}")
+        raise RowError(f"{name}: {column}: must be a number of 0 or more, got {value!r:.80}")
     return float(value)
 
 
@@ -385,5 +385,5 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
             f"it has {', '.join(sorted(row.keys() - {*keys.values()})) or f'only {keys[source.image_column]}'}"
         )
     if source.weight_column is not None:
-        weight_of(row, source.weight_column, line_name)
+        weight_of(row, source.weight_column, f"{field_of(field, 'weight_column')}: {line_name}")
     return row

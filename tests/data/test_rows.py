@@ -318,7 +318,7 @@ class TestProtocol:
             weights = {row.captions: part.loss_weight(i) for part in (training, held_out) for i, row in enumerate(part)}
             assert weights == {"0": 1, "1": 6, "2": 0, "3": 2}
         for bad in (-1.0, None, float("inf")):  # of a stream, whose first row is looked at
-            message = rf"row 0: data.weight_column: meta.score must be a number of 0 or more, got {bad}$"
+            message = rf"row 0: meta.score: must be a number of 0 or more, got {bad}$"
             with pytest.raises((InputError, RowError), match=message if kind == "mapped" else message[6:]):
                 opened([bad, 1.0])
             rows, config = opened([bad, 1.0], on_bad_row="skip")
