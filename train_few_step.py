@@ -123,7 +123,7 @@ def main(config: FewStepConfig) -> int:
                             velocity = guided_velocity(few_step, probe, *where, conditioning, nothing, batch["dropped"])
                             target = mean_flow_target(schedule, probe, *where, gaps, conditioning)
                         elif few_step.method == "shortcut":
-                            target = shortcut_target(few_step, schedule, probe, *where, gaps, conditioning)
+                            target = shortcut_target(few_step, schedule, probe, *where, gaps, conditioning, nothing)
                         else:
                             target = consistency_target(few_step, schedule, probe, *where, conditioning, state.step)
 

@@ -27,7 +27,7 @@ CONSISTENCY |= {"loss.learned_uncertainty": True, "few_step.warmup_steps": 4, "t
 CONSISTENCY |= {"timesteps.p_mean": -1.0}
 VARIANTS = {
     "mean_flow": MEAN_FLOW | {"few_step.guidance": 1.5, "few_step.guidance_mix": 0.25, "data.cache_text": True},
-    "shortcut-sdxl": SHORTCUT | {"model.pretrained_model_name_or_path": "builtin:tiny-sdxl"},
+    "shortcut-sdxl": SHORTCUT | {"few_step.guidance": 2.0, "model.pretrained_model_name_or_path": "builtin:tiny-sdxl"},
     "consistency": CONSISTENCY,
     "mean_flow-flux": MEAN_FLOW
     | {
@@ -123,7 +123,11 @@ def test_two_processes_train_the_same(few_step_run, tmp_path, name):
 def test_what_does_not_fit(few_step_run):
     for fields, message in (
         ({"few_step.num_steps": 3}, "few_step.num_steps: must be a power of 2"),
-        (SHORTCUT | {"few_step.guidance": 2.0}, "few_step.guidance: goes with few_step.method mean_flow"),
+        (CONSISTENCY | {"few_step.guidance": 2.0}, "few_step.guidance: goes with few_step.method mean_flow or"),
+        (
+            SHORTCUT | {"few_step.guidance": 2.0, "few_step.guidance_mix": 0.5},
+            "few_step.guidance_mix: goes with few_step.method mean_flow",
+        ),
         ({"evaluation.guidance_scale": 2.0}, "evaluation.guidance_scale: must be 1; few_step.guidance"),
         ({"strategy.dream_training": True}, "strategy.dream_training: is of train_text_to_image.py"),
         ({"model.lora.rank": 4}, "model.lora: needs model.trainable"),

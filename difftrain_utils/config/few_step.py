@@ -20,7 +20,8 @@ class FewStepMethodConfig:
     adaptive_power: float = 1.0
     """p of `mean_flow`: a sample's squared error is divided by itself to the power of p; 0: not."""
     guidance: float = 1.0
-    """ω of `mean_flow`: classifier-free guidance that is trained in, and costs nothing in sampling; 1: none."""
+    """Classifier-free guidance that is trained in, and costs nothing in sampling; 1: none. ω of `mean_flow`; of
+    `shortcut` that of the shortest steps, from which the longer ones learn it; not of `consistency`."""
     guidance_mix: float = 0.0
     """κ of `mean_flow`: how much of that guidance's velocity is the model's own, which makes the whole of it
     ω / (1 - κ)."""
@@ -37,9 +38,10 @@ class FewStepMethodConfig:
         is_power = self.num_steps >= 2 and self.num_steps.bit_count() == 1
         require(is_power, "num_steps", "must be a power of 2, at least 2")
         require(self.warmup_steps >= 0, "warmup_steps", "must be 0 or more")
-        for name in ("guidance", "guidance_mix"):
-            is_default = getattr(self, name) == getattr(FewStepMethodConfig, name)
-            require(self.method == "mean_flow" or is_default, name, "goes with few_step.method mean_flow")
+        rule = "goes with few_step.method mean_flow or shortcut"
+        require(self.method != "consistency" or self.guidance == 1, "guidance", rule)
+        rule = "goes with few_step.method mean_flow"
+        require(self.method == "mean_flow" or self.guidance_mix == 0, "guidance_mix", rule)
         rule = "goes with few_step.guidance above 1"
         require(self.guidance > 1 or self.guidance_mix == 0, "guidance_mix", rule)
 

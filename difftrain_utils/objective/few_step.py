@@ -101,12 +101,15 @@ def guided_velocity(
     if config.guidance == 1:
         return velocity
     gap = {"gap": torch.zeros_like(timesteps)}
-    nothing = {name: value.expand(len(velocity), *value.shape[1:]) for name, value in nothing.items()}
-    without = predict(noisy_latents, timesteps, conditioning | nothing | gap)
+    without = predict(noisy_latents, timesteps, conditioning | _for_samples(nothing, len(velocity)) | gap)
     guided = config.guidance * velocity + (1 - config.guidance - config.guidance_mix) * without
     if config.guidance_mix:
         guided = guided + config.guidance_mix * predict(noisy_latents, timesteps, conditioning | gap)
     return torch.where(append_dims(torch.tensor(dropped, device=velocity.device), velocity), velocity, guided)
+
+
+def _for_samples(nothing: Conditioning, num_samples: int) -> Conditioning:
+    return {name: value.expand(num_samples, *value.shape[1:]) for name, value in nothing.items()}
 
 
 def mean_flow_target(
@@ -140,20 +143,35 @@ def shortcut_target(
     timesteps: torch.Tensor,
     gaps: torch.Tensor,
     conditioning: Conditioning,
+    nothing: Conditioning,
 ) -> torch.Tensor:
     """The velocity where the gap is 0, and else the mean of two steps that are half as long, of the latents' shape
-    (Frans et al. 2024, equation 5 and algorithm 1). Half of the shortest gap is 0, that is flow matching's step. Unlike
-    in the paper's code, the two steps are the model's as it is, not its average's."""
+    (Frans et al. 2024, equation 5 and algorithm 1). Half of the shortest gap is 0, that is flow matching's step, and
+    the only one that `guidance` w changes: to u(x_t, t, 0 | nothing) + w·(u(x_t, t, 0) - u(x_t, t, 0 | nothing)), which
+    longer steps then learn from it (section 3.3 and `bootstrap_cfg` of the paper's code). `nothing` is the conditioning
+    of one sample without a caption. Unlike in that code, the two steps are the model's as it is, not its average's."""
     steps = gaps > 0
     target = velocity.clone()
     if not steps.any():
         return target
     noisy_latents, timesteps, halves = noisy_latents[steps], timesteps[steps], gaps[steps] / 2
-    told = {"gap": torch.where(halves * config.num_steps > 1, halves, 0)}
-    conditioning = {name: value[steps] for name, value in conditioning.items()} | told
-    first = predict(noisy_latents, timesteps, conditioning)
+    shortest = halves * config.num_steps <= 1
+    conditioning = {name: value[steps] for name, value in conditioning.items()}
+    conditioning["gap"] = torch.where(shortest, 0, halves)
+
+    def half_step(noisy_latents, timesteps):
+        output = predict(noisy_latents, timesteps, conditioning)
+        if config.guidance == 1 or not shortest.any():
+            return output
+        told = {name: value[shortest] for name, value in conditioning.items()}
+        told |= _for_samples(nothing, len(told["gap"]))
+        without = predict(noisy_latents[shortest], timesteps[shortest], told)
+        output[shortest] = without + config.guidance * (output[shortest] - without)
+        return output
+
+    first = half_step(noisy_latents, timesteps)
     between = noisy_latents - append_dims(halves, first) * first
-    second = predict(between, timesteps - schedule.num_train_timesteps * halves, conditioning)
+    second = half_step(between, timesteps - schedule.num_train_timesteps * halves)
     target[steps] = (first + second) / 2
     return target
 

@@ -92,7 +92,7 @@ def test_a_shortcuts_target_are_two_steps_of_half_its_length(batch):
     config, predict = FewStepMethodConfig("shortcut", num_steps=4), as_mean_velocity(0.5)
     steps = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5, 1.0], dtype=torch.float64)
     velocity = torch.ones_like(noise)
-    target = shortcut_target(config, LINEAR, predict, noise, velocity, timesteps, steps, {})
+    target = shortcut_target(config, LINEAR, predict, noise, velocity, timesteps, steps, {}, {})
     assert torch.equal(target[:2], velocity[:2])
     # a mean velocity is that of its halves
     told = {"gap": steps[5:]}
@@ -104,7 +104,7 @@ def test_a_shortcuts_target_are_two_steps_of_half_its_length(batch):
 
     seen = []
     told = {"places": torch.arange(6.0)}
-    target = shortcut_target(config, LINEAR, no_mean, noise, velocity, timesteps, steps, told)
+    target = shortcut_target(config, LINEAR, no_mean, noise, velocity, timesteps, steps, told, {})
     halves = append_dims(steps / 2, noise)
     first = noise * append_dims(1 + timesteps, noise)
     second = (noise - halves * first) * append_dims(1 + timesteps - 500 * steps, noise)
@@ -112,6 +112,25 @@ def test_a_shortcuts_target_are_two_steps_of_half_its_length(batch):
     # half of the shortest step is told as none, and each is told what is its own
     assert seen[0]["gap"].tolist() == seen[1]["gap"].tolist() == [0, 0, 0, 0.5]
     assert seen[0]["places"].tolist() == [2, 3, 4, 5]
+
+
+def test_a_shortcuts_guidance_is_that_of_its_shortest_steps(batch):
+    """Of a velocity c·x with a caption, and of one without, where a step multiplies x by 1 - c·its length."""
+    _, noise, timesteps, _ = batch
+    config = FewStepMethodConfig("shortcut", num_steps=4, guidance=1.5)
+    steps = torch.tensor([0.0, 0.5, 0.5, 0.5, 1.0, 1.0], dtype=torch.float64)
+    rates = torch.tensor([2.0, 2, 3, 5, 2, 3], dtype=torch.float64)  # the fourth has no caption
+
+    def predict(noisy_latents, timesteps, conditioning):
+        return noisy_latents * append_dims(conditioning["c"].flatten(), noisy_latents)
+
+    velocity, told, nothing = torch.ones_like(noise), {"c": rates[:, None]}, {"c": rates.new_full((1, 1), 5.0)}
+    target = shortcut_target(config, LINEAR, predict, noise, velocity, timesteps, steps, told, nothing)
+    guided = torch.tensor([5 + 1.5 * (2 - 5), 5 + 1.5 * (3 - 5), 5, 2, 3], dtype=torch.float64)
+    lengths = steps[1:]
+    expected = (1 - (1 - guided * lengths / 2) ** 2) / lengths
+    torch.testing.assert_close(target[1:], append_dims(expected, noise) * noise[1:])
+    assert torch.equal(target[0], velocity[0])
 
 
 def test_a_consistency_functions_target_has_the_derivative_along_the_path(batch):
@@ -270,7 +289,7 @@ def test_a_step_of_what_was_learned_is_the_flow(method):
             if method == "mean_flow":
                 target = mean_flow_target(LINEAR, net.predict, *where)
             else:
-                target = shortcut_target(config, LINEAR, net.predict, *where)
+                target = shortcut_target(config, LINEAR, net.predict, *where, {})
         loss = (net.predict(where[0], timesteps, {"gap": gaps}) - target).square().mean()
         loss.backward()
         optimizer.step()
