@@ -117,15 +117,16 @@ def main(config: FewStepConfig) -> int:
 
                     plain = accelerator.unwrap_model(denoiser)
                     probe = partial(family.predict, plain)
-                    where = noisy_latents, velocity, timesteps
+                    sample = noisy_latents, velocity, timesteps
                     with probing(plain):
                         if few_step.method == "mean_flow":
-                            velocity = guided_velocity(few_step, probe, *where, conditioning, nothing, batch["dropped"])
-                            target = mean_flow_target(schedule, probe, *where, gaps, conditioning)
+                            guided = guided_velocity(few_step, probe, *sample, conditioning, nothing, batch["dropped"])
+                            sample = noisy_latents, guided, timesteps
+                            target = mean_flow_target(schedule, probe, *sample, gaps, conditioning)
                         elif few_step.method == "shortcut":
-                            target = shortcut_target(few_step, schedule, probe, *where, gaps, conditioning, nothing)
+                            target = shortcut_target(few_step, schedule, probe, *sample, gaps, conditioning, nothing)
                         else:
-                            target = consistency_target(few_step, schedule, probe, *where, conditioning, state.step)
+                            target = consistency_target(few_step, schedule, probe, *sample, conditioning, state.step)
 
                     predict = partial(family.predict, denoiser, conditioning=conditioning | {"gap": gaps})
                     output = predict(noisy_latents, timesteps)

@@ -104,6 +104,9 @@ def test_it_trains_resumes_and_splits_exactly(few_step_run, tmp_path, name):
     if name != "mean_flow-flux":  # of what texts are cut to, a pipeline's folder says nothing
         assert_plain_pipelines_draw_the_same(unbroken, name, tmp_path)
     whole = [entry["loss"] for entry in metrics]
+    if name in QUICK:
+        unguided = losses([*argv, "--few_step.guidance", "1", "--few_step.guidance_mix", "0"], tmp_path, 1)
+        assert not np.isclose(unguided, whole, rtol=1e-3).any()
     for parts in (2,) if name in QUICK else (2, 4):
         assert losses(argv, tmp_path, parts) == pytest.approx(whole, rel=1e-5)
 
@@ -127,6 +130,16 @@ def test_what_does_not_fit(few_step_run):
         (
             SHORTCUT | {"few_step.guidance": 2.0, "few_step.guidance_mix": 0.5},
             "few_step.guidance_mix: goes with few_step.method mean_flow",
+        ),
+        (
+            {"loss.weighting": "cosmap"},
+            "loss.weighting: with few_step.method mean_flow needs few_step.adaptive_power 0",
+        ),
+        ({"loss.type": "l1"}, "loss.type: with few_step.method mean_flow needs few_step.adaptive_power 0"),
+        (SHORTCUT | {"timesteps.min": 0.3}, "timesteps.min: not with few_step.method shortcut"),
+        (
+            SHORTCUT | {"evaluation.num_inference_steps": 3},
+            "evaluation.num_inference_steps: must be a power of 2 up to 4",
         ),
         ({"evaluation.guidance_scale": 2.0}, "evaluation.guidance_scale: must be 1; few_step.guidance"),
         ({"strategy.dream_training": True}, "strategy.dream_training: is of train_text_to_image.py"),

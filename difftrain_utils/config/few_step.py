@@ -94,8 +94,20 @@ class FewStepConfig(TextToImageConfig):
         rule = "not here: the derivative of the model is taken of whole weights; there is DDP for it, train.shard none"
         requires["train"](self.train.shard != "full", "shard", rule)
         is_plain = method != "mean_flow" or self.few_step.adaptive_power == 0
-        rule = "with few_step.method mean_flow needs few_step.adaptive_power 0, which divides by the loss already"
+        rule = "with few_step.method mean_flow needs few_step.adaptive_power 0: other powers divide by the loss"
         requires["loss"](is_plain or not self.loss.learned_uncertainty, "learned_uncertainty", rule)
+        requires["loss"](is_plain or self.loss.weighting == "uniform", "weighting", rule)
+        requires["loss"](is_plain or self.loss.type == "mse", "type", rule)
+        if method == "shortcut":
+            rule = "not with few_step.method shortcut, whose steps go from noise to data"
+            requires["timesteps"](self.timesteps.min == 0, "min", rule)
+            requires["timesteps"](self.timesteps.max == 1, "max", rule)
+            steps, finest = self.evaluation.num_inference_steps, self.few_step.num_steps // 2
+            rule = (
+                f"must be a power of 2 up to {finest}, half of few_step.num_steps: of others the model learns no steps"
+            )
+            is_learned = steps <= finest and steps.bit_count() == 1
+            requires["evaluation"](is_learned, "num_inference_steps", rule)
         rule = "needs model.trainable, with what tells the denoiser of its steps, and model.lora.merge"
         is_told = not self.tells_gap or self.model.lora is None or self.model.trainable is not None
         requires["model"](is_told, "lora", rule)

@@ -308,14 +308,13 @@ def draw_builtin(name: str, resolution: int) -> datasets.Dataset:
     rows, (draw, number) = [], BUILTIN_IMAGES[name]
     for index in range(number):
         *drawn, caption = draw(index, resolution)
-        row: dict[str, Any] = {"text": caption}
+        row: dict[str, Any] = {}
         for column, picture in zip(["image"] if len(drawn) == 1 else ["chosen", "rejected"], drawn, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG", compress_level=1)
             row[column] = {"bytes": buffer.getvalue(), "path": f"{index:06d}.png"}
-        rows.append(row)
-    images = {column: datasets.Image() for column in rows[0] if column != "text"}
-    features = datasets.Features(images | {"text": datasets.Value("string")})
+        rows.append(row | {"text": caption})
+    features = datasets.Features(dict.fromkeys(row, datasets.Image()) | {"text": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
 
 

@@ -42,8 +42,8 @@ def sample_times(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Timesteps and gaps of the samples `keys`, both (len(keys),) float32.
 
-    - `mean_flow`: the later of two times that are drawn from the density, and their difference; of the share
-      `flow_share` one time, and 0 (Geng et al. 2025, arXiv:2505.13447, section 4.3)
+    - `mean_flow`: the later of two times that are drawn from the density, and their difference, or of the share
+      `flow_share` 0 (Geng et al. 2025, arXiv:2505.13447, section 4.3)
     - `shortcut`: a step of 1, 1/2, …, 2 / num_steps, from a multiple of it; of the share `flow_share` a time from the
       density, and 0 (Frans et al. 2024, arXiv:2410.12557, section 3.2)
     - `consistency`: a time from the density, and all of the way from it
@@ -55,12 +55,12 @@ def sample_times(
     learns_flow = to_device(keyed_rand(seed, "learns_flow", keys) < config.flow_share, device)
     if config.method == "mean_flow":
         others = sample_timesteps(density, schedule, seed, keys, batch_size, device=device, purpose="second_timestep")
-        later, gaps = torch.maximum(times, others), (times - others).abs() / num_timesteps
-    else:
-        halvings = int(math.log2(config.num_steps))
-        steps = 0.5 ** (keyed_rand(seed, "step", keys) * halvings).floor()
-        places = (keyed_rand(seed, "step_place", keys) / steps).floor() + 1
-        later, gaps = (to_device(x.float(), device) for x in (places * steps * num_timesteps, steps))
+        gaps = (times - others).abs() / num_timesteps
+        return torch.maximum(times, others), torch.where(learns_flow, 0, gaps)
+    halvings = int(math.log2(config.num_steps))
+    steps = 0.5 ** (keyed_rand(seed, "step", keys) * halvings).floor()
+    places = (keyed_rand(seed, "step_place", keys) / steps).floor() + 1
+    later, gaps = (to_device(x.float(), device) for x in (places * steps * num_timesteps, steps))
     return torch.where(learns_flow, times, later), torch.where(learns_flow, 0, gaps)
 
 
@@ -71,11 +71,13 @@ def probing(denoiser: torch.nn.Module) -> Iterator[None]:
     norms = [module for module in denoiser.modules() if isinstance(module, NORMS)]
     hooks = [norm.register_forward_pre_hook(_as_its_derivative_asks) for norm in norms]
     denoiser.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        yield
-    denoiser.train()
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        denoiser.train()
+        for hook in hooks:
+            hook.remove()
 
 
 def _as_its_derivative_asks(norm: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -210,8 +212,9 @@ def consistency_target(
 
 
 def adaptive_weights(config: FewStepMethodConfig, errors: torch.Tensor, num_elements: int) -> torch.Tensor:
-    """MeanFlow's weights 1 / (‖Δ‖² + c)^p of mean squared errors (batch,) of so many elements, of their shape (Geng et
-    al. 2025, section 4.3); 1 for other methods."""
+    """MeanFlow's weights of mean squared errors (batch,) of so many elements, of their shape: 1 / (‖Δ‖² + c)^p, times
+    the constant with which p = 1 makes of the mean square what it makes of the sum ‖Δ‖² in the paper (Geng et al. 2025,
+    section 4.3); 1 for other methods."""
     if config.method != "mean_flow":
         return torch.ones_like(errors)
-    return (errors.detach() * num_elements + ADAPTIVE_FLOOR) ** -config.adaptive_power
+    return (errors.detach() + ADAPTIVE_FLOOR / num_elements) ** -config.adaptive_power

@@ -116,6 +116,7 @@ class StepFlops:
     def __init__(self, num_processes: int):
         self.num_processes = num_processes
         self.total: int | None = 0  # None: there are steps of which it is not known
+        self.of_step = 0  # which may not end
         self.of_shapes: dict[str, int] = {}  # of one process
         self.counter: OperationCounter | None = None
 
@@ -130,7 +131,13 @@ class StepFlops:
                 yield
             self.of_shapes[shapes], self.counter = self.counter.total, None
         if self.total is not None:
-            self.total += self.of_shapes[shapes] * self.num_processes
+            self.of_step += self.of_shapes[shapes] * self.num_processes
+
+    def end_step(self) -> None:
+        """A step is done."""
+        if self.total is not None:
+            self.total += self.of_step
+        self.of_step = 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

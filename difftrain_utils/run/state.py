@@ -219,6 +219,7 @@ class TrainState:
     def end_step(self) -> None:
         """The update is made, or left out."""
         self.totals.end_step(self._is_finite)
+        self.flops.end_step()
         self.step += 1
 
     @contextmanager

@@ -175,7 +175,7 @@ def test_rows_of_parquet_files_are_reported_by_their_number(tmp_path, capsys):
 def test_a_data_set_that_is_not_there(capsys):
     lines, code = check("builtin:circles", capsys)
     message = "error: data.dataset: no such builtin: 'builtin:circles'; there is builtin:shapes, builtin:placed-shapes"
-    assert lines[0] == f"{message}, builtin:shape-pairs" and code == 2
+    assert lines[0] == f"{message}, builtin:shape-pairs, builtin:scenes" and code == 2
 
 
 def test_a_model_without_a_tokenizer_cuts_no_caption(folder, capsys, monkeypatch):
