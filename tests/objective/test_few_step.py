@@ -283,7 +283,7 @@ def test_a_step_of_what_was_learned_is_the_flow(method):
     """One pass from noise to data N(0, 0.5²) multiplies by 0.5, or with shortcuts by what their shortest steps do."""
     rate = lambda t: (t - (1 - t) / 4) / (t**2 + (1 - t) ** 2 / 4)  # noqa: E731  # of the velocity E[ε - x_0 | x_t]
     torch.manual_seed(0)
-    spread, config, net = 0.5, FewStepMethodConfig(method, flow_share=0.25, num_steps=8), Net(1)
+    spread, config, net = 0.5, FewStepMethodConfig(method, flow_share=0.5, num_steps=8), Net(1)
     density, optimizer = TimestepsConfig(), torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
     for step in range(400):
@@ -305,6 +305,6 @@ def test_a_step_of_what_was_learned_is_the_flow(method):
     whole = torch.ones(len(noise))
     drawn = noise - net.predict(noise, 1000 * whole, {"gap": whole})
     slope = spread if method == "mean_flow" else math.prod(1 - rate(i / 8) / 8 for i in range(1, 9))
-    assert (drawn - slope * noise).abs().mean() < 0.06
+    assert (drawn - slope * noise).abs().mean() < {"mean_flow": 0.12, "shortcut": 0.06}[method]
     velocity = net.predict(noise, 1000 * whole, {"gap": 0 * whole})  # all at once, it is of no use
     assert (noise - velocity - spread * noise).abs().mean() > 0.3
