@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
-from difftrain_utils.builtins.shapes import COLORS, SHAPES, SUPERSAMPLING, draw_figure, is_clean
+from difftrain_utils.builtins.shapes import COLORS, SHAPES, SUPERSAMPLING, draw_figure, is_clean, widen
 from difftrain_utils.builtins.shapes import judge as judge_figure
 from difftrain_utils.keyed_random import generator_for
 
@@ -22,6 +22,7 @@ NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 """Where from the first object the second one lies, (x, y), y downwards."""
 CANVAS = 128  # px, that images are looked at
+REACH = CANVAS // 20  # px around a figure that are of its edge
 _OBJECT = rf"a (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
 _SEVERAL = re.compile(rf"({'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})s")
 _ONE_OR_TWO = re.compile(rf"{_OBJECT}(?: (and|{'|'.join(RELATIONS)}) {_OBJECT})?")
@@ -164,10 +165,9 @@ def is_right(image: Image.Image, caption: str) -> bool:
     """Whether a square image shows what the caption asks for and nothing else: so many figures, each as clear as the
     judge of `builtin:shapes` asks for, of these colours and shapes, and the second one further in the direction asked
     for than to a side of it. Raises ValueError for a caption that is none."""
-    scene, figures = parse(caption), find_figures(image)
-    if len(figures) != len(scene.objects):
-        return False
-    return any(map(partial(_matches, scene), itertools.permutations(figures)))
+    scene = parse(caption)
+    figures = find_figures(image, len(scene.objects))
+    return figures is not None and any(map(partial(_matches, scene), itertools.permutations(figures)))
 
 
 def _matches(scene: Scene, figures: Sequence[Figure]) -> bool:
@@ -180,22 +180,24 @@ def _matches(scene: Scene, figures: Sequence[Figure]) -> bool:
     return along > across
 
 
-def find_figures(image: Image.Image) -> list[Figure]:
-    """The coloured figures of a square image; none where the ground between them is not of one dark grey."""
+def find_figures(image: Image.Image, number: int) -> list[Figure] | None:
+    """The coloured figures of a square image; None where there are not so many, or the ground between them is not of
+    one dark grey. They are counted first: to look at each of many specks takes seconds."""
     image = image.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float64) / 255
     coloured = pixels.max(axis=2) - pixels.min(axis=2) > 0.3
-    if not coloured.any() or not is_clean(ground := pixels[~_widen(coloured)]):
-        return []
+    if not is_clean(ground := pixels[~widen(coloured, REACH)]):
+        return None
     parts, grey = label_parts(coloured), np.median(ground, axis=0)
-    return [_look_at(pixels, parts == number, grey) for number in np.unique(parts[coloured])]
+    numbers = np.unique(parts[coloured])
+    return [_look_at(pixels, parts == part, grey) for part in numbers] if len(numbers) == number else None
 
 
 def _look_at(pixels: np.ndarray, figure: np.ndarray, grey: np.ndarray) -> Figure:
     """A figure by itself, in the middle of a square of ground twice as wide."""
     rows, columns = np.nonzero(figure)
     top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
-    alone = np.where(_widen(figure)[..., None], pixels, grey)
+    alone = np.where(widen(figure, REACH)[..., None], pixels, grey)
     width = 2 * max(bottom - top, right - left)
     y, x = (top + bottom - width) // 2, (left + right - width) // 2
     padded = np.full((width, width, 3), grey)
@@ -203,11 +205,6 @@ def _look_at(pixels: np.ndarray, figure: np.ndarray, grey: np.ndarray) -> Figure
     padded[max(-y, 0) :, max(-x, 0) :][: inside.shape[0], : inside.shape[1]] = inside
     color, shape = judge_figure(Image.fromarray((255 * padded).round().astype(np.uint8)))
     return Figure(color, shape, ((left + right) / 2 / CANVAS, (top + bottom) / 2 / CANVAS))
-
-
-def _widen(mask: np.ndarray) -> np.ndarray:
-    """With what lies within a twentieth of the image's width of it."""
-    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * (CANVAS // 20) + 1))) > 0
 
 
 def label_parts(mask: np.ndarray) -> np.ndarray:

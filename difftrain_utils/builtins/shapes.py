@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image, ImageDraw
 
 from difftrain_utils.keyed_random import generator_for
 
@@ -91,9 +92,16 @@ def _is_clear(pixels: np.ndarray, chroma: np.ndarray, figure: np.ndarray) -> boo
     """Whether the figure ends within a seventh of its size, on a dark ground of one grey."""
     full = np.median(chroma[figure])
     edge = (chroma > 0.2 * full) & (chroma < 0.8 * full)
-    around = Image.fromarray(figure).convert("L").filter(ImageFilter.MaxFilter(2 * (CANVAS // 16) + 1))
+    around = widen(figure, CANVAS // 16)
     # An edge's pixels over its length, about four times the figure's size, are its width.
-    return edge.sum() < 4 * figure.sum() / 7 and is_clean(pixels[np.asarray(around) == 0])
+    return edge.sum() < 4 * figure.sum() / 7 and is_clean(pixels[~around])
+
+
+def widen(mask: np.ndarray, reach: int) -> np.ndarray:
+    """With all places of the square of 2·reach + 1 pixels around each of a mask's."""
+    for axis, pad in enumerate((((reach,) * 2, (0, 0)), ((0, 0), (reach,) * 2))):
+        mask = sliding_window_view(np.pad(mask, pad), 2 * reach + 1, axis).any(-1)
+    return mask
 
 
 def is_clean(ground: np.ndarray) -> bool:

@@ -3,7 +3,7 @@
     difftrain ranks runs/baseline-* runs/huber-* runs/min_snr-*
     difftrain ranks runs/small-* runs/large-* --over model.pretrained_model_name_or_path --metric scenes_right
 
-A RUN is a run's output folder. Runs that differ only in their seed, and in the fields of --over, are one setting, of
+A RUN is a run's output folder. Runs that differ only in their seeds, and in the fields of --over, are one setting, of
 which the mean over the seeds counts. Without --over the columns are the steps at which all runs were evaluated, with it
 the values of its first field, each by the last evaluation. Under each column is Kendall's tau-b with the last one: 1 is
 the same order, 0 no relation, -1 the reverse.
@@ -18,23 +18,27 @@ from typing import Any
 
 from difftrain_utils.commands.compare import (
     IGNORED,
+    SEEDS,
     Run,
     as_text,
     brief,
     group_names,
     load_runs,
     number,
+    seeds_of,
     series,
     text_table,
     validation_losses,
 )
 from difftrain_utils.commands.parser import Parser
+from difftrain_utils.config.training import SOURCES
 from difftrain_utils.errors import InputError
 from difftrain_utils.terminal import printable
 
 LOSS = "validation_loss"
-Cells = dict[str, dict[int, float]]
-"""Of a setting: by column the metric of each seed."""
+Seeds = tuple[int | None, ...]
+Cells = dict[str, dict[Seeds, float]]
+"""Of a setting: by column the metric of each run, by its seeds (`seeds_of`)."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +60,7 @@ def cells_of(runs: list[Run], over: Sequence[str], metric: str) -> dict[str, Cel
     and no two runs of one setting, column and seed."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
-        config = {name: v for name, v in run.config.items() if name not in (*IGNORED, "train.seed", *over)}
+        config = {name: v for name, v in run.config.items() if name not in (*IGNORED, *SEEDS, *over)}
         settings.setdefault(as_text(config), []).append(run)
     if len(settings) < 2:
         raise InputError("difftrain ranks: all runs are one setting, which has no order")
@@ -67,10 +71,10 @@ def cells_of(runs: list[Run], over: Sequence[str], metric: str) -> dict[str, Cel
         for run in own:
             found = measured(run, metric)
             for column, value in [(run.config.get(over[0]), [*found.values()][-1])] if over else found.items():
-                of_seeds, seed = values.setdefault(brief(as_text(column)), {}), run.config.get("train.seed")
-                if seed in of_seeds:
-                    raise InputError(f"{run.folder}: another run of its setting has seed {seed}")
-                of_seeds[seed] = value
+                of_seeds, seeds = values.setdefault(brief(as_text(column)), {}), seeds_of(run)
+                if seeds in of_seeds:
+                    raise InputError(f"{run.folder}: another run of its setting has {_seeds_text(seeds)}")
+                of_seeds[seeds] = value
         cells[groups.get(own[0].name, own[0].name)] = values
     shared = [column for column in next(iter(cells.values())) if all(column in own for own in cells.values())]
     if over and (missing := {column for own in cells.values() for column in own} - {*shared}):
@@ -78,6 +82,13 @@ def cells_of(runs: list[Run], over: Sequence[str], metric: str) -> dict[str, Cel
     if len(shared) < 2:
         raise InputError(f"difftrain ranks: needs two columns or more, got {', '.join(shared) or 'none'}")
     return {name: {column: own[column] for column in shared} for name, own in cells.items()}
+
+
+def _seeds_text(seeds: Seeds) -> str:
+    """`seed 0`, or that of each source where they differ."""
+    if len(set(seeds)) == 1:
+        return f"seed {seeds[0]}"
+    return "the seeds " + ", ".join(f"{seed} of {source}" for source, seed in zip(SOURCES, seeds, strict=True))
 
 
 def measured(run: Run, metric: str) -> dict[int, float]:
@@ -95,13 +106,14 @@ def ranks_table(cells: dict[str, Cells]) -> list[list[str]]:
     rows += [[name, *(number(means[column][i]) for column in columns)] for i, name in enumerate(cells)]
     taus = [kendall_tau(means[column], means[columns[-1]]) for column in columns]
     rows.append(["tau with the last", *(f"{tau:.2f}" for tau in taus)])
-    rows.append(["p, if orders were random", *(_p_text(means[column], means[columns[-1]]) for column in columns)])
+    of_others = (_p_text(means[column], means[columns[-1]]) for column in columns[:-1])
+    rows.append(["p, if orders were random", *of_others, "–"])
     agreements = [agreement([own[column] for own in cells.values()]) for column in columns]
     rows.append(["tau between seeds", *("–" if tau is None else f"{tau:.2f}" for tau in agreements)])
     return rows
 
 
-def agreement(values: Sequence[dict[int, float]]) -> float | None:
+def agreement(values: Sequence[dict[Seeds, float]]) -> float | None:
     """The mean tau between the orders by two single seeds, of those that all settings have; None: fewer than two. An
     order that changes no more than this between columns may be noise."""
     seeds = sorted(set.intersection(*(set(own) for own in values)), key=str)

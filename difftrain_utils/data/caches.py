@@ -81,13 +81,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
-    key = {name: getattr(config.data, name) for name in names} | family.describe_parts(family.image_part)
-    key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
+    key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
-    # what a cache without them is not called by
-    key |= {"masks": True} if data.rows.has_masks else {}
-    key |= {"no_upscale": True} if config.data.no_upscale else {}
+    key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "latents", key)
@@ -200,6 +196,15 @@ def _number_captions(rows, config: DataConfig) -> dict[str, list]:
         of_rows += [numbers.setdefault(caption, len(numbers)) for caption in captions]
         starts.append(len(of_rows))
     return {"captions": list(numbers), "starts": starts, "numbers": of_rows}
+
+
+def describe_crops(data: Data, sha256: str, config: DataConfig, encoder: dict[str, Any]) -> dict[str, Any]:
+    """What decides the content of a cache of `CroppedImages` but for rounding: the pixels, of the data that has this
+    digest, and the `encoder`."""
+    names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
+    key = {name: getattr(config, name) for name in names} | encoder  # in this order, for a cache keeps its name
+    key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
+    return key | ({"no_upscale": True} if config.no_upscale else {})
 
 
 def describe_rounding(accelerator: Accelerator, family, config: Config) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What a frozen image model says of the images that a run trains on: features that a denoiser is aligned with."""
 
 import inspect
+import json
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from difftrain_utils.config.config import Config
-from difftrain_utils.data.caches import CroppedImages, describe_rounding, named_folder
+from difftrain_utils.data.caches import CroppedImages, describe_crops, describe_rounding, named_folder
 from difftrain_utils.data.encoded import EncodedCache, Entry, build_cache
 from difftrain_utils.data.load import Data
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame
@@ -51,6 +51,17 @@ class Teacher:
         self.model.to(device, dtype)
         return self
 
+    def describe(self) -> dict[str, Any]:
+        """What `teacher(pixel_values)` depends on; of the model's config what its weights do not say, such as its
+        heads."""
+        return {
+            "teacher": self.sha256,
+            "teacher_config": json.loads(self.model.config.to_json_string()),
+            "stride": self.stride,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+        }
+
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         grid = [side // self.stride for side in pixel_values.shape[-2:]]
         size = [side * self.model.config.patch_size for side in grid]
@@ -76,13 +87,7 @@ def cache_features(
     """
     if not config.data.center_crop or config.data.streaming:
         raise InputError("data.center_crop: features are kept of one crop of each image, so it is needed")
-    names = ("resolution", "random_flip", "image_interpolation", "no_upscale", "on_bad_row")
-    key: dict[str, Any] = {name: getattr(config.data, name) for name in names}
-    key |= {
-        "data": fingerprints["train"]["sha256"],
-        "buckets": data.buckets and data.buckets.sizes,
-        "pillow": PIL.__version__,
-    }
+    key = describe_crops(data, fingerprints["train"]["sha256"], config.data, teacher.describe())
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "features", key)

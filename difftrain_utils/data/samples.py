@@ -36,8 +36,8 @@ class Samples(torch.utils.data.Dataset):
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
-    - "condition": what the model is told, equal where it is told the same: the caption, or its number in the cache;
-      None where it is dropped
+    - "condition": which caption the model is told, by its text or its number in the cache; None where it is dropped. An
+      empty one is a caption like others, also of families that tell the model of it what they tell of none
     - "flip": 1 if the image is mirrored, else 0
     - of any other cache, by its name: its row's entry, a dict of tensors
     - "weight": the factor of the sample's loss

@@ -63,7 +63,7 @@ def drawn(caption: str, size: int = 32, seed: int = 0) -> Image.Image:
     return draw(caption, size, generator_for(seed, "test", 0))
 
 
-@pytest.mark.parametrize(("size", "count"), [(32, 60), (64, 18)])
+@pytest.mark.parametrize(("size", "count"), [(32, 30), (64, 12)])
 def test_the_judge_passes_what_was_drawn(size, count):
     scenes = [draw_scene(index, size, seed=5) for index in range(count)]
     assert share_right(*zip(*scenes, strict=True)) == {f"scenes_{task}": 1.0 for task in ("right", *TASKS)}
@@ -107,13 +107,20 @@ def add_speck(image: Image.Image) -> Image.Image:
     ids=["recoloured", "with a speck", "blurred", "dark", "empty", "noise"],
 )
 def test_the_judge_fails_what_is_spoiled(spoil):
-    scenes = [draw_scene(index, 32) for index in range(24)]
+    scenes = [draw_scene(index, 32) for index in range(12)]
     asked = [(image, caption) for image, caption in scenes if task_of(caption) not in ("single", "two")]  # any colour
-    assert len(asked) == 16 and not any(is_right(spoil(image), caption) for image, caption in asked)
+    assert len(asked) == 8 and not any(is_right(spoil(image), caption) for image, caption in asked)
+
+
+def test_parts_are_counted_before_they_are_looked_at(monkeypatch):
+    monkeypatch.setattr("difftrain_utils.builtins.scenes._look_at", None)
+    specks = np.full((32, 32, 3), 30, np.uint8)
+    specks[2::4, 2::4] = COLORS["red"]
+    assert not is_right(Image.fromarray(specks), "four red squares")
 
 
 def test_the_judge_bears_a_little_blur():
-    scenes = [draw_scene(index, 32) for index in range(36)]
+    scenes = [draw_scene(index, 32) for index in range(24)]
     right = [is_right(image.filter(ImageFilter.GaussianBlur(0.4)), caption) for image, caption in scenes]
     assert np.mean(right) >= 0.97
 
@@ -201,7 +208,7 @@ def test_the_checkpoint_tells_all_captions_apart():
 
 def test_the_vae_keeps_what_was_drawn():
     vae = AutoencoderKL.from_pretrained(builtin_checkpoint("builtin:tiny-scenes"), subfolder="vae").eval()
-    images, captions = zip(*(draw_scene(index, 32, seed=3) for index in range(36)), strict=True)
+    images, captions = zip(*(draw_scene(index, 32, seed=3) for index in range(24)), strict=True)
     with torch.no_grad():
         latents = vae.encode(torch.stack([to_pixel_values(image) for image in images])).latent_dist.mode()
         decoded = vae.decode(latents).sample

@@ -60,7 +60,7 @@ def test_the_table_over_steps():
         ["huber", "4.050", "3.050", "2.050"],
         ["l1", "2.050", "4.050", "3.050"],
         ["tau with the last", "-0.33", "1.00", "1.00"],
-        ["p, if orders were random", "1", "0.33", "0.33"],
+        ["p, if orders were random", "1", "0.33", "–"],
         ["tau between seeds", "1.00", "1.00", "1.00"],
     ]
 
@@ -72,6 +72,19 @@ def test_the_table_over_a_field_is_of_the_last_evaluations():
     assert rows[4] == ["tau with the last", "-1.00", "1.00"] and rows[6] == ["tau between seeds", "1.00", "–"]
     with pytest.raises(InputError, match=r"--over model.width: not all settings have runs with 128"):
         cells_of([*RUNS, wide[0]], ["model.width"], "fid")
+
+
+def test_runs_that_differ_in_the_seed_of_one_source_are_one_setting():
+    runs = [run("mse-2", 0, "mse", 64, [3.2, 2.2, 1.2]), run("huber-2", 0, "huber", 64, [4.2, 3.2, 2.2])]
+    for more in runs:
+        more.config["train.seeds.noise"] = 2
+    cells = cells_of([*RUNS, *runs], [], "validation_loss")
+    assert [*map(len, (own["10"] for own in cells.values()))] == [3, 3, 2]
+    again = run("mse-again", 0, "mse", 64, [1, 1, 1])
+    again.config |= {"train.seeds.noise": 2}
+    message = "mse-again: another run of its setting has the seeds 0 of weights, 0 of data, 2 of noise"
+    with pytest.raises(InputError, match=message):
+        cells_of([*RUNS, *runs, again], [], "validation_loss")
 
 
 def test_seeds_that_do_not_agree():

@@ -70,10 +70,10 @@ def test_what_has_no_patches_is_refused(tmp_path):
 
 
 class TestCacheFeatures:
-    def make(self, fake_family, image_folder, tmp_path, **fields):
+    def make(self, fake_family, image_folder, tmp_path, teacher=None, **fields):
         data = DataConfig(str(image_folder), resolution=32, cache_dir=str(tmp_path / "cache"), **fields)
         config, rows = TextToImageConfig(ModelConfig("fake"), data), map_rows(data)
-        teacher = Teacher(str(saved(make_siglip(), tmp_path)), stride=8)
+        teacher = teacher or Teacher(str(saved(make_siglip(), tmp_path)), stride=8)
         fingerprints = {"train": {"sha256": "of the test"}}
         cache = cache_features(Accelerator(cpu=True), fake_family, teacher, data_of(rows), fingerprints, config)
         return teacher, cache, Samples(data_of(rows), data, 0, 20, {"teacher": cache})
@@ -87,6 +87,22 @@ class TestCacheFeatures:
         torch.testing.assert_close(features, teacher(batch["pixel_values"]), rtol=1e-4, atol=1e-5)
         other = batch["teacher"]["features"][range(20), [1 - flip for flip in batch["flips"]]]
         assert not torch.allclose(other, features, atol=0.01)
+
+    def test_each_teacher_has_its_own(self, fake_family, image_folder, tmp_path):
+        def cached(folder: Path, stride: int = 8) -> str:
+            teacher = Teacher(str(folder), stride)
+            _, cache, _ = self.make(fake_family, image_folder, tmp_path, teacher, center_crop=True)
+            return cache.folder.name
+
+        first = saved(model := make_siglip(), tmp_path / "first")
+        names = [cached(first), cached(first, stride=4), cached(saved(make_siglip(), tmp_path / "of other weights"))]
+        model.config.num_attention_heads = 4
+        names.append(cached(saved(model, tmp_path / "of other heads")))
+        file = first / "preprocessor_config.json"
+        for name in ("image_mean", "image_std"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {name: [0.1, 0.2, 0.3]}))
+            names.append(cached(first))
+        assert len(set(names)) == len(names) and cached(first) == names[-1]
 
     def test_random_crops_are_refused(self, fake_family, image_folder, tmp_path):
         with pytest.raises(InputError, match=r"^data.center_crop: features are kept of one crop"):
