@@ -125,7 +125,12 @@ def test_two_processes_train_the_same(few_step_run, tmp_path, name):
 
 def test_what_does_not_fit(few_step_run):
     for fields, message in (
-        ({"few_step.num_steps": 3}, "few_step.num_steps: must be a power of 2"),
+        (SHORTCUT | {"few_step.num_steps": 3}, "few_step.num_steps: must be a power of 2"),
+        (CONSISTENCY | {"few_step.flow_share": 0.5}, "few_step.flow_share: goes with few_step.method mean_flow or sh"),
+        (MEAN_FLOW | {"train.plain_attention": True}, "train.plain_attention: not with few_step.method mean_flow"),
+        ({"evaluation.guidance_rescale": 0.7}, "evaluation.guidance_rescale: not here: there is no guidance"),
+        ({"evaluation.guidance_interval": [0.2, 0.8]}, "evaluation.guidance_interval: not here"),
+        ({"scheduler.sampler": "DDIMScheduler"}, "scheduler.sampler: DDIMScheduler does not sample the path linear"),
         (CONSISTENCY | {"few_step.guidance": 2.0}, "few_step.guidance: goes with few_step.method mean_flow or"),
         (
             SHORTCUT | {"few_step.guidance": 2.0, "few_step.guidance_mix": 0.5},

@@ -7,6 +7,15 @@ from difftrain_utils.config.config import Require
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 
+METHODS_OF_FIELDS = {
+    "flow_share": ("mean_flow", "shortcut"),
+    "adaptive_power": ("mean_flow",),
+    "guidance": ("mean_flow", "shortcut"),
+    "guidance_mix": ("mean_flow",),
+    "num_steps": ("shortcut",),
+    "warmup_steps": ("consistency",),
+}
+
 
 @dataclass
 class FewStepMethodConfig:
@@ -36,12 +45,12 @@ class FewStepMethodConfig:
         require(self.guidance >= 1, "guidance", "must be at least 1")
         require(0 <= self.guidance_mix < 1, "guidance_mix", "must be at least 0 and below 1")
         is_power = self.num_steps >= 2 and self.num_steps.bit_count() == 1
-        require(is_power, "num_steps", "must be a power of 2, at least 2")
+        require(is_power and self.num_steps <= 2**20, "num_steps", "must be a power of 2, from 2 to 2^20")
         require(self.warmup_steps >= 0, "warmup_steps", "must be 0 or more")
-        rule = "goes with few_step.method mean_flow or shortcut"
-        require(self.method != "consistency" or self.guidance == 1, "guidance", rule)
-        rule = "goes with few_step.method mean_flow"
-        require(self.method == "mean_flow" or self.guidance_mix == 0, "guidance_mix", rule)
+        for name, methods in METHODS_OF_FIELDS.items():
+            is_default = getattr(self, name) == getattr(FewStepMethodConfig, name)
+            rule = f"goes with few_step.method {' or '.join(methods)}"
+            require(self.method in methods or is_default, name, rule)
         rule = "goes with few_step.guidance above 1"
         require(self.guidance > 1 or self.guidance_mix == 0, "guidance_mix", rule)
 
@@ -56,8 +65,12 @@ class FewStepEvaluationConfig(EvaluationConfig):
     """Must be 1: what guidance there is, is trained in (`few_step.guidance`)."""
 
     def check(self, require: Require) -> None:
-        super().check(require)
         require(self.guidance_scale == 1, "guidance_scale", "must be 1; few_step.guidance trains guidance in")
+        rule = "not here: there is no guidance at sampling; few_step.guidance trains it in"
+        require(self.guidance_rescale == 0, "guidance_rescale", rule)
+        require(self.guidance_interval is None, "guidance_interval", rule)
+        require(self.autoguidance is None, "autoguidance", rule)
+        super().check(require)
 
 
 def pipeline_guidance(method: str, pipeline_class: str | None, num_inference_steps: int) -> float:
@@ -93,6 +106,8 @@ class FewStepConfig(TextToImageConfig):
         requires["noise"](not self.noise.input_perturbation, "input_perturbation", rule)
         rule = "not here: the derivative of the model is taken of whole weights; there is DDP for it, train.shard none"
         requires["train"](self.train.shard != "full", "shard", rule)
+        rule = f"not with few_step.method {method}: torch has no forward derivative of it while FLOPs are counted"
+        requires["train"](method == "shortcut" or not self.train.plain_attention, "plain_attention", rule)
         is_plain = method != "mean_flow" or self.few_step.adaptive_power == 0
         rule = "with few_step.method mean_flow needs few_step.adaptive_power 0: other powers divide by the loss"
         requires["loss"](is_plain or not self.loss.learned_uncertainty, "learned_uncertainty", rule)

@@ -173,8 +173,11 @@ def _linear(
             fitting |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
             fitting |= {"base_image_seq_len": int(least), "max_image_seq_len": int(most)}
             fitting |= {"base_shift": math.log(base_shift), "max_shift": math.log(max_shift)}
-    else:
+    elif "use_flow_sigmas" in inspect.signature(sampler_class).parameters:
         fitting = {"prediction_type": prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
+    else:
+        name = sampler_class.__name__
+        raise InputError(f"scheduler.sampler: {name} does not sample the path linear; try DPMSolverMultistepScheduler")
     return schedule, fitting | {"num_train_timesteps": num_timesteps}
 
 
