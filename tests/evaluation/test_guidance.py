@@ -19,9 +19,9 @@ from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, 
 from difftrain_utils.families.load import load_family
 
 LENGTHS = {"tiny-zimage": 40, "tiny-flux2-klein": 72, "tiny-qwen-image": 32, "tiny-lumina2": 80}
-LENGTHS |= dict.fromkeys(("tiny-sd3", "tiny-flux", "tiny-pixart-sigma", "tiny-sana", "tiny-chroma"), 24)
+LENGTHS |= dict.fromkeys(("tiny-sd3", "tiny-pixart-sigma", "tiny-sana", "tiny-chroma"), 24)
 QUICK = ["tiny-stable-diffusion", "tiny-zimage", "tiny-lumina2", "tiny-dit"]  # each order of their predictions
-OTHERS = ["tiny-sdxl", "tiny-sd3", "tiny-flux2-klein", "tiny-flux", "tiny-qwen-image", "tiny-pixart-sigma"]
+OTHERS = ["tiny-sdxl", "tiny-sd3", "tiny-flux2-klein", "tiny-qwen-image", "tiny-pixart-sigma"]
 OTHERS += ["tiny-sana", "tiny-chroma", "tiny-pixel"]
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -57,6 +57,10 @@ def is_same(a: np.ndarray, b: np.ndarray) -> bool:
 def test_each_pipeline_guides_in_the_interval_and_by_the_weaker_model_alone(short_run, name):
     family = family_of(short_run, name)
     denoiser = family.load_denoiser().eval()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if not parameter.any():  # as PRXPixel's begin, with which all predictions are the same
+                parameter.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
     guided, unguided = draw(family, denoiser), draw(family, denoiser, guidance_scale=1.0)
     assert not is_same(guided, unguided)
     sampler = family.sampler
