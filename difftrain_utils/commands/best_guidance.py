@@ -10,7 +10,7 @@ it was chosen by: the best of several has been lucky, too.
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from difftrain_utils.commands.generate import (
     Sample,
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     source = find_sources(args.run)[0]
     if source.record is None or source.is_of_text:
         raise InputError(f"{args.run}: no run of train_text_to_image.py, which says its prompts and its guidance")
+    if source.tells_gap:
+        raise InputError(f"{args.run}: is told by its guidance how far a step goes, so it has none to choose")
     config = run_config(source)
     prompts = config.evaluation.prompts
     if not prompts:
@@ -48,10 +50,18 @@ def main(argv: list[str] | None = None) -> None:
         args.judge = "scenes" if "builtin:scenes" in config.datasets else "shapes"
     metric = find_metric(args)
     output = None if args.output is None else find_output(args.output, ("",))
-    options = settings_of(parse_generate([args.run, *dict.fromkeys(prompts)]), source)
+    options = {scale: options_of(args.run, prompts, scale, source) for scale in args.scales}
 
     # ── Pipeline, networks and reference ─────────────────────────────────────────────────────────────────────
-    from difftrain_utils.commands.drawing import Settings, check, draw_all, find_device, load, own_precision
+    from difftrain_utils.commands.drawing import (
+        Settings,
+        check,
+        draw_all,
+        find_device,
+        guide,
+        load,
+        own_precision,
+    )
     from difftrain_utils.evaluation.scores import (
         LOWER_IS_BETTER,
         distances,
@@ -63,15 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.files import new_folder
     from difftrain_utils.media.grids import labelled_grid
 
-    device = find_device(args.device, None)
+    device, lowest, highest = find_device(args.device, None), args.scales[0], args.scales[-1]
+    precision, settings = own_precision(source, device), {scale: Settings(**of) for scale, of in options.items()}
     networks, real = load_networks(args.features, args.clip, device), None
     if args.reference:
-        real = embed(networks, *read_folder("--reference", args.reference, options["height"]), args.batch_size)
-    loaded = load(source, None if source.kind == "pipeline" else config, device, own_precision(source, device))
-    check(loaded, prompts, Settings(**options))
+        real = embed(networks, *read_folder("--reference", args.reference, settings[lowest].height), args.batch_size)
+    loaded = load(source, None if source.kind == "pipeline" else config, device, precision)
+    check(loaded, prompts, settings[highest])
+    guide(loaded, settings[highest], device, precision)  # a weaker model that is not there shows now
 
     def draw(samples: Sequence[Sample], scale: float) -> list["Image"]:
-        return [image for _, image in draw_all(loaded, samples, Settings(**options | {"guidance": scale}), config)]
+        as_told = guide(loaded, settings[scale], device, precision)
+        return [image for _, image in draw_all(loaded, samples, as_told, config)]
 
     def scores_of(images: Sequence["Image"], samples: Sequence[Sample]) -> dict[str, "Score"]:
         captions = [sample.prompt for sample in samples]
@@ -89,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         grids[scale] = labelled_grid(images[: len(prompts)], prompts)
     print(table({f"{scale:g}": score for scale, score in found.items()}, "guidance", metric))
     best = best_of(found, metric in LOWER_IS_BETTER)
-    at_end = "" if args.scales[0] < best < args.scales[-1] else ", the last that was tried: others beyond may be better"
+    at_end = "" if lowest < best < highest else ", the last that was tried: others beyond may be better"
     print(f"\nBest by {metric}: guidance {best:g}{at_end}. There, with other noise:")
     print(table(scores_of(draw(to_report, best), to_report)))
     if output is not None:
@@ -128,6 +141,12 @@ def find_metric(args: argparse.Namespace) -> str:
     if args.metric not in (None, *known):
         raise InputError(f"--metric: must be one of {', '.join(known)}, got {args.metric!r}")
     return args.metric or known[0]
+
+
+def options_of(run: str, prompts: Sequence[str], scale: float, source: Source) -> dict[str, Any]:
+    """The settings with which `difftrain generate RUN --guidance SCALE` draws: at 1 without the run's interval and
+    weaker model."""
+    return settings_of(parse_generate([run, *dict.fromkeys(prompts), "--guidance", str(scale)]), source)
 
 
 def samples_of(source: Source, prompts: Sequence[str], num_images: int) -> tuple[list[Sample], list[Sample]]:

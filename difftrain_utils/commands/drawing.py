@@ -61,6 +61,8 @@ class Loaded:
     pipeline: DiffusionPipeline
     models: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     source: Source | None = None
+    weaker: torch.nn.Module | None = None
+    """That of autoguidance, once it is asked for."""
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -265,22 +267,26 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
 
 def guide(loaded: Loaded, settings: Settings, device: torch.device, precision: str) -> Settings:
     """Let the pipeline's denoiser guide in the interval alone, or by a weaker model, if the settings say so, and return
-    those that the pipeline is called with then.
+    those that the pipeline is called with then. What other settings, of the same weaker model, did before is undone.
 
     Raises:
         InputError: the pipeline does not guide, or the weaker model cannot be loaded.
     """
     interval, name, family = settings.guidance_interval, settings.autoguidance, loaded.family
+    pipeline, part = loaded.pipeline, family.denoiser_part
+    if isinstance(guided := getattr(pipeline, part, None), GuidedDenoiser):
+        setattr(pipeline, part, guided.strong)
     if interval is None and name is None:
         return settings
     if settings.guidance is None or settings.guidance <= 1:
         raise InputError(f"--guidance: must be above 1 with an interval or autoguidance, got {settings.guidance}")
     check_guidance(family, settings)
-    weaker = None if name is None else load_weaker(family, name, device, weight_dtype(precision))
-    denoiser, pipeline = getattr(loaded.pipeline, family.denoiser_part), loaded.pipeline
-    guided = GuidedDenoiser(denoiser, family, pipeline.scheduler, interval, weaker, settings.guidance)
-    setattr(pipeline, family.denoiser_part, guided)
-    return settings if weaker is None else dataclasses.replace(settings, guidance=1.0, guidance_rescale=0.0)
+    if name is not None and loaded.weaker is None:
+        loaded.weaker = load_weaker(family, pipeline.scheduler, name, device, weight_dtype(precision))
+    denoiser, scale = getattr(pipeline, part), settings.guidance
+    guided = GuidedDenoiser(denoiser, family, pipeline.scheduler, interval, loaded.weaker, scale)
+    setattr(pipeline, part, guided)
+    return settings if loaded.weaker is None else dataclasses.replace(settings, guidance=1.0, guidance_rescale=0.0)
 
 
 def draw_all(

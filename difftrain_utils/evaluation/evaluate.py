@@ -59,7 +59,7 @@ class Evaluation:
             self.weaker = None
             if (name := config.evaluation.autoguidance) is not None and family.has_weights:
                 dtype = weight_dtype(accelerator.mixed_precision)
-                self.weaker = load_weaker(family, name, accelerator.device, dtype)
+                self.weaker = load_weaker(family, family.sampler, name, accelerator.device, dtype)
 
     def evaluate(self, denoiser: torch.nn.Module, ema: EMA | None, step: int) -> dict[str, Any]:
         """The line of metrics. All processes call it and share the work out; the grid of images is written by one.

@@ -10,13 +10,15 @@ from diffusers.utils import BaseOutput
 
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame
-from difftrain_utils.families.diffusers_family import load_weights, move_part
+from difftrain_utils.families.diffusers_family import load_part, load_weights, move_part
 from difftrain_utils.families.load import read_index
+from difftrain_utils.families.samplers import path_and_prediction
 from difftrain_utils.objective.schedule import Schedule
 from difftrain_utils.optimization.trained import saved_state, trained_parameters
 from difftrain_utils.run import weights
+from difftrain_utils.run.run_folder import CONFIG_FILE
 from difftrain_utils.run.saved_tensors import SavedTensors
-from difftrain_utils.run.source import EMA, find_sources
+from difftrain_utils.run.source import EMA, Source, find_sources
 from difftrain_utils.terminal import announce
 
 
@@ -118,34 +120,61 @@ def check_guidance(family, config: Any) -> None:
             raise InputError(f"evaluation.{field}: the {family.class_name} was distilled with its own, got {value}")
 
 
-def load_weaker(family, name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def load_weaker(family, sampler, name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The denoiser that `evaluation.autoguidance` names, in `dtype` on the device: of a pipeline (folder or name on the
     hub), of a run, a checkpoint, or a file of weights of `train.save_weights_every`; the last two of the family's own
-    architecture.
+    architecture. `sampler` is that of the family's pipeline.
 
     Raises:
-        InputError: it cannot be loaded, or the family's pipeline cannot have it.
+        InputError: it cannot be loaded, the family's pipeline cannot have it, or it predicts something else or on
+            another path, as far as that is known: a file of weights that is not in its run's folder does not say it.
     """
     announce(f"Loading {name}, for autoguidance")
     with blame(f"evaluation.autoguidance: cannot use {name!r}", *LOAD_ERRORS, RunError):
-        weaker = _load_denoiser(family, name)
+        is_file = name.endswith(".safetensors")
+        source = Source("weights", name, _run_of(Path(name))) if is_file else find_sources(name)[0]
+        found, own = _path_and_prediction(family, source), Schedule.of(sampler)
+        if found not in (None, (own.path, own.prediction_type)):
+            its, ours = "{1} on the path {0}".format(*found), f"{own.prediction_type} on the path {own.path}"
+            raise ValueError(f"it predicts {its}, and the model {ours}")
+        weaker = _load_denoiser(family, source)
         family.check_denoiser(weaker)
     return move_part(weaker.eval().requires_grad_(False), device, dtype)
 
 
-def _load_denoiser(family, name: str) -> torch.nn.Module:
-    if name.endswith(".safetensors"):
-        weights.load_weights(Path(name), denoiser := family.load_denoiser(), None)
-        return denoiser
-    source = find_sources(name)[0]
-    if source.kind == "pipeline":
-        place, model_index = read_index(source.path, None)
-        if model_index["_class_name"] != family.class_name:
-            raise ValueError(f"it is a {model_index['_class_name']}, not a {family.class_name}")
-        return load_weights(place, model_index, family.denoiser_part)
+def _run_of(weights_file: Path) -> Path | None:
+    """The folder of the run that has kept a file of weights; None: it is in none."""
+    folder = weights_file.absolute().parent.parent
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def _path_and_prediction(family, source: Source) -> tuple[str, str] | None:
+    """The path of a weaker model, and what it predicts; None: it is not known. Raises ValueError if it is of another
+    family, or adapters."""
     if source.kind == "lora":
         raise ValueError("these are adapters; name a pipeline (model.lora.merge), or the base")
+    if source.kind == "pipeline":
+        name, revision, asked = source.path, None, {}
+    elif source.record is None:
+        return None
+    else:
+        model, path = source.config["model"], source.config["scheduler"].get("path")
+        name, revision = model["pretrained_model_name_or_path"], model.get("revision")
+        asked = {"path": path, "prediction_type": None if family.converts_itself else model.get("prediction_type")}
+    place, model_index = read_index(name, revision)
+    if model_index["_class_name"] != family.class_name:
+        raise ValueError(f"it is a {model_index['_class_name']}, not a {family.class_name}")
+    sampler = load_part(place, model_index, "scheduler", revision=revision)
+    return path_and_prediction(type(sampler), sampler.config, **asked)
+
+
+def _load_denoiser(family, source: Source) -> torch.nn.Module:
+    if source.kind == "pipeline":
+        return load_weights(*read_index(source.path, None), family.denoiser_part)
     denoiser = family.load_denoiser()
+    if source.kind == "weights":
+        weights.load_weights(Path(source.path), denoiser, None)
+        return denoiser
     with SavedTensors(Path(source.path)) as saved:
         saved.load("denoiser", saved_state(denoiser))
         if source.weights == EMA:

@@ -87,6 +87,8 @@ class DiffusersFamily:
     guidance_order: ClassVar[Literal["nothing first", "prompt first", "apart"] | None] = None
     """How the pipeline asks for the two predictions of classifier-free guidance: in one call, in this order, or in two,
     that of the prompt first; None: it does not guide, or this is not known."""
+    converts_itself: ClassVar[bool] = False
+    """Whether the pipeline gives its sampler a velocity, whatever the denoiser predicts, which is always the same."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
     gap_fields: ClassVar[dict[str, Any]] = {}

@@ -29,6 +29,7 @@ class PRXPixel(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = PRXPixelPipeline
     guidance_order: ClassVar[str] = "nothing first"
+    converts_itself: ClassVar[bool] = True
     image_part: ClassVar[str | None] = None
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     lora_targets: ClassVar[tuple[str, ...]] = ("img_qkv_proj", "txt_kv_proj", "to_out.0")

@@ -53,10 +53,8 @@ def build_schedule(
         InputError: there is no such sampler, or none of the path and prediction type, or a field is of another path.
     """
     fields, is_flow_match = config.scheduler, issubclass(sampler_class, FLOW_SCHEDULERS)
-    own_path = path_of(sampler_class, own)
-    own_type = "flow_prediction" if is_flow_match else own.get("prediction_type", "epsilon")
-    prediction_type = config.model.prediction_type or own_type
-    path = fields.path or ("linear" if prediction_type == "flow_prediction" else own_path)
+    own_path, own_type = path_and_prediction(sampler_class, own)
+    path, prediction_type = path_and_prediction(sampler_class, own, fields.path, config.model.prediction_type)
     _check_pair(path, prediction_type, own_path, gives_sigmas, config)
     fits = path == own_path and not (is_flow_match and (prediction_type != own_type or has_init_noise_sigma))
     is_own = fits and fields.sampler in (None, sampler_class.__name__)
@@ -91,6 +89,20 @@ def build_schedule(
             if not torch.as_tensor(trial.timesteps).isfinite().all():  # one step with a `shift_terminal` is 0 / 0
                 raise ValueError("its timesteps are not finite")
     return schedule, sampler
+
+
+def path_and_prediction(
+    sampler_class: type[SchedulerMixin],
+    own: dict[str, Any],
+    path: str | None = None,
+    prediction_type: str | None = None,
+) -> tuple[str, str]:
+    """The path and the prediction type of a run with these fields, of a checkpoint with a sampler of this class and
+    config."""
+    own_path, is_flow_match = path_of(sampler_class, own), issubclass(sampler_class, FLOW_SCHEDULERS)
+    own_type = "flow_prediction" if is_flow_match else own.get("prediction_type", "epsilon")
+    prediction_type = prediction_type or own_type
+    return path or ("linear" if prediction_type == "flow_prediction" else own_path), prediction_type
 
 
 def few_step_sampler(schedule: Schedule, sampler: SchedulerMixin, config: FewStepConfig) -> SchedulerMixin:

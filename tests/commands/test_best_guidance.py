@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -5,8 +6,10 @@ from helpers import options, short_options, train
 from PIL import Image
 
 from difftrain_utils.builtins.shapes import PROMPTS, draw_shape
-from difftrain_utils.commands import best_guidance, drawing
+from difftrain_utils.commands import best_guidance, drawing, generate
+from difftrain_utils.commands.generate import settings_of
 from difftrain_utils.errors import InputError
+from difftrain_utils.media.grids import MARGIN
 from difftrain_utils.run.source import Source
 
 SHAPES = {"data.dataset": "builtin:shapes", "data.resolution": 32, "evaluation.shapes_judge": True}
@@ -31,11 +34,13 @@ def drawn(monkeypatch, tmp_path):
 
     monkeypatch.setattr(best_guidance, "find_sources", lambda run: [source])
     monkeypatch.setattr(Source, "is_of_text", False)
+    monkeypatch.setattr(Source, "tells_gap", False)
     monkeypatch.setattr(best_guidance, "run_config", lambda source: config)
-    monkeypatch.setattr(best_guidance, "settings_of", lambda *_: {"height": 32, "width": 32, "steps": 1})
+    monkeypatch.setattr(best_guidance, "settings_of", lambda args, _: {"height": 32, "guidance": args.guidance})
     for name in ("load", "check"):
         monkeypatch.setattr(drawing, name, lambda *_: None)
     monkeypatch.setattr(drawing, "own_precision", lambda *_: "fp32")
+    monkeypatch.setattr(drawing, "guide", lambda loaded, settings, *_: settings)
     monkeypatch.setattr(drawing, "draw_all", draw_all)
     return found
 
@@ -74,11 +79,44 @@ def test_what_is_refused(drawn, argv, message):
     assert drawn == []
 
 
+def test_a_model_that_is_told_its_steps_by_its_guidance_is_refused(drawn, monkeypatch):
+    monkeypatch.setattr(Source, "tells_gap", True)
+    with pytest.raises(
+        InputError, match=r"^a/run: is told by its guidance how far a step goes, so it has none to choose$"
+    ):
+        best_guidance.main(["a/run"])
+    assert drawn == []
+
+
+def test_the_run_guides_as_it_says_but_at_1(drawn, monkeypatch, tmp_path):
+    """By its own settings, each scale's before it draws with it."""
+    own = {"num_inference_steps": 2, "guidance_interval": [0.1, 0.9], "autoguidance": "weaker"}
+    (tmp_path / "config.resolved.yaml").write_text(json.dumps({"evaluation": own, "data": {"resolution": 32}}))
+    monkeypatch.setattr(best_guidance, "settings_of", settings_of)
+    told = []
+
+    def guide(loaded, settings, *_):
+        told.append((len(drawn), settings.guidance, settings.guidance_interval, settings.autoguidance))
+        return settings
+
+    monkeypatch.setattr(drawing, "guide", guide)
+    best_guidance.main(["a/run", "--scales", "1", "2", "3"])
+    guided = ([0.1, 0.9], "weaker")
+    assert told == [(0, 3, *guided), (0, 1, None, None), (4, 2, *guided), (8, 3, *guided), (12, 3, *guided)]
+
+
 @pytest.mark.slow
 def test_a_run(checkpoint_folder, image_folder, tmp_path, capsys):
+    """One that guides in an interval and by a weaker model: the pictures are those of `difftrain generate`."""
     argv = [*short_options(checkpoint_folder, image_folder, tmp_path / "run"), *options(SHAPES)]
-    run = train([*argv, "--train.max_steps", "2", "--evaluation.num_inference_steps", "2"])
+    guided = {"evaluation.guidance_interval": [0.2, 1.0], "evaluation.autoguidance": checkpoint_folder}
+    argv += options(guided | {"optimizer.init_args.lr": 0.01, "evaluation.num_inference_steps": 2})
+    run = train([*argv, "--train.max_steps", "2"])
     best_guidance.main([str(run), "--scales", "1", "2", "--output", str(tmp_path / "grids")])
     assert "Best by shapes_right: guidance 1" in capsys.readouterr().out  # all wrong
-    pictures = [Image.open(tmp_path / f"grids/guidance-{scale}.png").tobytes() for scale in (1, 2)]
-    assert pictures[0] != pictures[1]
+    first = (MARGIN, MARGIN, MARGIN + 128, MARGIN + 128)  # of a grid, enlarged
+    for scale in (1, 2):
+        generate.main([str(run), PROMPTS[0], "--guidance", str(scale), "--output", str(tmp_path / f"{scale}.png")])
+        picture = Image.open(tmp_path / f"{scale}.png").resize((128, 128), Image.Resampling.NEAREST)
+        assert Image.open(tmp_path / f"grids/guidance-{scale}.png").crop(first).tobytes() == picture.tobytes()
+    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "2.png").read_bytes()

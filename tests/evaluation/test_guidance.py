@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler
 from helpers import assert_one_line, options, parse_config, train
 
@@ -15,7 +16,7 @@ from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.generate import generate
-from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, noise_levels
+from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker, noise_levels
 from difftrain_utils.families.load import load_family
 
 LENGTHS = {"tiny-zimage": 40, "tiny-flux2-klein": 72, "tiny-qwen-image": 32, "tiny-lumina2": 80}
@@ -128,6 +129,20 @@ def test_a_run_draws_with_a_smaller_model_and_with_earlier_weights(short_run, tm
         ).read_bytes()
         grids.add((run / "samples/step-000002.png").read_bytes())
     assert len(grids) >= 4  # a checkpoint's and a file's weights are the same
+
+    flow = load_family(parse_config([*argv, "--model.prediction_type", "flow_prediction"]))
+    says = "it predicts epsilon on the path ddpm, and the model flow_prediction on the path linear"
+    for weaker in (smaller, first, first / "checkpoint-1", first / "weights/step-000001.safetensors"):
+        with pytest.raises(InputError, match=rf"^evaluation.autoguidance: cannot use '{weaker}': {says}$"):
+            load_weaker(flow, flow.sampler, str(weaker), "cpu", torch.float32)
+    other = tmp_path / "of-flow/weights/step-000001.safetensors"  # as a run of another prediction keeps them
+    shutil.copytree(first / "weights", other.parent)
+    content = yaml.safe_load((first / "config.resolved.yaml").read_text())
+    content["model"]["prediction_type"] = "flow_prediction"
+    (tmp_path / "of-flow/config.resolved.yaml").write_text(yaml.safe_dump(content))
+    load_weaker(flow, flow.sampler, str(other), "cpu", torch.float32)
+    with pytest.raises(InputError, match="it predicts flow_prediction on the path linear, and the model epsilon"):
+        load_weaker(family, family.sampler, str(other), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
