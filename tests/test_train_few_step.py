@@ -112,7 +112,7 @@ def test_it_trains_resumes_and_splits_exactly(few_step_run, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean_flow", "consistency"])
+@pytest.mark.parametrize("name", ["mean_flow", "shortcut-sdxl", "consistency"])
 def test_two_processes_train_the_same(few_step_run, tmp_path, name):
     """The passes of the target's own are of the bare denoiser, that of the gradient of the one that DDP wraps."""
     argv = [*few_step_run, *options(VARIANTS[name] | {"train.eval_every": 0, "train.max_steps": 3})]
