@@ -37,7 +37,7 @@ def line_of(plan: Plan, found: Findings) -> dict[str, Any]:
         "plan": plan.digest,
         "commit": git.get("commit"),
         "dirty": git.get("dirty"),
-        "metric": plan.metric or "validation loss",
+        "metric": plan.measure,
         "baseline": plan.baseline,
         "settings": settings,
         "runs": runs,

@@ -124,7 +124,7 @@ def end(plan: Plan, run: PlannedRun, code: int) -> str | None:
             value = score(loaded(run), plan.what_decides)
         except ValueError as error:
             raise RunError(f"{run.folder}: {error}, which is to decide (metric): see its evaluation.* fields") from None
-        say(f"{run.folder}: finished, {plan.metric or 'validation loss'} {number(value_of(value, plan.what_decides))}")
+        say(f"{run.folder}: finished, {plan.measure} {number(value_of(value, plan.what_decides))}")
         return None
     if status == DIVERGED:
         say(f"{run.folder}: diverged, which counts as worst")
@@ -230,6 +230,6 @@ def report(plan: Plan, output: Path | None) -> Findings:
     if output:
         with blame(f"--output {output}", OSError):
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, found.as_html(f"Sweep {plan.output_dir}", plan.metric or "validation loss"))
+            write_file(output, found.as_html(f"Sweep {plan.output_dir}", plan.measure))
         say(f"\n{output} shows it with curves")
     return found

@@ -82,6 +82,11 @@ class Plan:
     def what_decides(self) -> Metric | None:
         return None if self.metric is None else metric_of(self.metric, "metric")
 
+    @property
+    def measure(self) -> str:
+        """What decides, in words."""
+        return self.metric or "geometric mean of the validation losses"
+
     def rates_of(self, strategy: str) -> list[float]:
         """Those that a strategy is tried at, from low to high."""
         return sorted(self.strategies[strategy].get("learning_rates", self.learning_rates))

@@ -289,6 +289,28 @@ def test_what_it_costs_to_come_to_where_the_baseline_ended():
     assert (fast["at equal FLOPs"], fast["at equal seconds"]) == ("8.000", "3.000")
 
 
+def test_the_report_has_one_measure(sweep):
+    """At one noise level, which is most of the mean, huber is worse; at the others it is better by more. So it is as a
+    geometric mean, in the rates, the verdicts and the costs."""
+    few = {"learning_rates": [0.003], "tuning_seeds": [], "seeds": [0, 1, 2]}
+    plan = load_plan(Path(sweep(**few)))
+    for run in plan.runs():
+        lines = [
+            {"step": step, "loss": 1.0, "samples_per_second": 8.0, "validation_loss": (high + low) / 2}
+            | {"validation_loss_bins": [high, low]}
+            for step, spread in ((20, 2.0), (40, 1 + 1e-3 * run.seeds["train.seed"]))
+            for high, low in [
+                (spread * 10.0, spread * 0.1) if run.strategy == "mse" else (spread * 11.0, spread * 0.05)
+            ]
+        ]
+        manifest = {"segments": [], "final.weights.raw": "x"}
+        write_run(run.folder, config=run.seeds | {"loss.type": run.strategy}, manifest=manifest, metrics=lines)
+    found = findings(plan)
+    row, cost = (rows_of(found, column)["huber"] for column in ("p (Holm)", "steps to it"))
+    assert row["verdict"] == "better" and cost["steps to it"] == "1.00"
+    assert row["geometric mean of the validation losses, mean ± sd"] == f"{(11 * 0.05) ** 0.5 * 1.001:.4f} ± 0.00074"
+
+
 def test_strategies_that_are_the_same_are_told_apart_at_most_as_often_as_promised(tmp_path, monkeypatch):
     """Of plans of three strategies that are the baseline, whose five seeds have noise of their own, and some
     in common that pairing takes out, at most 5 % may have a verdict on any of the three, and 5 % of their controls; of
