@@ -19,6 +19,7 @@ from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.training import SOURCES
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import file_digest, text_digest, write_file
+from difftrain_utils.run.run_folder import MANIFEST_FILE
 
 PLAN_FILE = "plan.yaml"  # in the sweep's folder: the plan that its runs are of
 LR, ARGUMENTS = "optimizer.init_args.lr", "optimizer.init_args"
@@ -202,10 +203,13 @@ class Plan:
         """The plan and what its files are, by their SHA-256."""
         content = dataclasses.asdict(self)
         del content["ledger"]
-        configs = [file for own in self.strategies.values() for file in files_of(own.get("config"))]
-        scripts = [self.script_of(name) for name in self.strategies]
-        paths = dict.fromkeys([*files_of(self.config), *configs, *scripts])
-        return content | {"files": {path: file_digest(Path(path)) for path in paths}}
+        return content | {"files": {path: file_digest(Path(path)) for path in self.paths_of(self.strategies)}}
+
+    def paths_of(self, strategies: Iterable[str]) -> list[str]:
+        """The configs and scripts of these strategies."""
+        configs = [file for name in strategies for file in files_of(self.strategies[name].get("config"))]
+        scripts = [self.script_of(name) for name in strategies]
+        return list(dict.fromkeys([*files_of(self.config), *configs, *scripts]))
 
     @property
     def digest(self) -> str:
@@ -213,12 +217,19 @@ class Plan:
 
     def refuse_others(self) -> None:
         """Raise InputError if the sweep's folder has runs of another plan, with which those of this one would mix.
-        Strategies may have been added."""
+        Strategies may have been added, and those that have no runs changed or removed."""
         path = Path(self.output_dir, PLAN_FILE)
-        if path.is_file() and (changes := list(self.changes(read_yaml(path)))):
+        if not path.is_file():
+            return
+        kept = read_yaml(path)
+        with blame(f"{path}: not a plan that a sweep has kept", TypeError, AttributeError, KeyError, IndexError):
+            was = Plan(**{name: value for name, value in kept.items() if name != "files"})
+            begun = dict.fromkeys(run.strategy for run in was.runs() if (run.folder / MANIFEST_FILE).exists())
+            changes = list(self.changes(kept, begun)) if begun else []
+        if changes:
             raise InputError(
                 f"{path}: its runs are of another plan, with which those of this one would mix: {'; '.join(changes)}; "
-                "give another output_dir"
+                "give another output_dir (a strategy that has no runs, or none any more, may be changed or removed)"
             )
 
     def keep(self) -> None:
@@ -228,17 +239,21 @@ class Plan:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True), shared=True)
 
-    def changes(self, kept: dict[str, Any]) -> Iterator[str]:
-        """What of a plan that runs were made of is otherwise in this one. What is new beside it does not matter."""
+    def changes(self, kept: dict[str, Any], begun: Iterable[str]) -> Iterator[str]:
+        """What of a plan by which the strategies `begun` have runs is otherwise in this one. What is new beside it does
+        not matter."""
         for name, now in self.content.items():
             was = kept.get(name)
-            if name in ("strategies", "files"):
-                for part in was or {}:
-                    if part not in now:
-                        yield f"{name}.{part} is gone"
-                    elif was[part] != now[part]:
-                        yield f"{part} is not as it was" if name == "files" else f"{name}.{part} was {was[part]!r:.80}"
-            elif was != now:
+            if name == "strategies":
+                for strategy in begun:
+                    if strategy not in now:
+                        yield f"strategies.{strategy} is gone"
+                    elif was[strategy] != now[strategy]:
+                        yield f"strategies.{strategy} was {was[strategy]!r:.80}"
+            elif name == "files":
+                paths = self.paths_of([strategy for strategy in begun if strategy in self.strategies])
+                yield from (f"{path} is not as it was" for path in paths if was.get(path) != now[path])
+            elif was != now and not (name == "baseline" and was not in begun):
                 yield f"{name} was {was!r:.80} and is {now!r:.80}"
 
 

@@ -236,6 +236,25 @@ def test_runs_of_two_plans_do_not_mix(sweep):
         main([sweep(**few, strategies=more)])
 
 
+def test_a_strategy_that_has_no_runs_may_be_changed_or_removed(sweep):
+    few = {"learning_rates": [0.003], "tuning_seeds": []}
+    Path("bad.yaml").write_text("train: {max_steps: 40}\n")
+    bad = {"config": "bad.yaml", "loss.type": "none"}
+    with pytest.raises(RunError, match=r"^not all is run: sweep/compare/bad/seed-0: exit code 1"):
+        main([sweep(**few, strategies={"bad": bad} | PLAN["strategies"]), "--jobs", "4"])
+    Path("bad.yaml").write_text("train: {max_steps: 40, log_every: 10}\n")
+    with pytest.raises(InputError, match=r"mix: strategies.mse was {}; strategies.huber is gone; give"):
+        main([sweep(**few, strategies={"bad": {}, "mse": {"train.log_every": 5}})])
+    with pytest.raises(InputError, match=r"mix: seeds was \[0, 1, 2\] and is \[3, 4\]; give"):
+        main([sweep(**few, strategies=PLAN["strategies"], seeds=[3, 4])])
+    mended = {"bad": bad | {"loss.type": "huber"}} | PLAN["strategies"]
+    assert main([sweep(**few, strategies=mended, baseline="bad"), "--slurm", "array.sbatch"]) == 0
+    assert main([sweep(**few, strategies=PLAN["strategies"])]) == 0  # without it, and its place as baseline
+    assert set(starts().values()) == {1} and rows_of(findings(load_plan(Path("plan.yaml"))), "p (Holm)").keys() == {
+        *PLAN["strategies"]
+    }
+
+
 def test_a_rate_at_the_edge_and_one_that_diverged(sweep, capsys):
     plan = load_plan(Path(sweep(learning_rates=[0.001, 0.003, 2.0])))
     assert main(["plan.yaml", "--jobs", "4"]) == 0
