@@ -15,6 +15,7 @@ import yaml
 
 from difftrain_utils.commands.compare import Metric, metric_of
 from difftrain_utils.config.command_line import StrictLoader, parse_config
+from difftrain_utils.config.fit import check_metric
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.training import SOURCES
 from difftrain_utils.errors import InputError, blame
@@ -192,10 +193,12 @@ class Plan:
         script = self.script_of(name)
         require(Path(script).is_file(), f"{where}: script", f"no such file in this folder: {script}")
         if Path(script).name in SCRIPTS:  # a fork may have fields of its own, which it checks itself
+            run = self._compared(COMPARE, name, name, self.seeds[0])
             for rate in rates or [None]:
                 with within(where):
-                    config = checked_config(Path(script).name, tuple(self.arguments(name, rate)))
-                require(config.train.eval_every > 0, where, "train.eval_every 0 leaves nothing to compare")
+                    config = checked_config(Path(script).name, tuple(self.options(run, rate)))
+                    config.check_split(num_processes=1)
+                    check_metric(config, self.metric or "validation_loss", require, "metric")
 
     # ── What its runs are of ─────────────────────────────────────────────────────────────────────────────────
     @functools.cached_property

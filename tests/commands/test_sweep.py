@@ -210,6 +210,31 @@ def test_what_a_plan_may_not_have(sweep, fields, reason):
     assert not Path("sweep").exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "strategy", "reason"),
+    [
+        ({}, {"data.validation_split": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
+        ({}, {"train.eval_every": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
+        ({"metric": "fid"}, {}, "metric: needs evaluation.fid_features, and train.eval_every above 0$"),
+        ({"metric": "valid"}, {}, "metric: needs another script: here it is one of validation_loss, .*$"),
+        ({}, {"loss.contrastive": 0.1, "train.group_size": 3}, "train.group_size: must divide a part of the batch"),
+        ({}, {"config": "own.yaml"}, "train.overwrite: cannot go with train.resume_from"),
+    ],
+)
+def test_what_the_config_of_a_strategy_may_not_have(sweep, fields, strategy, reason):
+    Path("own.yaml").write_text("train: {overwrite: true}\n")
+    script, config = str(ROOT / "train_text_to_image.py"), str(ROOT / "configs/quickstart.yaml")
+    plan = sweep(
+        script=script,
+        config=config,
+        strategies={"base": {"evaluation.shapes_judge": False}} | {"a": strategy},
+        **fields,
+    )
+    named = "base" if fields else "a"
+    with pytest.raises(InputError, match=rf"^plan.yaml: strategies.{named}: {reason}"):
+        load_plan(Path(plan))
+
+
 def test_the_plan_of_the_experiments(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan(Path("configs/sweeps/experiments.yaml"))
