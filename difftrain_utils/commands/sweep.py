@@ -205,6 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         report(plan, args.output)
         return 0
+    if Path(plan.ledger).exists():
+        ledger.read_lines(Path(plan.ledger))  # it shall not turn out to be another file when all is run
     plan.keep()
     if args.slurm:
         with blame(f"--slurm {args.slurm}", OSError):

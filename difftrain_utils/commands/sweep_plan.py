@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Plan:
     """The file that a finished comparison is a line of."""
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
         self.learning_rates = numbers(self.learning_rates, "learning_rates")
         for name, strategy in self.strategies.items():
             if "learning_rates" in strategy:
@@ -147,10 +149,12 @@ class Plan:
         """Raise InputError for the first thing in it that is not allowed."""
         for name in ("config", "output_dir", "ledger"):
             require(bool(getattr(self, name)), name, "must not be empty")
+        require("://" not in self.output_dir, "output_dir", f"must be a folder of this machine, got {self.output_dir}")
+        require(not Path(self.ledger).is_dir(), "ledger", f"must be a file, got the folder {self.ledger}")
         require(self.looks >= 1, "looks", f"must be at least 1, got {self.looks}")
         self._check_seeds()
         for name in self.strategies:
-            is_name = str(name).replace("_", "").replace("-", "").isalnum() and name != CONTROL
+            is_name = name.replace("_", "").replace("-", "").isalnum() and name != CONTROL
             require(is_name, f"strategies.{name}", f"must be called by letters, digits, - and _, and not {CONTROL}")
         known = ", ".join(self.strategies)
         require(self.baseline in self.strategies, "baseline", f"must be one of {known}, got {self.baseline!r}")
@@ -182,7 +186,14 @@ class Plan:
                 if part != "fields" and given in OF_STRATEGY:
                     continue
                 hint = f", or {', '.join(OF_STRATEGY)}" if part != "fields" else ""
-                require("." in str(given), part, f"must have dotted names of fields{hint}, got {given!r}")
+                is_dotted = isinstance(given, str) and "." in given
+                require(is_dotted, part, f"must have dotted names of fields{hint}, got {given!r}")
+                if given == ARGUMENTS:
+                    arguments = fields[given]
+                    are_named = isinstance(arguments, dict)
+                    require(are_named, f"{part}.{given}", f"must be {{argument: value}}, got {arguments!r:.60}")
+                    is_ours = "lr" in arguments and self.rates_of(name)
+                    require(not is_ours, f"{part}.{given}.lr", "learning_rates has it")
                 taken = given.startswith(OURS) or given == LR
                 instead = "learning_rates has it" if given == LR else "the sweep sets it"
                 require(not (taken and (given != LR or self.rates_of(name))), f"{part}.{given}", instead)
@@ -281,21 +292,59 @@ def load_plan(path: Path) -> Plan:
     for name in ("strategies", "fields"):
         if not isinstance(content.get(name, {}), dict):
             raise InputError(f"{path}: {name}: must be a mapping, got {content[name]!r:.60}")
+    check_types(content, str(path))
     if not content["strategies"]:
         raise InputError(f"{path}: strategies: must not be empty")
     content["strategies"] = {name: own or {} for name, own in content["strategies"].items()}
     for name, own in content["strategies"].items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: strategies: must be called by texts, got {name!r} (a text is {str(name)!r:.60})")
         if not isinstance(own, dict):
             raise InputError(f"{path}: strategies.{name}: must be {{field: value}}, got {own!r:.60}")
+        check_types({part: own[part] for part in OF_STRATEGY if part in own}, f"{path}: strategies.{name}")
     with within(str(path)), blame("a value is of another type than there should be", TypeError, AttributeError):
         plan = Plan(**content)
         plan.check()
     return plan
 
 
+def check_types(content: dict[str, Any], where: str) -> None:
+    """Raise InputError for a value of another type than its field has; lists of numbers are looked at by themselves."""
+    for name, (are_of, what) in TYPES.items():
+        if name in content and not are_of(content[name]):
+            raise InputError(f"{where}: {name}: must be {what}, got {content[name]!r:.60}")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(is_text, value)))
+
+
+TYPES = {
+    "config": (are_texts, "a file or a list of files"),
+    "output_dir": (is_text, "a folder"),
+    "ledger": (is_text, "a file"),
+    **dict.fromkeys(("script", "baseline", "metric"), (is_text_or_null, "a text or null")),
+    "looks": (lambda value: type(value) is int, "a whole number"),
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    with blame(f"{path}: not YAML", yaml.YAMLError, UnicodeDecodeError), blame(str(path), OSError):
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    with blame(f"{path}: not YAML", yaml.YAMLError):
+        content = yaml.load(text, StrictLoader)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a mapping of names to values")
     return content
@@ -326,7 +375,7 @@ def numbers(values: Any, name: str) -> list[float]:
         found = [float(value) for value in values]
     except (TypeError, ValueError):
         found = [math.nan]
-    if not isinstance(values, list) or not all(map(math.isfinite, found)):
+    if not isinstance(values, list) or bool in map(type, values) or not all(map(math.isfinite, found)):
         raise InputError(f"{name}: must be a list of numbers, got {values!r:.80}")
     return found
 

@@ -202,11 +202,33 @@ def test_a_task_of_slurm_is_a_run(sweep):
         ({"script": str(ROOT / "train_text_to_image.py"), "strategies": {"a": {"loss.tipe": 1}}},
          r"plan.yaml: strategies.a: base.yaml|strategies.a: --loss.tipe: no such field; did you mean --loss.type\?$"),
         ({"learning_rates": ["high"]}, r"learning_rates: must be a list of numbers, got \['high'\]$"),
+        ({"learning_rates": [True]}, r"learning_rates: must be a list of numbers, got \[True\]$"),
+        ({"output_dir": 3}, "plan.yaml: output_dir: must be a folder, got 3$"),
+        ({"output_dir": "s3://runs"}, "plan.yaml: output_dir: must be a folder of this machine, got s3://runs$"),
+        ({"ledger": 3}, "plan.yaml: ledger: must be a file, got 3$"),
+        ({"ledger": "."}, r"plan.yaml: ledger: must be a file, got the folder \.$"),
+        ({"strategies": {1: {}}}, "plan.yaml: strategies: must be called by texts, got 1"),
+        ({"strategies": {"a": {"script": 3}}}, "plan.yaml: strategies.a: script: must be a text or null, got 3$"),
+        ({"looks": "x"}, "plan.yaml: looks: must be a whole number, got 'x'$"),
+        ({"looks": 1.5}, "plan.yaml: looks: must be a whole number, got 1.5$"),
+        ({"config": 3}, "plan.yaml: config: must be a file or a list of files, got 3$"),
+        ({"script": 3}, "plan.yaml: script: must be a text or null, got 3$"),
+        ({"fields": {"optimizer.init_args": "x"}}, "fields.optimizer.init_args: must be {argument: value}, got 'x'$"),
+        ({"fields": {"optimizer.init_args": {"lr": 1}}}, "fields.optimizer.init_args.lr: learning_rates has it$"),
     ],
 )  # fmt: skip
 def test_what_a_plan_may_not_have(sweep, fields, reason):
     with pytest.raises(InputError, match=reason):
         load_plan(Path(sweep(**fields)))
+    assert not Path("sweep").exists()
+
+
+def test_files_that_are_not_there_or_are_others(sweep):
+    with pytest.raises(InputError, match=r"^no.yaml: No such file or directory$"):
+        main(["no.yaml"])
+    Path("notes.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"^notes.jsonl line 1: not a line of a ledger of comparisons$"):
+        main([sweep(ledger="notes.jsonl")])
     assert not Path("sweep").exists()
 
 
