@@ -8,6 +8,7 @@ seeds of their own; then each is run at its best rate, on the seeds that are com
 it stopped. Exit code 0: all is run; 1: some runs failed; 75: stopped.
 """
 
+import argparse
 import contextlib
 import os
 import shlex
@@ -40,6 +41,11 @@ from difftrain_utils.run.run_folder import DIVERGED
 from difftrain_utils.terminal import STOPPED, printable
 
 WAIT = 0.2  # seconds between two looks at the runs
+WITHOUT_EFFECT = {  # what an option leaves nothing to do for
+    "--report": ("--slurm", "--task", "--jobs"),
+    "--slurm": ("--task", "--jobs", "--output"),
+    "--task": ("--jobs", "--output"),
+}
 
 
 def say(text: str) -> None:
@@ -187,14 +193,16 @@ def slurm_script(plan: Plan, path: Path, script: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="difftrain sweep", description=__doc__)
     parser.add_argument("plan", metavar="PLAN", type=Path, help="YAML file: strategies, learning rates, seeds")
-    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time on this machine (1)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at a time on this machine (1)")
     parser.add_argument("--report", action="store_true", help="run nothing: what is known by now")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write it as one HTML file with curves")
     parser.add_argument("--slurm", metavar="FILE", type=Path, help="run nothing: write a script for an array of Slurm")
     parser.add_argument("--task", metavar="I", type=int, help="make the run I alone, of those of --slurm")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise InputError(f"--jobs: must be at least 1, got {args.jobs}")
+    jobs = 1 if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise InputError(f"--jobs: must be at least 1, got {jobs}")
+    refuse_without_effect(args)
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
     plan = load_plan(args.plan)
@@ -214,9 +222,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{args.slurm} makes the {len(runs)} runs; it says how to submit it")
         return 0
     chosen = runs if args.task is None else [runs[args.task]]
-    failures = carry_out(plan, [run for run in chosen if run.stage == TUNE], args.jobs)
+    failures = carry_out(plan, [run for run in chosen if run.stage == TUNE], jobs)
     ready, untried = split_by_rate(plan, [run for run in chosen if run.stage != TUNE])
-    failures += carry_out(plan, ready, args.jobs) + untried
+    failures += carry_out(plan, ready, jobs) + untried
     if failures:
         raise RunError(f"not all is run: {some(failures)}")
     if args.task is None:
@@ -224,6 +232,15 @@ def main(argv: list[str] | None = None) -> int:
         if (number := ledger.append(plan, found)) is not None:
             say(f"\nThis is a line of {plan.ledger}: difftrain reproduce {plan.ledger}:{number}")
     return 0
+
+
+def refuse_without_effect(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that another makes one of no effect."""
+    given = {f"--{name}": value is not None and value is not False for name, value in vars(args).items()}
+    for name, others in WITHOUT_EFFECT.items():
+        for other in others:
+            if given[name] and given[other]:
+                raise InputError(f"{other}: cannot go with {name}")
 
 
 def report(plan: Plan, output: Path | None) -> Findings:

@@ -162,6 +162,8 @@ class Plan:
             metric_of(self.metric, "metric")
         for strategy in self.strategies:
             self._check_strategy(strategy)
+        is_tuned = any(map(self.is_tuned, self.strategies))
+        require(is_tuned or not self.tuning_seeds, "tuning_seeds", "without effect: no strategy has rates to tune")
 
     def _check_seeds(self) -> None:
         groups = {name: getattr(self, name) for name in ("tuning_seeds", "seeds", "control_seeds", "variance_seeds")}
@@ -319,10 +321,6 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def is_text_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
 def are_texts(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(map(is_text, value)))
 
@@ -331,7 +329,9 @@ TYPES = {
     "config": (are_texts, "a file or a list of files"),
     "output_dir": (is_text, "a folder"),
     "ledger": (is_text, "a file"),
-    **dict.fromkeys(("script", "baseline", "metric"), (is_text_or_null, "a text or null")),
+    **dict.fromkeys(
+        ("script", "baseline", "metric"), (lambda value: value is None or is_text(value), "a text or null")
+    ),
     "looks": (lambda value: type(value) is int, "a whole number"),
 }
 

@@ -202,6 +202,7 @@ def test_a_task_of_slurm_is_a_run(sweep):
         ({"script": str(ROOT / "train_text_to_image.py"), "strategies": {"a": {"loss.tipe": 1}}},
          r"plan.yaml: strategies.a: base.yaml|strategies.a: --loss.tipe: no such field; did you mean --loss.type\?$"),
         ({"learning_rates": ["high"]}, r"learning_rates: must be a list of numbers, got \['high'\]$"),
+        ({"learning_rates": [0.01]}, "tuning_seeds: without effect: no strategy has rates to tune$"),
         ({"learning_rates": [True]}, r"learning_rates: must be a list of numbers, got \[True\]$"),
         ({"output_dir": 3}, "plan.yaml: output_dir: must be a folder, got 3$"),
         ({"output_dir": "s3://runs"}, "plan.yaml: output_dir: must be a folder of this machine, got s3://runs$"),
@@ -221,6 +222,20 @@ def test_what_a_plan_may_not_have(sweep, fields, reason):
     with pytest.raises(InputError, match=reason):
         load_plan(Path(sweep(**fields)))
     assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--slurm", "a.sbatch", "--report"], "--slurm: cannot go with --report"),
+        (["--report", "--jobs", "1"], "--jobs: cannot go with --report"),
+        (["--task", "0", "--output", "a.html"], "--output: cannot go with --task"),
+    ],
+)
+def test_options_without_effect(sweep, argv, reason):
+    with pytest.raises(InputError, match=f"^{reason}$"):
+        main([sweep(), *argv])
+    assert not Path("a.sbatch").exists()
 
 
 def test_files_that_are_not_there_or_are_others(sweep):
@@ -249,7 +264,7 @@ def test_what_the_config_of_a_strategy_may_not_have(sweep, fields, strategy, rea
     plan = sweep(
         script=script,
         config=config,
-        strategies={"base": {"evaluation.shapes_judge": False}} | {"a": strategy},
+        strategies={"base": {}, "a": strategy},
         **fields,
     )
     named = "base" if fields else "a"
@@ -388,7 +403,9 @@ def test_strategies_that_are_the_same_are_told_apart_at_most_as_often_as_promise
     Path("fake.py").touch()
     fields = {"strategies": {name: {} for name in "abcd"}, "control_seeds": [5, 6, 7, 8, 9], "seeds": [0, 1, 2, 3, 4]}
     Path("plan.yaml").write_text(
-        yaml.safe_dump(PLAN | fields | {"learning_rates": [], "metric": "validation_loss"}, sort_keys=False)
+        yaml.safe_dump(
+            PLAN | fields | {"learning_rates": [], "tuning_seeds": [], "metric": "validation_loss"}, sort_keys=False
+        )
     )
     plan = load_plan(Path("plan.yaml"))
     runs = {run.folder: run for run in plan.runs()}
