@@ -31,6 +31,9 @@ from difftrain_utils.config.training import SOURCES
 from difftrain_utils.run.run_folder import DIVERGED, read_manifest
 
 FINISHED, UNFINISHED, ABSENT = "finished", "unfinished", "absent"  # or DIVERGED
+FEW = (
+    5  # with fewer runs than this there is no share of the variance: of four and four its interval is 15-fold each way
+)
 AXES = ("steps", "samples", "FLOPs", "seconds")
 Table = tuple[str, list[list[str]], list[str]]  # what it shows, header and rows, and sentences about it
 
@@ -216,16 +219,16 @@ def share(value: float, whole: float) -> str:
 
 
 # ── The seeds ────────────────────────────────────────────────────────────────────────────────────────────────
-def variance_table(plan: Plan) -> list[list[str]]:
-    """The spread of the baseline where one source's seed alone varies, and where all do; a header alone where the plan
-    has no such runs that are finished."""
+def variance_table(plan: Plan) -> tuple[list[list[str]], list[str]]:
+    """The spread of the baseline where one source's seed alone varies, and where all do, and what is to be said of it;
+    a header alone where the plan has no such runs that are finished. Of few runs there is no share."""
     metric, rows = plan.what_decides, [["seeds of", "runs", "sd", "95 % interval of it", "share of the variance"]]
     everything = finished_runs(plan, COMPARE, plan.baseline)
     first = [run for run in everything if run.config.get("train.seed") == plan.seeds[0]]
     sources = {source: [*first, *finished_runs(plan, VARIANCE, source)] for source in SOURCES}
-    if not plan.variance_seeds or len(everything) < 2:
-        return rows
-    total = statistics.stdev(score(run, metric) for run in everything)
+    if not plan.variance_seeds:
+        return rows, []
+    total = statistics.stdev(score(run, metric) for run in everything) if len(everything) >= FEW else 0.0
     for source, runs in ({"all": everything} | sources).items():
         if len(runs) > 1:
             sd = statistics.stdev(score(run, metric) for run in runs)
@@ -235,10 +238,11 @@ def variance_table(plan: Plan) -> list[list[str]]:
                 str(len(runs)),
                 shown[0],
                 f"{shown[1]} to {shown[2]}",
-                f"{100 * sd**2 / total**2:.0f} %" if total else "–",
+                f"{100 * sd**2 / total**2:.0f} %" if total and len(runs) >= FEW else "–",
             ]
             rows.append([source, *cells])
-    return rows
+    is_few = any(int(row[1]) < FEW for row in rows[1:])
+    return rows, [f"Fewer than {FEW} runs, in a row or of all, are too few for a share of the variance."] * is_few
 
 
 # ── All of it ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -298,10 +302,11 @@ def findings(plan: Plan) -> Findings:
         )
         what += f"its whole cost), and the {name} where each had cost as much as the cheapest in all:"
         tables.append((what, cost_table(curves, plan.baseline, best, name), []))
-    if len(rows := variance_table(plan)) > 1:
+    rows, sentences = variance_table(plan)
+    if len(rows) > 1:
         of = f"the logarithm of the {name}" if metric is None else name
         what = f"What makes the spread of {plan.baseline}: {of}, where the seeds of one source alone vary."
-        tables.append((what, rows, []))
+        tables.append((what, rows, sentences))
     if missing:
         tables.append((f"{len(missing)} of {len(plan.runs())} runs are not done:", missing_table(missing), []))
     return Findings(tables, curves, choices, results, missing)
@@ -395,10 +400,12 @@ def rate_of(choice: Choice) -> str:
 
 
 def spread_of(runs: list[Run], metric: Metric | None) -> str:
-    """Mean and standard deviation over the runs."""
+    """Mean and standard deviation over the runs; of one the mean alone."""
     last = [measured(run, metric)[-1:] for run in runs]
     spread = mean_and_sd([found[0][1] if found else None for found in last]) if runs else None
-    return f"{number(spread[0])} ± {number(spread[1], 2)}" if spread else "–"
+    if spread is None:
+        return "–"
+    return number(spread[0]) + ("" if math.isnan(spread[1]) else f" ± {number(spread[1], 2)}")
 
 
 def missing_table(missing: list[PlannedRun]) -> list[list[str]]:

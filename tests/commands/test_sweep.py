@@ -341,8 +341,28 @@ def test_the_spread_by_source_is_that_of_its_runs(sweep, capsys):
         sd, factors = statistics.stdev(values), (3 / stats.chi2.ppf([0.975, 0.025], 3)) ** 0.5
         assert rows[source]["runs"] == "4" and rows[source]["sd"] == f"{sd:.3g}"
         assert rows[source]["95 % interval of it"] == f"{sd * factors[0]:.3g} to {sd * factors[1]:.3g}"
+    assert {row["share of the variance"] for row in rows.values()} == {"–"}  # of three
     assert float(rows["weights"]["sd"]) > 3 * float(rows["data"]["sd"])
     assert "validation_loss by FLOPs" in Path("report.html").read_text()
+
+
+def test_what_one_seed_says_of_the_spread_and_five_of_its_sources(sweep):
+    few = {"learning_rates": [0.01], "tuning_seeds": [], "seeds": [0], "variance_seeds": [20, 21]}
+    for fields in (few, few | {"output_dir": "more", "seeds": [0, 1, 2, 3, 4], "variance_seeds": [20, 21, 22, 23]}):
+        plan = load_plan(Path(sweep(**fields)))
+        for run in plan.runs():
+            spread = 0.3 * run.seeds.get("train.seeds.weights", 0) + 0.1 * (run.seeds["train.seed"] % 7)
+            lines = [{"step": 40, "loss": 1.0, "validation_loss": math.exp(spread), "samples_per_second": 8.0}]
+            manifest = {"segments": [], "final.weights.raw": "x"}
+            write_run(run.folder, config=run.seeds | {"loss.type": run.strategy}, manifest=manifest, metrics=lines)
+        found = findings(plan)
+        shares = {name: row["share of the variance"] for name, row in rows_of(found, "seeds of").items()}
+        spreads = [row[f"{plan.measure}, mean ± sd"] for row in rows_of(found, "verdict").values()]
+        if fields is few:
+            assert spreads == ["1.000"] * 2 and shares == dict.fromkeys(("weights", "data", "noise"), "–")
+            assert "Fewer than 5 runs, in a row or of all, are too few for a share of the variance." in found.as_text()
+        else:
+            assert shares["all"] == "100 %" and shares["data"] == "0 %" and "Fewer than" not in found.as_text()
 
 
 def test_what_it_costs_to_come_to_where_the_baseline_ended():
