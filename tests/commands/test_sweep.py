@@ -298,6 +298,14 @@ def test_runs_of_two_plans_do_not_mix(sweep):
         main([sweep(**few, strategies=more)])
 
 
+def test_a_comparison_is_one_line_of_the_ledger(sweep):
+    few = {"learning_rates": [0.003], "tuning_seeds": [], "seeds": [0]}
+    for folder in ("sweep", "other", "sweep", "other"):
+        assert main([sweep(**few, output_dir=folder), "--jobs", "4"]) == 0
+    lines = [json.loads(line) for line in Path("experiments.jsonl").read_text().splitlines()]
+    assert [line["folder"] for line in lines] == ["sweep", "other"]
+
+
 def test_a_strategy_that_has_no_runs_may_be_changed_or_removed(sweep):
     few = {"learning_rates": [0.003], "tuning_seeds": []}
     Path("bad.yaml").write_text("train: {max_steps: 40}\n")
