@@ -210,9 +210,14 @@ def validation_bins(run: Run) -> tuple[int | None, list[float]]:
     """The last step with losses per bin of noise levels, and these losses, from low to high noise."""
     for name in ("validation_loss_ema_bins", "validation_loss_bins"):
         for entry in reversed(run.metrics):
-            if isinstance(entry.get(name), list) and all(map(is_number, entry[name])):
+            if has_levels(entry, name):
                 return entry["step"], entry[name]
     return None, []
+
+
+def has_levels(entry: dict[str, Any], name: str) -> bool:
+    """Whether a line of metrics has losses by noise level of this name."""
+    return bool(entry.get(name)) and isinstance(entry[name], list) and all(map(is_number, entry[name]))
 
 
 def steps_done(run: Run) -> int:

@@ -37,7 +37,7 @@ def line_of(plan: Plan, found: Findings) -> dict[str, Any]:
         "plan": plan.digest,
         "commit": git.get("commit"),
         "dirty": git.get("dirty"),
-        "metric": plan.metric or "validation loss",
+        "metric": plan.measure,
         "baseline": plan.baseline,
         "settings": settings,
         "runs": runs,
@@ -53,10 +53,10 @@ def digests_of(folder: Path) -> dict[str, Any]:
 
 
 def append(plan: Plan, found: Findings) -> int | None:
-    """Write a finished comparison into the ledger; returns the number of its line. None: the last line says it."""
+    """Write a finished comparison into the ledger; returns the number of its line. None: one of its lines says it."""
     line, path = line_of(plan, found), Path(plan.ledger)
-    lines = read_lines(path) if path.is_file() else []
-    if lines and {**lines[-1], "finished": line["finished"]} == json.loads(json.dumps(line)):
+    lines, own = read_lines(path) if path.is_file() else [], json.loads(json.dumps(line))
+    if any({**earlier, "finished": own["finished"]} == own for earlier in lines):
         return None
     with blame(f"ledger: {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -216,14 +216,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="output folder of a run, or LEDGER.jsonl:LINE")
     parser.add_argument("--steps", metavar="N", type=int, help="compare the first N steps only, then stop")
     parser.add_argument("--output-dir", metavar="NEW", type=Path, help="folder of the re-run (RUN_DIR-reproduced)")
-    parser.add_argument("--rerun", metavar="N", type=int, default=0, help="of a ledger's line: run N of its runs again")
+    parser.add_argument("--rerun", metavar="N", type=int, help="of a ledger's line: run N of its runs again")
     parser.add_argument(
         "--trust", action="store_true", help="run the script also if it is not the one of here and then"
     )
     args = parser.parse_args(argv)
 
     if (place := ledger.place_in(str(args.run))) is not None:
-        return check_comparison(*place, args.rerun, args.trust)
+        for name in ("steps", "output_dir"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}: is of a run, and {args.run} is a line of a ledger")
+        if args.rerun is not None and args.rerun < 1:
+            raise InputError(f"--rerun: must be at least 1, got {args.rerun}")
+        return check_comparison(*place, args.rerun or 0, args.trust)
+    if args.rerun is not None:
+        raise InputError(f"--rerun: is of a line of a ledger, and {args.run} is a run")
     run = load_run(args.run, args.run.name)
     manifest, env = (read_mapping(run.folder / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE))
     output_dir = args.output_dir or Path(f"{args.run if args.run.name else args.run.resolve()}-reproduced")

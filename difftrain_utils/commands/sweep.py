@@ -8,6 +8,7 @@ seeds of their own; then each is run at its best rate, on the seeds that are com
 it stopped. Exit code 0: all is run; 1: some runs failed; 75: stopped.
 """
 
+import argparse
 import contextlib
 import os
 import shlex
@@ -40,6 +41,11 @@ from difftrain_utils.run.run_folder import DIVERGED
 from difftrain_utils.terminal import STOPPED, printable
 
 WAIT = 0.2  # seconds between two looks at the runs
+WITHOUT_EFFECT = {  # what an option leaves nothing to do for
+    "--report": ("--slurm", "--task", "--jobs"),
+    "--slurm": ("--task", "--jobs", "--output"),
+    "--task": ("--jobs", "--output"),
+}
 
 
 def say(text: str) -> None:
@@ -124,7 +130,7 @@ def end(plan: Plan, run: PlannedRun, code: int) -> str | None:
             value = score(loaded(run), plan.what_decides)
         except ValueError as error:
             raise RunError(f"{run.folder}: {error}, which is to decide (metric): see its evaluation.* fields") from None
-        say(f"{run.folder}: finished, {plan.metric or 'validation loss'} {number(value_of(value, plan.what_decides))}")
+        say(f"{run.folder}: finished, {plan.measure} {number(value_of(value, plan.what_decides))}")
         return None
     if status == DIVERGED:
         say(f"{run.folder}: diverged, which counts as worst")
@@ -187,14 +193,16 @@ def slurm_script(plan: Plan, path: Path, script: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="difftrain sweep", description=__doc__)
     parser.add_argument("plan", metavar="PLAN", type=Path, help="YAML file: strategies, learning rates, seeds")
-    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time on this machine (1)")
+    parser.add_argument("--jobs", metavar="N", type=int, help="runs at a time on this machine (1)")
     parser.add_argument("--report", action="store_true", help="run nothing: what is known by now")
     parser.add_argument("--output", metavar="REPORT.html", type=Path, help="also write it as one HTML file with curves")
     parser.add_argument("--slurm", metavar="FILE", type=Path, help="run nothing: write a script for an array of Slurm")
     parser.add_argument("--task", metavar="I", type=int, help="make the run I alone, of those of --slurm")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise InputError(f"--jobs: must be at least 1, got {args.jobs}")
+    jobs = 1 if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise InputError(f"--jobs: must be at least 1, got {jobs}")
+    refuse_without_effect(args)
     if args.output and args.output.suffix != ".html":
         raise InputError(f"--output {args.output}: must end in .html")
     plan = load_plan(args.plan)
@@ -205,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         report(plan, args.output)
         return 0
+    if Path(plan.ledger).exists():
+        ledger.read_lines(Path(plan.ledger))  # it shall not turn out to be another file when all is run
     plan.keep()
     if args.slurm:
         with blame(f"--slurm {args.slurm}", OSError):
@@ -212,9 +222,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{args.slurm} makes the {len(runs)} runs; it says how to submit it")
         return 0
     chosen = runs if args.task is None else [runs[args.task]]
-    failures = carry_out(plan, [run for run in chosen if run.stage == TUNE], args.jobs)
+    failures = carry_out(plan, [run for run in chosen if run.stage == TUNE], jobs)
     ready, untried = split_by_rate(plan, [run for run in chosen if run.stage != TUNE])
-    failures += carry_out(plan, ready, args.jobs) + untried
+    failures += carry_out(plan, ready, jobs) + untried
     if failures:
         raise RunError(f"not all is run: {some(failures)}")
     if args.task is None:
@@ -224,12 +234,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def refuse_without_effect(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that another makes one of no effect."""
+    given = {f"--{name}": value is not None and value is not False for name, value in vars(args).items()}
+    for name, others in WITHOUT_EFFECT.items():
+        for other in others:
+            if given[name] and given[other]:
+                raise InputError(f"{other}: cannot go with {name}")
+
+
 def report(plan: Plan, output: Path | None) -> Findings:
     found = findings(plan)
     say(found.as_text())
     if output:
         with blame(f"--output {output}", OSError):
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(output, found.as_html(f"Sweep {plan.output_dir}", plan.metric or "validation loss"))
+            write_file(output, found.as_html(f"Sweep {plan.output_dir}", plan.measure))
         say(f"\n{output} shows it with curves")
     return found

@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ import yaml
 
 from difftrain_utils.commands.compare import Metric, metric_of
 from difftrain_utils.config.command_line import StrictLoader, parse_config
+from difftrain_utils.config.fit import check_metric
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.training import SOURCES
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.files import file_digest, text_digest, write_file
+from difftrain_utils.run.run_folder import MANIFEST_FILE
 
 PLAN_FILE = "plan.yaml"  # in the sweep's folder: the plan that its runs are of
 LR, ARGUMENTS = "optimizer.init_args.lr", "optimizer.init_args"
@@ -71,6 +74,7 @@ class Plan:
     """The file that a finished comparison is a line of."""
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
         self.learning_rates = numbers(self.learning_rates, "learning_rates")
         for name, strategy in self.strategies.items():
             if "learning_rates" in strategy:
@@ -81,6 +85,11 @@ class Plan:
     @property
     def what_decides(self) -> Metric | None:
         return None if self.metric is None else metric_of(self.metric, "metric")
+
+    @property
+    def measure(self) -> str:
+        """What decides, in words."""
+        return self.metric or "geometric mean of the validation losses"
 
     def rates_of(self, strategy: str) -> list[float]:
         """Those that a strategy is tried at, from low to high."""
@@ -140,10 +149,12 @@ class Plan:
         """Raise InputError for the first thing in it that is not allowed."""
         for name in ("config", "output_dir", "ledger"):
             require(bool(getattr(self, name)), name, "must not be empty")
+        require("://" not in self.output_dir, "output_dir", f"must be a folder of this machine, got {self.output_dir}")
+        require(not Path(self.ledger).is_dir(), "ledger", f"must be a file, got the folder {self.ledger}")
         require(self.looks >= 1, "looks", f"must be at least 1, got {self.looks}")
         self._check_seeds()
         for name in self.strategies:
-            is_name = str(name).replace("_", "").replace("-", "").isalnum() and name != CONTROL
+            is_name = name.replace("_", "").replace("-", "").isalnum() and name != CONTROL
             require(is_name, f"strategies.{name}", f"must be called by letters, digits, - and _, and not {CONTROL}")
         known = ", ".join(self.strategies)
         require(self.baseline in self.strategies, "baseline", f"must be one of {known}, got {self.baseline!r}")
@@ -151,6 +162,8 @@ class Plan:
             metric_of(self.metric, "metric")
         for strategy in self.strategies:
             self._check_strategy(strategy)
+        is_tuned = any(map(self.is_tuned, self.strategies))
+        require(is_tuned or not self.tuning_seeds, "tuning_seeds", "without effect: no strategy has rates to tune")
 
     def _check_seeds(self) -> None:
         groups = {name: getattr(self, name) for name in ("tuning_seeds", "seeds", "control_seeds", "variance_seeds")}
@@ -175,7 +188,14 @@ class Plan:
                 if part != "fields" and given in OF_STRATEGY:
                     continue
                 hint = f", or {', '.join(OF_STRATEGY)}" if part != "fields" else ""
-                require("." in str(given), part, f"must have dotted names of fields{hint}, got {given!r}")
+                is_dotted = isinstance(given, str) and "." in given
+                require(is_dotted, part, f"must have dotted names of fields{hint}, got {given!r}")
+                if given == ARGUMENTS:
+                    arguments = fields[given]
+                    are_named = isinstance(arguments, dict)
+                    require(are_named, f"{part}.{given}", f"must be {{argument: value}}, got {arguments!r:.60}")
+                    is_ours = "lr" in arguments and self.rates_of(name)
+                    require(not is_ours, f"{part}.{given}.lr", "learning_rates has it")
                 taken = given.startswith(OURS) or given == LR
                 instead = "learning_rates has it" if given == LR else "the sweep sets it"
                 require(not (taken and (given != LR or self.rates_of(name))), f"{part}.{given}", instead)
@@ -186,10 +206,12 @@ class Plan:
         script = self.script_of(name)
         require(Path(script).is_file(), f"{where}: script", f"no such file in this folder: {script}")
         if Path(script).name in SCRIPTS:  # a fork may have fields of its own, which it checks itself
+            run = self._compared(COMPARE, name, name, self.seeds[0])
             for rate in rates or [None]:
                 with within(where):
-                    config = checked_config(Path(script).name, tuple(self.arguments(name, rate)))
-                require(config.train.eval_every > 0, where, "train.eval_every 0 leaves nothing to compare")
+                    config = checked_config(Path(script).name, tuple(self.options(run, rate)))
+                    config.check_split(num_processes=1)
+                    check_metric(config, self.metric or "validation_loss", require, "metric")
 
     # ── What its runs are of ─────────────────────────────────────────────────────────────────────────────────
     @functools.cached_property
@@ -197,10 +219,13 @@ class Plan:
         """The plan and what its files are, by their SHA-256."""
         content = dataclasses.asdict(self)
         del content["ledger"]
-        configs = [file for own in self.strategies.values() for file in files_of(own.get("config"))]
-        scripts = [self.script_of(name) for name in self.strategies]
-        paths = dict.fromkeys([*files_of(self.config), *configs, *scripts])
-        return content | {"files": {path: file_digest(Path(path)) for path in paths}}
+        return content | {"files": {path: file_digest(Path(path)) for path in self.paths_of(self.strategies)}}
+
+    def paths_of(self, strategies: Iterable[str]) -> list[str]:
+        """The configs and scripts of these strategies."""
+        configs = [file for name in strategies for file in files_of(self.strategies[name].get("config"))]
+        scripts = [self.script_of(name) for name in strategies]
+        return list(dict.fromkeys([*files_of(self.config), *configs, *scripts]))
 
     @property
     def digest(self) -> str:
@@ -208,12 +233,19 @@ class Plan:
 
     def refuse_others(self) -> None:
         """Raise InputError if the sweep's folder has runs of another plan, with which those of this one would mix.
-        Strategies may have been added."""
+        Strategies may have been added, and those that have no runs changed or removed."""
         path = Path(self.output_dir, PLAN_FILE)
-        if path.is_file() and (changes := list(self.changes(read_yaml(path)))):
+        if not path.is_file():
+            return
+        kept = read_yaml(path)
+        with blame(f"{path}: not a plan that a sweep has kept", TypeError, AttributeError, KeyError, IndexError):
+            was = Plan(**{name: value for name, value in kept.items() if name != "files"})
+            begun = dict.fromkeys(run.strategy for run in was.runs() if (run.folder / MANIFEST_FILE).exists())
+            changes = list(self.changes(kept, begun)) if begun else []
+        if changes:
             raise InputError(
                 f"{path}: its runs are of another plan, with which those of this one would mix: {'; '.join(changes)}; "
-                "give another output_dir"
+                "give another output_dir (a strategy that has no runs, or none any more, may be changed or removed)"
             )
 
     def keep(self) -> None:
@@ -223,17 +255,21 @@ class Plan:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True), shared=True)
 
-    def changes(self, kept: dict[str, Any]) -> Iterator[str]:
-        """What of a plan that runs were made of is otherwise in this one. What is new beside it does not matter."""
+    def changes(self, kept: dict[str, Any], begun: Iterable[str]) -> Iterator[str]:
+        """What of a plan by which the strategies `begun` have runs is otherwise in this one. What is new beside it does
+        not matter."""
         for name, now in self.content.items():
             was = kept.get(name)
-            if name in ("strategies", "files"):
-                for part in was or {}:
-                    if part not in now:
-                        yield f"{name}.{part} is gone"
-                    elif was[part] != now[part]:
-                        yield f"{part} is not as it was" if name == "files" else f"{name}.{part} was {was[part]!r:.80}"
-            elif was != now:
+            if name == "strategies":
+                for strategy in begun:
+                    if strategy not in now:
+                        yield f"strategies.{strategy} is gone"
+                    elif was[strategy] != now[strategy]:
+                        yield f"strategies.{strategy} was {was[strategy]!r:.80}"
+            elif name == "files":
+                paths = self.paths_of([strategy for strategy in begun if strategy in self.strategies])
+                yield from (f"{path} is not as it was" for path in paths if was.get(path) != now[path])
+            elif was != now and not (name == "baseline" and was not in begun):
                 yield f"{name} was {was!r:.80} and is {now!r:.80}"
 
 
@@ -258,21 +294,57 @@ def load_plan(path: Path) -> Plan:
     for name in ("strategies", "fields"):
         if not isinstance(content.get(name, {}), dict):
             raise InputError(f"{path}: {name}: must be a mapping, got {content[name]!r:.60}")
+    check_types(content, str(path))
     if not content["strategies"]:
         raise InputError(f"{path}: strategies: must not be empty")
     content["strategies"] = {name: own or {} for name, own in content["strategies"].items()}
     for name, own in content["strategies"].items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: strategies: must be called by texts, got {name!r} (a text is {str(name)!r:.60})")
         if not isinstance(own, dict):
             raise InputError(f"{path}: strategies.{name}: must be {{field: value}}, got {own!r:.60}")
+        check_types({part: own[part] for part in OF_STRATEGY if part in own}, f"{path}: strategies.{name}")
     with within(str(path)), blame("a value is of another type than there should be", TypeError, AttributeError):
         plan = Plan(**content)
         plan.check()
     return plan
 
 
+def check_types(content: dict[str, Any], where: str) -> None:
+    """Raise InputError for a value of another type than its field has; lists of numbers are looked at by themselves."""
+    for name, (are_of, what) in TYPES.items():
+        if name in content and not are_of(content[name]):
+            raise InputError(f"{where}: {name}: must be {what}, got {content[name]!r:.60}")
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(is_text, value)))
+
+
+TYPES = {
+    "config": (are_texts, "a file or a list of files"),
+    "output_dir": (is_text, "a folder"),
+    "ledger": (is_text, "a file"),
+    **dict.fromkeys(
+        ("script", "baseline", "metric"), (lambda value: value is None or is_text(value), "a text or null")
+    ),
+    "looks": (lambda value: type(value) is int, "a whole number"),
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    with blame(f"{path}: not YAML", yaml.YAMLError, UnicodeDecodeError), blame(str(path), OSError):
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    with blame(f"{path}: not YAML", yaml.YAMLError):
+        content = yaml.load(text, StrictLoader)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a mapping of names to values")
     return content
@@ -303,7 +375,7 @@ def numbers(values: Any, name: str) -> list[float]:
         found = [float(value) for value in values]
     except (TypeError, ValueError):
         found = [math.nan]
-    if not isinstance(values, list) or not all(map(math.isfinite, found)):
+    if not isinstance(values, list) or bool in map(type, values) or not all(map(math.isfinite, found)):
         raise InputError(f"{name}: must be a list of numbers, got {values!r:.80}")
     return found
 

@@ -15,9 +15,9 @@ from difftrain_utils.commands.compare import (
     Compared,
     Metric,
     Run,
+    has_levels,
     held_against,
     load_run,
-    losses_by_level,
     mean_and_sd,
     number,
     percent,
@@ -31,6 +31,9 @@ from difftrain_utils.config.training import SOURCES
 from difftrain_utils.run.run_folder import DIVERGED, read_manifest
 
 FINISHED, UNFINISHED, ABSENT = "finished", "unfinished", "absent"  # or DIVERGED
+FEW = (
+    5  # with fewer runs than this there is no share of the variance: of four and four its interval is 15-fold each way
+)
 AXES = ("steps", "samples", "FLOPs", "seconds")
 Table = tuple[str, list[list[str]], list[str]]  # what it shows, header and rows, and sentences about it
 
@@ -81,24 +84,37 @@ def finished_runs(plan: Plan, stage: str, called: str) -> list[Run]:
     return [loaded(run) for run in of_stage if status_of(run.folder) == FINISHED]
 
 
+def measured(run: Run, metric: Metric | None) -> list[tuple[int, float]]:
+    """(step, value) of what decides: of the metric, or of the geometric mean of the validation losses over the noise
+    levels, as the verdicts take it; of the EMA weights if they were validated. Of a run without noise levels it is the
+    one validation loss; nan where a loss is not above 0."""
+    if metric is not None:
+        return series(run, metric.name)
+    for name in ("validation_loss_ema_bins", "validation_loss_bins"):
+        if found := [(entry["step"], geometric_mean(entry[name])) for entry in run.metrics if has_levels(entry, name)]:
+            return found
+    return [(step, geometric_mean([loss])) for step, loss in validation_losses(run)]
+
+
+def geometric_mean(losses: list[float]) -> float:
+    is_positive = all(math.isfinite(loss) and loss > 0 for loss in losses)
+    return math.exp(statistics.fmean(map(math.log, losses))) if is_positive else math.nan
+
+
 def score(run: Run, metric: Metric | None) -> float:
-    """The lower, the better: the metric's last value, or that times -1, or the logarithm of the geometric mean of the
-    validation losses over the noise levels. Infinite where it is not a number.
+    """The lower, the better: the metric's last value, or that times -1, or the logarithm of the geometric mean.
+    Infinite where it is not a number.
 
     Raises:
         ValueError: the run has no such metric.
     """
-    if metric is None:
-        losses = losses_by_level(run)
-        if not losses:
-            raise ValueError("no validation loss")
-        is_positive = all(math.isfinite(loss) and loss > 0 for loss in losses)
-        return statistics.fmean(map(math.log, losses)) if is_positive else math.inf
-    last = series(run, metric.name)[-1:]
+    last = measured(run, metric)[-1:]
     if not last:
-        raise ValueError(f"no {metric.name}")
-    value = last[0][1] if metric.best == "lowest" else -last[0][1]
-    return value if math.isfinite(value) else math.inf
+        raise ValueError(f"no {metric.name if metric else 'validation loss'}")
+    value = last[0][1]
+    if not math.isfinite(value):
+        return math.inf
+    return math.log(value) if metric is None else value if metric.best == "lowest" else -value
 
 
 def value_of(found: float, metric: Metric | None) -> float:
@@ -165,7 +181,7 @@ class Curve:
 
 def curve_of(runs: list[Run], metric: Metric | None) -> Curve | None:
     """None: there is no step at which all runs have the metric."""
-    points = [dict(validation_losses(run) if metric is None else series(run, metric.name)) for run in runs]
+    points = [dict(measured(run, metric)) for run in runs]
     steps = sorted(set.intersection(*map(set, points))) if points else []
     if not steps:
         return None
@@ -203,16 +219,16 @@ def share(value: float, whole: float) -> str:
 
 
 # ── The seeds ────────────────────────────────────────────────────────────────────────────────────────────────
-def variance_table(plan: Plan) -> list[list[str]]:
-    """The spread of the baseline where one source's seed alone varies, and where all do; a header alone where the plan
-    has no such runs that are finished."""
+def variance_table(plan: Plan) -> tuple[list[list[str]], list[str]]:
+    """The spread of the baseline where one source's seed alone varies, and where all do, and what is to be said of it;
+    a header alone where the plan has no such runs that are finished. Of few runs there is no share."""
     metric, rows = plan.what_decides, [["seeds of", "runs", "sd", "95 % interval of it", "share of the variance"]]
     everything = finished_runs(plan, COMPARE, plan.baseline)
     first = [run for run in everything if run.config.get("train.seed") == plan.seeds[0]]
     sources = {source: [*first, *finished_runs(plan, VARIANCE, source)] for source in SOURCES}
-    if not plan.variance_seeds or len(everything) < 2:
-        return rows
-    total = statistics.stdev(score(run, metric) for run in everything)
+    if not plan.variance_seeds:
+        return rows, []
+    total = statistics.stdev(score(run, metric) for run in everything) if len(everything) >= FEW else 0.0
     for source, runs in ({"all": everything} | sources).items():
         if len(runs) > 1:
             sd = statistics.stdev(score(run, metric) for run in runs)
@@ -222,10 +238,11 @@ def variance_table(plan: Plan) -> list[list[str]]:
                 str(len(runs)),
                 shown[0],
                 f"{shown[1]} to {shown[2]}",
-                f"{100 * sd**2 / total**2:.0f} %" if total else "–",
+                f"{100 * sd**2 / total**2:.0f} %" if total and len(runs) >= FEW else "–",
             ]
             rows.append([source, *cells])
-    return rows
+    is_few = any(int(row[1]) < FEW for row in rows[1:])
+    return rows, [f"Fewer than {FEW} runs, in a row or of all, are too few for a share of the variance."] * is_few
 
 
 # ── All of it ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,8 +279,8 @@ class Findings:
 
 def findings(plan: Plan) -> Findings:
     """What is known by now; a strategy has a verdict when all its runs, and the baseline's, are done."""
-    metric, best = plan.what_decides, plan.what_decides.best if plan.what_decides else "lowest"
-    name = metric.name if metric else "validation loss"
+    metric, name = plan.what_decides, plan.measure
+    best = metric.best if metric else "lowest"
     choices = {strategy: choose_rate(plan, strategy) for strategy in plan.strategies}
     missing = [
         run
@@ -272,10 +289,10 @@ def findings(plan: Plan) -> Findings:
         and (run.stage == TUNE or not choices[run.strategy].is_hopeless)
     ]
     runs = {called: finished_runs(plan, COMPARE, called) for called in (*plan.strategies, CONTROL)}
-    curves = {name: curve for name in plan.strategies if (curve := curve_of(runs[name], metric))}
+    curves = {called: curve for called in plan.strategies if (curve := curve_of(runs[called], metric))}
     tables, results = [], {}
     if any(map(plan.is_tuned, plan.strategies)):
-        tables.append(tuning_table(plan, choices, name))
+        tables.append(tuning_table(plan, choices))
     tables += verdict_tables(plan, choices, runs, results)
     if plan.control_seeds:
         tables.append(control_table(plan, choices, runs, results))
@@ -285,16 +302,17 @@ def findings(plan: Plan) -> Findings:
         )
         what += f"its whole cost), and the {name} where each had cost as much as the cheapest in all:"
         tables.append((what, cost_table(curves, plan.baseline, best, name), []))
-    if len(rows := variance_table(plan)) > 1:
-        of = "the logarithm of the losses' geometric mean" if metric is None else name
+    rows, sentences = variance_table(plan)
+    if len(rows) > 1:
+        of = f"the logarithm of the {name}" if metric is None else name
         what = f"What makes the spread of {plan.baseline}: {of}, where the seeds of one source alone vary."
-        tables.append((what, rows, []))
+        tables.append((what, rows, sentences))
     if missing:
         tables.append((f"{len(missing)} of {len(plan.runs())} runs are not done:", missing_table(missing), []))
     return Findings(tables, curves, choices, results, missing)
 
 
-def tuning_table(plan: Plan, choices: dict[str, Choice], name: str) -> Table:
+def tuning_table(plan: Plan, choices: dict[str, Choice]) -> Table:
     metric, rows, sentences = plan.what_decides, [["setting", "chosen", "tried"]], []
 
     def shown(found: float | None, diverged: int) -> str:
@@ -313,8 +331,7 @@ def tuning_table(plan: Plan, choices: dict[str, Choice], name: str) -> Table:
             )
         elif choice.is_complete and choice.rate is None:
             sentences.append(f"{strategy}: no rate trains.")
-    what = "geometric mean of the validation losses over the noise levels" if metric is None else name
-    return f"Learning rates, each with the seeds {plan.tuning_seeds}: {what}.", rows, sentences
+    return f"Learning rates, each with the seeds {plan.tuning_seeds}: {plan.measure}.", rows, sentences
 
 
 def verdict_tables(
@@ -326,8 +343,7 @@ def verdict_tables(
     if whole.pop(plan.baseline, None) and whole:
         contest = held_against(base, plan.baseline, whole, plan.looks, metric)
         results.update(zip(whole, contest.results, strict=True))
-    name = metric.name if metric else "validation loss"
-    header = ["setting", "rate", f"{name}, mean ± sd", "seeds", "difference", "95 % interval"]
+    header = ["setting", "rate", f"{plan.measure}, mean ± sd", "seeds", "difference", "95 % interval"]
     rows = [[*header, *(contest.rows[0][4:] if contest else ["", "p (Holm)", "verdict"])]]
     found = {row[0]: row[1:] for row in contest.rows[1:]} if contest else {}
     for strategy in plan.strategies:
@@ -384,10 +400,12 @@ def rate_of(choice: Choice) -> str:
 
 
 def spread_of(runs: list[Run], metric: Metric | None) -> str:
-    """Mean and standard deviation, of the validation loss as it is logged."""
-    last = [(validation_losses(run) if metric is None else series(run, metric.name))[-1:] for run in runs]
+    """Mean and standard deviation over the runs; of one the mean alone."""
+    last = [measured(run, metric)[-1:] for run in runs]
     spread = mean_and_sd([found[0][1] if found else None for found in last]) if runs else None
-    return f"{number(spread[0])} ± {number(spread[1], 2)}" if spread else "–"
+    if spread is None:
+        return "–"
+    return number(spread[0]) + ("" if math.isnan(spread[1]) else f" ± {number(spread[1], 2)}")
 
 
 def missing_table(missing: list[PlannedRun]) -> list[list[str]]:

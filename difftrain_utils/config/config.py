@@ -43,6 +43,11 @@ class Config:
         """Whether the denoiser is told how far a step of sampling goes, as those of `train_few_step.py` are."""
         return False
 
+    @property
+    def metrics(self) -> dict[str, tuple[object, str]]:
+        """Of each metric by which evaluations may be judged: whether they have it here, and what it needs."""
+        return {}
+
     def check(self) -> None:
         """Raise InputError for the first value that is out of its range or does not fit another's."""
         requires = {}

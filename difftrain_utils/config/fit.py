@@ -3,9 +3,8 @@
 from difftrain_utils.config.config import Config, Require
 
 
-def check_shared(config: Config, best: dict[str, tuple[object, str]], requires: dict[str, Require]) -> None:
-    """Raise InputError unless they fit. `best` says of each metric that `train.keep_best` may name here whether there
-    is one, and what it needs."""
+def check_shared(config: Config, requires: dict[str, Require]) -> None:
+    """Raise InputError unless they fit."""
     data, train, model, ema = config.data, config.train, config.model, config.ema
     rule = f"is train.max_steps in other words, which is {train.max_steps}: give null for one of them"
     requires["data"](None in (data.epochs, train.max_steps), "epochs", rule)
@@ -18,6 +17,11 @@ def check_shared(config: Config, best: dict[str, tuple[object, str]], requires: 
         rule = f"cannot be with model.{name}: difftrain posthoc-ema makes averages of whole denoisers"
         requires["ema"](not (getattr(model, name) and ema.power_sigma_rels), "power_sigma_rels", rule)
     if train.keep_best is not None:
-        is_there, what = best.get(train.keep_best, (False, f"another script: here it is one of {', '.join(best)}"))
-        rule = f"needs {what}, and train.eval_every above 0"
-        requires["train"](bool(is_there and train.eval_every), "keep_best", rule)
+        check_metric(config, train.keep_best, requires["train"], "keep_best")
+
+
+def check_metric(config: Config, metric: str, require: Require, field: str) -> None:
+    """Raise InputError about `field`, which names a metric, unless the run's evaluations have it."""
+    known = config.metrics
+    is_there, what = known.get(metric, (False, f"another script: here it is one of {', '.join(known)}"))
+    require(bool(is_there and config.train.eval_every), field, f"needs {what}, and train.eval_every above 0")

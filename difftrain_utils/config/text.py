@@ -90,13 +90,18 @@ class TextConfig(Config):
         num_blocks = -(-length // (evaluation.block_length or length))
         rule = f"must be at least 1 for each of {num_blocks} blocks of {evaluation.block_length} of {length} tokens"
         require(evaluation.num_inference_steps >= num_blocks, "num_inference_steps", rule)
+        check_shared(self, requires)
+
+    @property
+    def metrics(self) -> dict[str, tuple[object, str]]:
+        """Of each metric by which evaluations may be judged: whether they have it here, and what it needs."""
+        evaluation = self.evaluation
         held_out, texts = self.data.validation_split or self.data.validation_dataset, "held-out texts"
-        best = {
+        return {
             "validation_loss": (held_out, texts),
             "validation_loss_ema": (held_out and self.ema.enabled, f"{texts} and ema.enabled"),
             "valid": (evaluation.judge and evaluation.num_samples, "evaluation.judge and evaluation.num_samples"),
         }
-        check_shared(self, best, requires)
 
     def check_split(self, num_processes: int) -> None:
         """Raise InputError unless a batch splits evenly over accumulation steps and processes."""

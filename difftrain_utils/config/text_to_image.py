@@ -61,10 +61,16 @@ class TextToImageConfig(Config):
         requires["ema"](not both, "power_sigma_rels", rule)
         if self.model.train_text_encoder:
             requires["data"](not data.cache_text, "cache_text", "cannot be with model.train_text_encoder")
+        check_shared(self, requires)
+
+    @property
+    def metrics(self) -> dict[str, tuple[object, str]]:
+        """Of each metric by which evaluations may be judged: whether they have it here, and what it needs."""
+        held_out = bool(self.data.validation_split or self.data.validation_dataset)
         evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
         judged, judge = evaluation.shapes_judge and evaluation.prompts, "evaluation.shapes_judge and evaluation.prompts"
         has_scenes = "builtin:scenes" in self.datasets
-        best = {
+        return {
             "validation_loss": (held_out, images),
             "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
             "fid": (evaluation.fid_features, "evaluation.fid_features"),
@@ -73,7 +79,6 @@ class TextToImageConfig(Config):
             "shapes_right": (judged and not has_scenes, f"{judge}, of shapes"),
             "scenes_right": (judged and has_scenes, f"{judge}, of scenes"),
         }
-        check_shared(self, best, requires)
 
     @property
     def has_groups(self) -> bool:

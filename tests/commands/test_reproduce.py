@@ -170,6 +170,20 @@ def test_what_cannot_be_run_again_is_refused(copied_run, tmp_path):
     refused("not the output folder of a run: it has no env.json")
 
 
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["no.jsonl:1", "--steps", "4"], "--steps: is of a run, and no.jsonl:1 is a line of a ledger"),
+        (["no.jsonl:1", "--output-dir", "a"], "--output-dir: is of a run, and no.jsonl:1 is a line of a ledger"),
+        (["no.jsonl:1", "--rerun", "0"], "--rerun: must be at least 1, got 0"),
+        (["runs/no", "--rerun", "2"], "--rerun: is of a line of a ledger, and runs/no is a run"),
+    ],
+)
+def test_options_without_effect(argv, reason):
+    with pytest.raises(InputError, match=f"^{reason}$"):
+        main(argv)
+
+
 @pytest.mark.slow
 def test_the_scripts_own_refusal_is_passed_on(copied_run, tmp_path, capfd):
     config = copied_run / "config.resolved.yaml"

@@ -202,12 +202,74 @@ def test_a_task_of_slurm_is_a_run(sweep):
         ({"script": str(ROOT / "train_text_to_image.py"), "strategies": {"a": {"loss.tipe": 1}}},
          r"plan.yaml: strategies.a: base.yaml|strategies.a: --loss.tipe: no such field; did you mean --loss.type\?$"),
         ({"learning_rates": ["high"]}, r"learning_rates: must be a list of numbers, got \['high'\]$"),
+        ({"learning_rates": [0.01]}, "tuning_seeds: without effect: no strategy has rates to tune$"),
+        ({"learning_rates": [True]}, r"learning_rates: must be a list of numbers, got \[True\]$"),
+        ({"output_dir": 3}, "plan.yaml: output_dir: must be a folder, got 3$"),
+        ({"output_dir": "s3://runs"}, "plan.yaml: output_dir: must be a folder of this machine, got s3://runs$"),
+        ({"ledger": 3}, "plan.yaml: ledger: must be a file, got 3$"),
+        ({"ledger": "."}, r"plan.yaml: ledger: must be a file, got the folder \.$"),
+        ({"strategies": {1: {}}}, "plan.yaml: strategies: must be called by texts, got 1"),
+        ({"strategies": {"a": {"script": 3}}}, "plan.yaml: strategies.a: script: must be a text or null, got 3$"),
+        ({"looks": "x"}, "plan.yaml: looks: must be a whole number, got 'x'$"),
+        ({"looks": 1.5}, "plan.yaml: looks: must be a whole number, got 1.5$"),
+        ({"config": 3}, "plan.yaml: config: must be a file or a list of files, got 3$"),
+        ({"script": 3}, "plan.yaml: script: must be a text or null, got 3$"),
+        ({"fields": {"optimizer.init_args": "x"}}, "fields.optimizer.init_args: must be {argument: value}, got 'x'$"),
+        ({"fields": {"optimizer.init_args": {"lr": 1}}}, "fields.optimizer.init_args.lr: learning_rates has it$"),
     ],
 )  # fmt: skip
 def test_what_a_plan_may_not_have(sweep, fields, reason):
     with pytest.raises(InputError, match=reason):
         load_plan(Path(sweep(**fields)))
     assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--slurm", "a.sbatch", "--report"], "--slurm: cannot go with --report"),
+        (["--report", "--jobs", "1"], "--jobs: cannot go with --report"),
+        (["--task", "0", "--output", "a.html"], "--output: cannot go with --task"),
+    ],
+)
+def test_options_without_effect(sweep, argv, reason):
+    with pytest.raises(InputError, match=f"^{reason}$"):
+        main([sweep(), *argv])
+    assert not Path("a.sbatch").exists()
+
+
+def test_files_that_are_not_there_or_are_others(sweep):
+    with pytest.raises(InputError, match=r"^no.yaml: No such file or directory$"):
+        main(["no.yaml"])
+    Path("notes.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"^notes.jsonl line 1: not a line of a ledger of comparisons$"):
+        main([sweep(ledger="notes.jsonl")])
+    assert not Path("sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "strategy", "reason"),
+    [
+        ({}, {"data.validation_split": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
+        ({}, {"train.eval_every": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
+        ({"metric": "fid"}, {}, "metric: needs evaluation.fid_features, and train.eval_every above 0$"),
+        ({"metric": "valid"}, {}, "metric: needs another script: here it is one of validation_loss, .*$"),
+        ({}, {"loss.contrastive": 0.1, "train.group_size": 3}, "train.group_size: must divide a part of the batch"),
+        ({}, {"config": "own.yaml"}, "train.overwrite: cannot go with train.resume_from"),
+    ],
+)
+def test_what_the_config_of_a_strategy_may_not_have(sweep, fields, strategy, reason):
+    Path("own.yaml").write_text("train: {overwrite: true}\n")
+    script, config = str(ROOT / "train_text_to_image.py"), str(ROOT / "configs/quickstart.yaml")
+    plan = sweep(
+        script=script,
+        config=config,
+        strategies={"base": {}, "a": strategy},
+        **fields,
+    )
+    named = "base" if fields else "a"
+    with pytest.raises(InputError, match=rf"^plan.yaml: strategies.{named}: {reason}"):
+        load_plan(Path(plan))
 
 
 def test_the_plan_of_the_experiments(monkeypatch):
@@ -236,6 +298,33 @@ def test_runs_of_two_plans_do_not_mix(sweep):
         main([sweep(**few, strategies=more)])
 
 
+def test_a_comparison_is_one_line_of_the_ledger(sweep):
+    few = {"learning_rates": [0.003], "tuning_seeds": [], "seeds": [0]}
+    for folder in ("sweep", "other", "sweep", "other"):
+        assert main([sweep(**few, output_dir=folder), "--jobs", "4"]) == 0
+    lines = [json.loads(line) for line in Path("experiments.jsonl").read_text().splitlines()]
+    assert [line["folder"] for line in lines] == ["sweep", "other"]
+
+
+def test_a_strategy_that_has_no_runs_may_be_changed_or_removed(sweep):
+    few = {"learning_rates": [0.003], "tuning_seeds": []}
+    Path("bad.yaml").write_text("train: {max_steps: 40}\n")
+    bad = {"config": "bad.yaml", "loss.type": "none"}
+    with pytest.raises(RunError, match=r"^not all is run: sweep/compare/bad/seed-0: exit code 1"):
+        main([sweep(**few, strategies={"bad": bad} | PLAN["strategies"]), "--jobs", "4"])
+    Path("bad.yaml").write_text("train: {max_steps: 40, log_every: 10}\n")
+    with pytest.raises(InputError, match=r"mix: strategies.mse was {}; strategies.huber is gone; give"):
+        main([sweep(**few, strategies={"bad": {}, "mse": {"train.log_every": 5}})])
+    with pytest.raises(InputError, match=r"mix: seeds was \[0, 1, 2\] and is \[3, 4\]; give"):
+        main([sweep(**few, strategies=PLAN["strategies"], seeds=[3, 4])])
+    mended = {"bad": bad | {"loss.type": "huber"}} | PLAN["strategies"]
+    assert main([sweep(**few, strategies=mended, baseline="bad"), "--slurm", "array.sbatch"]) == 0
+    assert main([sweep(**few, strategies=PLAN["strategies"])]) == 0  # without it, and its place as baseline
+    assert set(starts().values()) == {1} and rows_of(findings(load_plan(Path("plan.yaml"))), "p (Holm)").keys() == {
+        *PLAN["strategies"]
+    }
+
+
 def test_a_rate_at_the_edge_and_one_that_diverged(sweep, capsys):
     plan = load_plan(Path(sweep(learning_rates=[0.001, 0.003, 2.0])))
     assert main(["plan.yaml", "--jobs", "4"]) == 0
@@ -260,8 +349,28 @@ def test_the_spread_by_source_is_that_of_its_runs(sweep, capsys):
         sd, factors = statistics.stdev(values), (3 / stats.chi2.ppf([0.975, 0.025], 3)) ** 0.5
         assert rows[source]["runs"] == "4" and rows[source]["sd"] == f"{sd:.3g}"
         assert rows[source]["95 % interval of it"] == f"{sd * factors[0]:.3g} to {sd * factors[1]:.3g}"
+    assert {row["share of the variance"] for row in rows.values()} == {"–"}  # of three
     assert float(rows["weights"]["sd"]) > 3 * float(rows["data"]["sd"])
     assert "validation_loss by FLOPs" in Path("report.html").read_text()
+
+
+def test_what_one_seed_says_of_the_spread_and_five_of_its_sources(sweep):
+    few = {"learning_rates": [0.01], "tuning_seeds": [], "seeds": [0], "variance_seeds": [20, 21]}
+    for fields in (few, few | {"output_dir": "more", "seeds": [0, 1, 2, 3, 4], "variance_seeds": [20, 21, 22, 23]}):
+        plan = load_plan(Path(sweep(**fields)))
+        for run in plan.runs():
+            spread = 0.3 * run.seeds.get("train.seeds.weights", 0) + 0.1 * (run.seeds["train.seed"] % 7)
+            lines = [{"step": 40, "loss": 1.0, "validation_loss": math.exp(spread), "samples_per_second": 8.0}]
+            manifest = {"segments": [], "final.weights.raw": "x"}
+            write_run(run.folder, config=run.seeds | {"loss.type": run.strategy}, manifest=manifest, metrics=lines)
+        found = findings(plan)
+        shares = {name: row["share of the variance"] for name, row in rows_of(found, "seeds of").items()}
+        spreads = [row[f"{plan.measure}, mean ± sd"] for row in rows_of(found, "verdict").values()]
+        if fields is few:
+            assert spreads == ["1.000"] * 2 and shares == dict.fromkeys(("weights", "data", "noise"), "–")
+            assert "Fewer than 5 runs, in a row or of all, are too few for a share of the variance." in found.as_text()
+        else:
+            assert shares["all"] == "100 %" and shares["data"] == "0 %" and "Fewer than" not in found.as_text()
 
 
 def test_what_it_costs_to_come_to_where_the_baseline_ended():
@@ -289,6 +398,28 @@ def test_what_it_costs_to_come_to_where_the_baseline_ended():
     assert (fast["at equal FLOPs"], fast["at equal seconds"]) == ("8.000", "3.000")
 
 
+def test_the_report_has_one_measure(sweep):
+    """At one noise level, which is most of the mean, huber is worse; at the others it is better by more. So it is as a
+    geometric mean, in the rates, the verdicts and the costs."""
+    few = {"learning_rates": [0.003], "tuning_seeds": [], "seeds": [0, 1, 2]}
+    plan = load_plan(Path(sweep(**few)))
+    for run in plan.runs():
+        lines = [
+            {"step": step, "loss": 1.0, "samples_per_second": 8.0, "validation_loss": (high + low) / 2}
+            | {"validation_loss_bins": [high, low]}
+            for step, spread in ((20, 2.0), (40, 1 + 1e-3 * run.seeds["train.seed"]))
+            for high, low in [
+                (spread * 10.0, spread * 0.1) if run.strategy == "mse" else (spread * 11.0, spread * 0.05)
+            ]
+        ]
+        manifest = {"segments": [], "final.weights.raw": "x"}
+        write_run(run.folder, config=run.seeds | {"loss.type": run.strategy}, manifest=manifest, metrics=lines)
+    found = findings(plan)
+    row, cost = (rows_of(found, column)["huber"] for column in ("p (Holm)", "steps to it"))
+    assert row["verdict"] == "better" and cost["steps to it"] == "1.00"
+    assert row["geometric mean of the validation losses, mean ± sd"] == f"{(11 * 0.05) ** 0.5 * 1.001:.4f} ± 0.00074"
+
+
 def test_strategies_that_are_the_same_are_told_apart_at_most_as_often_as_promised(tmp_path, monkeypatch):
     """Of plans of three strategies that are the baseline, whose five seeds have noise of their own, and some
     in common that pairing takes out, at most 5 % may have a verdict on any of the three, and 5 % of their controls; of
@@ -300,7 +431,9 @@ def test_strategies_that_are_the_same_are_told_apart_at_most_as_often_as_promise
     Path("fake.py").touch()
     fields = {"strategies": {name: {} for name in "abcd"}, "control_seeds": [5, 6, 7, 8, 9], "seeds": [0, 1, 2, 3, 4]}
     Path("plan.yaml").write_text(
-        yaml.safe_dump(PLAN | fields | {"learning_rates": [], "metric": "validation_loss"}, sort_keys=False)
+        yaml.safe_dump(
+            PLAN | fields | {"learning_rates": [], "tuning_seeds": [], "metric": "validation_loss"}, sort_keys=False
+        )
     )
     plan = load_plan(Path("plan.yaml"))
     runs = {run.folder: run for run in plan.runs()}
