@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.commands.drawing import Settings, check, draw_all, find_device, load, own_precision
     from difftrain_utils.evaluation.scores import (
         LOWER_IS_BETTER,
+        check_captions,
         distances,
         embed,
         judged,
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.files import new_folder
     from difftrain_utils.media.grids import labelled_grid
 
+    if args.judge:
+        check_captions(args.judge, prompts)
     device = find_device(args.device, None)
     networks, real = load_networks(args.features, args.clip, device), None
     if args.reference:

@@ -81,6 +81,7 @@ def test_what_is_real_is_at_no_distance_from_itself():
         ("{}/none --judge scenes", "FOLDER: cannot load '.*none'"),
         ("{}/real --judge scenes", r"FOLDER: .*no column 'text'|.*caption"),
         ("{}/drawn --judge scenes --output scores.txt", "--output scores.txt: must end in .json"),
+        ("{}/drawn --judge shapes", "--judge shapes: 'a [a-z]+' is no caption of builtin:shapes or"),
         ("{}/drawn --clip no/such", "--clip: cannot use 'no/such'"),
     ],
 )
