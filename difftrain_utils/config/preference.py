@@ -45,3 +45,8 @@ class PreferenceConfig(TextToImageConfig):
         requires["loss"](self.loss.type == "mse", "type", rule)
         requires["evaluation"](self.evaluation.fid_features is None, "fid_features", "not for pairs")
         super().check_sections(requires)
+
+    def best_metrics(self) -> dict[str, tuple[object, str]]:
+        best = super().best_metrics()
+        accuracies = {f"validation_implicit_accuracy{ema}": best[f"validation_loss{ema}"] for ema in ("", "_ema")}
+        return best | accuracies | {"shapes_preferred": best["shapes_right"]}

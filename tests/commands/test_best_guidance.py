@@ -77,7 +77,7 @@ def test_what_is_refused(drawn, argv, message):
 def test_prompts_that_the_judge_does_not_know_are_refused_before_anything_is_drawn(drawn, monkeypatch):
     evaluation = SimpleNamespace(prompts=["a purple elephant"], shapes_judge=False)
     monkeypatch.setattr(best_guidance, "run_config", lambda source: SimpleNamespace(evaluation=evaluation))
-    with pytest.raises(InputError, match="^--judge shapes: 'a purple elephant' is no caption of builtin:shapes"):
+    with pytest.raises(InputError, match=r"^--judge shapes: 'a purple elephant' is no caption of builtin:shapes"):
         best_guidance.main(["a/run", "--judge", "shapes"])
     assert drawn == []
 
