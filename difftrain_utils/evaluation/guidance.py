@@ -127,9 +127,13 @@ def load_weaker(family, name: str, device: torch.device, dtype: torch.dtype) -> 
         InputError: it cannot be loaded, or the family's pipeline cannot have it.
     """
     announce(f"Loading {name}, for autoguidance")
-    with blame(f"evaluation.autoguidance: cannot use {name!r}", *LOAD_ERRORS, RunError):
-        weaker = _load_denoiser(family, name)
-        family.check_denoiser(weaker)
+    try:
+        with blame(f"cannot use {name!r}", *LOAD_ERRORS, RunError):
+            weaker = _load_denoiser(family, name)
+            family.check_denoiser(weaker)
+    except InputError as error:
+        reason = str(error).removeprefix("model.pretrained_model_name_or_path: ")
+        raise InputError(f"evaluation.autoguidance: {reason}") from error
     return move_part(weaker.eval().requires_grad_(False), device, dtype)
 
 
@@ -142,7 +146,7 @@ def _load_denoiser(family, name: str) -> torch.nn.Module:
         place, model_index = read_index(source.path, None)
         if model_index["_class_name"] != family.class_name:
             raise ValueError(f"it is a {model_index['_class_name']}, not a {family.class_name}")
-        return load_weights(place, model_index, family.denoiser_part)
+        return load_weights(place, model_index, family.denoiser_part, use_safetensors=True)  # other files are pickles
     if source.kind == "lora":
         raise ValueError("these are adapters; name a pipeline (model.lora.merge), or the base")
     denoiser = family.load_denoiser()
