@@ -22,12 +22,17 @@ from difftrain_utils.builtins.shapes import draw_pair
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.errors import InputError
+from difftrain_utils.run.run_folder import read_about_weights
 
 BETA = 100.0
 ROUNDING = BETA * 1e-7  # of a margin, which is β/2 times a difference of errors of about 1
 LORA = {"model.lora.rank": 4, "model.lora.merge": True, "optimizer.init_args.lr": 1e-2}
 VARIANTS = {
-    "full": {"noise.offset": 0.1, "loss.weighting": "min_snr"},
+    "full": {
+        "noise.offset": 0.1,
+        "loss.weighting": "min_snr",
+        "train.keep_best": "validation_implicit_accuracy",
+    },
     "lora": LORA | CACHES,
     "some": {
         "model.prediction_type": "flow_prediction",
@@ -78,6 +83,9 @@ def test_it_trains_evaluates_and_resumes_exactly(pairs_run, tmp_path, fields):
     for name in ("loss", *MEASURES):
         assert last[f"validation_{name}"] == pytest.approx(sum(last[f"validation_{name}_bins"]) / 8, abs=1e-9)
         assert f"validation_{name}_ema" in last
+    if best := fields.get("train.keep_best"):
+        about = read_about_weights(unbroken / "weights/best.safetensors")
+        assert about["weights"] == "raw" and about["value"] == max(m[best] for m in metrics if best in m)
     resumed = ["--output-dir", str(tmp_path / "resumed"), "--resume-from", str(unbroken / "checkpoint-4")]
     train_preference([*argv, *resumed])
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(unbroken)
@@ -153,7 +161,10 @@ def test_two_processes_train_the_same(pairs_run, tmp_path, fields):
         ({"model.train_text_encoder": True}, "model.train_text_encoder: not for pairs: "),
         (LORA | {"model.trainable": ["*"]}, "model.trainable: not for pairs with model.lora"),
         ({"evaluation.fid_features": "inception"}, "evaluation.fid_features: not for pairs"),
+        ({"train.keep_best": "shapes_preferred"}, "train.keep_best: needs evaluation.shapes_judge and evaluation.pr"),
+        ({"train.keep_best": "validation_implicit_accuracy"}, "train.keep_best: needs data.validation_split or"),
         ({"data.mask_column": "mask"}, "data.mask_column: is of single images"),
+        ({"data.rejected_column": "chosen"}, "data.rejected_column: must be another column than image_column, "),
         ({"data.rejected_column": ""}, "data.rejected_column: must not be empty"),
     ],
 )

@@ -166,22 +166,33 @@ def judge_side(image: Image.Image) -> str | None:
     return "left" if left <= free / 4 and left < right else "right" if right <= free / 4 and right < left else None
 
 
+def parse(caption: str) -> tuple[str, str | None]:
+    """What a caption asks for, and on which side, if it says so: ("a red circle", "left"). Raises ValueError if it is
+    none."""
+    if caption not in PROMPTS and caption not in PLACED:
+        raise ValueError(f"{caption!r:.80} is no caption of builtin:shapes or builtin:placed-shapes")
+    what, _, side = caption.partition(" on the ")
+    return what, side or None
+
+
 def share_right(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
-    """{"shapes_right": the share of the images that are right}."""
+    """{"shapes_right": the share of the images that are right}. Raises ValueError for a prompt that is no caption."""
     return {"shapes_right": count_right(images, prompts) / len(images)}
 
 
 def count_right(images: Sequence[Image.Image], prompts: Sequence[str]) -> int:
     """How many images show the colour and the shape, and on which side, that their prompts ("a red circle", "a red
-    circle on the left") ask for."""
+    circle on the left") ask for. Raises ValueError for a prompt that is no caption."""
     right = 0
     for image, prompt in zip(images, prompts, strict=True):
-        what, _, side = prompt.partition(" on the ")
-        is_there = not side or judge_side(image) == side
+        what, side = parse(prompt)
+        is_there = side is None or judge_side(image) == side
         right += is_there and " ".join(["a", *map(str, judge(image))]) == what
     return right
 
 
 def count_preferred(images: list[Image.Image], prompts: list[str]) -> int:
-    """How many images show what their prompts ask for, and that as the images that `builtin:shape-pairs` prefers."""
-    return count_right(images, [f"{prompt} on the {PREFERRED}" for prompt in prompts])
+    """How many images show what their prompts ask for, and that as the images that `builtin:shape-pairs` prefers; where
+    a prompt asks for the other side, none does. Raises ValueError for a prompt that is no caption."""
+    pairs = zip(images, prompts, strict=True)
+    return sum(count_right([image], [prompt]) for image, prompt in pairs if judge_side(image) == PREFERRED)

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     from difftrain_utils.evaluation.scores import (
         LOWER_IS_BETTER,
+        check_captions,
         distances,
         embed,
         judged,
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.files import new_folder
     from difftrain_utils.media.grids import labelled_grid
 
+    if args.judge:
+        check_captions(args.judge, prompts)
     device, lowest, highest = find_device(args.device, None), args.scales[0], args.scales[-1]
     precision, settings = own_precision(source, device), {scale: Settings(**of) for scale, of in options.items()}
     networks, real = load_networks(args.features, args.clip, device), None

@@ -23,7 +23,7 @@ from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some
+from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some, warn
 from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.family import Family
@@ -36,6 +36,8 @@ from difftrain_utils.run.weights import load_weights
 
 for library in (diffusers.utils.logging, transformers.logging):
     library.disable_progress_bar()
+
+TOLD_GUIDANCE = "time_cond_proj_dim"  # of a UNet's config: its pipeline tells it guidance_scale - 1
 
 
 @dataclass
@@ -236,7 +238,8 @@ def scale_adapters(parts: Iterable[Any], scale: float) -> None:
 
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
 def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
-    """Raise InputError for prompts and settings that the pipeline does not take."""
+    """Raise InputError for prompts and settings that the pipeline does not take, and warn of a UNet that is told by
+    guidance_scale what nobody has said."""
     family, known, name = loaded.family, loaded.arguments, type(loaded.pipeline).__name__
     is_known = type(family) is not DiffusersFamily
     if prompts and not loaded.takes_prompts:
@@ -255,6 +258,12 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
     draws_between = isinstance(loaded.pipeline.scheduler, diffusers.LCMScheduler) and settings.steps != 1
     if draws_between and not hasattr(loaded.pipeline, "prepare_extra_step_kwargs"):
         raise InputError(f"--steps: must be 1, a {name} gives its sampler no generator for the noise between steps")
+    unet, is_open = getattr(loaded.pipeline, "unet", None), settings.guidance is None and "guidance_scale" in known
+    if is_open and not family.tells_gap and unet is not None and unet.config.get(TOLD_GUIDANCE):
+        warn(
+            f"--guidance: none is given, so the {name} tells its UNet ({TOLD_GUIDANCE}) of its default, "
+            f"{known['guidance_scale'].default}; what train_few_step.py has trained needs 1 + 1/N with --steps N"
+        )
     if settings.negative_prompt is None:
         return
     own = known.get("true_cfg_scale") or known.get("guidance_scale")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from difftrain_utils.evaluation.scores import Score
 
+OF_TRAINING = ', or take --data.default_caption "a photo of …" for all'  # what is said of captions that there are not
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="difftrain score", description=__doc__)
@@ -118,7 +120,8 @@ def read_folder(
     try:
         rows = map_rows(config)
     except InputError as error:
-        raise InputError(f"{option}: {str(error).removeprefix('data.dataset: ')}") from error
+        reason = str(error).removeprefix("data.dataset: ").replace(OF_TRAINING, "")
+        raise InputError(f"{option}: {reason}") from error
     config.resolution = size or min(read_image(rows[0]).size)
     images, captions = [], []
     for key in progress(range(len(rows)), len(rows), f"Reading {name}, images"):

@@ -111,6 +111,11 @@ class NoiseConfig:
         is_used = self.pairing == "knn" or self.knn_candidates == NoiseConfig.knn_candidates
         require(is_used, "knn_candidates", "goes with noise.pairing knn")
 
+    @property
+    def pairs_samples(self) -> bool:
+        """Whether samples are given noise of each other."""
+        return self.pairing in ("nearest", "transport")
+
 
 @dataclass
 class StrategyConfig:

@@ -6,6 +6,9 @@ from typing import ClassVar
 from difftrain_utils.config.config import Require
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsSource
+from difftrain_utils.errors import InputError
+
+OTHER = "must be another column than image_column, that of the images that are preferred"
 
 
 @dataclass
@@ -16,6 +19,11 @@ class PairSourceConfig(SourceConfig):
     """As data.image_column."""
     rejected_column: str = "rejected"
     """As data.rejected_column."""
+
+    def check(self, field: str) -> None:
+        super().check(field)
+        if self.rejected_column == self.image_column:
+            raise InputError(f"{field}.rejected_column: {OTHER}, got {self.rejected_column!r}")
 
 
 @dataclass
@@ -42,5 +50,6 @@ class PairDataConfig(DataConfig):
 
     def check(self, require: Require) -> None:
         super().check(require)
+        require(self.rejected_column != self.image_column, "rejected_column", OTHER)
         masks = [self.mask_column, *(source.mask_column for source in self.sources or [])]
         require(not any(masks), "mask_column", "is of single images: pairs have no masks")

@@ -45,3 +45,9 @@ class PreferenceConfig(TextToImageConfig):
         requires["loss"](self.loss.type == "mse", "type", rule)
         requires["evaluation"](self.evaluation.fid_features is None, "fid_features", "not for pairs")
         super().check_sections(requires)
+
+    @property
+    def metrics(self) -> dict[str, tuple[object, str]]:
+        known = super().metrics
+        accuracies = {f"validation_implicit_accuracy{ema}": known[f"validation_loss{ema}"] for ema in ("", "_ema")}
+        return known | accuracies | {"shapes_preferred": known["shapes_right"]}

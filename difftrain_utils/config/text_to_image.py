@@ -35,7 +35,7 @@ class TextToImageConfig(Config):
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
         are_builtin = all(str(name).startswith("builtin:") for name in self.datasets)
-        known = "builtin:shapes, builtin:placed-shapes or builtin:scenes"
+        known = "builtin:shapes, builtin:placed-shapes, builtin:shape-pairs or builtin:scenes"
         rule = f"needs data.dataset {known} (it is {', '.join(map(repr, self.datasets))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         held_out = bool(data.validation_split or data.validation_dataset)
@@ -56,6 +56,7 @@ class TextToImageConfig(Config):
         has_others = min(self.train.group_size or self.train.batch_size, self.train.batch_size) > 1
         rule = "needs others: train.group_size, or else train.batch_size, must be at least 2"
         requires["loss"](not self.loss.contrastive or has_others, "contrastive", rule)
+        requires["noise"](not self.noise.pairs_samples or has_others, "pairing", rule)
         rule = "cannot be with model.train_text_encoder: difftrain posthoc-ema makes averages of whole denoisers"
         both = self.model.train_text_encoder and self.ema.power_sigma_rels
         requires["ema"](not both, "power_sigma_rels", rule)
@@ -66,8 +67,8 @@ class TextToImageConfig(Config):
     @property
     def metrics(self) -> dict[str, tuple[object, str]]:
         """Of each metric by which evaluations may be judged: whether they have it here, and what it needs."""
-        held_out = bool(self.data.validation_split or self.data.validation_dataset)
         evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
+        held_out = self.data.validation_split or self.data.validation_dataset
         judged, judge = evaluation.shapes_judge and evaluation.prompts, "evaluation.shapes_judge and evaluation.prompts"
         has_scenes = "builtin:scenes" in self.datasets
         return {
@@ -83,7 +84,7 @@ class TextToImageConfig(Config):
     @property
     def has_groups(self) -> bool:
         """Whether something works on the samples of a group together."""
-        return self.noise.pairing in ("nearest", "transport") or self.loss.contrastive > 0
+        return self.noise.pairs_samples or self.loss.contrastive > 0
 
     @property
     def datasets(self) -> list[str]:
@@ -108,7 +109,7 @@ class TextToImageConfig(Config):
 
     def needed_packages(self) -> dict[str, str]:
         """The optional packages that the config asks for, by the fields that do."""
-        lora, fields = self.model.lora, {"noise.pairing": ("scipy", self.noise.pairing in ("nearest", "transport"))}
+        lora, fields = self.model.lora, {"noise.pairing": ("scipy", self.noise.pairs_samples)}
         fields |= {"model.lora": ("peft", lora is not None)}
         fields |= {"model.lora.quantization": ("bitsandbytes", lora is not None and lora.quantization)}
         fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features == "inception")}

@@ -13,7 +13,7 @@ from difftrain_utils.data.rows import Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.data.tokens import load_tokens
-from difftrain_utils.media import text
+from difftrain_utils.media import pairs, text
 from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import main_process_first, on_main_process
 from difftrain_utils.terminal import announce
@@ -39,8 +39,9 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
 
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
-            a stream has fewer rows than a batch, the model cannot take images of this size, no bucket has a batch of
-            images, or all are too small; or see `load_tokens`.
+            all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
+            the model cannot take images of this size, no bucket has a batch of images, or all are too small; or see
+            `load_tokens`.
     """
     seed, is_text, buckets = config.train.seed_of("data"), media_of(config.data) is text, None
     names = [source.dataset for _, source in sources_of(config.data)]
@@ -50,6 +51,9 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
+        if media_of(config.data) is pairs and streamed is None:
+            for part in rows.parts:
+                pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
     if is_text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)

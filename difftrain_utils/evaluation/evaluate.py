@@ -48,11 +48,11 @@ class Evaluation:
     ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
         self.reference = reference
-        self.judge = (scenes if "builtin:scenes" in config.datasets else shapes).share_right
-        if config.evaluation.shapes_judge and self.judge is scenes.share_right:
+        self.judge = scenes if "builtin:scenes" in config.datasets else shapes
+        if config.evaluation.shapes_judge:
             for prompt in config.evaluation.prompts:
                 with blame("evaluation.prompts", ValueError):
-                    scenes.parse(prompt)
+                    self.judge.parse(prompt)
         with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
@@ -90,7 +90,7 @@ class Evaluation:
                     media_of(self.config.data).save(images, evaluation.prompts, path)
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
-                logs |= self.judge(images, evaluation.prompts)
+                logs |= self.judge.share_right(images, evaluation.prompts)
                 if self.reference is not None:
                     logs["shapes_preferred"] = shapes.count_preferred(images, evaluation.prompts) / len(images)
         if self.networks:

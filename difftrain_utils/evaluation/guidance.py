@@ -130,15 +130,19 @@ def load_weaker(family, sampler, name: str, device: torch.device, dtype: torch.d
             another path, as far as that is known: a file of weights that is not in its run's folder does not say it.
     """
     announce(f"Loading {name}, for autoguidance")
-    with blame(f"evaluation.autoguidance: cannot use {name!r}", *LOAD_ERRORS, RunError):
-        is_file = name.endswith(".safetensors")
-        source = Source("weights", name, _run_of(Path(name))) if is_file else find_sources(name)[0]
-        found, own = _path_and_prediction(family, source), Schedule.of(sampler)
-        if found not in (None, (own.path, own.prediction_type)):
-            its, ours = "{1} on the path {0}".format(*found), f"{own.prediction_type} on the path {own.path}"
-            raise ValueError(f"it predicts {its}, and the model {ours}")
-        weaker = _load_denoiser(family, source)
-        family.check_denoiser(weaker)
+    try:
+        with blame(f"cannot use {name!r}", *LOAD_ERRORS, RunError):
+            is_file = name.endswith(".safetensors")
+            source = Source("weights", name, _run_of(Path(name))) if is_file else find_sources(name)[0]
+            found, own = _path_and_prediction(family, source), Schedule.of(sampler)
+            if found not in (None, (own.path, own.prediction_type)):
+                its, ours = "{1} on the path {0}".format(*found), f"{own.prediction_type} on the path {own.path}"
+                raise ValueError(f"it predicts {its}, and the model {ours}")
+            weaker = _load_denoiser(family, source)
+            family.check_denoiser(weaker)
+    except InputError as error:
+        reason = str(error).removeprefix("model.pretrained_model_name_or_path: ")
+        raise InputError(f"evaluation.autoguidance: {reason}") from error
     return move_part(weaker.eval().requires_grad_(False), device, dtype)
 
 
@@ -170,7 +174,8 @@ def _path_and_prediction(family, source: Source) -> tuple[str, str] | None:
 
 def _load_denoiser(family, source: Source) -> torch.nn.Module:
     if source.kind == "pipeline":
-        return load_weights(*read_index(source.path, None), family.denoiser_part)
+        place, model_index = read_index(source.path, None)
+        return load_weights(place, model_index, family.denoiser_part, use_safetensors=True)  # other files are pickles
     denoiser = family.load_denoiser()
     if source.kind == "weights":
         weights.load_weights(Path(source.path), denoiser, None)

@@ -21,7 +21,7 @@ from difftrain_utils.evaluation.distances import (
 from difftrain_utils.evaluation.image_metrics import clip_score, load_clip, load_features
 from difftrain_utils.terminal import progress
 
-JUDGES = {"shapes": shapes.share_right, "scenes": scenes.share_right}
+JUDGES = {"shapes": shapes, "scenes": scenes}
 MIN_IMAGES = 12  # so that half of them have five neighbours each
 LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "cmmd")
 
@@ -107,11 +107,18 @@ def mean_clip_score(generated: dict[str, torch.Tensor]) -> dict[str, Score]:
     return {"clip_score": Score(values.mean().item(), error)}
 
 
+def check_captions(judge: str, captions: Sequence[str]) -> None:
+    """Raise InputError for a caption that the judge, "shapes" or "scenes", does not know."""
+    with blame(f"--judge {judge}", ValueError):
+        for caption in captions:
+            JUDGES[judge].parse(caption)
+
+
 def judged(judge: str, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Score]:
     """The shares of right images, of "shapes" or "scenes". Raises InputError for a caption that the judge does not
     know."""
-    with blame(f"--judge {judge}", ValueError):
-        return {name: Score(value) for name, value in JUDGES[judge](images, captions).items()}
+    check_captions(judge, captions)
+    return {name: Score(value) for name, value in JUDGES[judge].share_right(images, captions).items()}
 
 
 def too_few(real: dict[str, torch.Tensor], generated: dict[str, torch.Tensor]) -> str | None:

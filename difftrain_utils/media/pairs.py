@@ -3,14 +3,14 @@
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from difftrain_utils.config.pairs import PairDataConfig, PairSourceConfig
-from difftrain_utils.errors import RowError
+from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in
 from difftrain_utils.media.image import Place
@@ -97,6 +97,20 @@ def find_problems(row: Row, config: PairDataConfig) -> tuple[list[str], list[tup
         sizes = f"{width} × {height} and {other_width} × {other_height} pixels"
         problems.append(("warning", f"{row.name}: two images of other shapes, {sizes}, of which one is cropped more"))
     return captions, problems
+
+
+def refuse_equal(rows: Sequence[Row], name: str) -> None:
+    """Raise InputError if in all pairs of the data set `name` both images are the same. The first pair in which they
+    differ, or that cannot be read, ends the search."""
+    for index in range(len(rows)):
+        try:
+            chosen, rejected = (image.read_bytes(one.image, one.name) for one in images_of(rows[index]))
+        except RowError:
+            return
+        if chosen != rejected:
+            return
+    if len(rows):
+        raise InputError(f"data: {name}: nothing to learn, all {len(rows)} pairs have the same image twice")
 
 
 def images_of(row: Row) -> tuple[image.Row, image.Row]:

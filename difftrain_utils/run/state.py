@@ -314,7 +314,9 @@ class TrainState:
         ):
             files[BEST_FILE] = {"step": self.step, "metric": metric, "value": logs[metric]}
         for name, about in files.items():
-            ema = None if about.get("metric") == "validation_loss" else self.averages.get("ema")  # what it is of
+            of = about.get("metric", "")
+            is_raw = of.startswith("validation_") and not of.endswith("_ema")
+            ema = None if is_raw else self.averages.get("ema")  # what the metric is of
             with self.evaluation_mode():
                 weights = named_weights({part: self._plain(part) for part in self.models}, ema)
                 weights = wholes(self.accelerator, weights)

@@ -176,6 +176,9 @@ def test_the_evaluation_judges_scenes_where_they_are_trained_on(monkeypatch):
     config.evaluation.prompts += ["a red house"]
     with pytest.raises(InputError, match=r"^evaluation.prompts: 'a red house' is no caption of builtin:scenes"):
         Evaluation(Accelerator(), family, None, config)
+    config.data.dataset = "builtin:shapes"
+    with pytest.raises(InputError, match=r"^evaluation.prompts: 'a circle' is no caption of builtin:shapes"):
+        Evaluation(Accelerator(), family, None, config)
     with pytest.raises(InputError, match=r"train.keep_best: needs evaluation.shapes_judge and .*, of shapes"):
         parse_config([*argv[:2], "--train.keep_best", "shapes_right"])
 

@@ -52,6 +52,14 @@ def test_the_judge_prefers_what_the_pairs_do():
     chosen, rejected, captions = zip(*(draw_pair(index, 32) for index in range(36)), strict=True)
     assert count_right(chosen, captions) == count_right(rejected, captions) == 36
     assert (count_preferred(chosen, captions), count_preferred(rejected, captions)) == (36, 0)
+    for side, number in (("left", 36), ("right", 0)):  # what a prompt asks for counts, too
+        assert count_preferred(chosen, [f"{caption} on the {side}" for caption in captions]) == number
+
+
+@pytest.mark.parametrize("caption", ["hello world", "a purple elephant", "a red circle on the top", "A red circle"])
+def test_what_the_judge_does_not_know_is_refused(caption):
+    with pytest.raises(ValueError, match=f"'{caption}' is no caption of builtin:shapes or builtin:placed-shapes"):
+        count_right([draw_shape(0, 32)[0]], [caption])
 
 
 def test_the_judge_bears_a_little_blur_and_noise():

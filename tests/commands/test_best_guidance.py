@@ -105,6 +105,14 @@ def test_the_run_guides_as_it_says_but_at_1(drawn, monkeypatch, tmp_path):
     assert told == [(0, 3, *guided), (0, 1, None, None), (4, 2, *guided), (8, 3, *guided), (12, 3, *guided)]
 
 
+def test_prompts_that_the_judge_does_not_know_are_refused_before_anything_is_drawn(drawn, monkeypatch):
+    evaluation = SimpleNamespace(prompts=["a purple elephant"], shapes_judge=False)
+    monkeypatch.setattr(best_guidance, "run_config", lambda source: SimpleNamespace(evaluation=evaluation))
+    with pytest.raises(InputError, match=r"^--judge shapes: 'a purple elephant' is no caption of builtin:shapes"):
+        best_guidance.main(["a/run", "--judge", "shapes"])
+    assert drawn == []
+
+
 @pytest.mark.slow
 def test_a_run(checkpoint_folder, image_folder, tmp_path, capsys):
     """One that guides in an interval and by a weaker model: the pictures are those of `difftrain generate`."""

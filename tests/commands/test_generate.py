@@ -11,12 +11,12 @@ from helpers import options, parse_config, short_options, train
 from PIL import Image
 
 from difftrain_utils.commands import posthoc_ema
-from difftrain_utils.commands.drawing import own_precision
+from difftrain_utils.commands.drawing import Loaded, Settings, check, own_precision
 from difftrain_utils.commands.generate import main
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import map_rows, read_captions
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.load import load_family
+from difftrain_utils.families.load import describe_family, load_family
 from difftrain_utils.run.source import Source, find_sources
 
 FEW = {"evaluation.num_inference_steps": 2, "evaluation.guidance_scale": 3.0, "optimizer.init_args.lr": 0.01}
@@ -330,6 +330,21 @@ def test_bad_input_is_refused_in_one_line(run, tmp_path, argv, message):
         main(argv)
     assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_a_unet_that_is_told_its_guidance_and_by_nobody_is_warned_of(run, capsys):
+    """The pipeline alone does not say whether that is the length of its steps."""
+    pipeline, family = DiffusionPipeline.from_pretrained(run / "pipeline"), describe_family(str(run / "pipeline"))
+    pipeline.unet.register_to_config(time_cond_proj_dim=256)
+    check(Loaded(family, pipeline), ["a red circle"], Settings(steps=4, guidance=1.25))
+    assert "warning" not in capsys.readouterr().err
+    check(Loaded(family, pipeline), ["a red circle"], Settings(steps=4))
+    err = capsys.readouterr().err
+    assert "warning: --guidance: none is given, so the StableDiffusionPipeline tells its UNet" in err
+    assert "of its default, 7.5; what train_few_step.py has trained needs 1 + 1/N with --steps N" in err
+    family.tells_gap = True  # of a run
+    check(Loaded(family, pipeline), ["a red circle"], Settings(steps=4))
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_guidance_at_some_noise_levels_and_by_a_weaker_model(run, draw, tmp_path):

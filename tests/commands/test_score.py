@@ -79,8 +79,9 @@ def test_what_is_real_is_at_no_distance_from_itself():
         ("{}/drawn --features some/network", "--features: needs --reference"),
         ("{}/drawn --judge shapes --reference {}/real", "--reference: needs --features or --clip"),
         ("{}/none --judge scenes", "FOLDER: cannot load '.*none'"),
-        ("{}/real --judge scenes", r"FOLDER: .*no column 'text'|.*caption"),
+        ("{}/real --judge scenes", "FOLDER: .*00.png has no caption .*or a metadata.jsonl, or let difftrain caption"),
         ("{}/drawn --judge scenes --output scores.txt", "--output scores.txt: must end in .json"),
+        ("{}/drawn --judge shapes", "--judge shapes: 'a [a-z]+' is no caption of builtin:shapes or"),
         ("{}/drawn --clip no/such", "--clip: cannot use 'no/such'"),
     ],
 )

@@ -138,6 +138,23 @@ def test_each_fault_of_a_pair_is_reported_with_file_and_line(tmp_path, capsys):
     ]
 
 
+def test_pairs_of_which_all_have_one_image_twice_are_refused(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 3)
+    path = folder / "metadata.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in (2, 3):
+        twice = [line | {"rejected_file_name": line["chosen_file_name"]} for line in lines[:number]] + lines[number:]
+        path.write_text("".join(json.dumps(line) + "\n" for line in twice))
+        if number == 2:
+            samples_of(config_of(folder))
+    with pytest.raises(InputError, match=r"^data: .*pairs: nothing to learn, all 3 pairs have the same image twice$"):
+        samples_of(config_of(folder))
+    source = {"dataset": str(folder), "rejected_column": "chosen"}
+    message = r"^data.sources\[0\].rejected_column: must be another column than image_column"
+    with pytest.raises(InputError, match=message):
+        config_of(folder, **{"data.dataset": "null", "data.sources": [source]})
+
+
 def test_what_is_no_pair_is_refused_in_one_line(tmp_path, image_folder):
     folder = write_pairs(tmp_path / "pairs", 3)
     (folder / "rejected-2.png").unlink()

@@ -11,6 +11,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler
 from helpers import assert_one_line, options, parse_config, train
+from safetensors.torch import load_file
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.config.evaluation import EvaluationConfig
@@ -174,6 +175,25 @@ def test_what_cannot_be_is_refused_before_the_run(short_run, capsys, tmp_path, m
     argv = [*short_run, *options(fields | {"model.pretrained_model_name_or_path": f"builtin:tiny-{model}"})]
     assert_one_line(argv, f"evaluation.{message}", capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_weaker_model_that_cannot_be_loaded_is_refused_by_its_field(short_run, tmp_path):
+    """And nothing is ever unpickled."""
+    family = load_family(parse_config([*short_run, "--model.pretrained_model_name_or_path", "builtin:tiny-dit"]))
+    family.save_pipeline(tmp_path / "pickled", family.load_denoiser())
+    weights = tmp_path / "pickled/transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("/nope", "/nope: no such folder$"),
+        ("builtin:nope", "cannot use 'builtin:nope': no such builtin; there is"),
+        (str(tmp_path / "empty"), ".*empty: no run"),
+        (str(tmp_path / "none.safetensors"), ".*none.safetensors: "),
+        (str(tmp_path / "pickled"), ".*pickled: transformer: .*diffusion_pytorch_model.safetensors"),
+    ):
+        with pytest.raises(InputError, match=f"^evaluation.autoguidance: {message}"):
+            load_weaker(family, name, torch.device("cpu"), torch.float32)
 
 
 def test_what_was_distilled_with_its_guidance_is_refused(short_run, tmp_path):
