@@ -211,7 +211,7 @@ def test_a_task_of_slurm_is_a_run(sweep):
         ({"ledger": "."}, r"plan.yaml: ledger: must be a file, in a folder, got \.$"),
         ({"ledger": "base.yaml/a"}, "plan.yaml: ledger: must be a file, in a folder, got base.yaml/a$"),
         ({"variance_seeds": [2**63]}, "variance_seeds: must be whole numbers from 0 to "),
-        ({"fields": {"train.run_name": datetime.date(2024, 1, 1)}}, "fields.train.run_name: Object of type date is not"),
+        ({"fields": {"train.run_name": datetime.date(2024, 1, 1)}}, "fields.train.run_name: Object of type date"),
         ({"strategies": {1: {}}}, "plan.yaml: strategies: must be called by texts, got 1"),
         ({"strategies": {"a": {"script": 3}}}, "plan.yaml: strategies.a: script: must be a text or null, got 3$"),
         ({"looks": "x"}, "plan.yaml: looks: must be a whole number, got 'x'$"),
@@ -246,7 +246,9 @@ def test_files_that_are_not_there_or_are_others(sweep):
     with pytest.raises(InputError, match=r"^no.yaml: No such file or directory$"):
         main(["no.yaml"])
     Path("notes.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"^notes.jsonl line 1: not a line of a ledger of comparisons$"):
+    with pytest.raises(
+        InputError, match=r"^plan.yaml: ledger: notes.jsonl line 1: not a line of a ledger of comparisons$"
+    ):
         main([sweep(ledger="notes.jsonl")])
     assert not Path("sweep").exists()
 
