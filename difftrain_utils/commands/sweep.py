@@ -23,7 +23,7 @@ from pathlib import Path
 from difftrain_utils.commands import ledger
 from difftrain_utils.commands.compare import number
 from difftrain_utils.commands.parser import Parser
-from difftrain_utils.commands.sweep_plan import TUNE, Plan, PlannedRun, load_plan
+from difftrain_utils.commands.sweep_plan import TUNE, Plan, PlannedRun, load_plan, within
 from difftrain_utils.commands.sweep_report import (
     FINISHED,
     Findings,
@@ -214,7 +214,8 @@ def main(argv: list[str] | None = None) -> int:
         report(plan, args.output)
         return 0
     if Path(plan.ledger).exists():
-        ledger.read_lines(Path(plan.ledger))  # it shall not turn out to be another file when all is run
+        with within(f"{args.plan}: ledger"):  # it shall not turn out to be another file when all is run
+            ledger.read_lines(Path(plan.ledger))
     plan.keep()
     if args.slurm:
         with blame(f"--slurm {args.slurm}", OSError):

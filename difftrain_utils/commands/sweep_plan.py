@@ -150,7 +150,9 @@ class Plan:
         for name in ("config", "output_dir", "ledger"):
             require(bool(getattr(self, name)), name, "must not be empty")
         require("://" not in self.output_dir, "output_dir", f"must be a folder of this machine, got {self.output_dir}")
-        require(not Path(self.ledger).is_dir(), "ledger", f"must be a file, got the folder {self.ledger}")
+        ledger = Path(self.ledger)
+        can_be_file = not ledger.is_dir() and not any(folder.is_file() for folder in ledger.parents)
+        require(can_be_file, "ledger", f"must be a file, in a folder, got {self.ledger}")
         require(self.looks >= 1, "looks", f"must be at least 1, got {self.looks}")
         self._check_seeds()
         for name in self.strategies:
@@ -168,8 +170,8 @@ class Plan:
     def _check_seeds(self) -> None:
         groups = {name: getattr(self, name) for name in ("tuning_seeds", "seeds", "control_seeds", "variance_seeds")}
         for name, seeds in groups.items():
-            are_seeds = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
-            require(are_seeds, name, f"must be whole numbers of 0 or more, got {seeds!r:.80}")
+            are_seeds = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+            require(are_seeds, name, f"must be whole numbers from 0 to 2^63 - 1, got {seeds!r:.80}")
             require(len(set(seeds)) == len(seeds), name, f"each only once, got {seeds}")
         require(len(self.seeds) > 0, "seeds", "must not be empty")
         for name in ("seeds", "control_seeds", "variance_seeds"):
@@ -190,6 +192,8 @@ class Plan:
                 hint = f", or {', '.join(OF_STRATEGY)}" if part != "fields" else ""
                 is_dotted = isinstance(given, str) and "." in given
                 require(is_dotted, part, f"must have dotted names of fields{hint}, got {given!r}")
+                with blame(f"{part}.{given}", TypeError):  # of a date, such as YAML has
+                    as_argument(fields[given])
                 if given == ARGUMENTS:
                     arguments = fields[given]
                     are_named = isinstance(arguments, dict)

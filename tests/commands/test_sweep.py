@@ -1,6 +1,7 @@
 """Sweeps, with a script that trains nothing: what it logs is a function of strategy, learning rate and seeds."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -207,7 +208,10 @@ def test_a_task_of_slurm_is_a_run(sweep):
         ({"output_dir": 3}, "plan.yaml: output_dir: must be a folder, got 3$"),
         ({"output_dir": "s3://runs"}, "plan.yaml: output_dir: must be a folder of this machine, got s3://runs$"),
         ({"ledger": 3}, "plan.yaml: ledger: must be a file, got 3$"),
-        ({"ledger": "."}, r"plan.yaml: ledger: must be a file, got the folder \.$"),
+        ({"ledger": "."}, r"plan.yaml: ledger: must be a file, in a folder, got \.$"),
+        ({"ledger": "base.yaml/a"}, "plan.yaml: ledger: must be a file, in a folder, got base.yaml/a$"),
+        ({"variance_seeds": [2**63]}, "variance_seeds: must be whole numbers from 0 to "),
+        ({"fields": {"train.run_name": datetime.date(2024, 1, 1)}}, "fields.train.run_name: Object of type date"),
         ({"strategies": {1: {}}}, "plan.yaml: strategies: must be called by texts, got 1"),
         ({"strategies": {"a": {"script": 3}}}, "plan.yaml: strategies.a: script: must be a text or null, got 3$"),
         ({"looks": "x"}, "plan.yaml: looks: must be a whole number, got 'x'$"),
@@ -242,7 +246,9 @@ def test_files_that_are_not_there_or_are_others(sweep):
     with pytest.raises(InputError, match=r"^no.yaml: No such file or directory$"):
         main(["no.yaml"])
     Path("notes.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"^notes.jsonl line 1: not a line of a ledger of comparisons$"):
+    with pytest.raises(
+        InputError, match=r"^plan.yaml: ledger: notes.jsonl line 1: not a line of a ledger of comparisons$"
+    ):
         main([sweep(ledger="notes.jsonl")])
     assert not Path("sweep").exists()
 
