@@ -193,7 +193,7 @@ def test_a_weaker_model_that_cannot_be_loaded_is_refused_by_its_field(short_run,
         (str(tmp_path / "pickled"), ".*pickled: transformer: .*diffusion_pytorch_model.safetensors"),
     ):
         with pytest.raises(InputError, match=f"^evaluation.autoguidance: {message}"):
-            load_weaker(family, name, torch.device("cpu"), torch.float32)
+            load_weaker(family, family.sampler, name, torch.device("cpu"), torch.float32)
 
 
 def test_what_was_distilled_with_its_guidance_is_refused(short_run, tmp_path):
