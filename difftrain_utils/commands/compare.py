@@ -139,16 +139,22 @@ def load_run(folder: Path, name: str) -> Run:
     for file in (CONFIG_FILE, MANIFEST_FILE, ENVIRONMENT_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder}: not the output folder of a run: it has no {file}")
-    config = read_mapping(folder / CONFIG_FILE)
-    rename_fields(config)  # of a run with an earlier version
+    config = read_config(folder)
     manifest, env = read_mapping(folder / MANIFEST_FILE), read_mapping(folder / ENVIRONMENT_FILE)
     with blame(f"{folder / MANIFEST_FILE}: damaged", *LOAD_ERRORS):
         facts = facts_of(manifest, env)
-    config = flat_config(config)
     for field in (*SEEDS, "train.max_steps", "train.batch_size"):
         if not isinstance(config.get(field, 0), int):
             raise InputError(f"{folder / CONFIG_FILE}: {field}: must be a whole number, got {config[field]!r:.60}")
     return Run(folder, name, config, facts, load_metrics(folder / METRICS_FILE))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config, dotted name to value, as this version calls the fields."""
+    config = read_mapping(folder / CONFIG_FILE)
+    rename_fields(config)  # of a run with an earlier version
+    # a seed that is null is `train.seed`, as where it is not there, in a run with an earlier version
+    return {name: value for name, value in flatten(config).items() if name not in SEEDS or value is not None}
 
 
 def load_metrics(path: Path) -> list[dict[str, Any]]:
@@ -166,12 +172,6 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in content.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
-
-
-def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The same of a run's config, without the seeds that are null: these are `train.seed`, as where they are not there,
-    in a run with an earlier version."""
-    return {name: value for name, value in flatten(config).items() if name not in SEEDS or value is not None}
 
 
 def facts_of(manifest: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from difftrain_utils.commands import ledger
-from difftrain_utils.commands.compare import Run, flat_config, load_run
+from difftrain_utils.commands.compare import Run, load_run, read_config
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.commands.repetition import (
     changes,
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"Running it again: {' '.join(command)}")
 
     def recorded() -> dict[str, Any]:
-        config = flat_config(read_mapping(output_dir / CONFIG_FILE)) | {name: run.config.get(name) for name in fields}
+        config = read_config(output_dir) | {name: run.config.get(name) for name in fields}
         return circumstances(config, *(read_mapping(output_dir / name) for name in (MANIFEST_FILE, ENVIRONMENT_FILE)))
 
     def report_the_rest() -> None:

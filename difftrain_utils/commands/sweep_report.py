@@ -297,9 +297,7 @@ def findings(plan: Plan) -> Findings:
     if plan.control_seeds:
         tables.append(control_table(plan, choices, runs, results))
     if plan.baseline in curves:
-        what = (
-            f"What they cost (means of the runs), how soon the mean {name} was where the baseline ended (as shares of "
-        )
+        what = f"What they cost (means of the runs), how soon the {name} was where the baseline ended (as shares of "
         what += f"its whole cost), and the {name} where each had cost as much as the cheapest in all:"
         tables.append((what, cost_table(curves, plan.baseline, best, name), []))
     rows, sentences = variance_table(plan)
