@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if not prompts:
         raise InputError(f"{args.run}: its config has no evaluation.prompts to draw")
     if args.judge is None and config.evaluation.shapes_judge:
-        args.judge = "scenes" if "builtin:scenes" in config.datasets else "shapes"
+        args.judge = config.judge
     metric = find_metric(args)
     output = None if args.output is None else find_output(args.output, ("",))
     options = {scale: options_of(args.run, prompts, scale, source) for scale in args.scales}
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.media.grids import labelled_grid
 
     if args.judge:
-        check_captions(args.judge, prompts)
+        check_captions(args.judge, prompts, f"--judge {args.judge}")
     device, lowest, highest = find_device(args.device, None), args.scales[0], args.scales[-1]
     precision, settings = own_precision(source, device), {scale: Settings(**of) for scale, of in options.items()}
     networks, real = load_networks(args.features, args.clip, device), None

@@ -31,9 +31,7 @@ from difftrain_utils.config.training import SOURCES
 from difftrain_utils.run.run_folder import DIVERGED, read_manifest
 
 FINISHED, UNFINISHED, ABSENT = "finished", "unfinished", "absent"  # or DIVERGED
-FEW = (
-    5  # with fewer runs than this there is no share of the variance: of four and four its interval is 15-fold each way
-)
+FEW = 5  # of fewer runs there is no share of the variance: of four and four its interval is 15-fold each way
 AXES = ("steps", "samples", "FLOPs", "seconds")
 Table = tuple[str, list[list[str]], list[str]]  # what it shows, header and rows, and sentences about it
 
@@ -135,8 +133,8 @@ def choose_rate(plan: Plan, strategy: str) -> Choice:
         if run.stage == TUNE and run.strategy == strategy:
             status = status_of(run.folder)
             diverged[run.rate] += status == DIVERGED
-            found = {DIVERGED: math.inf, FINISHED: score(loaded(run), metric) if status == FINISHED else None}
-            scores[run.rate].append(found.get(status))
+            found = score(loaded(run), metric) if status == FINISHED else None
+            scores[run.rate].append(math.inf if status == DIVERGED else found)
     means = {rate: None if None in found else statistics.fmean(found) for rate, found in scores.items()}
     best = None if None in means.values() else min(means, key=means.get)
     return Choice(means, diverged, best if best is not None and math.isfinite(means[best]) else None)

@@ -70,16 +70,20 @@ class TextToImageConfig(Config):
         evaluation, images = self.evaluation, "data.validation_split or data.validation_dataset"
         held_out = self.data.validation_split or self.data.validation_dataset
         judged, judge = evaluation.shapes_judge and evaluation.prompts, "evaluation.shapes_judge and evaluation.prompts"
-        has_scenes = "builtin:scenes" in self.datasets
         return {
             "validation_loss": (held_out, images),
             "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
             "fid": (evaluation.fid_features, "evaluation.fid_features"),
             "kid": (evaluation.fid_features, "evaluation.fid_features"),
             "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
-            "shapes_right": (judged and not has_scenes, f"{judge}, of shapes"),
-            "scenes_right": (judged and has_scenes, f"{judge}, of scenes"),
+            "shapes_right": (judged and self.judge == "shapes", f"{judge}, of shapes"),
+            "scenes_right": (judged and self.judge == "scenes", f"{judge}, of scenes"),
         }
+
+    @property
+    def judge(self) -> str:
+        """The built-in data whose judge `evaluation.shapes_judge` asks."""
+        return "scenes" if "builtin:scenes" in self.datasets else "shapes"
 
     @property
     def has_groups(self) -> bool:

@@ -6,14 +6,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from difftrain_utils.builtins import scenes, shapes
+from difftrain_utils.builtins import shapes
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import blame, go_on_without
+from difftrain_utils.errors import go_on_without
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
+from difftrain_utils.evaluation.scores import JUDGES, check_captions
 from difftrain_utils.evaluation.validation import (
     by_noise_level,
     save_validation_losses,
@@ -48,11 +49,8 @@ class Evaluation:
     ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
         self.reference = reference
-        self.judge = scenes if "builtin:scenes" in config.datasets else shapes
         if config.evaluation.shapes_judge:
-            for prompt in config.evaluation.prompts:
-                with blame("evaluation.prompts", ValueError):
-                    self.judge.parse(prompt)
+            check_captions(config.judge, config.evaluation.prompts, "evaluation.prompts")
         with main_process_first(accelerator):
             self.networks = load_metric_networks(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
@@ -90,7 +88,7 @@ class Evaluation:
                     media_of(self.config.data).save(images, evaluation.prompts, path)
                 log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
-                logs |= self.judge.share_right(images, evaluation.prompts)
+                logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:
                     logs["shapes_preferred"] = shapes.count_preferred(images, evaluation.prompts) / len(images)
         if self.networks:

@@ -107,9 +107,9 @@ def mean_clip_score(generated: dict[str, torch.Tensor]) -> dict[str, Score]:
     return {"clip_score": Score(values.mean().item(), error)}
 
 
-def check_captions(judge: str, captions: Sequence[str]) -> None:
-    """Raise InputError for a caption that the judge, "shapes" or "scenes", does not know."""
-    with blame(f"--judge {judge}", ValueError):
+def check_captions(judge: str, captions: Sequence[str], culprit: str) -> None:
+    """Raise InputError, about the `culprit`, for a caption that the judge, "shapes" or "scenes", does not know."""
+    with blame(culprit, ValueError):
         for caption in captions:
             JUDGES[judge].parse(caption)
 
@@ -117,7 +117,7 @@ def check_captions(judge: str, captions: Sequence[str]) -> None:
 def judged(judge: str, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Score]:
     """The shares of right images, of "shapes" or "scenes". Raises InputError for a caption that the judge does not
     know."""
-    check_captions(judge, captions)
+    check_captions(judge, captions, f"--judge {judge}")
     return {name: Score(value) for name, value in JUDGES[judge].share_right(images, captions).items()}
 
 

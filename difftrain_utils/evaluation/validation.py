@@ -2,8 +2,9 @@
 training stream."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +17,12 @@ from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.data.pairs import as_images
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import read_held_out
+from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.reference import Reference
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
+from difftrain_utils.media import pairs
+from difftrain_utils.media.media import media_of
 from difftrain_utils.objective.loss import sample_losses, scale_masks
 from difftrain_utils.objective.preference import implicit_accuracies, preference_losses, preference_margins
 from difftrain_utils.objective.schedule import Schedule
@@ -26,33 +30,59 @@ from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import progress
 
 
+class Triples(NamedTuple):
+    """Some of the fixed (row, noise, noise level) triples. Of pairs, tensors are of both in turn, (2·batch, …)."""
+
+    keys: list[int]
+    num_kept: int
+    """How many of them, from the first on, are not another process's, too."""
+    masks: torch.Tensor | None
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    conditioning: Conditioning
+    target: torch.Tensor
+
+
+def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Config) -> Iterator[Triples]:
+    """This process's share of `evaluation.num_validation_samples` triples, on its device; triple j has the row j modulo
+    their number, and lies in the noise level's bin j modulo `evaluation.num_validation_bins`.
+
+    They depend on `evaluation.seed` alone, not on the run, so that runs can be compared. The noise levels are equally
+    spread over the angle φ = atan(s/a), from 0 (no noise) to π/2.
+    """
+    evaluation, schedule, are_pairs = config.evaluation, family.schedule, media_of(config.data) is pairs
+    batches = share_out(accelerator, evaluation.num_validation_samples, evaluation.batch_size)
+    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
+        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
+        batch = as_images(batch) if are_pairs else batch
+        latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
+        noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
+        timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
+        if are_pairs:  # one noise and one noise level for both images
+            noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
+        noisy_latents = schedule.add_noise(latents, noise, timesteps)
+        target = schedule.target(latents, noise, timesteps)
+        yield Triples(keys, num_kept, batch["masks"], noisy_latents, timesteps, conditioning, target)
+
+
 @torch.no_grad()
 def validation_losses(
     accelerator: Accelerator, family, denoiser: torch.nn.Module, rows: MappedRows, config: Config
 ) -> torch.Tensor:
-    """The losses of fixed (image, noise, noise level) triples, shape (`evaluation.num_validation_samples`,), float32 on
-    the CPU; triple j has the image of row j modulo their number, and lies in the noise level's bin j modulo
-    `evaluation.num_validation_bins`.
+    """The losses of the `fixed_triples`, shape (`evaluation.num_validation_samples`,), float32 on the CPU, which the
+    processes share out.
 
-    The triples depend on `evaluation.seed` alone, not on the run, so that runs can be compared; the processes share
-    them out. The noise levels are equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. The loss is
-    the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model predicts; times
-    the mask where the rows have masks.
+    The loss is the unweighted squared error of v = cos φ·ε - sin φ·x_0, (SNR + 1)·|x̂_0 - x_0|², whatever the model
+    predicts; times the mask where the rows have masks.
     """
-    evaluation, schedule = config.evaluation, family.schedule
-    found = torch.zeros(evaluation.num_validation_samples, device=accelerator.device)
-    batches = share_out(accelerator, len(found), evaluation.batch_size)
-    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
-        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
-        latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
-        noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
-        timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
-        noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        target = schedule.target(latents, noise, timesteps)
+    schedule = family.schedule
+    found = torch.zeros(config.evaluation.num_validation_samples, device=accelerator.device)
+    for of_batch in fixed_triples(accelerator, family, rows, config):
+        keys, num_kept, masks, noisy_latents, timesteps, conditioning, target = of_batch
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (output - target).square()
-        if batch["masks"] is not None:
-            losses *= scale_masks(batch["masks"], losses.shape[-2:])
+        if masks is not None:
+            losses *= scale_masks(masks, losses.shape[-2:])
         losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
         found[keys[:num_kept]] = losses[:num_kept]
@@ -68,20 +98,12 @@ def validation_preferences(
     rows: MappedRows,
     config: PreferenceConfig,
 ) -> dict[str, torch.Tensor]:
-    """Of fixed (pair, noise, noise level) triples, which are chosen as those of `validation_losses`: the losses of
-    training, and the implicit accuracies and margins that they are made of, each of the shape
-    (`evaluation.num_validation_samples`,), float32 on the CPU."""
-    evaluation, schedule, names = config.evaluation, family.schedule, ("loss", "implicit_accuracy", "margin")
-    found = torch.zeros(len(names), evaluation.num_validation_samples, device=accelerator.device)
-    batches = share_out(accelerator, found.shape[1], evaluation.batch_size)
-    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
-        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
-        latents, conditioning = family.encode(as_images(batch), evaluation.seed, None, "validation_vae_noise")
-        noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
-        timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
-        noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
-        noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        target = schedule.target(latents, noise, timesteps)
+    """Of the `fixed_triples` of pairs the losses of training, and the implicit accuracies and margins that they are
+    made of, each of the shape (`evaluation.num_validation_samples`,), float32 on the CPU."""
+    schedule, names = family.schedule, ("loss", "implicit_accuracy", "margin")
+    found = torch.zeros(len(names), config.evaluation.num_validation_samples, device=accelerator.device)
+    for of_batch in fixed_triples(accelerator, family, rows, config):
+        keys, num_kept, _, noisy_latents, timesteps, conditioning, target = of_batch
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         before = reference.predict(denoiser, noisy_latents, timesteps, conditioning)
         errors, reference_errors = (

@@ -105,8 +105,8 @@ class OperationCounter(TorchDispatchMode):
 
 class StepFlops:
     """The FLOPs of a run's steps so far, of all processes and of all that is between two batches: VAE, text encoders,
-    probes, teachers, what checkpointing computes once more. The update, which is
-    after the last of them, is not counted: of Muon it is products, too.
+    probes, teachers, what checkpointing computes once more. The update, which is after the last of them, is not
+    counted: of Muon it is products, too.
 
     Counted are the parts of each `RECOUNT`-th step, and those whose tensors have other shapes than any before; the rest
     are taken to need as many as the last of their shapes, also where it depends on values (each different caption is

@@ -22,9 +22,7 @@ def drawn(monkeypatch, tmp_path):
     none at others."""
     found = []
     source = Source("pipeline", "pipeline", tmp_path, 4, "ema")
-    config = SimpleNamespace(
-        evaluation=SimpleNamespace(prompts=PROMPTS[:4], shapes_judge=True), datasets=["builtin:shapes"]
-    )
+    config = SimpleNamespace(evaluation=SimpleNamespace(prompts=PROMPTS[:4], shapes_judge=True), judge="shapes")
 
     def draw_all(loaded, samples, settings, config):
         for i, sample in enumerate(samples):
