@@ -48,14 +48,18 @@ def draw_shape(
     # Drawn large and averaged down, so that edges are smooth and places are not bound to pixels.
     large = Image.new("RGB", (image_size * SUPERSAMPLING,) * 2, (ground,) * 3)
     box = [SUPERSAMPLING * edge for edge in (left, top, left + size, top + size)]
-    draw = ImageDraw.Draw(large)
-    if shape == "circle":
-        draw.ellipse(box, fill=COLORS[color])
-    elif shape == "square":
-        draw.rectangle(box, fill=COLORS[color])
-    else:
-        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLORS[color])
+    draw_figure(ImageDraw.Draw(large), shape, box, COLORS[color])
     return large.reduce(SUPERSAMPLING), caption
+
+
+def draw_figure(draw: ImageDraw.ImageDraw, shape: str, box: list[float], color: tuple[int, int, int]) -> None:
+    """A shape in its box, (left, top, right, bottom)."""
+    if shape == "circle":
+        draw.ellipse(box, fill=color)
+    elif shape == "square":
+        draw.rectangle(box, fill=color)
+    else:
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=color)
 
 
 def judge(image: Image.Image) -> tuple[str | None, str | None]:

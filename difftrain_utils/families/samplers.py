@@ -71,7 +71,8 @@ def _build_flow(
             "not know of; set scheduler.flow_shift"
         )
     shift = fields.flow_shift or own.get("shift") or own.get("flow_shift", 1.0)
-    shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
+    if fields.flow_base_resolution:
+        shift *= config.data.resolution / fields.flow_base_resolution
     num_timesteps = overrides.get("num_train_timesteps", own["num_train_timesteps"])
     schedule = Schedule("linear", "flow_prediction", num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):

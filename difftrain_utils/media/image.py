@@ -61,8 +61,8 @@ def row_of(content: dict[str, Any], name: str, source: SourceConfig, texts: list
 
 def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     """The paths of images and masks, and whether they are files that hold them."""
-    masks = _paths(part, part.source.mask_column) if part.source.mask_column else ()
-    return itertools.chain(_paths(part, part.source.image_column), masks)
+    masks = paths_in(part, part.source.mask_column) if part.source.mask_column else ()
+    return itertools.chain(paths_in(part, part.source.image_column), masks)
 
 
 def limits() -> tuple[Any, ...]:
@@ -71,10 +71,7 @@ def limits() -> tuple[Any, ...]:
 
 def lasting_names(part) -> Iterator[list[str]]:
     """The images' file names without their folders."""
-    index = 0
-    for paths, _ in _paths(part, part.source.image_column):
-        yield [file_name(path, index + i) for i, path in enumerate(paths)]
-        index += len(paths)
+    return file_names(part, part.source.image_column)
 
 
 def check(row: Row, index: int, config: DataConfig) -> list[Any]:
@@ -191,12 +188,12 @@ def save(made: list[Image.Image], labels: list[str], path: Path) -> None:
 
 # ── Files of images ──────────────────────────────────────────────────────────────────────────────────────────
 def path_of(value: dict[str, Any] | None) -> str | None:
-    """The path of an undecoded `datasets.Image`, where it has one."""
+    """The path of an undecoded `datasets.Image`, or `Video`, where it has one."""
     return (value or {}).get("path")
 
 
 def file_name(path: str | None, index: int) -> str:
-    """An image's file name without its folders; of one without, its row."""
+    """A file's name without its folders; of what has none, its row."""
     return os.path.basename(path or f"row {index}")
 
 
@@ -207,8 +204,16 @@ def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
     return row[source.mask_column] or {"bytes": None, "path": None}
 
 
-def _paths(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]:
-    """The paths in a column of images, and whether they are files that hold the images, some rows at a time."""
+def file_names(part, column: str) -> Iterator[list[str]]:
+    """The file names in a column of images or videos, some rows at a time."""
+    index = 0
+    for paths, _ in paths_in(part, column):
+        yield [file_name(path, index + i) for i, path in enumerate(paths)]
+        index += len(paths)
+
+
+def paths_in(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]:
+    """The paths in a column of images or videos, and whether they are files that hold these, some rows at a time."""
     for images, rows in part.batches(column):
         # the paths alone, not the bytes, which lie in the same column
         paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))

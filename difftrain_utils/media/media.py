@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsConfig, RowsSource
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
-from difftrain_utils.media import image, text
+from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
+from difftrain_utils.media import image, text, video
 
 
 class Row(Protocol):
@@ -76,7 +77,11 @@ class Media(Protocol):
         cannot be written."""
 
 
-MEDIA: dict[type, Media] = {DataConfig: image, SourceConfig: image, TextDataConfig: text, TextSourceConfig: text}
+MEDIA: dict[type, Media] = {
+    **dict.fromkeys((DataConfig, SourceConfig), image),
+    **dict.fromkeys((TextDataConfig, TextSourceConfig), text),
+    **dict.fromkeys((VideoDataConfig, VideoSourceConfig), video),
+}
 
 
 def media_of(config: RowsConfig | RowsSource) -> Media:
