@@ -19,4 +19,4 @@ class TextToVideoConfig(TextToImageConfig):
         super().check_sections(requires)
 
     def needed_packages(self) -> dict[str, str]:
-        return super().needed_packages() | {"data.dataset": "av"}
+        return super().needed_packages() | {"data": "av"}

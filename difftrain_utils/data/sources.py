@@ -1,5 +1,5 @@
-"""Where rows come from: folders of photos, image folders, parquet, arrow and WebDataset files, hub data sets, drawn
-shapes."""
+"""Where rows come from: folders of photos, folders of images or videos, parquet, arrow and WebDataset files, hub data
+sets, drawn shapes."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,19 @@ import datasets
 
 from difftrain_utils.builtins.shapes import SHAPE_SETS, draw_shape
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.data import texts
+from difftrain_utils.data import texts, videos
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RunError, blame
 from difftrain_utils.files import local_path
-from difftrain_utils.media import image, text
+from difftrain_utils.media import image, text, video
 from difftrain_utils.media.media import media_of
 
 NUM_BUILTIN_SHAPES = 1800
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
+FEATURES = {image: datasets.Image, video: datasets.Video}  # of the columns of files
+FOLDERS = {image: "image", video: "video"}  # what `datasets` calls a folder with a metadata.jsonl, and its column
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -64,6 +66,8 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             data = read_photos(photos)
     elif name.startswith("builtin:") and media_of(source) is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
+    elif name.startswith("builtin:") and media_of(source) is video:
+        data = videos.builtin_videos(name, field_of(field, "dataset"), config)
     elif name in SHAPE_SETS:
         data = draw_shapes(name, config.resolution)
     elif name.startswith("builtin:"):
@@ -123,8 +127,8 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
-        return {"path": "imagefolder", "data_dir": str(folder)}
-    if photo_folder(field, source) is not None:
+        return {"path": f"{FOLDERS[media_of(source)]}folder", "data_dir": str(folder)}
+    if media_of(source) is image and photo_folder(field, source) is not None:
         raise InputError(f"data.streaming: {folder} is a folder of photos, which is not read as a stream")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
@@ -215,9 +219,11 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
         is_bytes = feature == datasets.Value("binary") or (
             isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         )
-        if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
-            hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
-            what = f"column {column!r} of {name} does not hold images, but {feature!r:.80}{hint}"
+        kind = FEATURES[media]
+        is_known = isinstance(feature, datasets.Image | kind)  # an image is a video, too
+        if not is_known and not (is_bytes and isinstance(data, datasets.Dataset)):
+            hint = f" (of a stream, cast it with datasets.{kind.__name__} before it is written)" if is_bytes else ""
+            what = f"column {column!r} of {name} does not hold {media.NOUN}, but {feature!r:.80}{hint}"
             raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
@@ -227,7 +233,7 @@ def used_columns(data, source: SourceConfig):
     used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source))])
     data = data.select_columns(list(used))
     for column in of_files:
-        data = data.cast_column(column, datasets.Image(decode=False))
+        data = data.cast_column(column, FEATURES[media_of(source)](decode=False))
     return data
 
 
@@ -268,18 +274,21 @@ def draw_shapes(name: str, resolution: int) -> datasets.Dataset:
 
 
 def find_metadata(source: SourceConfig) -> Path | None:
-    """The `metadata.jsonl` of an image folder; None if the source is something else."""
+    """The `metadata.jsonl` of a folder of images or videos; None if the source is something else."""
     folder = local_path(source.dataset)
     paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
     return next((path for path in paths if path.is_file()), None)
 
 
 def check_metadata(path: Path, field: str, source: SourceConfig, config: DataConfig) -> None:
-    """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
-    whose image is missing."""
-    if source.image_column != "image":
+    """Raise InputError for the first line that is not what such a folder needs, or (unless they are to be skipped)
+    whose file is missing."""
+    media, kind = media_of(source), FOLDERS[media_of(source)]
+    (column, asked_by), *_ = media.file_columns(source)
+    if column != kind:
+        article = "an" if kind == "image" else "a"
         raise InputError(
-            f"{field_of(field, 'image_column')}: an image folder has its images in 'image', got {source.image_column!r}"
+            f"{field_of(field, asked_by)}: {article} {kind} folder has its {media.NOUN} in {kind!r}, got {column!r}"
         )
     number = 0
     for number, line in metadata_lines(path):
@@ -288,7 +297,7 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
             if not os.path.isfile(path.parent / name):
                 raise InputError(f"{path} line {number}: no such file: {name}")
     if number == 0:
-        raise InputError(f"{path}: has no line; it needs one for each image")
+        raise InputError(f"{path}: has no line; it needs one for each {kind}")
 
 
 def mask_file(row: dict[str, Any], source: SourceConfig) -> str | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,13 +13,14 @@ from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Weights
 from difftrain_utils.media.video import Clip
 
-SIDES_OF_CALLS = 16  # what the pipelines' own check wants sides to be multiples of, at least
-
 
 @dataclass
 class DiffusersVideoFamily(DiffusersFamily):
     """A `VideoFamily` of checkpoints in diffusers' format: a subclass says what it says of a `DiffusersFamily`, and how
     the VAE and the denoiser cut a video up (`vae_scale_factors`, `patch_sizes`)."""
+
+    side_multiple: ClassVar[int]
+    """What the pipeline's own check wants sides to be multiples of."""
 
     fps: float = 0.0
     """Frames a second of all clips."""
@@ -52,7 +53,7 @@ class DiffusersVideoFamily(DiffusersFamily):
     @property
     def size_multiple(self) -> int:
         _, side = self.vae_scale_factors
-        return math.lcm(side * self.patch_sizes[1], side * self.patch_sizes[2], SIDES_OF_CALLS)
+        return math.lcm(side * self.patch_sizes[1], side * self.patch_sizes[2], self.side_multiple)
 
     def check_frames(self, num_frames: int, name: str) -> None:
         multiple = self.frame_multiple

@@ -29,6 +29,7 @@ class Wan(DiffusersVideoFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    side_multiple: ClassVar[int] = 16
     float32_parts: ClassVar[tuple[str, ...]] = ("vae",)  # as in the authors' code
 
     expert: str = EXPERTS[0]

@@ -76,7 +76,8 @@ def lasting_names(part) -> Iterator[list[str]]:
 
 def check(row: Row, index: int, config: VideoDataConfig) -> list[Any]:
     """What tells a row from others, having looked at the video's header: the file's name, so that a moved folder keeps
-    its fingerprint, the captions, the digest of the video, and which of its clips it is; null for what is not there.
+    its fingerprint, the captions, the digest of the video, and which of its clips it is; null for what is not there. Of
+    clips one after another it is the first that has looked at their video.
 
     Raises:
         RowError: a video that FFmpeg does not know, or too short for a clip, or a caption that is no string, unless
@@ -84,9 +85,10 @@ def check(row: Row, index: int, config: VideoDataConfig) -> list[Any]:
     """
     digest, captions = None, [row.captions] if isinstance(row.captions, str) else row.captions
     try:
-        digest = _digest(row)
         captions_of(captions, row.name)
-        check_length(read_header(row), row.name, config)
+        if not row.window:
+            digest = _digest(row)
+            check_length(read_header(row), row.name, config)
     except RowError:
         if config.on_bad_row == "stop":
             raise
