@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.encoded import (
     EncodedCache,
     Entry,
@@ -32,8 +33,10 @@ from difftrain_utils.data.rows import read_captions
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
+from difftrain_utils.media import video
 from difftrain_utils.media.captions import captions_of
 from difftrain_utils.media.image import crop_of, read_image, read_mask, resize_and_crop, resize_and_crop_mask, size_of
+from difftrain_utils.media.media import media_of
 from difftrain_utils.objective.loss import scale_masks
 from difftrain_utils.processes import main_process_first
 
@@ -65,19 +68,22 @@ def load_caches(
 
 def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> EncodedCache:
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
-    deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
-    "masks", (1 or 2, 1, height, width).
+    deviation, (1 or 2, 2, channels, height, width), of videos with their frames before the height, "sizes",
+    (1 or 2, 6), "is_readable", and where a source has masks "masks", (1 or 2, 1, height, width).
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
+    is_video = media_of(config.data) is video
+    names = ("num_frames", "fps", "height", "width", "window") if is_video else ("resolution",)
+    names += ("random_flip", "image_interpolation", "on_bad_row")
     key = {name: getattr(config.data, name) for name in names} | family.describe_parts(family.image_part)
     key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
+    key |= {"ffmpeg": video.library_versions()} if is_video else {}
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     # what a cache without them is not called by
     key |= {"masks": True} if data.rows.has_masks else {}
-    key |= {"no_upscale": True} if config.data.no_upscale else {}
+    key |= {"no_upscale": True} if not is_video and config.data.no_upscale else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = _folder(accelerator, config.data, "latents", key)
@@ -96,8 +102,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
             entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
         return entry
 
-    images = _Images(data, config.data)
-    return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
+    inputs, at_once = (_Clips(data, config.data), 1) if is_video else (_Images(data, config.data), None)
+    num_workers = config.data.num_workers
+    return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
 class _Images:
@@ -121,6 +128,27 @@ class _Images:
         sizes = torch.tensor([upright.sizes, mirrored.sizes])
         mask = torch.ones(1, *size) if mask is None else resize_and_crop_mask(mask, upright, self.config)
         return resize_and_crop(image, upright, self.config), mask, sizes, True
+
+
+class _Clips:
+    """The same of row i's clip, which has no mask."""
+
+    def __init__(self, data: Data, config: VideoDataConfig):
+        self.data, self.config = data, config
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, None, torch.Tensor, bool]:
+        size, place = video.size_of(self.config), video.middle(self.config)
+        try:
+            stored = self.data.rows[row]
+            captions_of(stored.captions, stored.name)
+            sample = video.read(stored, place, size, self.config)
+        except RowError:
+            if self.config.on_bad_row == "stop":
+                raise
+            return torch.zeros(3, *size), None, torch.zeros(2, 6, dtype=torch.long), False
+        shown = video.Header(None, *sample["sizes"][:2].tolist())
+        sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
+        return sample["pixel_values"], None, sizes, True
 
 
 class TextCache:

@@ -23,7 +23,7 @@ from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, complete
 from difftrain_utils.media.grids import labelled_grid
 
-STARTS = {"start": 0.0, "middle": 0.5}  # of windows whose place is the same each time
+STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is the same each time
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
@@ -110,8 +110,14 @@ MIDDLE = Place()
 
 def place(config: VideoDataConfig, seed: int, k: int) -> Place:
     """Sample k's."""
-    start = STARTS[config.window] if config.window in STARTS else generator_for(seed, "window", k).random()
+    start = generator_for(seed, "window", k).random() if config.window == "random" else STARTS[config.window]
     return Place(start, *image.place(config, seed, k))
+
+
+def middle(config: VideoDataConfig) -> Place:
+    """The place of all samples of a video, where there is one: with `data.center_crop` and a window that is not
+    random."""
+    return MIDDLE._replace(start=STARTS[config.window])
 
 
 def size_of(config: VideoDataConfig) -> tuple[int, int, int]:
@@ -317,6 +323,13 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
                         raise RowError(f"{row.name}: damaged at {time:.2f} s")
                     last, shown = frame, to_image(frame, stream)
                 yield shown
+
+
+def library_versions() -> dict[str, tuple[int, int, int]]:
+    """Of FFmpeg's libraries, whose decoders and colours may differ."""
+    import av  # an extra
+
+    return {name: av.library_versions[name] for name in ("libavcodec", "libavformat", "libswscale")}
 
 
 @contextlib.contextmanager

@@ -7,17 +7,24 @@ import tarfile
 import datasets
 import pytest
 import torch
-from helpers import data_of, encode
+from accelerate import Accelerator
+from helpers import data_of, encode, options
 from PIL import Image
 
+from difftrain_utils.config import command_line
 from difftrain_utils.config.config import require_of
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
+from difftrain_utils.data.caches import load_caches
 from difftrain_utils.data.clips import spread_clips
-from difftrain_utils.data.rows import MappedRows, map_rows, split_rows
+from difftrain_utils.data.fingerprint import inspect_splits
+from difftrain_utils.data.load import load_data
+from difftrain_utils.data.rows import MappedRows, map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, write_video
+from difftrain_utils.families.load import load_family
+from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, write_video
 
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
 LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
@@ -66,6 +73,7 @@ def test_a_folder_with_metadata(folder, tmp_path):
     rows = map_rows(config)
     assert captions(rows) == [f"caption of {name}" for name in (*LENGTHS, "d.png")]
     assert rows[0].name == str(folder / "a.mp4") and not rows.has_masks
+    assert list(lasting_names(rows.parts[0])) == [["a.mp4", "b.webm", "c.avi", "d.png"]]
     batch = collate([Samples(data_of(rows), config, 0, 8)[k] for k in range(8)])
     assert batch["pixel_values"].shape == (8, 3, 1, 32, 32) and batch["masks"] is None
     found = rows.inspect(config)
@@ -156,10 +164,6 @@ def test_clips_one_after_another_are_rows(folder, tmp_path):
     assert rows.inspect(config)["num_videos"] == len(rows) == 12
     with pytest.raises(RowError, match=r"b.webm: 2.50 s, too short for 60 frames at 12 a second|a.mp4: 1.00 s, too"):
         spread_clips(map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
-    training, validation = split_rows(map_rows(config_of(folder, tmp_path, validation_split=0.5)),
-                                      config_of(folder, tmp_path, validation_split=0.5))  # fmt: skip
-    assert {*captions(training)} | {*captions(validation)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
-    assert len(training) + len(validation) == 4
 
 
 def test_the_builtin_set_is_drawn_at_the_runs_size(tmp_path, monkeypatch):
@@ -174,6 +178,27 @@ def test_the_builtin_set_is_drawn_at_the_runs_size(tmp_path, monkeypatch):
         map_rows(config_of("builtin:shapes", tmp_path))
     with pytest.raises(InputError, match=r"^data.height: builtin:moving-shapes is square, got 32 x 48$"):
         map_rows(config_of("builtin:moving-shapes", tmp_path, width=48))
+
+
+@pytest.mark.parametrize(("name", "window"), [("tiny-wan", "middle"), ("tiny-ltx", "all")])
+def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_path, name, window):
+    size = {"num_frames": 5, "fps": 12, "height": 32, "width": 32}
+    fields = {"dataset": folder, "window": window, "center_crop": True, "random_flip": True, "on_bad_row": "skip"}
+    fields |= size | {"cache_latents": True, "cache_text": True, "cache_dir": tmp_path / "cache"}
+    argv = options({"model.pretrained_model_name_or_path": f"builtin:{name}", "model.max_sequence_length": 40} | {
+        f"data.{field}": value for field, value in fields.items()})  # fmt: skip
+    config, accelerator = command_line.parse_config(TextToVideoConfig, argv), Accelerator(cpu=True)
+    family = load_family(config)
+    data = load_data(accelerator, family, config)
+    caches = load_caches(accelerator, family, data, inspect_splits(data.rows, None, config.data), config)
+    plain, cached = Samples(data, config.data, 0, 8), Samples(data, config.data, 0, 8, caches)
+    keys = [k for k in range(8) if not plain[k]["skipped"]][:4]
+    encoded = [family.encode(collate([samples[k] for k in keys]), 0) for samples in (cached, plain)]
+    (latents, conditioning), (their_latents, their_conditioning) = encoded
+    torch.testing.assert_close(latents, their_latents, rtol=0, atol=1e-6)
+    longest = conditioning["prompt_embeds"].shape[1]
+    assert longest < 40 and torch.equal(conditioning["prompt_embeds"], their_conditioning["prompt_embeds"][:, :longest])
+    assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
 
 
 @pytest.mark.parametrize(
