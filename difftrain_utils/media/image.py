@@ -20,7 +20,7 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError, one_line
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.captions import captions_in, captions_of, complete
+from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
@@ -150,7 +150,7 @@ def read(row: Row, place: Place, size: tuple[int, int], config: DataConfig, has_
 def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]]]:
     """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
     image is decoded for that."""
-    captions, problems = [], []
+    problems = []
     try:
         image = read_image(row)
         if (brightest := read_mask(row, image).getextrema()[1]) < HALF_WHITE:
@@ -163,13 +163,8 @@ def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[s
             problems.append(("warning", f"{row.name}: {width} × {height} pixels, {fate} {config.resolution}"))
     except RowError as error:
         problems.append(("error", str(error)))
-    try:
-        captions = captions_of(row.captions, row.name)
-        if not all(map(str.strip, captions)):
-            problems.append(("warning", f"{row.name}: an empty caption"))
-    except RowError as error:
-        problems.append(("error", str(error)))
-    return [complete(caption, config) for caption in captions], problems
+    captions, of_captions = find_caption_problems(row.captions, row.name, config)
+    return captions, problems + of_captions
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:

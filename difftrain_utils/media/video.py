@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
 from difftrain_utils.errors import RowError, one_line
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
-from difftrain_utils.media.captions import captions_in, captions_of, complete
+from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
 
 STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is the same each time
@@ -158,7 +158,7 @@ def read(
 def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
     """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
     middle clip is decoded for that."""
-    captions, problems = [], []
+    problems = []
     try:
         header = read_header(row)
         num_frames = check_length(header, row.name, config)
@@ -169,13 +169,8 @@ def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tu
             problems.append(("warning", f"{small} to {config.width} × {config.height}"))
     except RowError as error:
         problems.append(("error", str(error)))
-    try:
-        captions = captions_of(row.captions, row.name)
-        if not all(map(str.strip, captions)):
-            problems.append(("warning", f"{row.name}: an empty caption"))
-    except RowError as error:
-        problems.append(("error", str(error)))
-    return [complete(caption, config) for caption in captions], problems
+    captions, of_captions = find_caption_problems(row.captions, row.name, config)
+    return captions, problems + of_captions
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: VideoDataConfig) -> Iterator[tuple[str, str]]:
@@ -243,11 +238,12 @@ def read_still(file: BinaryIO, name: str) -> Image.Image | None:
     """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged."""
     try:
         with Image.open(file) as found:
-            is_still = found.format != "MPEG" and getattr(found, "n_frames", 1) == 1  # which Pillow knows by name alone
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        is_still = False
+            # of MPEG it knows that it is a video, and no more
+            is_still = found.format != "MPEG" and getattr(found, "n_frames", 1) == 1
     except Image.DecompressionBombError:
         is_still = True
+    except Exception:  # it is no image, or a damaged one that moves: FFmpeg will say
+        is_still = False
     file.seek(0)
     return image.open_image(file.read(), name) if is_still else None
 
