@@ -39,7 +39,7 @@ class VideoDataConfig(CaptionsConfig):
     weights every row comes once an epoch. `loss_weight` is a factor of the loss of its samples."""
     num_frames: int = 81
     """Frames of a clip; how many a model takes is its affair (Wan: 4 n + 1, LTX-Video: 8 n + 1). A video that has fewer
-    of them at `fps` is a bad row."""
+    of them at `fps` is a bad row, and so is an image (but see `buckets`)."""
     fps: float = 16.0
     """Frames a second of a clip, whatever the file has: a frame is the one that a player shows at its time."""
     height: int = 480
@@ -55,6 +55,10 @@ class VideoDataConfig(CaptionsConfig):
     """Mirror half of the samples (not for captions that tell left from right)."""
     image_interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
     """Pillow's filter for resizing."""
+    buckets: list[list[int]] | None = None
+    """Sizes [frames, height, width] to train at, of which each video gets one of the most frames that it has, of the
+    nearest aspect ratio, and an image one of 1 frame; null: `num_frames`, `height` and `width` only. Each batch has
+    one size. Validation and grids have `num_frames`, `height` and `width`."""
     cache_latents: bool = False
     """Run the VAE on each clip once, before training, and keep its moments on the disk (needs center_crop, and a window
     that is not random)."""
@@ -69,6 +73,15 @@ class VideoDataConfig(CaptionsConfig):
         for name in ("height", "width"):
             rule = f"must be from 8 to {MAX_SIDE} (MAX_SIDE in difftrain_utils/config/data.py)"
             require(8 <= getattr(self, name) <= MAX_SIDE, name, rule)
+        sizes = [[1, 8, 8]] if self.buckets is None else self.buckets
+        are_sizes = all(len(size) == 3 and 1 <= size[0] <= MAX_FRAMES for size in sizes)
+        are_sizes = are_sizes and all(8 <= side <= MAX_SIDE for size in sizes for side in size[1:])
+        rule = f"must be sizes [frames, height, width], of 1 to {MAX_FRAMES} frames and sides from 8 to {MAX_SIDE}"
+        require(len(sizes) > 0 and are_sizes, "buckets", rule)
+        kinds = {(num_frames, height / width) for num_frames, height, width in sizes}
+        require(len(kinds) == len(sizes), "buckets", "must have different frames or aspect ratios")
+        rule = "cannot go with data.window all, whose clips have num_frames"
+        require(self.buckets is None or self.window != "all", "buckets", rule)
         rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
         require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         has_one_crop = self.center_crop and self.window != "random"
@@ -76,5 +89,10 @@ class VideoDataConfig(CaptionsConfig):
         require(not self.cache_latents or has_one_crop, "cache_latents", rule)
         if self.streaming:
             require(self.window != "all", "window", "cannot go with data.streaming: how long videos are is not known")
-            for name in ("cache_latents", "cache_text"):
+            for name in ("buckets", "cache_latents", "cache_text"):
                 require(not getattr(self, name), name, "cannot go with data.streaming")
+
+    @property
+    def fewest_frames(self) -> int:
+        """Of a clip."""
+        return self.num_frames if self.buckets is None else min(num_frames for num_frames, *_ in self.buckets)

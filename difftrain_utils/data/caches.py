@@ -137,11 +137,11 @@ class _Clips:
         self.data, self.config = data, config
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, None, torch.Tensor, bool]:
-        size, place = video.size_of(self.config), video.middle(self.config)
+        size = video.size_of(self.config) if self.data.buckets is None else self.data.buckets.size_of(row)
         try:
             stored = self.data.rows[row]
             captions_of(stored.captions, stored.name)
-            sample = video.read(stored, place, size, self.config)
+            sample = video.read(stored, video.middle(self.config), size, self.config)
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import spread_clips
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -27,7 +27,7 @@ class Data:
     rows: Rows
     order: Order | Lanes
     validation_rows: Rows | None = None
-    buckets: Buckets | None = None
+    buckets: Buckets | ClipBuckets | None = None
 
     @property
     def samples_per_epoch(self) -> int:
@@ -61,5 +61,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
     elif media is image:
         rows, buckets = fit_sizes(accelerator, family, rows, config)
+    elif config.data.buckets:
+        rows, buckets = fit_clips(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

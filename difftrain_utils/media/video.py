@@ -277,8 +277,8 @@ def read_header(row: Row) -> Header:
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
-    if num_frames < config.num_frames and header.seconds is not None:
-        raise RowError(_too_short(name, header.seconds, config.num_frames, config.fps))
+    if num_frames < config.fewest_frames and header.seconds is not None:
+        raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
     return num_frames
 
 
