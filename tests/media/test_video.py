@@ -146,13 +146,20 @@ def film() -> bytes:
         (lambda content: b"junk" * 50, "no video that FFmpeg can read: Invalid data found"),
         (lambda content: content[:300], "no video that FFmpeg can read: Invalid data found"),
         (lambda content: content[: len(content) * 2 // 3], r"(cut off, it ends before|no video that|damaged at)"),
-        (lambda content: b"ffconcat version 1.0\nfile a.mp4\n", "no video that FFmpeg can read"),
     ],
-    ids=["empty", "junk", "header", "cut", "playlist"],
+    ids=["empty", "junk", "header", "cut"],
 )
 def test_what_is_damaged_is_a_bad_row(film, damage, message):
     with pytest.raises(RowError, match=f"^b.mp4: {message}"):
         read(row_of(damage(film), "b.mp4"), Place(0.999), (5, 32, 48), CONFIG)
+
+
+def test_a_row_cannot_name_another_file(film, tmp_path, monkeypatch):
+    """As the list of a playlist does, of files that are there."""
+    monkeypatch.chdir(tmp_path)
+    Path("other.mp4").write_bytes(film)
+    with pytest.raises(RowError, match=r"^b.mp4: no video that FFmpeg can read: Invalid argument$"):
+        read_header(row_of(b"ffconcat version 1.0\nfile other.mp4\n", "b.mp4"))
 
 
 def test_what_is_short_or_missing_is_a_bad_row(film):
