@@ -225,8 +225,10 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
     encoded = [family.encode(collate([samples[k] for k in keys]), 0) for samples in (cached, plain)]
     (latents, conditioning), (their_latents, their_conditioning) = encoded
     torch.testing.assert_close(latents, their_latents, rtol=1e-5, atol=1e-5)  # a clip alone rounds otherwise than four
-    longest = conditioning["prompt_embeds"].shape[1]
-    assert longest < 40 and torch.equal(conditioning["prompt_embeds"], their_conditioning["prompt_embeds"][:, :longest])
+    embeds, theirs = (given["prompt_embeds"] * given["prompt_embeds_mask"][..., None] for given in
+                      (conditioning, their_conditioning))  # fmt: skip
+    assert embeds.shape[1] < 40 and torch.equal(embeds, theirs[:, : embeds.shape[1]])
+    assert not theirs[:, embeds.shape[1] :].any()
     assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
 
 
