@@ -52,6 +52,14 @@ def test_the_judge_sees_the_direction_alone_in_the_order_of_frames(clips):
         assert judge_clip([frames[4]] * NUM_FRAMES)[2] is None
         there_and_back = [*frames[::2], *frames[-3::-2]]
         assert judge_clip(there_and_back)[2] is None
+        jerky = [*frames[:6], frames[2], *frames[6:]]
+        assert judge_clip(jerky)[2] is None
+
+
+def test_the_judge_sees_no_direction_in_what_goes_askew(clips):
+    frames = next(frames for frames, caption in clips if caption.endswith("left"))
+    askew = [np.roll(np.asarray(frame), round(1.5 * (number - 4)), axis=0) for number, frame in enumerate(frames)]
+    assert judge_clip(frames)[2] == "left" and judge_clip([Image.fromarray(frame) for frame in askew])[2] is None
 
 
 def test_the_judge_asks_of_nearly_all_frames_what_they_show(clips):
