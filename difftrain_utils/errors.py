@@ -95,6 +95,7 @@ EXTRAS = {
     "ftfy": "prx",
     "sentencepiece": "sentencepiece",
     "shtab": "completion",
+    "av": "video",
 }
 
 

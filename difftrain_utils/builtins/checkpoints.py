@@ -20,8 +20,10 @@ MADE = (
 )
 """By `make` of the module in tiny/ that is called so."""
 MADE_FOR_TEXT = ("tiny-modernbert", "tiny-bert", "tiny-llada")
+MADE_FOR_VIDEO = ("tiny-wan", "tiny-ltx")
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 TEXT_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_TEXT)
+VIDEO_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_VIDEO)
 
 
 def builtin_checkpoint(name: str) -> Path:
@@ -32,8 +34,8 @@ def builtin_checkpoint(name: str) -> Path:
         ValueError: there is none of this name.
         RunError: it cannot be written.
     """
-    if name not in (*BUILTINS, *TEXT_BUILTINS):
-        raise ValueError(f"no such builtin; there is {', '.join((*BUILTINS, *TEXT_BUILTINS))}")
+    if name not in (known := (*BUILTINS, *TEXT_BUILTINS, *VIDEO_BUILTINS)):
+        raise ValueError(f"no such builtin; there is {', '.join(known)}")
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]

@@ -21,6 +21,7 @@ from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_data import TextSourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.video_data import VideoSourceConfig
 from difftrain_utils.files import write_file
 
 FILES = {
@@ -30,9 +31,8 @@ FILES = {
     "schema_text.json": TextConfig,
 }
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
-OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys(
-    (SourceConfig, PairSourceConfig, TextSourceConfig), "data.sources"
-)
+SOURCES = (SourceConfig, PairSourceConfig, TextSourceConfig, VideoSourceConfig)
+OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys(SOURCES, "data.sources")
 
 
 def config_schema(config_class: type[Config]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.encoded import (
     EncodedCache,
     Entry,
@@ -32,7 +33,7 @@ from difftrain_utils.data.rows import read_captions
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
-from difftrain_utils.media import pairs
+from difftrain_utils.media import pairs, video
 from difftrain_utils.media.captions import captions_of
 from difftrain_utils.media.image import (
     Row,
@@ -76,11 +77,13 @@ def load_caches(
 def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, config: Config) -> EncodedCache:
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
     deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
-    "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first.
+    "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first; of videos
+    moments have their frames before the height.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
+    is_video = media_of(config.data) is video
     key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
@@ -102,8 +105,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
             entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
         return entry
 
-    images = CroppedImages(data, config.data)
-    return build_cache(accelerator, folder, groups, images, encode, "Caching latents", config.data.num_workers)
+    inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
+    num_workers = config.data.num_workers
+    return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
 def _moments_of(family, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -141,6 +145,27 @@ class CroppedImages:
         mask = torch.ones(1, *size) if mask is None else resize_and_crop_mask(mask, upright, self.config)
         sizes = torch.tensor([upright.sizes, mirrored.sizes])
         return resize_and_crop(image, upright, self.config), mask, sizes
+
+
+class _Clips:
+    """The same of row i's clip, which has no mask."""
+
+    def __init__(self, data: Data, config: VideoDataConfig):
+        self.data, self.config = data, config
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, None, torch.Tensor, bool]:
+        size = video.size_of(self.config) if self.data.buckets is None else self.data.buckets.size_of(row)
+        try:
+            stored = self.data.rows[row]
+            captions_of(stored.captions, stored.name)
+            sample = video.read(stored, video.middle(self.config), size, self.config)
+        except RowError:
+            if self.config.on_bad_row == "stop":
+                raise
+            return torch.zeros(3, *size), None, torch.zeros(2, 6, dtype=torch.long), False
+        shown = video.Header(None, *sample["sizes"][:2].tolist())
+        sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
+        return sample["pixel_values"], None, sizes, True
 
 
 class TextCache:
@@ -198,12 +223,18 @@ def _number_captions(rows, config: DataConfig) -> dict[str, list]:
     return {"captions": list(numbers), "starts": starts, "numbers": of_rows}
 
 
-def describe_crops(data: Data, sha256: str, config: DataConfig, encoder: dict[str, Any]) -> dict[str, Any]:
-    """What decides the content of a cache of `CroppedImages` but for rounding: the pixels, of the data that has this
-    digest, and the `encoder`."""
-    names = ("resolution", "random_flip", "image_interpolation", "on_bad_row")
+def describe_crops(
+    data: Data, sha256: str, config: DataConfig | VideoDataConfig, encoder: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the content of a cache of `CroppedImages` or clips but for rounding: the pixels, of the data that
+    has this digest, and the `encoder`."""
+    is_video = media_of(config) is video
+    names = ("num_frames", "fps", "height", "width", "window") if is_video else ("resolution",)
+    names += ("random_flip", "image_interpolation", "on_bad_row")
     key = {name: getattr(config, name) for name in names} | encoder  # in this order, for a cache keeps its name
     key |= {"data": sha256, "buckets": data.buckets and data.buckets.sizes, "pillow": PIL.__version__}
+    if is_video:
+        return key | {"ffmpeg": video.library_versions()}
     return key | ({"no_upscale": True} if config.no_upscale else {})
 
 

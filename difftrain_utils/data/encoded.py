@@ -142,18 +142,21 @@ def build_cache(
     encode: Callable[[list[Any]], Entry],
     what: str,
     num_workers: int,
+    at_once: int | None = None,
 ) -> EncodedCache:
     """The cache in `folder`, whose entry i, of group `groups[i]`, is what `encode` makes of `inputs[i]` (of a list of
-    inputs it makes a batch). Shards that are not there or damaged are made; the processes share them out, and leave out
-    those that another run is making, on this machine or on another one that has the same folder.
+    inputs, `at_once` or `ENTRIES_PER_BATCH`, it makes a batch). Shards that are not there or damaged are made; the
+    processes share them out, and leave out those that another run is making, on this machine or on another one that has
+    the same folder.
 
     Raises:
         InputError: there is not enough room on the disk.
         RunError: a shard cannot be written.
         RowError: of `inputs`.
     """
+    at_once = at_once or ENTRIES_PER_BATCH
     with main_process_first(accelerator):
-        cache = EncodedCache(folder, groups, _layout(accelerator, folder, groups, inputs, encode))
+        cache = EncodedCache(folder, groups, _layout(accelerator, folder, groups, inputs, encode, at_once))
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     with ThreadPoolExecutor(4) as pool:
         intact = list(pool.map(is_intact, map(cache.path, mine)))
@@ -169,7 +172,7 @@ def build_cache(
         _check_room(folder, sum(count * cache.layout[str(group)]["entry_bytes"] for group, count in sizes))
     accelerator.wait_for_everyone()
     while missing := [shard for shard in missing if not cache.path(shard).exists()]:
-        if not _make_shards(cache, missing, inputs, encode, what, num_workers):
+        if not _make_shards(cache, missing, inputs, encode, what, num_workers, at_once):
             time.sleep(LOOK_AGAIN)  # others are making them
     accelerator.wait_for_everyone()
     for shard in range(len(cache.shards)):
@@ -178,7 +181,9 @@ def build_cache(
     return cache
 
 
-def _make_shards(cache: EncodedCache, shards: list[int], inputs, encode, what: str, num_workers: int) -> int:
+def _make_shards(
+    cache: EncodedCache, shards: list[int], inputs, encode, what: str, num_workers: int, at_once: int
+) -> int:
     """Make those of the shards that nobody else is making. Returns how many."""
     claimed: list[int] = []  # by the sampler, which is ahead of what is encoded
 
@@ -186,10 +191,10 @@ def _make_shards(cache: EncodedCache, shards: list[int], inputs, encode, what: s
         for shard in shards:
             if claim(cache.path(shard)):
                 claimed.append(shard)
-                yield from _batches(cache.shards[shard].tolist())
+                yield from _batches(cache.shards[shard].tolist(), at_once)
 
     loader = torch.utils.data.DataLoader(inputs, batch_sampler=batches(), num_workers=num_workers, collate_fn=list)
-    num_batches = sum(len(_batches(cache.shards[shard])) for shard in shards)
+    num_batches = sum(len(_batches(cache.shards[shard], at_once)) for shard in shards)
     entries, made = [], 0
     try:
         for batch in progress(loader, num_batches, f"{what}, batches"):
@@ -253,7 +258,9 @@ def _is_abandoned(mark: Path) -> bool:
         clock.unlink(missing_ok=True)
 
 
-def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, encode) -> dict[str, dict[str, int]]:
+def _layout(
+    accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, encode, at_once: int
+) -> dict[str, dict[str, int]]:
     """Of each group, the bytes of an entry as it is stored, measured at some from all over the group, and how many
     entries a shard of `SHARD_BYTES` has: whole batches, so that its size changes no batch. It is kept beside the
     shards, because measuring takes the encoder."""
@@ -263,19 +270,19 @@ def _layout(accelerator: Accelerator, folder: Path, groups: np.ndarray, inputs, 
         layout = {}
         for group in np.unique(groups):
             of_group = np.flatnonzero(groups == group)
-            some = of_group[np.linspace(0, len(of_group) - 1, min(len(of_group), ENTRIES_PER_BATCH)).astype(int)]
+            some = of_group[np.linspace(0, len(of_group) - 1, min(len(of_group), at_once)).astype(int)]
             trimmed = [_trim(entry) for entry in _entries(encode([inputs[int(entry)] for entry in some]), len(some))]
             size = math.ceil(sum(values.nbytes for entry in trimmed for values in entry.values()) / len(some))
             if size == 0:
                 raise InputError(f"data.cache_dir: {folder}: the encoder puts out nothing that could be kept")
-            count = max(1, SHARD_BYTES // size // ENTRIES_PER_BATCH) * ENTRIES_PER_BATCH
+            count = max(1, SHARD_BYTES // size // at_once) * at_once
             layout[str(group)] = {"entry_bytes": size, "entries_per_shard": count}
         write_with_digest(path, json.dumps(layout).encode())
     return read_json(path)
 
 
-def _batches(entries: list[int]) -> list[list[int]]:
-    return [entries[start : start + ENTRIES_PER_BATCH] for start in range(0, len(entries), ENTRIES_PER_BATCH)]
+def _batches(entries: list[int], at_once: int) -> list[list[int]]:
+    return [entries[start : start + at_once] for start in range(0, len(entries), at_once)]
 
 
 def _check_room(folder: Path, needed: int) -> None:

@@ -7,13 +7,14 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.data.tokens import load_tokens
-from difftrain_utils.media import pairs, text
+from difftrain_utils.media import image, pairs, text, video
 from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import main_process_first, on_main_process
 from difftrain_utils.terminal import announce
@@ -26,7 +27,7 @@ class Data:
     rows: Rows
     order: Order | Lanes
     validation_rows: Rows | None = None
-    buckets: Buckets | None = None
+    buckets: Buckets | ClipBuckets | None = None
 
     @property
     def samples_per_epoch(self) -> int:
@@ -40,24 +41,31 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
-            the model cannot take images of this size, no bucket has a batch of images, or all are too small; or see
-            `load_tokens`.
+            the model cannot take images or videos of this size, no bucket has a batch of images, or all are too small;
+            or see `load_tokens`.
     """
-    seed, is_text, buckets = config.train.seed_of("data"), media_of(config.data) is text, None
+    seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
-    if not is_text:
+    if media in (image, pairs):
         family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
+    elif media is video:
+        family.check_frames(config.data.num_frames, "data.num_frames")
+        family.check_size(config.data.height, config.data.width, "data.height")
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
-        if media_of(config.data) is pairs and streamed is None:
+        if media is pairs and streamed is None:
             for part in rows.parts:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
-    if is_text:
+        if media is video and config.data.window == "all":
+            rows = spread_clips(rows, config.data)
+    if media is text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
-    else:
+    elif media in (image, pairs):
         rows, buckets = fit_sizes(accelerator, family, rows, config)
+    elif config.data.buckets:
+        rows, buckets = fit_clips(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

@@ -69,6 +69,8 @@ class SourceRows:
     indices: np.ndarray | None = None
     repeats: int = 1
     """How often an epoch has each row."""
+    windows: np.ndarray | None = None
+    """Which of a video's clips each is, where these are rows of their own (`spread_clips`)."""
 
     def __post_init__(self):
         self.media, self.texts = media_of(self.source), text_features(self.data, self.source)
@@ -80,7 +82,8 @@ class SourceRows:
 
     def __getitem__(self, index: int) -> Row:
         content = self.data[self._place(index)]
-        return self.media.row_of(content, f"{self.source.dataset} row {index}", self.source, self.texts)
+        row = self.media.row_of(content, f"{self.source.dataset} row {index}", self.source, self.texts)
+        return row if self.windows is None else row._replace(window=int(self.windows[index]))
 
     def weight(self, index: int) -> float:
         """That of a row, 1 where the source names no column of them. Raises RowError if it is none."""
@@ -136,7 +139,8 @@ class MappedRows(Sequence):
         for part, end in zip(self.parts, self._ends, strict=True):
             within = indices[(indices >= end - len(part)) & (indices < end)] - (end - len(part))
             chosen = within if part.indices is None else part.indices[within]
-            parts.append(dataclasses.replace(part, indices=chosen))
+            windows = None if part.windows is None else part.windows[within]
+            parts.append(dataclasses.replace(part, indices=chosen, windows=windows))
         return MappedRows(parts)
 
     @property
@@ -207,6 +211,7 @@ class MappedRows(Sequence):
             files = [stamp(file["filename"]) for file in part.data.cache_files]
             digest.update(repr((part.data._fingerprint, columns, len(part), files)).encode())
             digest.update(b"all" if part.indices is None else part.indices.tobytes())
+            digest.update(b"" if part.windows is None else part.windows.tobytes())
             for paths, is_file in part.media.files(part):
                 files = [stamp(path) for path, read in zip(paths, is_file, strict=True) if read]
                 digest.update(repr(files).encode())

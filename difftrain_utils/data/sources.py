@@ -1,5 +1,5 @@
-"""Where rows come from: folders of photos, image folders, parquet, arrow and WebDataset files, hub data sets, drawn
-shapes and pairs of them."""
+"""Where rows come from: folders of photos, folders of images or videos, parquet, arrow and WebDataset files, hub data
+sets, drawn shapes and pairs of them."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ import datasets
 from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsSource
-from difftrain_utils.data import texts
+from difftrain_utils.data import texts, videos
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RowError, RunError, blame
 from difftrain_utils.files import local_path
-from difftrain_utils.media import image, pairs, text
+from difftrain_utils.media import image, pairs, text, video
 from difftrain_utils.media.captions import follow
 from difftrain_utils.media.media import media_of
 
@@ -36,6 +36,8 @@ BUILTIN_IMAGES = {  # how row (index, size in pixels) is drawn, with its caption
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
+FEATURES = {image: datasets.Image, pairs: datasets.Image, video: datasets.Video}  # of the columns of files
+FOLDERS = {image: "image", pairs: "image", video: "video"}  # what `datasets` calls a folder with a metadata.jsonl
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -74,6 +76,8 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             data = read_photos(photos)
     elif name.startswith("builtin:") and media_of(source) is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
+    elif name.startswith("builtin:") and media_of(source) is video:
+        data = videos.builtin_videos(name, field_of(field, "dataset"), config)
     elif name in BUILTIN_IMAGES:
         data = draw_builtin(name, config.resolution)
     elif name.startswith("builtin:"):
@@ -137,8 +141,8 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
-        return {"path": "imagefolder", "data_dir": str(folder)}
-    if photo_folder(field, source) is not None:
+        return {"path": f"{FOLDERS[media_of(source)]}folder", "data_dir": str(folder)}
+    if media_of(source) is not video and photo_folder(field, source) is not None:
         if media_of(source) is pairs:
             names = " and ".join(f'"{file_key(column)}"' for column, _ in pairs.file_columns(source))
             raise InputError(
@@ -238,9 +242,11 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
         is_bytes = feature == datasets.Value("binary") or (
             isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         )
-        if not isinstance(feature, datasets.Image) and not (is_bytes and isinstance(data, datasets.Dataset)):
-            hint = " (of a stream, cast it with datasets.Image before it is written)" if is_bytes else ""
-            what = f"column {column!r} of {name} does not hold images, but {feature!r:.80}{hint}"
+        kind = FEATURES[media]
+        is_known = isinstance(feature, datasets.Image | kind)  # an image is a video, too
+        if not is_known and not (is_bytes and isinstance(data, datasets.Dataset)):
+            hint = f" (of a stream, cast it with datasets.{kind.__name__} before it is written)" if is_bytes else ""
+            what = f"column {column!r} of {name} does not hold {media.NOUN}, but {feature!r:.80}{hint}"
             raise InputError(f"{field_of(field, asked_by)}: {what}")
 
 
@@ -275,7 +281,7 @@ def used_columns(data, source: SourceConfig):
     used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source)), *weights])
     data = data.select_columns(list(used))
     for column in of_files:
-        data = data.cast_column(column, datasets.Image(decode=False))
+        data = data.cast_column(column, FEATURES[media_of(source)](decode=False))
     return data
 
 
@@ -319,15 +325,15 @@ def draw_builtin(name: str, resolution: int) -> datasets.Dataset:
 
 
 def find_metadata(source: SourceConfig) -> Path | None:
-    """The `metadata.jsonl` of an image folder; None if the source is something else."""
+    """The `metadata.jsonl` of a folder of images or videos; None if the source is something else."""
     folder = local_path(source.dataset)
     paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
     return next((path for path in paths if path.is_file()), None)
 
 
 def check_metadata(path: Path, field: str, source: SourceConfig, config: DataConfig) -> None:
-    """Raise InputError for the first line that is not what an image folder needs, or (unless they are to be skipped)
-    whose image is missing."""
+    """Raise InputError for the first line that is not what such a folder needs, or (unless they are to be skipped)
+    whose file is missing."""
     number = 0
     for number, line in metadata_lines(path):
         row = read_metadata_line(line, f"{path} line {number}", field, source)
@@ -335,13 +341,13 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
             if not os.path.isfile(path.parent / name):
                 raise InputError(f"{path} line {number}: no such file: {name}")
     if number == 0:
-        raise InputError(f"{path}: has no line; it needs one for each image")
+        raise InputError(f"{path}: has no line; it needs one for each {FOLDERS[media_of(source)]}")
 
 
 def file_key(column: str) -> str:
     """How a line of metadata.jsonl calls the file of a column, as `datasets` reads it: `mask_file_name` is of the
-    column `mask`, and `file_name` of `image`."""
-    return "file_name" if column == "image" else f"{column}_file_name"
+    column `mask`, and `file_name` of `image` or `video`."""
+    return "file_name" if column in FOLDERS.values() else f"{column}_file_name"
 
 
 def files_of(row: dict[str, Any], source: SourceConfig) -> dict[str, str]:
@@ -381,7 +387,7 @@ def read_metadata_line(line: bytes, line_name: str, field: str, source: SourceCo
     if not any(column in row or column.split(".")[0] in row for column in columns) and source.default_caption is None:
         raise InputError(
             f"{field_of(field, 'caption_column')}: no {' or '.join(map(repr, columns))} in {line_name}; "
-            f"it has {', '.join(sorted(row.keys() - {*keys.values()})) or f'only {keys[source.image_column]}'}"
+            f"it has {', '.join(sorted(row.keys() - {*keys.values()})) or 'only ' + ' and '.join(keys.values())}"
         )
     if source.weight_column is not None:
         weight_of(row, source.weight_column, f"{field_of(field, 'weight_column')}: {line_name}")

@@ -96,14 +96,14 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
     check_columns(data, field, source)
     data = used_columns(data, source)
     with blame(culprit, OSError):
-        if kind == "imagefolder":
+        if kind in ("imagefolder", "videofolder"):
             files = list(map_in_threads(find_file, paths))
-            rows: FileRows | TableRows = _image_folder(data, source)
+            rows: FileRows | TableRows = _folder(data, source)
         elif kind in FINDERS:
             files, units = _units(kind, paths, culprit, config, reader)
             rows = FileRows(kind, files, units, data.features, reader)
         else:
-            kinds = "parquet, arrow, WebDataset tar, JSONL and text files, and image folders"
+            kinds = "parquet, arrow, WebDataset tar, JSONL and text files, and folders with a metadata.jsonl"
             raise InputError(f"{culprit}: {source.dataset} is of {kind}; a stream reads {kinds}")
         if rows.units.rows.sum() == 0:
             raise InputError(f"{culprit}: {source.dataset} has no {media_of(source).NOUN}")
@@ -123,8 +123,8 @@ def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]
     return urls, {"path": kind, "data_files": {source.split: urls[:1]}}
 
 
-def _image_folder(data: datasets.IterableDataset, source: SourceConfig) -> TableRows:
-    """The lines of its metadata.jsonl: its images are files, here or at a URL, that are read one by one."""
+def _folder(data: datasets.IterableDataset, source: SourceConfig) -> TableRows:
+    """The lines of its metadata.jsonl: its images or videos are files, here or at a URL, that are read one by one."""
     return TableRows([row | {NAME: f"{source.dataset} row {i}"} for i, row in enumerate(data)])
 
 

@@ -69,6 +69,8 @@ class DiffusersFamily:
     text_parts: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
+    float32_parts: ClassVar[tuple[str, ...]] = ()
+    """The frozen parts that stay in float32 in all precisions."""
     text_lengths: ClassVar[tuple[int, float]] = (1, math.inf)
     """The fewest and the most tokens that `text_length` may be."""
     trained_text_parts: ClassVar[tuple[str, ...]] = ()
@@ -164,7 +166,7 @@ class DiffusersFamily:
         )
         family.check_text_length()
         if config.model.guidance is not None and not family.has_guidance_embedding:
-            raise InputError(f"model.guidance: the {cls.denoiser_part} of {source} has no embedding of guidance")
+            raise InputError(f"model.guidance: the {family.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
             factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
             with blame_part(source, cls.image_part):
@@ -258,7 +260,7 @@ class DiffusersFamily:
         if not self.has_weights:
             return self._on_meta(name)
         at["variant"] = self.variant  # and at once in the run's precision: a large encoder would fill main memory twice
-        at["dtype" if self.model_index[name][0] == "transformers" else "torch_dtype"] = self.weight_dtype
+        at["dtype" if self.model_index[name][0] == "transformers" else "torch_dtype"] = self.dtype_of(name)
         is_offloaded = self.offload_text_encoders and name in self.text_parts
         if is_offloaded:
             at["device_map"] = {"": "disk"}
@@ -269,7 +271,11 @@ class DiffusersFamily:
             part.use_slicing = self.vae_slicing
             if self.channels_last:
                 torch.nn.Module.to(part, memory_format=torch.channels_last)
-        return move_part(part, self.device, self.weight_dtype)
+        return move_part(part, self.device, self.dtype_of(name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """That a frozen part has on the device."""
+        return torch.float32 if name in self.float32_parts else self.weight_dtype
 
     def load_denoiser(self) -> torch.nn.Module:
         """See `Family`. Random weights are a function of the seed."""
@@ -367,7 +373,7 @@ class DiffusersFamily:
         for name, part in self._parts.items():
             is_moved = name in self.trained_parts or (self.shares_encoders and name in self.text_parts)
             if isinstance(part, torch.nn.Module) and not is_moved:
-                move_part(part, self.device, self.weight_dtype)
+                move_part(part, self.device, self.dtype_of(name))
 
     def free_cached(self) -> None:
         for part in self.cached:

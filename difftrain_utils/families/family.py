@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.media.video import Clip
 from difftrain_utils.objective.schedule import Schedule
 
 Conditioning = dict[str, torch.Tensor]  # batch first
@@ -174,6 +175,31 @@ class ImageFamily(Family, Protocol):
 
     def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
         """A pipeline of the parts in memory around `denoiser`."""
+
+
+class VideoFamily(ImageFamily, Protocol):
+    """What scripts for videos ask besides: pixel values are (batch, 3, frames, height, width), latents (batch,
+    channels, frames, height, width), and images are what `encode_images` calls videos."""
+
+    frame_multiple: int
+    """A video must have one frame more than a multiple of this."""
+
+    def check_frames(self, num_frames: int, name: str) -> None:
+        """Raise InputError, about the field `name`, unless the model can take videos of so many frames."""
+
+    def generate(
+        self,
+        denoiser: torch.nn.Module,
+        prompts: Sequence[str],
+        num_frames: int,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        generators: Sequence[torch.Generator],
+    ) -> list[Clip]:
+        """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline."""
 
 
 class TextFamily(Family, Protocol):

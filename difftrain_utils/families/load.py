@@ -9,20 +9,22 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from difftrain_utils.builtins.checkpoints import BUILTINS, TEXT_BUILTINS, builtin_checkpoint
+from difftrain_utils.builtins.checkpoints import BUILTINS, TEXT_BUILTINS, VIDEO_BUILTINS, builtin_checkpoint
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import TextModelConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
 from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
 from difftrain_utils.families.dit import DiT
-from difftrain_utils.families.family import Family, ImageFamily, TextFamily
+from difftrain_utils.families.family import Family, ImageFamily, TextFamily, VideoFamily
 from difftrain_utils.families.flux import Flux
 from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.llada import LLaDA
 from difftrain_utils.families.lora import choose_trained
+from difftrain_utils.families.ltx import LTX
 from difftrain_utils.families.lumina2 import Lumina2
 from difftrain_utils.families.masked_lm import MaskedLM
 from difftrain_utils.families.pixart_sigma import PixArtSigma
@@ -32,6 +34,7 @@ from difftrain_utils.families.sana import Sana
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
+from difftrain_utils.families.wan import Wan
 from difftrain_utils.families.z_image import ZImage
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
@@ -55,6 +58,7 @@ FAMILIES: dict[str, type[ImageFamily]] = {
     "SanaPipeline": Sana,
     "PRXPixelPipeline": PRXPixel,
 }
+VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {"WanPipeline": Wan, "LTXPipeline": LTX}
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,
     "BertForMaskedLM": MaskedLM,
@@ -73,14 +77,15 @@ def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedT
     """
     name = config.model.pretrained_model_name_or_path
     announce(f"{'Loading' if has_weights else 'Reading the configs of'} the frozen parts of {name}")
-    is_random = config.model.train_from_scratch or name in (*BUILTINS, *TEXT_BUILTINS)
+    is_random = config.model.train_from_scratch or name in (*BUILTINS, *TEXT_BUILTINS, *VIDEO_BUILTINS)
     weights = "none" if not has_weights else "random" if is_random else "pretrained"
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         if isinstance(config.model, TextModelConfig):
             source, class_name = _find_text(name, config.model.revision)
             return TEXT_FAMILIES[class_name].load(source, config, weights, tokenizer)
-        source, model_index = _find(name, config.model.revision)
-        family_class = FAMILIES[model_index["_class_name"]]
+        families = _families_for(config)
+        source, model_index = _find(name, config.model.revision, families)
+        family_class = families[model_index["_class_name"]]
         if config.data.cache_latents and family_class.image_part is None:
             raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
         family = family_class.load(source, model_index, config, weights)
@@ -127,8 +132,9 @@ def load_tokenizer(config: Config) -> Any:
         return load_family(config, has_weights=False).tokenizer
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
-        source, model_index = _find(name, revision)
-        names = [name for name in FAMILIES[model_index["_class_name"]].text_parts if name.startswith("tokenizer")]
+        families = _families_for(config)
+        source, model_index = _find(name, revision, families)
+        names = [name for name in families[model_index["_class_name"]].text_parts if name.startswith("tokenizer")]
         tokenizers = [load_part(source, model_index, name, revision=revision) for name in names]
         return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None)
 
@@ -146,11 +152,16 @@ def describe_family(name: str) -> DiffusersFamily:
         return family_class(source, None, None, model_index, schedule=None, sampler=None)
 
 
-def _find(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """Folder or hub name, and model_index.json, of a checkpoint of a known family."""
+def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
+    """Those of what the script trains on."""
+    return VIDEO_FAMILIES if isinstance(config.data, VideoDataConfig) else FAMILIES
+
+
+def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:
+    """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
     source, model_index = read_index(name, revision)
-    if model_index["_class_name"] not in FAMILIES:
-        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(FAMILIES)}")
+    if model_index["_class_name"] not in families:
+        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(families)}")
     return source, model_index
 
 

@@ -175,7 +175,8 @@ def _linear(
             f"{sampler_class.__name__} here does not know of"
         )
     shift = fields.flow_shift or own.get("shift") or own.get("flow_shift", 1.0)
-    shift *= config.data.resolution / (fields.flow_base_resolution or config.data.resolution)
+    if fields.flow_base_resolution:
+        shift *= config.data.resolution / fields.flow_base_resolution
     num_timesteps = fields.num_train_timesteps or own["num_train_timesteps"]
     schedule = Schedule("linear", prediction_type, num_timesteps, shift=shift)
     if issubclass(sampler_class, FLOW_SCHEDULERS):

@@ -4,7 +4,7 @@ from typing import Any
 
 import datasets
 
-from difftrain_utils.config.data import DataConfig, SourceConfig
+from difftrain_utils.config.captions import CaptionsConfig, CaptionsSource
 from difftrain_utils.errors import RowError
 from difftrain_utils.keyed_random import generator_for
 
@@ -31,7 +31,17 @@ def captions_of(value: Any, name: str) -> list[str]:
     return captions
 
 
-def draw_tags(caption: str, config: DataConfig, seed: int, k: int) -> str:
+def find_caption_problems(value: Any, name: str, config: CaptionsConfig) -> tuple[list[str], list[tuple[str, str]]]:
+    """A row's captions as the model is told them, and ("error" or "warning", message) for what is wrong with them."""
+    try:
+        captions = captions_of(value, name)
+    except RowError as error:
+        return [], [("error", str(error))]
+    problems = [] if all(map(str.strip, captions)) else [("warning", f"{name}: an empty caption")]
+    return [complete(caption, config) for caption in captions], problems
+
+
+def draw_tags(caption: str, config: CaptionsConfig, seed: int, k: int) -> str:
     """Sample k's caption of a caption of tags: those after the first `data.keep_tags` shuffled (`data.shuffle_tags`),
     and each left out with the probability `data.tag_dropout`. Empty tags are left out."""
     if not config.changes_tags:
@@ -46,7 +56,7 @@ def draw_tags(caption: str, config: DataConfig, seed: int, k: int) -> str:
     return f"{separator} ".join(kept + [others[i] for i in order if is_kept[i]])
 
 
-def complete(caption: str, config: DataConfig) -> str:
+def complete(caption: str, config: CaptionsConfig) -> str:
     """A caption between `data.caption_prefix` and `data.caption_suffix`, as the model is told it."""
     return config.caption_prefix + caption + config.caption_suffix
 
@@ -61,12 +71,12 @@ def follow(row: dict[str, Any], path: str | list[str]) -> Any:
     return value
 
 
-def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: SourceConfig) -> Any:
+def captions_in(row: dict[str, Any], columns: list[tuple[list[str], Any]], source: CaptionsSource) -> Any:
     """A row's captions, in the columns of `text_features`."""
     return join_captions([label_text(follow(row, path), feature) for path, feature in columns], source)
 
 
-def join_captions(values: list[Any], source: SourceConfig) -> Any:
+def join_captions(values: list[Any], source: CaptionsSource) -> Any:
     """A row's captions out of those of its caption columns: of several all that are not null, in one list; the default
     caption if there are none."""
     captions = [v for value in values if value is not None for v in (value if isinstance(value, list) else [value])]

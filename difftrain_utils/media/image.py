@@ -20,7 +20,7 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError, one_line
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.captions import captions_in, captions_of, complete
+from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
@@ -71,10 +71,7 @@ def limits() -> tuple[Any, ...]:
 
 def lasting_names(part) -> Iterator[list[str]]:
     """The images' file names without their folders."""
-    index = 0
-    for paths, _ in paths_in(part, part.source.image_column):
-        yield [file_name(path, index + i) for i, path in enumerate(paths)]
-        index += len(paths)
+    return file_names(part, part.source.image_column)
 
 
 def check(row: Row, index: int, config: DataConfig) -> list[Any]:
@@ -153,14 +150,9 @@ def read(row: Row, place: Place, size: tuple[int, int], config: DataConfig, has_
 def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]]]:
     """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
     image is decoded for that."""
-    captions, problems = [], image_problems(row, config)
-    try:
-        captions = captions_of(row.captions, row.name)
-        if not all(map(str.strip, captions)):
-            problems.append(("warning", f"{row.name}: an empty caption"))
-    except RowError as error:
-        problems.append(("error", str(error)))
-    return [complete(caption, config) for caption in captions], problems
+    problems = image_problems(row, config)
+    captions, of_captions = find_caption_problems(row.captions, row.name, config)
+    return captions, problems + of_captions
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:
@@ -179,12 +171,12 @@ def save(made: list[Image.Image], labels: list[str], path: Path) -> None:
 
 # ── Files of images ──────────────────────────────────────────────────────────────────────────────────────────
 def path_of(value: dict[str, Any] | None) -> str | None:
-    """The path of an undecoded `datasets.Image`, where it has one."""
+    """The path of an undecoded `datasets.Image`, or `Video`, where it has one."""
     return (value or {}).get("path")
 
 
 def file_name(path: str | None, index: int) -> str:
-    """An image's file name without its folders; of one without, its row."""
+    """A file's name without its folders; of what has none, its row."""
     return os.path.basename(path or f"row {index}")
 
 
@@ -213,8 +205,16 @@ def mask_in(row: dict[str, Any], source: SourceConfig) -> dict[str, Any] | None:
     return row[source.mask_column] or {"bytes": None, "path": None}
 
 
+def file_names(part, column: str) -> Iterator[list[str]]:
+    """The file names in a column of images or videos, some rows at a time."""
+    index = 0
+    for paths, _ in paths_in(part, column):
+        yield [file_name(path, index + i) for i, path in enumerate(paths)]
+        index += len(paths)
+
+
 def paths_in(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]:
-    """The paths in a column of images, and whether they are files that hold the images, some rows at a time."""
+    """The paths in a column of images or videos, and whether they are files that hold these, some rows at a time."""
     for images, rows in part.batches(column):
         # the paths alone, not the bytes, which lie in the same column
         paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))

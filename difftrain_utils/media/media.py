@@ -9,7 +9,8 @@ from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.pairs import PairDataConfig, PairSourceConfig
 from difftrain_utils.config.rows import RowsConfig, RowsSource
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
-from difftrain_utils.media import image, pairs, text
+from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
+from difftrain_utils.media import image, pairs, text, video
 
 
 class Row(Protocol):
@@ -78,12 +79,10 @@ class Media(Protocol):
 
 
 MEDIA: dict[type, Media] = {
-    DataConfig: image,
-    SourceConfig: image,
-    PairDataConfig: pairs,
-    PairSourceConfig: pairs,
-    TextDataConfig: text,
-    TextSourceConfig: text,
+    **dict.fromkeys((DataConfig, SourceConfig), image),
+    **dict.fromkeys((PairDataConfig, PairSourceConfig), pairs),
+    **dict.fromkeys((TextDataConfig, TextSourceConfig), text),
+    **dict.fromkeys((VideoDataConfig, VideoSourceConfig), video),
 }
 
 

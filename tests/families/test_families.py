@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import Calls, assert_same, generators
 from diffusers import ChromaPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from helpers import CACHES, DREAM, data_of, metrics_without_times, options, parse_config, pipeline_bytes, train
@@ -20,7 +21,7 @@ from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.families.prx_pixel import PRXPixel
-from difftrain_utils.keyed_random import keyed_randn, seed_for, torch_generator_for
+from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.media.image import to_pixel_values
 from difftrain_utils.objective.few_step import probing
 from difftrain_utils.objective.timesteps import sample_timesteps
@@ -103,29 +104,6 @@ def denoiser(family):
     return fill_zeros(family.load_denoiser()).eval()
 
 
-class Calls:
-    """What a denoiser is called with and puts out."""
-
-    def __init__(self, denoiser: torch.nn.Module):
-        self.calls, self.signature = [], inspect.signature(denoiser.forward)
-        denoiser.register_forward_hook(self, with_kwargs=True)
-
-    def __call__(self, module, args, kwargs, output):
-        given = self.signature.bind(*args, **kwargs).arguments
-        given = {name: value for name, value in given.items() if not says_nothing(value) and name != "return_dict"}
-        output = output[0] if isinstance(output, tuple) else output.sample
-        self.calls.append((given, output))
-
-    def pop(self) -> list:
-        calls, self.calls = self.calls, []
-        return calls
-
-
-def says_nothing(value) -> bool:
-    """Whether an argument is as good as none: some pipelines pass empty options along."""
-    return value is None or (isinstance(value, dict) and not value)
-
-
 def call_pipeline(family, denoiser, captions: list[str], guidance_scale: float, steps: int) -> tuple:
     """The images of the family's own pipeline, and what its VAE decodes (None in pixel space)."""
     decoded, vae = [], family.part("vae") if family.image_part else None
@@ -135,10 +113,6 @@ def call_pipeline(family, denoiser, captions: list[str], guidance_scale: float, 
     if vae is not None:
         del vae.decode
     return images, torch.cat(decoded) if decoded else None
-
-
-def generators(count: int) -> list[torch.Generator]:
-    return [torch_generator_for(0, "evaluation", k) for k in range(count)]
 
 
 def first_latents(family, draws: list[torch.Generator]) -> torch.Tensor:
@@ -157,23 +131,6 @@ def as_its_sampler_takes_it(family, output, latents: torch.Tensor, timestep: tor
     if not isinstance(family, PRXPixel):
         return output
     return (latents - output) / (timestep / 1000).clamp(min=0.05)
-
-
-def assert_same(ours, theirs, name: str = "output") -> None:
-    if isinstance(theirs, dict):
-        for key in theirs:
-            assert_same(ours[key], theirs[key], f"{name}.{key}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), name
-        for i, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(mine, its, f"{name}[{i}]")
-    elif isinstance(theirs, torch.Tensor):
-        ours = ours.to(theirs.dtype).expand_as(theirs) if theirs.numel() > 1 else ours  # one timestep for all
-        torch.testing.assert_close(
-            ours, theirs.expand_as(ours), rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}"
-        )
-    else:
-        assert ours == theirs, name
 
 
 @pytest.mark.usefixtures("masks_are_bool")

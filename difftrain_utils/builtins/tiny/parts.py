@@ -23,6 +23,8 @@ from transformers import (
     Qwen3VLTextModel,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 SHIPPED = Path(__file__).parent.parent / "tiny_stable_diffusion"
@@ -115,6 +117,13 @@ def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
     """For `t5_tokenizer`."""
     config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
+
+
+def umt5_text_encoder(width: int = WIDTH) -> UMT5EncoderModel:
+    """For `t5_tokenizer`."""
+    size = len(t5_tokenizer())
+    config = UMT5Config(vocab_size=size, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
+    return UMT5EncoderModel(config).eval()
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,440 @@
+"""Videos: a clip is a window in time, decoded from the keyframe before it, all of whose frames are cropped alike. An
+image is a clip of one frame."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+
+from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
+from difftrain_utils.errors import RowError, one_line
+from difftrain_utils.files import new_file
+from difftrain_utils.keyed_random import generator_for
+from difftrain_utils.media import image
+from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
+from difftrain_utils.media.grids import labelled_grid
+
+STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is the same each time
+TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
+BLOCK = 2**20  # bytes that are read at once
+SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
+READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
+LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
+FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
+
+
+# ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
+NOUN, HAS_CAPTIONS = "videos", True
+
+
+class Row(NamedTuple):
+    """A row as it is stored: how errors call it, the undecoded `datasets.Video`, its captions, and which of the clips
+    one after another it is, where each is a row of its own (`data.window` all)."""
+
+    name: str
+    video: dict[str, Any] | None
+    captions: Any
+    window: int | None = None
+
+
+def file_columns(source: VideoSourceConfig) -> list[tuple[str, str]]:
+    return [(source.video_column, "video_column")]
+
+
+def text_columns(source: VideoSourceConfig) -> list[tuple[str, str]]:
+    return image.text_columns(source)
+
+
+def row_of(content: dict[str, Any], name: str, source: VideoSourceConfig, texts: list[tuple[list[str], Any]]) -> Row:
+    """A row out of its columns; a video that is a file is called by its path."""
+    video = content[source.video_column]
+    return Row(image.path_of(video) or name, video, captions_in(content, texts, source))
+
+
+def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
+    """The paths of videos, and whether they are files that hold them."""
+    return image.paths_in(part, part.source.video_column)
+
+
+def limits() -> tuple[Any, ...]:
+    return image.limits()
+
+
+def lasting_names(part) -> Iterator[list[str]]:
+    """The videos' file names without their folders."""
+    return image.file_names(part, part.source.video_column)
+
+
+def check(row: Row, index: int, config: VideoDataConfig) -> list[Any]:
+    """What tells a row from others, having looked at the video's header: the file's name, so that a moved folder keeps
+    its fingerprint, the captions, the digest of the video, and which of its clips it is; null for what is not there. Of
+    clips one after another it is the first that has looked at their video.
+
+    Raises:
+        RowError: a video that FFmpeg does not know, or too short for a clip, or a caption that is no string, unless
+            `data.on_bad_row` is skip.
+    """
+    digest, captions = None, [row.captions] if isinstance(row.captions, str) else row.captions
+    try:
+        captions_of(captions, row.name)
+        if not row.window:
+            digest = _digest(row)
+            check_length(read_header(row), row.name, config)
+    except RowError:
+        if config.on_bad_row == "stop":
+            raise
+    return [image.file_name(image.path_of(row.video), index), captions, digest, row.window]
+
+
+class Place(NamedTuple):
+    """Which part of a video a sample has: how much of the way, in [0, 1), from the first clip that there could be to
+    the last, so far across and down, and whether it is mirrored."""
+
+    start: float = 0.5
+    across: float = 0.5
+    down: float = 0.5
+    flip: bool = False
+
+
+MIDDLE = Place()
+
+
+def place(config: VideoDataConfig, seed: int, k: int) -> Place:
+    """Sample k's."""
+    start = generator_for(seed, "window", k).random() if config.window == "random" else STARTS[config.window]
+    return Place(start, *image.place(config, seed, k))
+
+
+def middle(config: VideoDataConfig) -> Place:
+    """The place of all samples of a video, where there is one: with `data.center_crop` and a window that is not
+    random."""
+    return MIDDLE._replace(start=STARTS[config.window])
+
+
+def size_of(config: VideoDataConfig) -> tuple[int, int, int]:
+    """(frames, height, width) of what is trained on where there are no buckets."""
+    return config.num_frames, config.height, config.width
+
+
+def describe(number: int, config: VideoDataConfig) -> str:
+    return f"{number} {'clips of ' if config.window == 'all' else ''}{NOUN}"
+
+
+def describe_size(config: VideoDataConfig) -> str:
+    return f"{config.num_frames} frames of {config.height}x{config.width} pixels at {config.fps:g} a second"
+
+
+def read(
+    row: Row, place: Place, size: tuple[int, int, int], config: VideoDataConfig, has_masks: bool = False
+) -> dict[str, torch.Tensor]:
+    """The place in a row's video as a sample of `size` (frames, height, width) has it: "pixel_values",
+    (3, frames, height, width) float32 in [-1, 1], and the "sizes" of its crop (`image.Crop`).
+
+    Raises:
+        RowError: the video is missing, damaged, too short, or cut off before the clip ends; or it is an image, and the
+            clip has several frames.
+    """
+    num_frames, *frame_size = size
+    pixel_values, crop, last = torch.empty(3, *size), None, None
+    for number, frame in enumerate(read_frames(row, place.start, num_frames, config.fps)):
+        if frame is last:  # shown twice
+            pixel_values[:, number] = pixel_values[:, number - 1]
+            continue
+        crop = crop or image.crop_of(frame, tuple(frame_size), place.across, place.down, place.flip)
+        pixel_values[:, number] = image.resize_and_crop(frame, crop, config, place.flip)
+        last = frame
+    return {"pixel_values": pixel_values, "sizes": torch.tensor(crop.sizes)}
+
+
+def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
+    """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
+    middle clip is decoded for that."""
+    problems = []
+    try:
+        header = read_header(row)
+        num_frames = check_length(header, row.name, config)
+        for _ in read_frames(row, MIDDLE.start, min(num_frames, config.num_frames), config.fps):
+            pass
+        if header.height < config.height or header.width < config.width:
+            small = f"{row.name}: {header.width} × {header.height} pixels, to be enlarged"
+            problems.append(("warning", f"{small} to {config.width} × {config.height}"))
+    except RowError as error:
+        problems.append(("error", str(error)))
+    captions, of_captions = find_caption_problems(row.captions, row.name, config)
+    return captions, problems + of_captions
+
+
+def token_problems(name: str, texts: list[str], tokenizer, config: VideoDataConfig) -> Iterator[tuple[str, str]]:
+    """The same of captions that have more tokens than the model takes."""
+    return image.token_problems(name, texts, tokenizer, config)
+
+
+class Clip(NamedTuple):
+    """Frames, RGB images of one size, and how many of them a second has."""
+
+    frames: Sequence[Image.Image]
+    fps: float
+
+
+def save(made: list[Clip], labels: list[str], path: Path) -> None:
+    """Write clips with their labels side by side, as an MP4 file and as a WebP, which browsers show as a picture that
+    moves: `path` with these endings. Raises RunError if it cannot."""
+    fps, length = made[0].fps, max(len(clip.frames) for clip in made)
+    grids = [labelled_grid([_at(clip, number) for clip in made], labels) for number in range(length)]
+    with new_file(path.with_suffix(".mp4")) as partial:
+        write_video(grids, fps, partial, **FOR_BROWSERS)
+    with new_file(path.with_suffix(".webp")) as partial:
+        # each frame for its whole milliseconds, that of all of them for what that leaves
+        times = [round(1000 * number / fps) for number in range(length + 1)]
+        durations = [end - start for start, end in itertools.pairwise(times)]
+        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
+
+
+def _at(clip: Clip, number: int) -> Image.Image:
+    """A frame of a clip that stays at its last one."""
+    return clip.frames[min(number, len(clip.frames) - 1)]
+
+
+# ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def open_file(value: dict[str, Any] | None, name: str) -> Iterator[BinaryIO]:
+    """The content of an undecoded `datasets.Video`, which is in the row, in a file or (of a stream) at a URL, of which
+    no more is read than is asked for.
+
+    Raises:
+        RowError: there is none, or its file cannot be read.
+    """
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        raise RowError(f"{name}: no video")
+    if value["bytes"] is not None:
+        yield io.BytesIO(value["bytes"])
+        return
+    try:
+        with fsspec.open(value["path"], "rb") if "://" in value["path"] else Path(value["path"]).open("rb") as file:
+            yield file
+    except OSError as error:
+        raise RowError(f"{name}: {error.strerror or one_line(error)}") from None
+
+
+def _digest(row: Row) -> str:
+    """SHA-256 of a row's file. Raises RowError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open_file(row.video, row.name) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_still(file: BinaryIO, name: str) -> Image.Image | None:
+    """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged."""
+    try:
+        with Image.open(file) as found:
+            # of MPEG it knows that it is a video, and no more
+            is_still = found.format != "MPEG" and getattr(found, "n_frames", 1) == 1
+    except Image.DecompressionBombError:
+        is_still = True
+    except Exception:  # it is no image, or a damaged one that moves: FFmpeg will say
+        is_still = False
+    file.seek(0)
+    return image.open_image(file.read(), name) if is_still else None
+
+
+class Header(NamedTuple):
+    """Of a video: seconds, None of an image; height and width in pixels as they are shown."""
+
+    seconds: float | None
+    height: int
+    width: int
+
+    def num_frames(self, fps: float) -> int:
+        """How many frames it has at `fps` a second."""
+        return 1 if self.seconds is None else max(1, int(np.ceil((self.seconds - TICK) * fps)))
+
+
+def read_header(row: Row) -> Header:
+    """What a row's video is, of which the first frame alone is decoded. Raises RowError if it cannot be read."""
+    with open_file(row.video, row.name) as file:
+        if (still := read_still(file, row.name)) is not None:
+            return Header(None, still.height, still.width)
+        with open_video(file, row.name) as (container, stream):
+            seconds = _seconds_of(container, stream)
+            frame = next(_frames_from(container, stream, 0.0), None)
+            if frame is None:
+                raise RowError(f"{row.name}: a video without a frame")
+            shown = to_image(frame, stream)
+            return Header(seconds, shown.height, shown.width)
+
+
+def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
+    """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
+    num_frames = header.num_frames(config.fps)
+    if num_frames < config.fewest_frames and header.seconds is not None:
+        raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
+    return num_frames
+
+
+def _too_short(name: str, seconds: float, num_frames: int, fps: float) -> str:
+    return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
+
+
+def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator[Image.Image]:
+    """`num_frames` frames of a row's video, 1 / `fps` seconds apart, as they are shown: RGB, upright, in square pixels.
+    The first is `start` (in [0, 1)) of the way to the last place that it could be at, or where the row is one of the
+    clips one after another (`Row.window`), where that begins.
+
+    At any time the frame is the last that has begun, as in a player, whatever rate the file has, or how it varies; one
+    that is still there a moment later is the same object. The file is decoded from the keyframe before the first.
+
+    Raises:
+        RowError: see `read`.
+    """
+    with open_file(row.video, row.name) as file:
+        if (still := read_still(file, row.name)) is not None:
+            if num_frames > 1:
+                raise RowError(f"{row.name}: an image, which is one frame and no {num_frames}")
+            yield still
+            return
+        with open_video(file, row.name) as (container, stream):
+            seconds = _seconds_of(container, stream)
+            places = Header(seconds, 0, 0).num_frames(fps) - num_frames + 1
+            first = int(start * places) if row.window is None else row.window * num_frames
+            if not 0 <= first < places:
+                raise RowError(_too_short(row.name, seconds, num_frames, fps))
+            times = [(first + number) / fps for number in range(num_frames)]
+            last, shown = None, None
+            for time, frame in zip(times, _frames_at(container, stream, times), strict=False):
+                if frame is None:
+                    raise RowError(f"{row.name}: cut off, it ends before {time:.2f} of its {seconds:.2f} s")
+                if frame is not last:
+                    if frame.is_corrupt:
+                        raise RowError(f"{row.name}: damaged at {time:.2f} s")
+                    last, shown = frame, to_image(frame, stream)
+                yield shown
+
+
+def library_versions() -> dict[str, tuple[int, int, int]]:
+    """Of FFmpeg's libraries, whose decoders and colours may differ."""
+    import av  # an extra
+
+    return {name: av.library_versions[name] for name in ("libavcodec", "libavformat", "libswscale")}
+
+
+@contextlib.contextmanager
+def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
+    """A file of PyAV's and its stream of frames. Raises RowError if it has none, and of what goes wrong with it."""
+    import av  # an extra
+
+    try:
+        with av.open(file, buffer_size=BLOCK, container_options=READS_NOTHING_ELSE) as container:
+            if not container.streams.video:
+                raise RowError(f"{name}: a file without pictures")
+            stream = container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # loaders are processes already
+            yield container, stream
+    except (MemoryError, RowError):
+        raise
+    except Exception as error:  # FFmpeg's decoders raise all kinds on damaged bytes
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise RowError(f"{name}: no video that FFmpeg can read: {reason}") from None
+
+
+def _first_time(stream) -> float:
+    """When a video begins, in seconds."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _seconds_of(container, stream) -> float:
+    """From the beginning of a video to the end of its last frame: what an index of its frames says, or else the last of
+    the packets, of which nothing is decoded."""
+    if stream.duration and stream.frames:
+        return float(stream.duration * stream.time_base)
+    ends = []
+    for start in (float(container.duration or 0) / 1e6, 0.0):
+        _seek(container, stream, start)
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                ends.append(float((packet.pts + (packet.duration or 0)) * stream.time_base))
+        if ends:
+            break
+    return max(ends, default=0.0) - _first_time(stream)
+
+
+def _seek(container, stream, time: float) -> None:
+    """Go to the keyframe before a time, in seconds from the beginning."""
+    container.seek(int((time + _first_time(stream)) / stream.time_base), stream=stream, backward=True)
+
+
+def _frames_from(container, stream, time: float) -> Iterator[Any]:
+    """The frames of PyAV from a keyframe before a time on. Where an index is coarse, as of MPEG's streams, what is
+    found may lie behind it, and the keyframe is looked for earlier."""
+    frames, found = iter(()), None
+    for back in (*SEEK_BACK, time + 1):
+        _seek(container, stream, time - back)
+        frames = container.decode(stream)
+        found = next(frames, None)
+        if found is not None and found.time - _first_time(stream) <= time + TICK:
+            break
+    return itertools.chain([] if found is None else [found], frames)
+
+
+def _frames_at(container, stream, times: Sequence[float]) -> Iterator[Any]:
+    """Of each of the ascending times, in seconds from the beginning, the frame of PyAV that is there; None where there
+    is none any more."""
+    last, number, end = None, 0, -1.0
+    for frame in _frames_from(container, stream, times[0]):
+        start = frame.time - _first_time(stream)
+        while last is not None and number < len(times) and times[number] < start - TICK:
+            yield last
+            number += 1
+        if number == len(times):
+            return
+        # the last one may stay for one more, because what indices say of durations is rounded
+        last, end = frame, start + 2 / float(stream.guessed_rate or 1)
+        if frame.duration:
+            end = max(end, start + float(frame.duration * frame.time_base))
+    for time in times[number:]:
+        yield last if time < end else None
+
+
+def to_image(frame, stream) -> Image.Image:
+    """A frame of PyAV as a player shows it: RGB, upright, in square pixels."""
+    shown = frame.to_image()
+    ratio = stream.sample_aspect_ratio
+    if ratio and ratio != 1:
+        shown = shown.resize((max(1, round(shown.width * ratio)), shown.height), Image.Resampling.LANCZOS)
+    return shown.rotate(frame.rotation, expand=True) if frame.rotation else shown
+
+
+def write_video(
+    frames: Sequence[Image.Image],
+    fps: float,
+    file: Path | BinaryIO,
+    codec: str,
+    pix_fmt: str,
+    format: str,
+    options: dict[str, str] | None = None,
+) -> None:
+    """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
+    libx264) the same frames are the same bytes.
+
+    Sides that are odd, which few codecs take, get another line of black.
+    """
+    import av  # an extra
+
+    width, height = (side + side % 2 for side in frames[0].size)
+    options = {"threads": "1", "flags": "+bitexact"} | (options or {})
+    with av.open(file, "w", format=format, container_options={"fflags": "bitexact"}) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
+        container.mux(stream.encode(None))

@@ -1,0 +1,251 @@
+"""Videos as rows: folders, parquet, tar files and streams of them, and clips one after another."""
+
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import data_of, encode, options
+from PIL import Image
+
+from difftrain_utils.config import command_line
+from difftrain_utils.config.config import require_of
+from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.config.video_data import VideoDataConfig
+from difftrain_utils.data.caches import load_caches
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, refuse_short, spread_clips, video_sizes
+from difftrain_utils.data.fingerprint import inspect_splits
+from difftrain_utils.data.load import load_data
+from difftrain_utils.data.rows import MappedRows, map_rows
+from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.streaming import open_stream
+from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.families.load import load_family
+from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, write_video
+
+FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
+LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
+
+
+def film(name: str, num_frames: int) -> bytes:
+    ways = {
+        "mp4": FOR_BROWSERS,
+        "webm": {"codec": "libvpx-vp9", "pix_fmt": "yuv420p", "format": "webm"},
+        "avi": LOSSLESS,
+    }
+    frames, buffer = [Image.new("RGB", (48, 32), (8 * i, 128, 0)) for i in range(num_frames)], io.BytesIO()
+    write_video(frames, 12, buffer, **ways[name.rpartition(".")[2]])
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def films() -> dict[str, bytes]:
+    return {name: film(name, length) for name, length in LENGTHS.items()}
+
+
+@pytest.fixture
+def folder(films, tmp_path):
+    """Videos of several kinds, and a still, with their captions."""
+    lines = [{"file_name": name, "text": f"caption of {name}"} for name in (*films, "d.png")]
+    (tmp_path / "films/sub").mkdir(parents=True)
+    for name, content in (films | {"d.png": encode(Image.new("RGB", (40, 40), "red"))}).items():
+        (tmp_path / "films" / name).write_bytes(content)
+    (tmp_path / "films/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "films"
+
+
+def config_of(dataset, tmp_path, **fields) -> VideoDataConfig:
+    config = VideoDataConfig(str(dataset), cache_dir=str(tmp_path / "cache"), **(FIELDS | fields))
+    config.check(require_of(config, "data"))
+    return config
+
+
+def captions(rows: MappedRows) -> list[str]:
+    return [rows[i].captions for i in range(len(rows))]
+
+
+def test_a_folder_with_metadata(folder, tmp_path):
+    """Of all that FFmpeg knows, whatever its ending; an image is a clip of one frame."""
+    config = config_of(folder, tmp_path, num_frames=1)
+    rows = map_rows(config)
+    assert captions(rows) == [f"caption of {name}" for name in (*LENGTHS, "d.png")]
+    assert rows[0].name == str(folder / "a.mp4") and not rows.has_masks
+    assert list(lasting_names(rows.parts[0])) == [["a.mp4", "b.webm", "c.avi", "d.png"]]
+    batch = collate([Samples(data_of(rows), config, 0, 8)[k] for k in range(8)])
+    assert batch["pixel_values"].shape == (8, 3, 1, 32, 32) and batch["masks"] is None
+    found = rows.inspect(config)
+    assert found["num_videos"] == 4 and rows.inspect(config) == found
+    (folder / "a.mp4").write_bytes((folder / "sub/c.avi").read_bytes())
+    assert map_rows(config).inspect(config)["sha256"] != found["sha256"]
+
+
+def test_a_still_is_no_clip_of_several_frames(folder, tmp_path):
+    for policy, error in (("stop", RowError), ("skip", None)):
+        config = config_of(folder, tmp_path, on_bad_row=policy)
+        samples = Samples(data_of(map_rows(config)), config, 0, 4)
+        if error:
+            with pytest.raises(error, match=r"d.png: an image, which is one frame and no 5$"):
+                [samples[k] for k in range(4)]
+        else:
+            assert [samples[k]["skipped"] for k in range(4)].count(True) == 1
+
+
+def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.webm", "text": "x"}))
+    config = config_of(folder, tmp_path, random_flip=True)
+    samples, again = (Samples(data_of(map_rows(config)), config, 0, 16) for _ in range(2))
+    clips = [samples[k]["pixel_values"] for k in range(16)]
+    assert all(torch.equal(again[k]["pixel_values"], clips[k]) for k in (15, 3, 8))
+    first = {round(clip[0, 0, 0, 0].item(), 2) for clip in clips}
+    assert len(first) > 8, "the windows begin at many places"
+    assert all((clip.diff(dim=1)[0].mean((1, 2)) - 8 / 127.5).abs().max() < 0.02 for clip in clips), "frame by frame"
+
+
+def test_what_is_wrong_with_a_folder(folder, tmp_path):
+    with pytest.raises(InputError, match=r'metadata.jsonl line 1: needs a "film_file_name", got '):
+        map_rows(config_of(folder, tmp_path, video_column="film"))
+    (folder / "a.mp4").unlink()
+    with pytest.raises(InputError, match=r"metadata.jsonl line 1: no such file: a.mp4$"):
+        map_rows(config_of(folder, tmp_path))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    datasets.Dataset.from_dict({"video": [1], "text": ["x"]}).to_parquet(plain / "train.parquet")
+    with pytest.raises(InputError, match=r"^data.video_column: column 'video' of .* does not hold videos, but Value"):
+        map_rows(config_of(plain, tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_with_the_bytes_of_videos(films, tmp_path, streaming):
+    (tmp_path / "parquet").mkdir()
+    columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
+    features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "parquet/train.parquet")
+    fields = {"streaming": True, "shuffle_buffer": 4, "lanes": 1} if streaming else {}
+    config = config_of(tmp_path / "parquet", tmp_path, **fields)
+    rows = open_stream(config) if streaming else map_rows(config)
+    samples = Samples(data_of(rows), config, 0, 3)
+    assert sorted(samples[k]["caption"] for k in range(3)) == sorted(films)
+    assert samples[0]["pixel_values"].shape == (3, 5, 32, 32)
+
+
+def test_a_stream_of_a_folder_and_of_tar_files(films, folder, tmp_path):
+    (tmp_path / "tar").mkdir()
+    with tarfile.open(tmp_path / "tar/train.tar", "w") as tar:
+        for number in range(3):
+            for ending, content in (("mp4", films["a.mp4"]), ("txt", f"caption {number}".encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    fields = {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
+    of_tar = config_of(tmp_path / "tar", tmp_path, **fields, video_column="mp4", caption_column="txt")
+    samples = Samples(data_of(open_stream(of_tar)), of_tar, 0, 3)
+    assert sorted(samples[k]["caption"] for k in range(3)) == ["caption 0", "caption 1", "caption 2"]
+    of_folder = config_of(folder, tmp_path, **fields, num_frames=1)
+    samples = Samples(data_of(open_stream(of_folder)), of_folder, 0, 4)
+    assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
+
+
+def test_clips_one_after_another_are_rows(folder, tmp_path):
+    """Each with all that fits of a video; a still, or what is too short, is a bad row once."""
+    config = config_of(folder, tmp_path, window="all", center_crop=True, on_bad_row="skip")
+    rows = spread_clips(map_rows(config), config)
+    assert [(rows[i].captions[-5:], rows[i].window) for i in range(len(rows))] == [
+        *(("a.mp4", window) for window in range(12 // 5)),
+        *((".webm", window) for window in range(30 // 5)),
+        *(("c.avi", window) for window in range(17 // 5)),
+        ("d.png", 0),
+    ]
+    samples = Samples(data_of(rows), config, 0, 24)
+    sample = next(samples[k] for k in range(24) if samples.order[k] == 10)  # the last of c.avi
+    assert ((sample["pixel_values"][0, :, 0, 0] + 1) * 127.5 / 8).round().tolist() == [10, 11, 12, 13, 14]
+    assert rows.inspect(config)["num_videos"] == len(rows) == 12
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60$"):
+        spread_clips(map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
+
+
+def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_path):
+    """Stills and videos in one run, each batch of one size."""
+    buckets = [[1, 32, 32], [9, 32, 32], [9, 32, 64], [17, 32, 32], [29, 32, 64]]
+    config = config_of(folder, tmp_path, buckets=buckets, on_bad_row="skip")
+    (folder / "e.mp4").write_bytes(b"junk")
+    lines = (
+        (folder / "metadata.jsonl").read_text() + "\n" + json.dumps({"file_name": "e.mp4", "text": "caption of e.mp4"})
+    )
+    (folder / "metadata.jsonl").write_text(lines)
+    rows = map_rows(config)
+    found = ClipBuckets(video_sizes(rows, config), config.buckets, 1)
+    sizes = [None if found.of_row[i] < 0 else found.size_of(i) for i in range(len(rows))]
+    assert sizes == [(9, 32, 64), (29, 32, 64), (17, 32, 32), (1, 32, 32), None]
+    assert found.sizes == sorted(map(tuple, buckets[:1] + buckets[2:])), "a bucket without a batch is left out"
+    assert ClipBuckets(video_sizes(rows, config), config.buckets, 2).counts.min() >= 2
+    run = SimpleNamespace(data=config, train=SimpleNamespace(batch_size=1))
+    family = SimpleNamespace(check_frames=lambda *_: None, check_size=lambda *_: None)
+    kept, buckets = fit_clips(Accelerator(cpu=True), family, rows, run)
+    assert captions(kept) == captions(rows)[:4]
+    samples = Samples(data_of(kept, buckets=buckets), config, 0, 8)
+    shapes = {samples.order[k]: tuple(samples[k]["pixel_values"].shape[1:]) for k in range(8)}
+    assert shapes == dict(enumerate(sizes[:4]))
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13$"):
+        config = config_of(folder, tmp_path, buckets=[[13, 32, 32]])
+        refuse_short(rows, np.array([[12, 32, 48]]), config)
+
+
+def test_the_builtin_set_is_drawn_at_the_runs_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("difftrain_utils.data.videos.NUM_MOVING_SHAPES", 6)
+    config = config_of("builtin:moving-shapes", tmp_path)
+    rows = map_rows(config)
+    assert captions(rows)[0] == "a red circle moving left" and len(rows) == 6
+    assert Samples(data_of(rows), config, 0, 1)[0]["pixel_values"].shape == (3, 5, 32, 32)
+    with pytest.raises(
+        InputError, match=r"^data.dataset: no such builtin: 'builtin:shapes'; there is builtin:moving-s"
+    ):
+        map_rows(config_of("builtin:shapes", tmp_path))
+    with pytest.raises(InputError, match=r"^data.height: builtin:moving-shapes is square, got 32 x 48$"):
+        map_rows(config_of("builtin:moving-shapes", tmp_path, width=48))
+
+
+@pytest.mark.parametrize(("name", "window"), [("tiny-wan", "middle"), ("tiny-ltx", "all")])
+def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_path, name, window):
+    size = {"num_frames": 5, "fps": 12, "height": 32, "width": 32}
+    fields = {"dataset": folder, "window": window, "center_crop": True, "random_flip": True, "on_bad_row": "skip"}
+    fields |= size | {"cache_latents": True, "cache_text": True, "cache_dir": tmp_path / "cache"}
+    argv = options({"model.pretrained_model_name_or_path": f"builtin:{name}", "model.max_sequence_length": 40} | {
+        f"data.{field}": value for field, value in fields.items()})  # fmt: skip
+    config, accelerator = command_line.parse_config(TextToVideoConfig, argv), Accelerator(cpu=True)
+    family = load_family(config)
+    data = load_data(accelerator, family, config)
+    caches = load_caches(accelerator, family, data, inspect_splits(data.rows, None, config.data), config)
+    plain, cached = Samples(data, config.data, 0, 8), Samples(data, config.data, 0, 8, caches)
+    keys = [k for k in range(8) if not plain[k]["skipped"]][:4]
+    encoded = [family.encode(collate([samples[k] for k in keys]), 0) for samples in (cached, plain)]
+    (latents, conditioning), (their_latents, their_conditioning) = encoded
+    torch.testing.assert_close(latents, their_latents, rtol=1e-5, atol=1e-5)  # a clip alone rounds otherwise than four
+    embeds, theirs = (given["prompt_embeds"] * given["prompt_embeds_mask"][..., None] for given in
+                      (conditioning, their_conditioning))  # fmt: skip
+    assert embeds.shape[1] < 40 and torch.equal(embeds, theirs[:, : embeds.shape[1]])
+    assert not theirs[:, embeds.shape[1] :].any()
+    assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_frames": 0}, r"^data.num_frames: must be from 1 to 16384"),
+        ({"fps": 0}, r"^data.fps: must be above 0"),
+        (
+            {"cache_latents": True, "center_crop": True},
+            r"^data.cache_latents: needs data.center_crop and a data.window",
+        ),
+        ({"buckets": [[5, 32]]}, r"^data.buckets: must be sizes \[frames, height, width\]"),
+        ({"buckets": [[5, 32, 32], [5, 64, 64]]}, r"^data.buckets: must have different frames or aspect ratios"),
+        ({"streaming": True, "window": "all", "dataset": "films"}, r"^data.window: cannot go with data.streaming"),
+    ],
+)
+def test_fields_that_cannot_be(fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        config_of(fields.pop("dataset", "builtin:moving-shapes"), tmp_path, **fields)
