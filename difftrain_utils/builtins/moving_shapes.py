@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from difftrain_utils.builtins.shapes import PROMPTS, SUPERSAMPLING, draw_figure, judge
 from difftrain_utils.keyed_random import generator_for
-from difftrain_utils.media.video import LOSSLESS, write_video
+from difftrain_utils.media.video import LOSSLESS, Clip, write_video
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOVING = [f"{prompt} moving {direction}" for prompt in PROMPTS for direction in DIRECTIONS]
@@ -87,9 +87,22 @@ def _judge_direction(frames: Sequence[Image.Image]) -> str | None:
     return None
 
 
+def parse(prompt: str) -> str:
+    """The caption itself. Raises ValueError for a prompt that is none."""
+    if prompt not in MOVING:
+        raise ValueError(f"{prompt!r:.80} is no caption of builtin:moving-shapes, such as {MOVING[0]!r}")
+    return prompt
+
+
+def share_right(clips: Sequence[Clip], prompts: Sequence[str]) -> dict[str, float]:
+    """{"moving_shapes_right": the share of the clips that are right}. Raises ValueError for a prompt that is no
+    caption."""
+    return {"moving_shapes_right": count_right([clip.frames for clip in clips], prompts) / len(clips)}
+
+
 def count_right(clips: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> int:
     """How many clips, each as its frames, show the colour, the shape and the direction that their prompts ("a red
-    circle moving left") ask for."""
+    circle moving left") ask for. Raises ValueError for a prompt that is no caption."""
     named = (judge_clip(frames) for frames in clips)
     told = [f"a {color} {shape} moving {direction}" for color, shape, direction in named]
-    return sum(is_told == prompt for is_told, prompt in zip(told, prompts, strict=True))
+    return sum(is_told == parse(prompt) for is_told, prompt in zip(told, prompts, strict=True))

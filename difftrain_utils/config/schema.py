@@ -21,6 +21,7 @@ from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_data import TextSourceConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoSourceConfig
 from difftrain_utils.files import write_file
 
@@ -29,6 +30,7 @@ FILES = {
     "schema_few_step.json": FewStepConfig,
     "schema_preference.json": PreferenceConfig,
     "schema_text.json": TextConfig,
+    "schema_video.json": TextToVideoConfig,
 }
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
 SOURCES = (SourceConfig, PairSourceConfig, TextSourceConfig, VideoSourceConfig)

@@ -10,12 +10,14 @@ from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 
 SCRIPTS: dict[str, type[Config]] = {
     "train_text_to_image.py": TextToImageConfig,
     "train_few_step.py": FewStepConfig,
     "train_preference.py": PreferenceConfig,
     "train_text.py": TextConfig,
+    "train_text_to_video.py": TextToVideoConfig,
 }
 
 

@@ -1,6 +1,7 @@
 """The config of train_text_to_image.py."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from difftrain_utils.config.config import Config, Require
 from difftrain_utils.config.data import DataConfig
@@ -14,6 +15,10 @@ from difftrain_utils.config.training import DEFAULT_STEPS, EmaConfig, LrSchedule
 @dataclass
 class TextToImageConfig(Config):
     """One run of `train_text_to_image.py`."""
+
+    judges: ClassVar[tuple[str, ...]] = ("shapes", "scenes")
+    """Those of the built-in data sets that there are."""
+    judged_data: ClassVar[str] = "builtin:shapes, builtin:placed-shapes, builtin:shape-pairs or builtin:scenes"
 
     model: ModelConfig
     data: DataConfig
@@ -35,8 +40,7 @@ class TextToImageConfig(Config):
     def check_sections(self, requires: dict[str, Require]) -> None:
         data, require = self.data, requires["evaluation"]
         are_builtin = all(str(name).startswith("builtin:") for name in self.datasets)
-        known = "builtin:shapes, builtin:placed-shapes, builtin:shape-pairs or builtin:scenes"
-        rule = f"needs data.dataset {known} (it is {', '.join(map(repr, self.datasets))})"
+        rule = f"needs data.dataset {self.judged_data} (it is {', '.join(map(repr, self.datasets))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         held_out = bool(data.validation_split or data.validation_dataset)
         for name in ("fid_features", "clip_score_model"):
@@ -76,8 +80,10 @@ class TextToImageConfig(Config):
             "fid": (evaluation.fid_features, "evaluation.fid_features"),
             "kid": (evaluation.fid_features, "evaluation.fid_features"),
             "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
-            "shapes_right": (judged and self.judge == "shapes", f"{judge}, of shapes"),
-            "scenes_right": (judged and self.judge == "scenes", f"{judge}, of scenes"),
+            **{
+                f"{name}_right": (judged and self.judge == name, f"{judge}, of {name.replace('_', ' ')}")
+                for name in self.judges
+            },
         }
 
     @property

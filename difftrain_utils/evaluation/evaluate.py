@@ -22,6 +22,7 @@ from difftrain_utils.evaluation.validation import (
     validation_preferences,
 )
 from difftrain_utils.families.reference import Reference
+from difftrain_utils.media import video
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
@@ -86,7 +87,8 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                log_images(self.accelerator, step, "samples", images)
+                if media_of(self.config.data) is not video:
+                    log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:
@@ -108,11 +110,11 @@ class Evaluation:
 
     def generate_grid(self, denoiser: torch.nn.Module) -> list:
         """The images of all evaluation prompts, of which each process makes its share."""
-        evaluation, resolution, made = self.config.evaluation, self.config.data.resolution, []
+        evaluation, size, made = self.config.evaluation, media_of(self.config.data).size_of(self.config.data), []
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
         for keys, num_kept in progress(batches, len(batches), "Drawing, batches"):
             prompts = [evaluation.prompts[i] for i in keys]
-            drawn = generate(self.family, denoiser, evaluation, resolution, prompts, keys, self.weaker)
+            drawn = generate(self.family, denoiser, evaluation, size, prompts, keys, self.weaker)
             made += list(zip(keys, drawn, strict=True))[:num_kept]
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

@@ -10,6 +10,7 @@ from difftrain_utils.config.text import TextEvaluationConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.guidance import guide
 from difftrain_utils.keyed_random import torch_generator_for
+from difftrain_utils.media.video import Clip
 
 
 @torch.no_grad()
@@ -17,19 +18,18 @@ def generate(
     family,
     denoiser: torch.nn.Module,
     config: EvaluationConfig,
-    resolution: int,
+    size: tuple[int, ...],
     prompts: Sequence[str],
     keys: Sequence[int],
     weaker: torch.nn.Module | None = None,
-) -> list[Image.Image]:
-    """One image for each prompt; prompt i's noise depends on (evaluation.seed, keys[i]) alone. With a `weaker` denoiser
-    it guides (`evaluation.autoguidance`)."""
+) -> list[Image.Image] | list[Clip]:
+    """An image of `size` (height, width), or a clip of (frames, height, width), for each prompt; prompt i's noise
+    depends on (evaluation.seed, keys[i]) alone. With a `weaker` denoiser it guides (`evaluation.autoguidance`)."""
     denoiser, guidance_scale = guide(family, denoiser, weaker, config)
     return family.generate(
         denoiser,
         prompts,
-        height=resolution,
-        width=resolution,
+        *size,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=guidance_scale,
         guidance_rescale=config.guidance_rescale,

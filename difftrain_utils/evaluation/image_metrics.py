@@ -23,6 +23,7 @@ from difftrain_utils.data.samples import read_held_out
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.distances import frechet_distance, kernel_distance
 from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import share_out
 from difftrain_utils.terminal import announce, progress
 
@@ -42,7 +43,8 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
         raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out images, got {wanted}")
     if features or clip:
         announce(f"Loading {' and '.join(filter(None, (features, clip)))}, for the image metrics")
-    blank = [Image.new("RGB", (config.data.resolution, config.data.resolution))]  # what a network cannot do shows now
+    height, width = media_of(config.data).size_of(config.data)[-2:]
+    blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
             networks["features"] = load_features(features, device)
@@ -69,12 +71,12 @@ def image_metrics(
 
     Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
     """
-    evaluation, batches = config.evaluation, []
+    evaluation, size, batches = config.evaluation, media_of(config.data).size_of(config.data), []
     shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
     for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
         held_out = read_held_out(rows, keys, config.data, evaluation.seed)
         captions = held_out["captions"]
-        images = generate(family, denoiser, evaluation, config.data.resolution, captions, keys, weaker)
+        images = generate(family, denoiser, evaluation, size, captions, keys, weaker)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:

@@ -22,6 +22,7 @@ from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
 from difftrain_utils.families.family import Conditioning, Family, ImageFamily
 from difftrain_utils.families.lora import add_adapters
+from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.sharding import num_bytes, units_of
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
@@ -324,16 +325,19 @@ class Planner:
         return (2 if self.are_pairs else 1) * self.micro_batch(config)
 
     def size(self, config: Config) -> tuple[int, ...]:
-        """(height, width) of its largest images, or (length,) of its texts in tokens."""
+        """(height, width) of its largest images, (frames, height, width) of videos, or (length,) of its texts in
+        tokens."""
         if self.is_text:
             return (config.data.sequence_length,)
-        sizes = [(config.data.resolution,) * 2] if self.data.buckets is None else self.data.buckets.sizes
+        of_one, buckets = media_of(config.data).size_of(config.data), self.data.buckets
+        sizes = [of_one] if buckets is None else buckets.sizes
         return max(sizes, key=math.prod)
 
     def describe_size(self, config: Config) -> str:
         """The same in words."""
         size = self.size(config)
-        return f"{size[0]} tokens" if self.is_text else f"{size[1]}x{size[0]}"
+        frames = f"{size[0]} frames of " if len(size) == 3 else ""
+        return f"{size[0]} tokens" if self.is_text else f"{frames}{size[-1]}x{size[-2]}"
 
     # ── The models ───────────────────────────────────────────────────────────────────────────────────────────
     def denoiser(self, config: Config) -> torch.nn.Module:
