@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from difftrain_utils.config.audio_data import AudioDataConfig, AudioSourceConfig
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.pairs import PairDataConfig, PairSourceConfig
 from difftrain_utils.config.rows import RowsConfig, RowsSource
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
 from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
-from difftrain_utils.media import image, pairs, text, video
+from difftrain_utils.media import audio, image, pairs, text, video
 
 
 class Row(Protocol):
@@ -83,6 +84,7 @@ MEDIA: dict[type, Media] = {
     **dict.fromkeys((PairDataConfig, PairSourceConfig), pairs),
     **dict.fromkeys((TextDataConfig, TextSourceConfig), text),
     **dict.fromkeys((VideoDataConfig, VideoSourceConfig), video),
+    **dict.fromkeys((AudioDataConfig, AudioSourceConfig), audio),
 }
 
 

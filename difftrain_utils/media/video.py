@@ -87,7 +87,7 @@ def check(row: Row, index: int, config: VideoDataConfig) -> list[Any]:
     try:
         captions_of(captions, row.name)
         if not row.window:
-            digest = _digest(row)
+            digest = digest_of(row.video, row.name)
             check_length(read_header(row), row.name, config)
     except RowError:
         if config.on_bad_row == "stop":
@@ -206,15 +206,15 @@ def _at(clip: Clip, number: int) -> Image.Image:
 
 # ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
-def open_file(value: dict[str, Any] | None, name: str) -> Iterator[BinaryIO]:
-    """The content of an undecoded `datasets.Video`, which is in the row, in a file or (of a stream) at a URL, of which
-    no more is read than is asked for.
+def open_file(value: dict[str, Any] | None, name: str, noun: str = "video") -> Iterator[BinaryIO]:
+    """The content of an undecoded `datasets.Video`, or `Audio`, which is in the row, in a file or (of a stream) at a
+    URL, of which no more is read than is asked for.
 
     Raises:
         RowError: there is none, or its file cannot be read.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
-        raise RowError(f"{name}: no video")
+        raise RowError(f"{name}: no {noun}")
     if value["bytes"] is not None:
         yield io.BytesIO(value["bytes"])
         return
@@ -225,10 +225,10 @@ def open_file(value: dict[str, Any] | None, name: str) -> Iterator[BinaryIO]:
         raise RowError(f"{name}: {error.strerror or one_line(error)}") from None
 
 
-def _digest(row: Row) -> str:
+def digest_of(value: dict[str, Any] | None, name: str, noun: str = "video") -> str:
     """SHA-256 of a row's file. Raises RowError if it cannot be read."""
     digest = hashlib.sha256()
-    with open_file(row.video, row.name) as file:
+    with open_file(value, name, noun) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

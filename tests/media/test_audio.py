@@ -1,0 +1,226 @@
+import io
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from PIL import Image
+
+from difftrain_utils.config.audio_data import AudioDataConfig
+from difftrain_utils.errors import RowError
+from difftrain_utils.media.audio import (
+    FLOOR,
+    MIDDLE,
+    Place,
+    Row,
+    Sound,
+    check,
+    find_problems,
+    place,
+    read,
+    read_header,
+    read_window,
+    save,
+    spectrogram,
+)
+
+RATE, LENGTH = 44100, 5000
+FIELDS = {"waveform_length": LENGTH, "sampling_rate": RATE}
+CONFIG = AudioDataConfig("memory", **FIELDS)
+KINDS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+
+
+def samples_of(seconds: float, channels: int = 2, rate: int = RATE) -> np.ndarray:
+    """Sweeps in noise, (samples, channels): what is elsewhere is not alike."""
+    times = np.arange(int(rate * seconds) + 777) / rate
+    noise = np.random.default_rng(0).standard_normal((len(times), channels))
+    sweeps = np.stack([np.sin(2 * np.pi * (200 + 90 * times) * (times + number)) for number in range(channels)], 1)
+    return (0.4 * sweeps + 0.05 * noise).astype(np.float32)
+
+
+def sound(samples: np.ndarray, rate: int = RATE, format: str = "WAV", subtype: str = "FLOAT") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+def foreign_mp3(samples: np.ndarray, **options: str) -> bytes:
+    """By LAME, of a variable bit rate."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp3", options=options) as container:
+        quality = {"global_quality": str(4 * 118), "flags": "+qscale"}
+        stream = container.add_stream("libmp3lame", rate=RATE, layout="stereo", options=quality)
+        for start in range(0, len(samples), 1152):
+            part = np.ascontiguousarray(samples[start : start + 1152].T)
+            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = RATE, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def row_of(content: bytes, name: str = "a.wav", window: int | None = None) -> Row:
+    return Row(name, {"bytes": content, "path": name}, "a caption", window)
+
+
+def config_of(**fields) -> AudioDataConfig:
+    return AudioDataConfig("memory", **(FIELDS | fields))
+
+
+def starts_in(total: int, length: int = LENGTH) -> list[float]:
+    """Of a window at the first place, the last, and some between."""
+    places = total - length + 1
+    return [0.0, *((place + 0.5) / places for place in np.linspace(1, places - 2, 9).astype(int)), 1 - 0.5 / places]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "foreign MP3"], ids=str)
+def test_windows_are_those_of_the_whole_file(kind):
+    """To the bit, also at the end of Vorbis, where libvorbis misses places by a hundred samples."""
+    samples = samples_of(4)
+    content = foreign_mp3(samples) if kind == "foreign MP3" else sound(samples, RATE, *kind)
+    whole, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    assert len(whole) == len(samples) == read_header(row_of(content), CONFIG).num_samples
+    for start in starts_in(len(whole)):
+        window = read_window(row_of(content), start, LENGTH, CONFIG)
+        assert window.first == int(start * (len(whole) - LENGTH + 1)) and window.total == len(whole)
+        assert np.array_equal(window.samples, whole[window.first : window.first + LENGTH].T), window.first
+    third = read_window(row_of(content, window=3), 0.7, LENGTH, CONFIG)
+    assert np.array_equal(third.samples, whole[3 * LENGTH : 4 * LENGTH].T)
+
+
+@pytest.mark.parametrize(
+    "rates", [(44100, 48000), (48000, 44100), (44100, 16000), (44100, 8000), (11025, 44100)], ids=str
+)
+def test_windows_that_are_resampled_are_those_of_the_whole_file_resampled(rates):
+    """But for the last bit of some; without a margin it would be 0.01."""
+    rate, to = rates
+    content, config = sound(samples_of(2, 1, rate), rate), config_of(sampling_rate=to, audio_channels=1)
+    whole = soxr.resample(samples_of(2, 1, rate), rate, to, quality="VHQ")
+    total = read_header(row_of(content), config).length_at(to)
+    assert abs(total - len(whole)) <= 1
+    for start in starts_in(total):
+        window = read_window(row_of(content), start, LENGTH, config)
+        assert np.abs(window.samples - whole[window.first : window.first + LENGTH].T).max() < 1e-7, window.first
+
+
+def test_a_resampled_sine_is_a_sine():
+    """At its place, at its frequency, and what the lower rate has not is gone."""
+    times = np.arange(48000) / 48000
+    samples = 0.5 * np.sin(2 * np.pi * 1000 * times) + 0.3 * np.sin(2 * np.pi * 9000 * times)
+    config = config_of(sampling_rate=16000, audio_channels=1)
+    window = read_window(row_of(sound(samples, 48000)), 0.4, LENGTH, config)
+    expected = 0.5 * np.sin(2 * np.pi * 1000 * (window.first + np.arange(LENGTH)) / 16000)
+    assert np.abs(window.samples[0] - expected).max() < 1e-5
+
+
+def test_a_short_sound_is_padded_and_masked():
+    """So that the mean of a loss times the mask is that of the sound alone."""
+    samples = samples_of(0)  # 777 samples
+    row, losses = row_of(sound(samples)), torch.rand(1, LENGTH)
+    sample = read(row, Place(0.9), (LENGTH,), CONFIG)
+    assert (
+        torch.equal(sample["waveforms"][:, :777], torch.from_numpy(samples.T))
+        and not sample["waveforms"][:, 777:].any()
+    )
+    assert (losses * sample["mask"]).mean().item() == pytest.approx(losses[:, :777].mean().item(), rel=1e-5)
+    assert sample["seconds_start"] == 0 and sample["seconds_total"].item() == pytest.approx(777 / RATE)
+    assert "mask" not in read(row, MIDDLE, (LENGTH,), config_of(mask_padding=False))
+    long = read(row_of(sound(samples_of(1))), Place(0.5), (LENGTH,), CONFIG)
+    assert (long["mask"] == 1).all() and long["seconds_total"].item() == pytest.approx(1 + 777 / RATE)
+    assert long["seconds_start"].item() == pytest.approx(int(0.5 * (RATE + 777 - LENGTH + 1)) / RATE)
+
+
+def test_channels_and_loudness():
+    both = samples_of(0.2)
+    mono, stereo = (read(row_of(sound(both)), Place(0.0), (LENGTH,), config_of(audio_channels=number))["waveforms"]
+                    for number in (1, 2))  # fmt: skip
+    assert torch.equal(mono, stereo.mean(0, keepdim=True)) and torch.equal(stereo, torch.from_numpy(both[:LENGTH].T))
+    copied = read(row_of(sound(both[:, :1])), Place(0.0), (LENGTH,), CONFIG)["waveforms"]
+    assert torch.equal(copied, stereo[:1].expand(2, -1))
+    loud, quiet = (read(row_of(sound(scale * both)), Place(0.0), (LENGTH,), config_of(peak=0.9))["waveforms"]
+                   for scale in (1, 0.01))  # fmt: skip
+    assert loud.abs().max() == pytest.approx(0.9) and torch.allclose(loud, quiet, atol=1e-6)
+    silence = read(row_of(sound(0 * both)), MIDDLE, (LENGTH,), config_of(peak=0.9))["waveforms"]
+    assert not silence.any()
+    with pytest.raises(RowError, match=r"^a.wav: 3 channels, where there must be 1 or 2$"):
+        read(row_of(sound(samples_of(0.1, 3))), MIDDLE, (LENGTH,), CONFIG)
+
+
+def test_windows_are_a_function_of_the_seed_and_the_sample():
+    starts = {window: [place(config_of(window=window), 0, k).start for k in range(50)] for window in
+              ("random", "start", "middle")}  # fmt: skip
+    assert set(starts["start"]) == {0.0} and set(starts["middle"]) == {0.5} and len(set(starts["random"])) == 50
+    assert starts["random"] == [place(CONFIG, 0, k).start for k in range(50)]
+    assert starts["random"] != [place(CONFIG, 1, k).start for k in range(50)]
+
+
+def damaged(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + b"\x55" * 4000 + content[middle + 4000 :]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: b"", "cannot decode the sound: Format not recognised."),
+        (lambda: b"junk" * 50, "cannot decode the sound: Format not recognised."),
+        (lambda: sound(samples_of(0)[:0]), "0 s, shorter than data.min_length_in_s, 0"),
+        (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound: "),
+        (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
+        (lambda: (c := sound(samples_of(4), RATE, *KINDS[-1]))[: len(c) * 2 // 3], r"cut off, it ends at [\d.]+ of its 4.02 s"),
+        (lambda: foreign_mp3(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
+        (lambda: sound(np.full((9000, 1), np.nan, np.float32)), "it has samples that are infinite or no number"),
+    ],
+    ids=["empty", "junk", "no samples", "damaged FLAC", "cut FLAC", "cut MP3", "MP3 without a length", "NaN"],
+)  # fmt: skip
+def test_what_is_damaged_is_a_bad_row(content, message):
+    with pytest.raises(RowError, match=f"^b.flac: {message}"):
+        for start in (0.999, 0.49):  # of what is damaged in the middle, other windows can be read
+            read(row_of(content(), "b.flac"), Place(start), (LENGTH,), CONFIG)
+
+
+def test_what_is_short_or_missing_is_a_bad_row(tmp_path):
+    config, row = config_of(min_length_in_s=0.5), row_of(sound(samples_of(0.2)), "b.wav")
+    short = r"^b.wav: 0.218 s, shorter than data.min_length_in_s, 0.5$"
+    for reading in (lambda: read(row, MIDDLE, (LENGTH,), config), lambda: check(row, 0, config)):
+        with pytest.raises(RowError, match=short):
+            reading()
+    assert check(row, 0, config_of(min_length_in_s=0.5, on_bad_row="skip"))[0] == "b.wav"
+    assert find_problems(row, config)[1][0][0] == "error"
+    for audio, message in ((None, "no sound"), ({"bytes": None, "path": str(tmp_path / "x.wav")}, "No such file")):
+        with pytest.raises(RowError, match=f"^x: {message}"):
+            read(Row("x", audio, "a caption"), MIDDLE, (LENGTH,), CONFIG)
+
+
+def test_what_tells_a_row_from_others():
+    row = row_of(sound(samples_of(0.2)))
+    name, captions, digest, window = check(row, 0, CONFIG)
+    assert (name, captions, len(digest), window) == ("a.wav", ["a caption"], 64, None)
+    assert check(row_of(sound(samples_of(0.3))), 0, CONFIG)[2] != digest
+    assert check(row._replace(window=2), 0, CONFIG)[2:] == [None, 2]
+
+
+def test_what_is_worth_a_warning():
+    silent = row_of(sound(0 * samples_of(0.2, rate=8000), 8000))
+    captions, problems = find_problems(silent, CONFIG)
+    assert captions == ["a caption"]
+    assert problems == [("warning", "a.wav: 8000 Hz, to be resampled to 44100 Hz"), ("warning", "a.wav: its middle is silent")]  # fmt: skip
+
+
+def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
+    times = np.arange(8000) / 8000
+    sounds = [
+        Sound(np.stack([np.sin(2 * np.pi * hertz * times)] * 2).astype(np.float32), 8000) for hertz in (1000, 3000)
+    ]
+    save(sounds, ["low", "high"], tmp_path / "samples/step-4")
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-4-00.wav", "step-4-01.wav", "step-4.png"]  # fmt: skip
+    for number, made in enumerate(sounds):
+        samples, rate = soundfile.read(tmp_path / f"samples/step-4-{number:02d}.wav", dtype="float32")
+        assert rate == 8000 and np.abs(samples.T - made.samples).max() < 1.01 * 2**-15
+    with Image.open(tmp_path / "samples/step-4.png") as picture:
+        assert picture.width > picture.height > 128
+    heights = [np.asarray(spectrogram(made).convert("L"))[:, 128].argmax() for made in sounds]
+    assert heights == pytest.approx([0.75 * 128, 0.25 * 128], abs=2), "from 0 at the bottom to 4000 Hz"
+    assert FLOOR == -80 and np.asarray(spectrogram(Sound(np.zeros((1, 800)), 8000))).max() <= 4
