@@ -169,7 +169,7 @@ def damaged(content: bytes) -> bytes:
         (lambda: sound(samples_of(0)[:0]), "0 s, shorter than data.min_length_in_s, 0"),
         (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
-        (lambda: (c := sound(samples_of(4), RATE, *KINDS[-1]))[: len(c) * 2 // 3], r"cut off, it ends at [\d.]+ of its 4.02 s"),
+        (lambda: (c := sound(samples_of(4), RATE, *KINDS[4]))[: len(c) * 2 // 3], "cut off, it ends at .* of its 4.02"),
         (lambda: foreign_mp3(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
         (lambda: sound(np.full((9000, 1), np.nan, np.float32)), "it has samples that are infinite or no number"),
     ],
@@ -206,7 +206,10 @@ def test_what_is_worth_a_warning():
     silent = row_of(sound(0 * samples_of(0.2, rate=8000), 8000))
     captions, problems = find_problems(silent, CONFIG)
     assert captions == ["a caption"]
-    assert problems == [("warning", "a.wav: 8000 Hz, to be resampled to 44100 Hz"), ("warning", "a.wav: its middle is silent")]  # fmt: skip
+    assert [message for _, message in problems] == [
+        "a.wav: 8000 Hz, to be resampled to 44100 Hz",
+        "a.wav: its middle is silent",
+    ]
 
 
 def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
@@ -215,7 +218,8 @@ def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
         Sound(np.stack([np.sin(2 * np.pi * hertz * times)] * 2).astype(np.float32), 8000) for hertz in (1000, 3000)
     ]
     save(sounds, ["low", "high"], tmp_path / "samples/step-4")
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-4-00.wav", "step-4-01.wav", "step-4.png"]  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step-4-00.wav", "step-4-01.wav", "step-4.png"]
     for number, made in enumerate(sounds):
         samples, rate = soundfile.read(tmp_path / f"samples/step-4-{number:02d}.wav", dtype="float32")
         assert rate == 8000 and np.abs(samples.T - made.samples).max() < 1.01 * 2**-15

@@ -113,9 +113,10 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",))
 
 
-def t5_text_encoder(width: int = WIDTH) -> T5EncoderModel:
-    """For `t5_tokenizer`."""
-    config = T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
+def t5_text_encoder(width: int = WIDTH, tokenizer: PreTrainedTokenizerFast | None = None) -> T5EncoderModel:
+    """For a tokenizer, by default `t5_tokenizer`."""
+    size = len(tokenizer or t5_tokenizer())
+    config = T5Config(vocab_size=size, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
 
 
