@@ -66,6 +66,8 @@ class DiffusersFamily:
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_part: ClassVar[str] = "transformer"
     image_part: ClassVar[str | None] = "vae"
+    content: ClassVar[str] = "pixel_values"
+    """What of a batch the part that encodes images is given."""
     text_parts: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
@@ -139,7 +141,7 @@ class DiffusersFamily:
         own = load_part(source, model_index, "scheduler", revision=revision)
         if not isinstance(own, SchedulerMixin):
             raise ValueError(f"scheduler: a {type(own).__name__} is no scheduler")
-        schedule, sampler = build_schedule(type(own), own.config, config, cls.has_init_noise_sigma, cls.gives_sigmas)
+        schedule, sampler = cls.build_schedule(type(own), own.config, config)
         if isinstance(config, FewStepConfig):
             sampler = few_step_sampler(schedule, sampler, config)
             cls._check_few_step(config)
@@ -176,6 +178,14 @@ class DiffusersFamily:
             if part not in family.cached:
                 family.part(part)
         return family
+
+    @classmethod
+    def build_schedule(
+        cls, sampler_class: type[SchedulerMixin], own: dict[str, Any], config: Config
+    ) -> tuple[Schedule, SchedulerMixin]:
+        """The schedule to train with, and a sampler of it; `own` is the config of the checkpoint's, of this class.
+        Raises InputError, or ValueError about the checkpoint, if there is none."""
+        return build_schedule(sampler_class, own, config, cls.has_init_noise_sigma, cls.gives_sigmas)
 
     @classmethod
     def _check_fields(cls, config: Config, sampler: SchedulerMixin) -> None:
@@ -529,7 +539,7 @@ class DiffusersFamily:
         text_encoders: torch.nn.Module | None = None,
         purpose: str = "vae_noise",
     ) -> tuple[torch.Tensor, Conditioning]:
-        moments = batch["moments"] if "moments" in batch else self.encode_images(batch["pixel_values"])
+        moments = batch["moments"] if "moments" in batch else self.encode_images(batch[self.content])
         noise = keyed_randn(seed, purpose, batch["keys"], moments.shape[2:], moments.device)
         encode_prompts = text_encoders or self.encode_prompts
         conditioning = batch["conditioning"] if "conditioning" in batch else encode_prompts(batch["captions"])

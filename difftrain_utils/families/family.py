@@ -10,9 +10,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig
 from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.media.audio import Sound
 from difftrain_utils.media.video import Clip
 from difftrain_utils.objective.schedule import Schedule
 
@@ -200,6 +202,27 @@ class VideoFamily(ImageFamily, Protocol):
         generators: Sequence[torch.Generator],
     ) -> list[Clip]:
         """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline."""
+
+
+class AudioFamily(ImageFamily, Protocol):
+    """What scripts for sounds ask besides: waveforms are (batch, audio channels, samples), latents (batch, channels,
+    length), and images are what `encode_images` calls waveforms. A batch also has "seconds_start" and "seconds_total"
+    (`media.audio.read`), which `encode` makes conditioning of."""
+
+    def check_waveforms(self, data: AudioDataConfig) -> None:
+        """Raise InputError unless the model can take windows of this length, rate and channels."""
+
+    def generate(
+        self,
+        denoiser: torch.nn.Module,
+        prompts: Sequence[str],
+        waveform_length: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        generators: Sequence[torch.Generator],
+    ) -> list[Sound]:
+        """A sound for each prompt, by the family's own pipeline."""
 
 
 class TextFamily(Family, Protocol):

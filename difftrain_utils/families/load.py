@@ -9,7 +9,14 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from difftrain_utils.builtins.checkpoints import BUILTINS, TEXT_BUILTINS, VIDEO_BUILTINS, builtin_checkpoint
+from difftrain_utils.builtins.checkpoints import (
+    AUDIO_BUILTINS,
+    BUILTINS,
+    TEXT_BUILTINS,
+    VIDEO_BUILTINS,
+    builtin_checkpoint,
+)
+from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
@@ -19,7 +26,7 @@ from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
 from difftrain_utils.families.dit import DiT
-from difftrain_utils.families.family import Family, ImageFamily, TextFamily, VideoFamily
+from difftrain_utils.families.family import AudioFamily, Family, ImageFamily, TextFamily, VideoFamily
 from difftrain_utils.families.flux import Flux
 from difftrain_utils.families.flux2_klein import Flux2Klein
 from difftrain_utils.families.llada import LLaDA
@@ -31,6 +38,7 @@ from difftrain_utils.families.pixart_sigma import PixArtSigma
 from difftrain_utils.families.prx_pixel import PRXPixel
 from difftrain_utils.families.qwen_image import QwenImage
 from difftrain_utils.families.sana import Sana
+from difftrain_utils.families.stable_audio import StableAudio
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -59,6 +67,7 @@ FAMILIES: dict[str, type[ImageFamily]] = {
     "PRXPixelPipeline": PRXPixel,
 }
 VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {"WanPipeline": Wan, "LTXPipeline": LTX}
+AUDIO_FAMILIES: dict[str, type[AudioFamily]] = {"StableAudioPipeline": StableAudio}
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,
     "BertForMaskedLM": MaskedLM,
@@ -77,7 +86,7 @@ def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedT
     """
     name = config.model.pretrained_model_name_or_path
     announce(f"{'Loading' if has_weights else 'Reading the configs of'} the frozen parts of {name}")
-    is_random = config.model.train_from_scratch or name in (*BUILTINS, *TEXT_BUILTINS, *VIDEO_BUILTINS)
+    is_random = config.model.train_from_scratch or name in (*BUILTINS, *TEXT_BUILTINS, *VIDEO_BUILTINS, *AUDIO_BUILTINS)
     weights = "none" if not has_weights else "random" if is_random else "pretrained"
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
         if isinstance(config.model, TextModelConfig):
@@ -154,7 +163,8 @@ def describe_family(name: str) -> DiffusersFamily:
 
 def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
     """Those of what the script trains on."""
-    return VIDEO_FAMILIES if isinstance(config.data, VideoDataConfig) else FAMILIES
+    of_media = {VideoDataConfig: VIDEO_FAMILIES, AudioDataConfig: AUDIO_FAMILIES}
+    return of_media.get(type(config.data), FAMILIES)
 
 
 def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:

@@ -82,22 +82,20 @@ def mdct_autoencoder(std: torch.Tensor, sampling_rate: int) -> AutoencoderOoblec
     window = math.sqrt(2 / hop) * torch.sin(math.pi / (2 * hop) * (time + 0.5))
     basis = (window * torch.cos(math.pi / hop * (time + 0.5 + hop / 2) * (band + 0.5))).float()
     encoder, decoder, each = vae.encoder, vae.decoder, torch.arange(hop)
-    set_weights(encoder.conv1, at(2 * hop, 1, 7, {(0, 0, 3): 1.0}))  # the waveform in channel 0
-    set_weights(encoder.block[0].conv1, at(2 * hop, 2 * hop, 2 * hop, {(slice(hop), 0): basis}))
-    set_weights(encoder.conv2, at(2 * hop, 2 * hop, 3, {(each, each, 1): 1 / std}))
+    set_weights(encoder.conv1, placed((2 * hop, 1, 7), (0, 0, 3), 1.0))  # the waveform in channel 0
+    set_weights(encoder.block[0].conv1, placed((2 * hop, 2 * hop, 2 * hop), (each, 0), basis))
+    set_weights(encoder.conv2, placed((2 * hop, 2 * hop, 3), (each, each, 1), 1 / std))
     encoder.conv2.bias.data[hop:] = -20.0  # of the posterior's scale: as small as there is, 1e-4
-    set_weights(decoder.conv1, at(hop, hop, 7, {(each, each, 3): std}))
-    set_weights(decoder.block[0].conv_t1, at(hop, hop, 2 * hop, {(slice(None), 0): basis}))
-    set_weights(decoder.conv2, at(1, hop, 7, {(0, 0, 3): 1.0}))
+    set_weights(decoder.conv1, placed((hop, hop, 7), (each, each, 3), std))
+    set_weights(decoder.block[0].conv_t1, placed((hop, hop, 2 * hop), (each, 0), basis))
+    set_weights(decoder.conv2, placed((1, hop, 7), (0, 0, 3), 1.0))
     return vae.eval()
 
 
-def at(*shape_and_values) -> torch.Tensor:
-    """Zeros of a shape, but for the values, by their places."""
-    *shape, values = shape_and_values
+def placed(shape: tuple[int, ...], place: tuple, value: torch.Tensor | float) -> torch.Tensor:
+    """Zeros of a shape, but for a value at a place."""
     weight = torch.zeros(shape)
-    for place, value in values.items():
-        weight[place] = value
+    weight[place] = value
     return weight
 
 
