@@ -68,9 +68,14 @@ def spread_clips(rows: MappedRows, config: VideoDataConfig) -> MappedRows:
     Raises:
         RowError: a video cannot be read, or is too short for a clip, and `data.on_bad_row` is stop.
     """
-    sizes, parts, end = video_sizes(rows, config), [], 0
+    sizes = video_sizes(rows, config)
     refuse_short(rows, sizes, config)
-    counts = np.maximum(sizes[:, 0] // config.num_frames, 1)
+    return spread(rows, np.maximum(sizes[:, 0] // config.num_frames, 1))
+
+
+def spread(rows: MappedRows, counts: np.ndarray) -> MappedRows:
+    """Each of so many windows of the rows, (len(rows),), as a row of its own."""
+    parts, end = [], 0
     for part in rows.parts:
         start, end = end, end + len(part)
         indices = np.arange(len(part)) if part.indices is None else part.indices

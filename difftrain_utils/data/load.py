@@ -14,7 +14,8 @@ from difftrain_utils.data.rows import Rows, map_rows, split_rows
 from difftrain_utils.data.sources import sources_of
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.data.tokens import load_tokens
-from difftrain_utils.media import image, pairs, text, video
+from difftrain_utils.data.windows import spread_windows
+from difftrain_utils.media import audio, image, pairs, text, video
 from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import main_process_first, on_main_process
 from difftrain_utils.terminal import announce
@@ -41,8 +42,8 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
-            the model cannot take images or videos of this size, no bucket has a batch of images, or all are too small;
-            or see `load_tokens`.
+            the model cannot take images, videos or sounds of this size, no bucket has a batch of images, or all are too
+            small; or see `load_tokens`.
     """
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
@@ -52,6 +53,8 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     elif media is video:
         family.check_frames(config.data.num_frames, "data.num_frames")
         family.check_size(config.data.height, config.data.width, "data.height")
+    elif media is audio:
+        family.check_waveforms(config.data)
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
@@ -61,11 +64,13 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, validation_rows = split_rows(rows, config.data)
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
+        elif media is audio and config.data.window == "all":
+            rows = spread_windows(rows, config.data)
     if media is text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
     elif media in (image, pairs):
         rows, buckets = fit_sizes(accelerator, family, rows, config)
-    elif config.data.buckets:
+    elif media is video and config.data.buckets:
         rows, buckets = fit_clips(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

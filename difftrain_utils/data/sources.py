@@ -1,5 +1,5 @@
-"""Where rows come from: folders of photos, folders of images or videos, parquet, arrow and WebDataset files, hub data
-sets, drawn shapes and pairs of them."""
+"""Where rows come from: folders of photos, folders of images, videos or sounds, parquet, arrow and WebDataset files,
+hub data sets, and what is built in."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ import datasets
 from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsSource
-from difftrain_utils.data import texts, videos
+from difftrain_utils.data import sounds, texts, videos
 from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RowError, RunError, blame
 from difftrain_utils.files import local_path
-from difftrain_utils.media import image, pairs, text, video
+from difftrain_utils.media import audio, image, pairs, text, video
 from difftrain_utils.media.captions import follow
 from difftrain_utils.media.media import media_of
 
@@ -36,8 +36,18 @@ BUILTIN_IMAGES = {  # how row (index, size in pixels) is drawn, with its caption
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
-FEATURES = {image: datasets.Image, pairs: datasets.Image, video: datasets.Video}  # of the columns of files
-FOLDERS = {image: "image", pairs: "image", video: "video"}  # what `datasets` calls a folder with a metadata.jsonl
+FEATURES = {  # of the columns of files
+    image: datasets.Image,
+    pairs: datasets.Image,
+    video: datasets.Video,
+    audio: datasets.Audio,
+}
+FOLDERS = {
+    image: "image",
+    pairs: "image",
+    video: "video",
+    audio: "audio",
+}  # what `datasets` calls a folder with a metadata.jsonl
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -78,6 +88,10 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
         data = texts.builtin_texts(name, field_of(field, "dataset"))
     elif name.startswith("builtin:") and media_of(source) is video:
         data = videos.builtin_videos(name, field_of(field, "dataset"), config)
+    elif name.startswith("builtin:") and media_of(source) is audio:
+        data = sounds.builtin_sounds(name, field_of(field, "dataset"), config)
+    elif media_of(source) is audio and (metadata := find_metadata(source)):
+        data = open_sounds(metadata, field, source, config)
     elif name in BUILTIN_IMAGES:
         data = draw_builtin(name, config.resolution)
     elif name.startswith("builtin:"):
@@ -92,7 +106,10 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             elif (folder / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(str(folder / source.split))
             else:
-                data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
+                arguments = load_arguments(field, source, config)
+                if media_of(source) is audio:
+                    arguments = sounds.with_features(arguments, source.split)
+                data = datasets.load_dataset(**arguments, split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
         raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
@@ -142,7 +159,11 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
         return {"path": f"{FOLDERS[media_of(source)]}folder", "data_dir": str(folder)}
-    if media_of(source) is not video and photo_folder(field, source) is not None:
+    is_of_sounds = media_of(source) is audio and folder.is_dir()
+    if is_of_sounds and not any(path.suffix[1:] in FILE_KINDS for path in list_files(folder)):
+        culprit = field_of(field, "dataset")
+        raise InputError(f"{culprit}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
+    if media_of(source) in (image, pairs) and photo_folder(field, source) is not None:
         if media_of(source) is pairs:
             names = " and ".join(f'"{file_key(column)}"' for column, _ in pairs.file_columns(source))
             raise InputError(
@@ -151,6 +172,17 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
             )
         raise InputError(f"data.streaming: {folder} is a folder of photos, which is not read as a stream")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
+
+
+def open_sounds(metadata: Path, field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
+    """The rows of a folder of sounds. Raises InputError if a line of its metadata.jsonl is wrong, or there is no such
+    split."""
+    check_metadata(metadata, field, source, config)
+    if source.split != "train" and metadata.parent.name != source.split:
+        raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {metadata.parent}")
+    ((column, _),) = media_of(source).file_columns(source)
+    with _blame_cache(), blame(cannot_load(field, source), Exception):
+        return sounds.read_folder(metadata, file_key(column), column)
 
 
 def photo_folder(field: str, source: SourceConfig) -> Path | None:
@@ -325,7 +357,7 @@ def draw_builtin(name: str, resolution: int) -> datasets.Dataset:
 
 
 def find_metadata(source: SourceConfig) -> Path | None:
-    """The `metadata.jsonl` of a folder of images or videos; None if the source is something else."""
+    """The `metadata.jsonl` of a folder of images, videos or sounds; None if the source is something else."""
     folder = local_path(source.dataset)
     paths = (folder / "metadata.jsonl", folder / source.split / "metadata.jsonl")
     return next((path for path in paths if path.is_file()), None)
@@ -346,7 +378,7 @@ def check_metadata(path: Path, field: str, source: SourceConfig, config: DataCon
 
 def file_key(column: str) -> str:
     """How a line of metadata.jsonl calls the file of a column, as `datasets` reads it: `mask_file_name` is of the
-    column `mask`, and `file_name` of `image` or `video`."""
+    column `mask`, and `file_name` of `image`, `video` or `audio`."""
     return "file_name" if column in FOLDERS.values() else f"{column}_file_name"
 
 

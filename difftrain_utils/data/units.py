@@ -427,7 +427,7 @@ def _read_tar(rows: FileRows, number: int, unit: int) -> Rows:
 
 def _decoded(content: bytes, key: str, column: str, feature: Any) -> Any:
     """The content of a tar's member, as `datasets` decodes it by its ending; nothing is unpickled."""
-    if isinstance(feature, datasets.Image | datasets.Video):
+    if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
         return {"bytes": content, "path": f"{key}.{column}"}
     ending = column.rpartition(".")[2].lower()
     if ending in ("cls", "cls2", "index", "inx", "id"):

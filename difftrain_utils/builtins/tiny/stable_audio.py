@@ -18,7 +18,7 @@ from difftrain_utils.builtins.tiny.parts import WIDTH, add_words, byte_tokenizer
 from difftrain_utils.builtins.tones import LEAST_RATE, TONES, make_tone
 
 HOP, LENGTH = 64, 4096  # samples that are one of latents, and those of a sound
-MEASURED = 45  # tones
+MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:

@@ -1,0 +1,212 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate import Accelerator
+from helpers import data_of, options
+
+from difftrain_utils.builtins.tones import TONES
+from difftrain_utils.config import command_line
+from difftrain_utils.config.audio_data import AudioDataConfig
+from difftrain_utils.config.config import require_of
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
+from difftrain_utils.data.load import load_data
+from difftrain_utils.data.rows import MappedRows, map_rows
+from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.streaming import open_stream
+from difftrain_utils.data.windows import spread_windows
+from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.families.load import load_family
+from difftrain_utils.media.audio import lasting_names
+
+RATE, LENGTH = 8000, 1600
+FIELDS = {"waveform_length": LENGTH, "sampling_rate": RATE, "audio_channels": 1}
+LENGTHS = {"a.wav": 4000, "b.flac": 8000, "sub/c.mp3": 6000, "d.ogg": 800}
+KINDS = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III", "ogg": "VORBIS"}
+
+
+@pytest.fixture(scope="module")
+def sounds() -> dict[str, bytes]:
+    """A ramp in each, which tells where a window begins."""
+    found = {}
+    for name, length in LENGTHS.items():
+        ending, buffer = name.rpartition(".")[2], io.BytesIO()
+        soundfile.write(buffer, np.arange(length) / 10000, RATE, format=ending.upper(), subtype=KINDS[ending])
+        found[name] = buffer.getvalue()
+    return found
+
+
+@pytest.fixture
+def folder(sounds, tmp_path) -> Path:
+    lines = [{"file_name": name, "text": f"caption of {name}"} for name in sounds]
+    (tmp_path / "sounds/sub").mkdir(parents=True)
+    for name, content in sounds.items():
+        (tmp_path / "sounds" / name).write_bytes(content)
+    (tmp_path / "sounds/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "sounds"
+
+
+def config_of(dataset, tmp_path, **fields) -> AudioDataConfig:
+    config = AudioDataConfig(str(dataset), cache_dir=str(tmp_path / "cache"), **(FIELDS | fields))
+    config.check(require_of(config, "data"))
+    return config
+
+
+def captions(rows: MappedRows) -> list[str]:
+    return [rows[i].captions for i in range(len(rows))]
+
+
+def test_a_folder_with_metadata(folder, tmp_path):
+    """Of all that libsndfile knows; a short sound has a mask, and all samples have one length."""
+    config = config_of(folder, tmp_path)
+    rows = map_rows(config)
+    assert captions(rows) == [f"caption of {name}" for name in LENGTHS]
+    assert rows[0].name == str(folder / "a.wav") and not rows.has_masks
+    assert list(lasting_names(rows.parts[0])) == [["a.wav", "b.flac", "c.mp3", "d.ogg"]]
+    samples = Samples(data_of(rows), config, 0, 8)
+    batch = collate([samples[k] for k in range(8)])
+    assert batch["waveforms"].shape == (8, 1, LENGTH) and batch["masks"].shape == (8, 1, LENGTH)
+    seconds = sorted({round(value * RATE) for value in batch["seconds_total"].tolist()})
+    assert seconds == sorted(LENGTHS.values()) and (batch["masks"].mean((1, 2)) - 1).abs().max() < 1e-5
+    found = rows.inspect(config)
+    assert found["num_sounds"] == 4 and rows.inspect(config) == found
+    (folder / "a.wav").write_bytes((folder / "b.flac").read_bytes())
+    assert map_rows(config).inspect(config)["sha256"] != found["sha256"]
+
+
+def test_a_window_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.flac", "text": "x"}))
+    config = config_of(folder, tmp_path)
+    samples, again = (Samples(data_of(map_rows(config)), config, 0, 16) for _ in range(2))
+    windows = [samples[k]["waveforms"] for k in range(16)]
+    assert all(torch.equal(again[k]["waveforms"], windows[k]) for k in (15, 3, 8))
+    for k, window in enumerate(windows):
+        first = round(samples[k]["seconds_start"].item() * RATE)
+        assert window[0, 0].item() == pytest.approx(first / 10000, abs=1e-4)
+    assert len({window[0, 0].item() for window in windows}) > 12, "they begin at many places"
+
+
+def test_what_is_wrong_with_a_folder(folder, tmp_path):
+    with pytest.raises(InputError, match=r'metadata.jsonl line 1: needs a "sound_file_name", got '):
+        map_rows(config_of(folder, tmp_path, audio_column="sound"))
+    with pytest.raises(InputError, match=r"^data.split: no folder 'test' in "):
+        map_rows(config_of(folder, tmp_path, split="test"))
+    (folder / "a.wav").unlink()
+    with pytest.raises(InputError, match=r"metadata.jsonl line 1: no such file: a.wav$"):
+        map_rows(config_of(folder, tmp_path))
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(
+        InputError, match=r"^data.dataset: .* has no metadata.jsonl \(and no parquet, arrow or tar files"
+    ):
+        map_rows(config_of(folder, tmp_path))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    datasets.Dataset.from_dict({"audio": [1], "text": ["x"]}).to_parquet(plain / "train.parquet")
+    with pytest.raises(InputError, match=r"^data.audio_column: column 'audio' of .* does not hold sounds, but Value"):
+        map_rows(config_of(plain, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub's parquet", "tar"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_and_tar_files(sounds, tmp_path, kind, streaming):
+    """{bytes, path} is enough in parquet that is mapped; streams need to be told that these are sounds."""
+    (tmp_path / "data").mkdir()
+    if kind == "tar":
+        with tarfile.open(tmp_path / "data/train.tar", "w") as tar:
+            for number in range(4):
+                for ending, content in (("flac", sounds["b.flac"]), ("txt", f"caption {number}".encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    else:
+        columns = {"audio": [{"bytes": content, "path": name} for name, content in sounds.items()], "text": [*sounds]}
+        data = datasets.Dataset.from_dict(columns)
+        data = data if kind == "parquet" else data.cast_column("audio", datasets.Audio(decode=False))
+        data.to_parquet(tmp_path / "data/train.parquet")
+    fields = {"audio_column": "flac", "caption_column": "txt"} if kind == "tar" else {}
+    fields |= {"streaming": True, "shuffle_buffer": 4, "lanes": 1} if streaming else {}
+    config = config_of(tmp_path / "data", tmp_path, **fields)
+    if kind == "parquet" and streaming:
+        with pytest.raises(InputError, match=r"cast it with datasets.Audio before it is written"):
+            open_stream(config)
+        return
+    samples = Samples(data_of(open_stream(config) if streaming else map_rows(config)), config, 0, 4)
+    expected = [f"caption {number}" for number in range(4)] if kind == "tar" else sorted(sounds)
+    assert sorted(samples[k]["caption"] for k in range(4)) == expected
+    assert samples[0]["waveforms"].shape == (1, LENGTH)
+
+
+def test_a_stream_of_a_folder(folder, tmp_path):
+    config = config_of(folder, tmp_path, streaming=True, shuffle_buffer=4, lanes=1)
+    rows = open_stream(config)
+    samples = Samples(data_of(rows), config, 0, 4)
+    assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in LENGTHS}
+    found = rows.inspect(config)
+    (folder / "a.wav").write_bytes((folder / "b.flac").read_bytes())
+    assert open_stream(config).inspect(config)["sha256"] != found["sha256"]
+
+
+def test_windows_one_after_another_are_rows(folder, tmp_path):
+    """Each with all that fits of a sound; a short one is one row."""
+    config = config_of(folder, tmp_path, window="all")
+    rows = spread_windows(map_rows(config), config)
+    expected = [(name, window) for name, length in LENGTHS.items() for window in range(max(length // LENGTH, 1))]
+    assert [(rows[i].captions[len("caption of ") :], rows[i].window) for i in range(len(rows))] == expected
+    samples = Samples(data_of(rows), config, 0, len(rows))
+    for k in range(len(rows)):
+        assert round(samples[k]["seconds_start"].item() * RATE) == LENGTH * expected[samples.order[k]][1]
+    assert rows.inspect(config)["num_sounds"] == len(rows) == 11
+    with pytest.raises(RowError, match=r"d.ogg: 0.1 s, shorter than data.min_length_in_s, 0.2$"):
+        spread_windows(map_rows(config), config_of(folder, tmp_path, window="all", min_length_in_s=0.2))
+
+
+def test_the_builtin_set_is_made_at_the_runs_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("difftrain_utils.data.sounds.NUM_TONES", 9)
+    config = config_of("builtin:tones", tmp_path, waveform_length=8192)
+    rows = map_rows(config)
+    assert captions(rows) == TONES
+    assert Samples(data_of(rows), config, 0, 1)[0]["waveforms"].shape == (1, 8192)
+    with pytest.raises(InputError, match=r"^data.dataset: no such builtin: 'builtin:shapes'; there is builtin:tones$"):
+        map_rows(config_of("builtin:shapes", tmp_path))
+    with pytest.raises(
+        InputError, match=r"^data.waveform_length: builtin:tones needs 1 s or more, 8000 samples, got 1600"
+    ):
+        map_rows(config_of("builtin:tones", tmp_path))
+    with pytest.raises(InputError, match=r"^data.sampling_rate: builtin:tones needs 4000 or more, got 2000$"):
+        map_rows(config_of("builtin:tones", tmp_path, sampling_rate=2000))
+
+
+def test_a_batch_becomes_latents(tmp_path, monkeypatch):
+    """With the seconds of its windows; and a length that the model has not is refused before."""
+    monkeypatch.setattr("difftrain_utils.data.sounds.NUM_TONES", 9)
+    fields = {"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio", "data.dataset": "builtin:tones"}
+    fields |= {"data.waveform_length": 4096, "data.sampling_rate": 4000, "data.audio_channels": 1}
+    config, accelerator = command_line.parse_config(TextToAudioConfig, options(fields)), Accelerator(cpu=True)
+    family = load_family(config)
+    samples = Samples(load_data(accelerator, family, config), config.data, 0, 4)
+    latents, conditioning = family.encode(collate([samples[k] for k in range(4)]), 0)
+    assert latents.shape == (4, 64, 64) and conditioning["seconds_embeds"].shape == (4, 2, 64)
+    wrong = command_line.parse_config(TextToAudioConfig, options(fields | {"data.waveform_length": 4100}))
+    with pytest.raises(InputError, match=r"^data.waveform_length: .* needs a multiple of 64"):
+        load_data(accelerator, family, wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"waveform_length": 0}, r"^data.waveform_length: must be from 1 to 67108864"),
+        ({"audio_channels": 3}, r"^data.audio_channels: must be 1 or 2, got 3$"),
+        ({"peak": 1.5}, r"^data.peak: must be above 0 and at most 1, or null, got 1.5$"),
+        ({"cache_latents": True}, r"^data.cache_latents: needs a data.window that is not random"),
+        ({"streaming": True, "window": "all", "dataset": "sounds"}, r"^data.window: cannot go with data.streaming"),
+    ],
+)
+def test_fields_that_cannot_be(fields, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        config_of(fields.pop("dataset", "builtin:tones"), tmp_path, **fields)
