@@ -96,6 +96,8 @@ EXTRAS = {
     "sentencepiece": "sentencepiece",
     "shtab": "completion",
     "av": "video",
+    "soundfile": "audio",
+    "soxr": "audio",
 }
 
 

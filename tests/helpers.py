@@ -24,6 +24,7 @@ from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.data.buckets import Buckets
@@ -38,7 +39,7 @@ from difftrain_utils.run.metrics import TIMES
 SCRIPT, TEXT_SCRIPT = ROOT / "train_text_to_image.py", ROOT / "train_text.py"
 FEW_STEP_SCRIPT = ROOT / "train_few_step.py"
 PREFERENCE_SCRIPT = ROOT / "train_preference.py"
-VIDEO_SCRIPT = ROOT / "train_text_to_video.py"
+VIDEO_SCRIPT, AUDIO_SCRIPT = ROOT / "train_text_to_video.py", ROOT / "train_text_to_audio.py"
 BUCKETS = {"data.buckets": [[32, 32], [24, 40]]}
 CACHES = {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True}
 DREAM = {"strategy.dream_training": True, "strategy.dream_start_step": 1, "noise.input_perturbation": 0.1}
@@ -157,6 +158,13 @@ def train_video(argv: list[str], exit_code: int = 0) -> Path:
     import train_text_to_video
 
     return run_main(train_text_to_video.main, command_line.parse_config(TextToVideoConfig, last_wins(argv)), exit_code)
+
+
+def train_audio(argv: list[str], exit_code: int = 0) -> Path:
+    """The same of train_text_to_audio.py."""
+    import train_text_to_audio
+
+    return run_main(train_text_to_audio.main, command_line.parse_config(TextToAudioConfig, last_wins(argv)), exit_code)
 
 
 def run_main(main: Callable[[Config], int], config: Config, exit_code: int) -> Path:

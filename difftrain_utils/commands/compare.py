@@ -63,6 +63,7 @@ OBJECTIVE += ("few_step.", "preference.")
 OBJECTIVE += ("masking.random_length_share",)  # the estimators of text estimate the same
 JUDGED_BY = ("evaluation.", "preference.", "data.validation", "data.resolution", "data.image_interpolation")
 JUDGED_BY += ("data.num_frames", "data.fps", "data.height", "data.width")
+JUDGED_BY += ("data.waveform_length", "data.sampling_rate", "data.audio_channels", "data.peak", "data.mask_padding")
 JUDGED_BY += ("data.sequence_length", "data.packing", "data.tokenizer", "data.text_column", "data.prompt_column")
 DENOISER = "base_model.sha256.denoiser"
 ORDER = {
@@ -72,6 +73,7 @@ ORDER = {
     "shapes_preferred": 2,
     "scenes_right": 2,
     "moving_shapes_right": 2,
+    "tones_right": 2,
     "valid": 2,
     "final train loss": 4,
     "samples/s": 5,

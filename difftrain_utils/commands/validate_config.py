@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare_text_to_image(accelerator, checkpoint: Path | None, config: Config) -> tuple[Any, ...]:
-    """As train_text_to_image.py, train_few_step.py and train_text_to_video.py do."""
+    """As train_text_to_image.py, train_few_step.py, train_text_to_video.py and train_text_to_audio.py do."""
     from difftrain_utils.data.load import load_data
     from difftrain_utils.evaluation.evaluate import Evaluation
     from difftrain_utils.families.load import load_family, trained_models
@@ -128,4 +128,5 @@ PREPARE = {
     "train_preference.py": prepare_preference,
     "train_text.py": prepare_text,
     "train_text_to_video.py": prepare_text_to_image,
+    "train_text_to_audio.py": prepare_text_to_image,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from difftrain_utils.config.audio_data import AudioSourceConfig
 from difftrain_utils.config.config import RENAMED, Config
 from difftrain_utils.config.data import SourceConfig
 from difftrain_utils.config.few_step import FewStepConfig
@@ -20,6 +21,7 @@ from difftrain_utils.config.pairs import PairSourceConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
 from difftrain_utils.config.text_data import TextSourceConfig
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoSourceConfig
@@ -31,9 +33,10 @@ FILES = {
     "schema_preference.json": PreferenceConfig,
     "schema_text.json": TextConfig,
     "schema_video.json": TextToVideoConfig,
+    "schema_audio.json": TextToAudioConfig,
 }
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
-SOURCES = (SourceConfig, PairSourceConfig, TextSourceConfig, VideoSourceConfig)
+SOURCES = (SourceConfig, PairSourceConfig, TextSourceConfig, VideoSourceConfig, AudioSourceConfig)
 OBJECTS = {cls: name for name, cls in NESTED.items()} | dict.fromkeys(SOURCES, "data.sources")
 
 

@@ -9,6 +9,7 @@ from difftrain_utils.config.config import Config, field_names
 from difftrain_utils.config.few_step import FewStepConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.config.text import TextConfig
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 
@@ -18,6 +19,7 @@ SCRIPTS: dict[str, type[Config]] = {
     "train_preference.py": PreferenceConfig,
     "train_text.py": TextConfig,
     "train_text_to_video.py": TextToVideoConfig,
+    "train_text_to_audio.py": TextToAudioConfig,
 }
 
 

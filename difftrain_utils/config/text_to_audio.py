@@ -20,6 +20,8 @@ class TextToAudioConfig(TextToImageConfig):
     def check_sections(self, requires: dict[str, Require]) -> None:
         rule = "is of images: no shift of sounds is by their size"
         requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
+        for name in ("fid_features", "clip_score_model"):
+            requires["evaluation"](getattr(self.evaluation, name) is None, name, "is of images")
         super().check_sections(requires)
 
     @property

@@ -22,7 +22,7 @@ from difftrain_utils.evaluation.validation import (
     validation_preferences,
 )
 from difftrain_utils.families.reference import Reference
-from difftrain_utils.media import video
+from difftrain_utils.media import audio, video
 from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
@@ -87,7 +87,7 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                if media_of(self.config.data) is not video:
+                if media_of(self.config.data) not in (audio, video):
                     log_images(self.accelerator, step, "samples", images)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)

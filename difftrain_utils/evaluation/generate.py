@@ -10,6 +10,7 @@ from difftrain_utils.config.text import TextEvaluationConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.guidance import guide
 from difftrain_utils.keyed_random import torch_generator_for
+from difftrain_utils.media.audio import Sound
 from difftrain_utils.media.video import Clip
 
 
@@ -22,9 +23,10 @@ def generate(
     prompts: Sequence[str],
     keys: Sequence[int],
     weaker: torch.nn.Module | None = None,
-) -> list[Image.Image] | list[Clip]:
-    """An image of `size` (height, width), or a clip of (frames, height, width), for each prompt; prompt i's noise
-    depends on (evaluation.seed, keys[i]) alone. With a `weaker` denoiser it guides (`evaluation.autoguidance`)."""
+) -> list[Image.Image] | list[Clip] | list[Sound]:
+    """An image of `size` (height, width), a clip of (frames, height, width), or a sound of (samples,), for each prompt;
+    prompt i's noise depends on (evaluation.seed, keys[i]) alone. With a `weaker` denoiser it guides
+    (`evaluation.autoguidance`)."""
     denoiser, guidance_scale = guide(family, denoiser, weaker, config)
     return family.generate(
         denoiser,

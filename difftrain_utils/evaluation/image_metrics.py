@@ -43,8 +43,8 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
         raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out images, got {wanted}")
     if features or clip:
         announce(f"Loading {' and '.join(filter(None, (features, clip)))}, for the image metrics")
-    height, width = media_of(config.data).size_of(config.data)[-2:]
-    blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
+        height, width = media_of(config.data).size_of(config.data)[-2:]
+        blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
             networks["features"] = load_features(features, device)

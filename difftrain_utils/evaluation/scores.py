@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from difftrain_utils.builtins import moving_shapes, scenes, shapes
+from difftrain_utils.builtins import moving_shapes, scenes, shapes, tones
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.distances import (
     Neighbours,
@@ -21,7 +21,7 @@ from difftrain_utils.evaluation.distances import (
 from difftrain_utils.evaluation.image_metrics import clip_score, load_clip, load_features
 from difftrain_utils.terminal import progress
 
-JUDGES = {"shapes": shapes, "scenes": scenes, "moving_shapes": moving_shapes}
+JUDGES = {"shapes": shapes, "scenes": scenes, "moving_shapes": moving_shapes, "tones": tones}
 MIN_IMAGES = 12  # so that half of them have five neighbours each
 LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "cmmd")
 

@@ -82,7 +82,7 @@ def validation_losses(
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         losses = (output - target).square()
         if masks is not None:
-            losses *= scale_masks(masks, losses.shape[-2:])
+            losses *= scale_masks(masks, losses.shape[2:])
         losses = losses.flatten(1).mean(1)
         losses *= (schedule.snr(timesteps) + 1) / schedule.error_scale(timesteps)
         found[keys[:num_kept]] = losses[:num_kept]

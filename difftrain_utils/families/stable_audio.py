@@ -47,7 +47,6 @@ class StableAudio(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableAudioPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    guidance_order: ClassVar[str] = "nothing first"
     content: ClassVar[str] = "waveforms"
 
     waveform_length: int = 0

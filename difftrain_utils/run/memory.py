@@ -325,8 +325,8 @@ class Planner:
         return (2 if self.are_pairs else 1) * self.micro_batch(config)
 
     def size(self, config: Config) -> tuple[int, ...]:
-        """(height, width) of its largest images, (frames, height, width) of videos, or (length,) of its texts in
-        tokens."""
+        """(height, width) of its largest images, (frames, height, width) of videos, (samples,) of sounds, or (length,)
+        of its texts in tokens."""
         if self.is_text:
             return (config.data.sequence_length,)
         of_one, buckets = media_of(config.data).size_of(config.data), self.data.buckets
@@ -336,8 +336,10 @@ class Planner:
     def describe_size(self, config: Config) -> str:
         """The same in words."""
         size = self.size(config)
+        if len(size) == 1:
+            return f"{size[0]} {'tokens' if self.is_text else 'samples'}"
         frames = f"{size[0]} frames of " if len(size) == 3 else ""
-        return f"{size[0]} tokens" if self.is_text else f"{frames}{size[-1]}x{size[-2]}"
+        return f"{frames}{size[-1]}x{size[-2]}"
 
     # ── The models ───────────────────────────────────────────────────────────────────────────────────────────
     def denoiser(self, config: Config) -> torch.nn.Module:
@@ -476,9 +478,10 @@ class Planner:
             yield
 
 
-def _latents_of(family: ImageFamily, size: tuple[int, int]) -> torch.Tensor:
-    """Those of an image without values."""
-    moments = family.encode_images(torch.empty(1, 3, *size))
+def _latents_of(family: ImageFamily, size: tuple[int, ...]) -> torch.Tensor:
+    """Those of an image, a video or a sound without values."""
+    channels = family.config_of("vae").audio_channels if len(size) == 1 else 3
+    moments = family.encode_images(torch.empty(1, channels, *size))
     return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
 
 

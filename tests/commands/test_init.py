@@ -61,7 +61,10 @@ def test_the_scripts_run_where_the_package_is_installed(installed, tmp_path):
         return result
 
     said = run("difftrain_utils", "init", "project", cwd=tmp_path).stdout
-    scripts = "train_few_step.py, train_preference.py, train_text.py, train_text_to_image.py, train_text_to_video.py"
+    scripts = (
+        "train_few_step.py, train_preference.py, train_text.py, train_text_to_audio.py, train_text_to_image.py, "
+        "train_text_to_video.py"
+    )
     assert said == f"project holds {scripts}, configs, accelerate_configs and launch\n"
     project = tmp_path / "project"
     assert (project / "train_text_to_image.py").read_bytes() == (ROOT / "train_text_to_image.py").read_bytes()
