@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.video_data import VideoDataConfig
@@ -33,7 +34,7 @@ from difftrain_utils.data.rows import read_captions
 from difftrain_utils.devices import device_name
 from difftrain_utils.errors import RowError, RunError, warn, writing
 from difftrain_utils.files import text_digest, write_file
-from difftrain_utils.media import pairs, video
+from difftrain_utils.media import audio, pairs, video
 from difftrain_utils.media.captions import captions_of
 from difftrain_utils.media.image import (
     Row,
@@ -78,7 +79,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
     deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
     "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first; of videos
-    moments have their frames before the height.
+    moments have their frames before the height. Of sounds there are "seconds_start" and "seconds_total", (1,), moments
+    (1, 2, channels, length) and with `data.mask_padding` masks (1, 1, length), and no sizes.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
@@ -96,18 +98,35 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)
-        if not moments.isfinite().all():
-            raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
+        moments = _finite(torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1), family)
         entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
         if data.rows.has_masks:
             flips = (torch.stack(masks), torch.stack(masks).flip(-1))[:sides]
             entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
         return entry
 
-    inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
+    def encode_sounds(items: list[tuple[dict[str, torch.Tensor], bool]]) -> Entry:
+        samples, is_readable = zip(*items, strict=True)
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        moments = _finite(family.encode_images(batch.pop("waveforms").to(accelerator.device)), family)
+        if "mask" in batch:
+            batch["masks"] = scale_masks(batch.pop("mask"), moments.shape[3:])
+        sides = {name: values[:, None] for name, values in ({"moments": moments} | batch).items()}
+        return sides | {"is_readable": torch.tensor(is_readable)}
+
     num_workers = config.data.num_workers
+    if media_of(config.data) is audio:
+        inputs, encode, at_once = _Windows(data, config.data), encode_sounds, 1
+    else:
+        inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
     return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
+
+
+def _finite(moments: torch.Tensor, family) -> torch.Tensor:
+    """The moments. Raises RunError unless they are finite."""
+    if not moments.isfinite().all():
+        raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
+    return moments
 
 
 def _moments_of(family, pixel_values: torch.Tensor, are_pairs: bool) -> torch.Tensor:
@@ -170,6 +189,26 @@ class _Clips:
         return sample["pixel_values"], None, sizes, True
 
 
+class _Windows:
+    """Item i is what `media.audio.read` makes of row i, and whether it could be read (if not, it is silent)."""
+
+    def __init__(self, data: Data, config: AudioDataConfig):
+        self.data, self.config = data, config
+
+    def __getitem__(self, row: int) -> tuple[dict[str, torch.Tensor], bool]:
+        size, config = audio.size_of(self.config), self.config
+        try:
+            stored = self.data.rows[row]
+            captions_of(stored.captions, stored.name)
+            return audio.read(stored, audio.place(config, 0, 0), size, config), True
+        except RowError:
+            if config.on_bad_row == "stop":
+                raise
+            silent = {"waveforms": torch.zeros(config.audio_channels, *size)}
+            silent |= {name: torch.tensor(0.0) for name in ("seconds_start", "seconds_total")}
+            return silent | ({"mask": torch.ones(1, *size)} if config.mask_padding else {}), False
+
+
 class TextCache:
     """`text.of_row(i)` are the numbers of row i's captions, and `text[number]` is a caption's conditioning; number
     `NULL` is that of no caption."""
@@ -226,10 +265,14 @@ def _number_captions(rows, config: DataConfig) -> dict[str, list]:
 
 
 def describe_crops(
-    data: Data, sha256: str, config: DataConfig | VideoDataConfig, encoder: dict[str, Any]
+    data: Data, sha256: str, config: DataConfig | VideoDataConfig | AudioDataConfig, encoder: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the content of a cache of `CroppedImages` or clips but for rounding: the pixels, of the data that
-    has this digest, and the `encoder`."""
+    """What decides the content of a cache of `CroppedImages`, clips or windows but for rounding: the pixels or samples,
+    of the data that has this digest, and the `encoder`."""
+    if media_of(config) is audio:
+        names = ("waveform_length", "sampling_rate", "audio_channels", "window", "peak", "mask_padding")
+        key = {name: getattr(config, name) for name in (*names, "min_length_in_s", "on_bad_row")}
+        return key | encoder | {"data": sha256} | audio.library_versions()
     is_video = media_of(config) is video
     names = ("num_frames", "fps", "height", "width", "window") if is_video else ("resolution",)
     names += ("random_flip", "image_interpolation", "on_bad_row")

@@ -32,7 +32,7 @@ class Samples(torch.utils.data.Dataset):
 
     - "key": k
     - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
-      "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w)
+      "mask"; or of the cache `latents` "moments", (2, channels, h, w), and the others, masks (1, h, w)
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
@@ -89,11 +89,10 @@ class Samples(torch.utils.data.Dataset):
             sample["flip"] = int(place.flip)
         if self.latents is not None:
             entry = self.latents[row]
-            if self.config.on_bad_row == "skip" and not entry["is_readable"]:
+            if not entry.pop("is_readable") and self.config.on_bad_row == "skip":
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
-            sample |= {name: entry[name][sample["flip"]] for name in ("moments", "sizes")}
-            if self.rows.has_masks:
-                sample["mask"] = entry["masks"][sample["flip"]]
+            sides = {"mask" if name == "masks" else name: values for name, values in entry.items()}
+            sample |= {name: values[sample.get("flip", 0)] for name, values in sides.items()}
         if self.media.HAS_CAPTIONS:
             sample["dropped"] = self._is_dropped(k)
         if self.has_caption:

@@ -254,6 +254,14 @@ def read_header(row: Row, config: AudioDataConfig) -> Header:
         return header
 
 
+def library_versions() -> dict[str, str]:
+    """Of what decodes and resamples."""
+    import soundfile  # extras
+    import soxr
+
+    return {"libsndfile": soundfile.__libsndfile_version__, "soxr": soxr.__version__}
+
+
 class Window(NamedTuple):
     """A part of a sound: its samples, (channels, samples) float32, the number of the first of them, and how many the
     sound has."""

@@ -16,6 +16,8 @@ from difftrain_utils.config import command_line
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import require_of
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
+from difftrain_utils.data.caches import load_caches
+from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.rows import MappedRows, map_rows
 from difftrain_utils.data.samples import Samples, collate
@@ -24,6 +26,7 @@ from difftrain_utils.data.windows import spread_windows
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.media.audio import lasting_names
+from difftrain_utils.objective.loss import scale_masks
 
 RATE, LENGTH = 8000, 1600
 FIELDS = {"waveform_length": LENGTH, "sampling_rate": RATE, "audio_channels": 1}
@@ -195,6 +198,30 @@ def test_a_batch_becomes_latents(tmp_path, monkeypatch):
     wrong = command_line.parse_config(TextToAudioConfig, options(fields | {"data.waveform_length": 4100}))
     with pytest.raises(InputError, match=r"^data.waveform_length: .* needs a multiple of 64"):
         load_data(accelerator, family, wrong)
+
+
+@pytest.mark.parametrize("window", ["middle", "all"])
+def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_path, window):
+    """With their seconds and masks; what is short is padded, and what cannot be read is known as that."""
+    (folder / "a.wav").write_bytes(b"junk")
+    size = {"waveform_length": 1600, "sampling_rate": 4000, "audio_channels": 1}
+    fields = {"dataset": folder, "window": window, "on_bad_row": "skip", "cache_dir": tmp_path / "cache"}
+    fields |= size | {"cache_latents": True, "cache_text": True}
+    argv = options({"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio"} | {
+        f"data.{field}": value for field, value in fields.items()})  # fmt: skip
+    config, accelerator = command_line.parse_config(TextToAudioConfig, argv), Accelerator(cpu=True)
+    family = load_family(config)
+    data = load_data(accelerator, family, config)
+    caches = load_caches(accelerator, family, data, inspect_splits(data.rows, None, config.data), config)
+    plain, cached = Samples(data, config.data, 0, 8), Samples(data, config.data, 0, 8, caches)
+    ours, theirs = (collate([samples[k] for k in range(8)]) for samples in (cached, plain))
+    assert ours["skipped"] == theirs["skipped"] and any(ours["skipped"])
+    (latents, conditioning), (their_latents, their_conditioning) = (family.encode(each, 0) for each in (ours, theirs))
+    torch.testing.assert_close(latents, their_latents, rtol=1e-5, atol=1e-5)
+    assert torch.equal(conditioning["seconds_embeds"], their_conditioning["seconds_embeds"])
+    embeds = conditioning["prompt_embeds"]
+    assert torch.equal(embeds, their_conditioning["prompt_embeds"][:, : embeds.shape[1]])
+    assert torch.equal(ours["masks"], scale_masks(theirs["masks"], (25,))) and ours["masks"].min() == 0
 
 
 @pytest.mark.parametrize(
