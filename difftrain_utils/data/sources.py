@@ -275,7 +275,8 @@ def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str,
             isinstance(feature, dict) and set(feature) == {"bytes", "path"}
         )
         kind = FEATURES[media]
-        is_known = isinstance(feature, datasets.Image | kind)  # an image is a video, too
+        is_still = media is video and isinstance(feature, datasets.Image)  # which is a video, too
+        is_known = isinstance(feature, kind) or is_still
         if not is_known and not (is_bytes and isinstance(data, datasets.Dataset)):
             hint = f" (of a stream, cast it with datasets.{kind.__name__} before it is written)" if is_bytes else ""
             what = f"column {column!r} of {name} does not hold {media.NOUN}, but {feature!r:.80}{hint}"
