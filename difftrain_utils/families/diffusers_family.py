@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -743,6 +744,8 @@ def part_class(model_index: dict[str, Any], name: str) -> type:
     library, class_name = model_index.get(name) or (None, None)
     if class_name is None:
         raise ValueError("model_index.json names no such part")
+    if library in dir(diffusers.pipelines):  # where diffusers looks for what one pipeline alone has
+        library = "diffusers"
     found = library in ("diffusers", "transformers") and getattr(importlib.import_module(library), class_name, None)
     if not found:
         raise ValueError(f"model_index.json: no such class of diffusers or transformers: {class_name} of {library}")
