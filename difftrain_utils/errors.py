@@ -98,6 +98,7 @@ EXTRAS = {
     "av": "video",
     "soundfile": "audio",
     "soxr": "audio",
+    "torchsde": "audio",
 }
 
 

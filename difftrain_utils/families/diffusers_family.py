@@ -760,6 +760,8 @@ def load_part(source: str, model_index: dict[str, Any], name: str, method: str =
         except (ImportError, ValueError) as error:
             if "`tiktoken`" in str(error) or "`sentencepiece`" in str(error):  # transformers names either
                 raise ValueError(not_installed("sentencepiece")) from error
+            if "`pip install torchsde`" in str(error):
+                raise ValueError(not_installed("torchsde")) from error
             raise
 
 

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
-from difftrain_utils.errors import InputError, not_installed
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.audio import Sound
@@ -68,7 +67,7 @@ class StableAudio(DiffusersFamily):
 
         Raises:
             ValueError: the checkpoint's sampler is another.
-            InputError: the config asks for another, or the sampler needs a package that is not there.
+            InputError: the config asks for another.
         """
         name, path, predicted = sampler_class.__name__, "cosine", "v_prediction"
         if not issubclass(sampler_class, SAMPLERS):
@@ -86,9 +85,6 @@ class StableAudio(DiffusersFamily):
             if value not in (None, allowed):
                 rule = f"must be {allowed}, or null" if allowed else "must be null"
                 raise InputError(f"scheduler.{field}: {rule} for a StableAudioPipeline of {name}, got {value}")
-        is_random = issubclass(sampler_class, CosineDPMSolverMultistepScheduler)
-        if is_random and config.evaluation.makes_images and find_spec("torchsde") is None:
-            raise InputError(f"evaluation.prompts: {name} samples, and {not_installed('torchsde')}")
         return Schedule(path, predicted, own["num_train_timesteps"]), sampler_class.from_config(own)
 
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
