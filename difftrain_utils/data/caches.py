@@ -92,7 +92,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "latents", key)
-    sides = 2 if config.data.random_flip else 1
+    is_sound = media_of(config.data) is audio
+    sides = 2 if not is_sound and config.data.random_flip else 1
 
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
         images, masks, sizes, is_readable = zip(*items, strict=True)
@@ -115,7 +116,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         return sides | {"is_readable": torch.tensor(is_readable)}
 
     num_workers = config.data.num_workers
-    if media_of(config.data) is audio:
+    if is_sound:
         inputs, encode, at_once = _Windows(data, config.data), encode_sounds, 1
     else:
         inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
