@@ -306,8 +306,10 @@ class Planner:
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
         if not self.is_text and not data.cache_latents:
-            option = "data.cache_latents" + ("" if data.center_crop else " and data.center_crop")
-            yield option, change("data", cache_latents=True, center_crop=True)
+            needed = {} if getattr(data, "center_crop", True) else {"center_crop": True}
+            needed |= {"window": "middle"} if getattr(data, "window", None) == "random" else {}
+            names = [f"data.{name}" + ("" if value is True else f" {value}") for name, value in needed.items()]
+            yield " and ".join(["data.cache_latents", *names]), change("data", cache_latents=True, **needed)
         if not self.is_text and not data.cache_text:
             yield "data.cache_text", change("data", cache_text=True)
 
