@@ -89,6 +89,16 @@ class TestMasks:
         losses = [sample_losses(config, schedule, *arguments, each) for each in (masks, small)]
         assert torch.equal(*losses) and (losses[0] > 0).all()
 
+    def test_the_loss_of_a_padded_sound_is_the_mean_over_the_sound(self):
+        """Whose masks have a mean of 1; in the latents that its end falls into the part that is sound counts."""
+        config, schedule, (output, target, timesteps) = LossConfig(), schedule_of("epsilon"), self.draw()
+        output, target = output.flatten(2), target.flatten(2)  # (3, 4, 4)
+        masks = torch.zeros(3, 1, 16)
+        masks[:, :, :6] = 16 / 6  # of four samples each, one and a half
+        losses = sample_losses(config, schedule, output, target, timesteps, masks)
+        parts = elementwise_loss(config, schedule, output, target, timesteps).mean(1)
+        torch.testing.assert_close(losses, (parts[:, 0] + parts[:, 1] / 2) / 1.5)
+
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize(
