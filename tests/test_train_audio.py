@@ -31,7 +31,7 @@ def audio_run(sounds, tmp_path) -> list[str]:
     data |= {"waveform_length": 4096, "sampling_rate": 4000, "audio_channels": 1}
     train = {"output_dir": tmp_path / "run", "max_steps": 4, "batch_size": 4, "cpu_threads": 1, "log_every": 1}
     train |= {"save_every": 2, "eval_every": 2, "keep_checkpoints": 0}
-    evaluation = {"prompts": ["a low tone", "a rising tone"], "num_inference_steps": 2, "num_validation_samples": 4}
+    evaluation = {"prompts": ["a low tone", "a rising tone"], "num_inference_steps": 2, "num_validation_samples": 8}
     sections = {"data": data, "train": train, "evaluation": evaluation}
     fields = {f"{section}.{name}": value for section, of in sections.items() for name, value in of.items()}
     return options({"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio"} | fields)
