@@ -9,6 +9,7 @@ from helpers import AUDIO_SCRIPT, launch_two, metrics_without_times, options, pi
 
 from difftrain_utils.builtins.tones import make_tone
 
+pytestmark = pytest.mark.slow
 CACHED = {"data.window": "all", "data.cache_latents": True, "data.cache_text": True}
 
 
@@ -41,7 +42,7 @@ def losses_of(run: Path) -> list[float]:
     return [metrics["loss"] for metrics in metrics_without_times(run)]
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param(CACHED, marks=pytest.mark.slow)], ids=["plain", "cached"])
+@pytest.mark.parametrize("fields", [{}, CACHED], ids=["plain", "cached"])
 def test_it_trains_evaluates_and_resumes_exactly(audio_run, tmp_path, fields):
     argv = [*audio_run, *options(fields)]
     unbroken = train_audio(argv)
@@ -55,7 +56,6 @@ def test_it_trains_evaluates_and_resumes_exactly(audio_run, tmp_path, fields):
     assert metrics_without_times(tmp_path / "resumed") == metrics[2:]
 
 
-@pytest.mark.slow
 def test_parts_and_caches_change_nothing_but_rounding(audio_run, tmp_path):
     window = {"data.window": "all", "train.eval_every": 0}
     plain = losses_of(train_audio([*audio_run, *options(window)]))
@@ -64,7 +64,6 @@ def test_parts_and_caches_change_nothing_but_rounding(audio_run, tmp_path):
         assert losses_of(run) == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_two_processes_train_the_same(audio_run, tmp_path, shard):
     argv = [*audio_run, *options({"train.shard": shard})]
