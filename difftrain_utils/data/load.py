@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -67,5 +67,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, buckets = fit_sizes(accelerator, family, rows, config)
     elif config.data.buckets:
         rows, buckets = fit_clips(accelerator, family, rows, config)
+        if validation_rows is not None:
+            validation_rows = fit_held_out(accelerator, validation_rows, buckets, config.data)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

@@ -127,6 +127,12 @@ def too_few(real: dict[str, torch.Tensor], generated: dict[str, torch.Tensor]) -
     if "features" not in generated:
         return None
     number, width = min(len(real["features"]), len(generated["features"])), generated["features"].shape[1]
-    if number >= 2 * width:
-        return None
-    return f"fid and fid_infinity are unreliable: {number} images for {width} features, of which they need {2 * width}"
+    return unreliable("fid and fid_infinity are", "images", number, width)
+
+
+def unreliable(subject: str, what: str, number: int, width: int) -> str | None:
+    """What to say of Fréchet distances of fewer images, or clips, than they need for as many features."""
+    enough = 2 * width
+    return (
+        None if number >= enough else f"{subject} unreliable: {number} {what} for {width} features; it takes {enough}"
+    )
