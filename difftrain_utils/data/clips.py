@@ -161,10 +161,8 @@ def fit_held_out(
     if not is_kept.any():
         raise InputError(f"data.buckets: no held-out video has {fewest} frames, the fewest that are trained at")
     if not is_kept.all():
-        why = f"unreadable, or of fewer than {fewest} frames"
-        accelerator.print(
-            f"data.buckets: {len(sizes) - is_kept.sum()} of {len(sizes)} held-out videos are left out, {why}"
-        )
+        left_out = f"{len(sizes) - is_kept.sum()} of {len(sizes)} held-out videos are left out"
+        accelerator.print(f"data.buckets: {left_out}, unreadable or of fewer than {fewest} frames")
     rows = rows.take(np.flatnonzero(is_kept))
     rows.buckets = ClipBuckets(sizes[is_kept], buckets.sizes, batch_size=1)  # none is too small
     return rows

@@ -1,4 +1,4 @@
-"""The networks of FVD and KVD, and of FID, KID and CLIP score of the frames of clips; image_metrics.py measures by them."""
+"""The networks of FVD and KVD, and of FID, KID and CLIP score of clips' frames; image_metrics.py measures by them."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,8 +16,8 @@ from difftrain_utils.media.video import Clip
 
 
 def load_clip_networks(config: TextToVideoConfig, rows: MappedRows | None, device: torch.device) -> dict[str, Callable]:
-    """What `image_metrics` needs for the metrics asked for, of N clips: {"features": (clips) -> (N, d), "clip_features":
-    the same, "clip_score": (clips, captions) -> (N,)}, float32.
+    """What `image_metrics` needs for the metrics asked for: {"features": (clips) -> (N, d), "clip_features": the same,
+    "clip_score": (clips, captions) -> (N,)}, float32, of N clips.
 
     "features" are of the middle frame of each, so that what FID and KID compare is drawn independently; the score is
     the mean over all frames of a clip (CLIPSIM: Wu et al. 2021, arXiv:2104.14806); "clip_features" are those of FVD and
@@ -43,8 +43,8 @@ def load_clip_networks(config: TextToVideoConfig, rows: MappedRows | None, devic
 
 
 def load_clip_features(name: str, device: torch.device) -> Callable:
-    """(clips) -> (N, d), of a video model of transformers: the mean over its tokens, of as many frames as it was trained
-    on, equally far apart from a clip's first to its last; the same ones again where it has fewer."""
+    """(clips) -> (N, d), of a video model of transformers: the mean over its tokens. It sees as many frames as it was
+    trained on, equally far apart from a clip's first to its last; where a clip has fewer, some of them twice."""
     network, processor = load_network(AutoModel, name, device, unused="pooler")
     num_frames = getattr(network.config, "num_frames", None)
     if num_frames is None:

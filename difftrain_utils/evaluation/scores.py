@@ -132,7 +132,6 @@ def too_few(real: dict[str, torch.Tensor], generated: dict[str, torch.Tensor]) -
 
 def unreliable(subject: str, what: str, number: int, width: int) -> str | None:
     """What to say of Fréchet distances of fewer images, or clips, than they need for as many features."""
-    enough = 2 * width
-    return (
-        None if number >= enough else f"{subject} unreliable: {number} {what} for {width} features; it takes {enough}"
-    )
+    if number >= 2 * width:
+        return None
+    return f"{subject} unreliable: {number} {what} for {width} features; it takes {2 * width}"

@@ -113,8 +113,8 @@ def log_images(accelerator: Accelerator, step: int, name: str, images: list[Imag
 
 
 def log_clips(accelerator: Accelerator, step: int, name: str, path: Path) -> None:
-    """Show the grid of clips in the files `path`.webp and, if there is one, `path`.mp4 in the trackers that show videos.
-    None of them needs moviepy for what is a file."""
+    """Show the grid of clips that lies at `path` with the endings .webp and, perhaps, .mp4, in the trackers that show
+    videos. Of a file none of them asks for moviepy."""
     video, picture = path.with_suffix(".mp4"), path.with_suffix(".webp")
 
     def show(tracker: GeneralTracker) -> None:
