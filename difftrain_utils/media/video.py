@@ -34,6 +34,9 @@ FOR_BROWSERS = {
     "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
 }
 
+# What FFmpeg makes of RGB, in the numbers of ITU-T H.273: BT.601's matrix, sRGB's primaries and curve, 16 to 235
+FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
+
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
 NOUN, HAS_CAPTIONS = "videos", True
@@ -449,6 +452,9 @@ def write_video(
     with av.open(file, "w", format=format, container_options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if pix_fmt.startswith("yuv"):  # what is not said, browsers guess, and wrongly if a video is large
+            for name, value in FROM_RGB.items():
+                setattr(stream.codec_context, name, value)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))
