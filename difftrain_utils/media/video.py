@@ -28,13 +28,14 @@ TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
+LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
 FOR_BROWSERS = {
     **{"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}},
     "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
 }
 
-# What FFmpeg makes of RGB, in the numbers of ITU-T H.273: BT.601's matrix, sRGB's primaries and curve, 16 to 235
+# What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
 FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
 
 
@@ -195,7 +196,7 @@ def save(made: list[Clip], labels: list[str], path: Path) -> None:
     """Write clips with their labels side by side as a WebP, which browsers show as a picture that moves, and as an MP4
     file, unless there is `no_mp4`: `path` with these endings. Raises RunError if it cannot."""
     fps, length = made[0].fps, max(len(clip.frames) for clip in made)
-    grids = [labelled_grid([_at(clip, number) for clip in made], labels) for number in range(length)]
+    grids = [labelled_grid([_at(clip, number) for clip in made], labels, LEAST_WIDTH) for number in range(length)]
     if no_mp4() is None:
         with new_file(path.with_suffix(".mp4")) as partial:
             write_video(grids, fps, partial, **FOR_BROWSERS)
