@@ -44,7 +44,7 @@ class TextToImageConfig(Config):
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         held_out = bool(data.validation_split or data.validation_dataset)
         for name in self.evaluation.networks:
-            rule = "needs held-out images: data.validation_split or data.validation_dataset"
+            rule = "needs held-out data: data.validation_split or data.validation_dataset"
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
         rule = "needs data.cache_text, or each step would read all of them"
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)

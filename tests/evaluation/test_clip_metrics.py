@@ -177,7 +177,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
 
 
 def test_held_out_clips_are_needed(run):
-    with pytest.raises(InputError, match=r"^evaluation.fvd_features: needs held-out images: data.validation_split or"):
+    with pytest.raises(InputError, match=r"^evaluation.fvd_features: needs held-out data: data.validation_split or"):
         parse(run, **{"data.validation_split": 0, "evaluation.fid_features": None, "evaluation.clip_score_model": None})
     assert parse(run, **{"train.keep_best": "kvd"}).metrics["kvd"][0]
     with pytest.raises(InputError, match=r"^train.keep_best: needs evaluation.fvd_features, and train.eval_every"):
