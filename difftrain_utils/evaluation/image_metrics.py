@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.samples import held_out_size
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.distances import frechet_distance, kernel_distance
 from difftrain_utils.evaluation.generate import generate
@@ -77,14 +78,14 @@ def image_metrics(
     evaluation, batches = config.evaluation, []
     number, what = evaluation.num_metric_images, "Drawing for metrics, batches"
     for keys, num_kept, held_out in held_out_batches(accelerator, rows, number, config, what):
-        pixel_values, captions = held_out["pixel_values"], held_out["captions"]
-        made = generate(family, denoiser, evaluation, tuple(pixel_values.shape[2:]), captions, keys, weaker)
-        real, batch = as_shown(pixel_values), {}
+        size, captions = held_out_size(rows, keys[0] % len(rows), config.data), held_out["captions"]
+        made = generate(family, denoiser, evaluation, size, captions, keys, weaker)
+        real, batch = as_shown(held_out["pixel_values"]) if networks.keys() & DISTANCES else None, {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             for name, network in networks.items():
                 if name == "clip_score":
                     batch[name] = network(made, captions)
-                elif name == "features" or pixel_values.shape[2] > 1:  # a still is no video
+                elif name == "features" or size[0] > 1:  # a still is no video
                     batch[name] = torch.stack([network(real), network(made)], 1)
         batches.append({name: values[:num_kept].cpu() for name, values in batch.items()})
     metrics, batches = {}, gather_object(batches)
