@@ -41,8 +41,8 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
-            the model cannot take images or videos of this size, no bucket has a batch of images, all are too small, or no
-            held-out video has a bucket; or see `load_tokens`.
+            the model cannot take images or videos of this size, no bucket has a batch of images, all are too small, or
+            no held-out video has a bucket; or see `load_tokens`.
     """
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
