@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.utils import pt_to_pil
-from helpers import ROOT, encode, launch_two, metrics_without_times, options, train_video
+from helpers import ROOT, encode, last_wins, launch_two, metrics_without_times, options, train_video
 from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, VideoMAEModel, VivitModel
 
@@ -58,7 +58,7 @@ def run(films, networks_folder, tmp_path) -> list[str]:
 
 
 def parse(argv: list[str], **fields) -> TextToVideoConfig:
-    return command_line.parse_config(TextToVideoConfig, [*argv, *options(fields)])
+    return command_line.parse_config(TextToVideoConfig, last_wins([*argv, *options(fields)]))
 
 
 def noise(number: int, num_frames: int = 5) -> Clip:
@@ -163,7 +163,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("fields, message", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("fields, message", REFUSED, ids=["image model", "no model", "too many", "no caption"])
 def test_what_cannot_be_is_said_before_anything_is_written(
     run, networks_folder, tmp_path, fields, message, monkeypatch
 ):
