@@ -58,7 +58,7 @@ class VideoDataConfig(CaptionsConfig):
     buckets: list[list[int]] | None = None
     """Sizes [frames, height, width] to train at, of which each video gets one of the most frames that it has, of the
     nearest aspect ratio, and an image one of 1 frame; null: `num_frames`, `height` and `width` only. Each batch has
-    one size. Validation and grids have `num_frames`, `height` and `width`."""
+    one size. Held-out videos have theirs, too, and grids `num_frames`, `height` and `width`."""
     cache_latents: bool = False
     """Run the VAE on each clip once, before training, and keep its moments on the disk (needs center_crop, and a window
     that is not random)."""

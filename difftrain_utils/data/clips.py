@@ -13,7 +13,7 @@ from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.buckets import cropped_share
 from difftrain_utils.data.fingerprint import remembered
 from difftrain_utils.data.rows import MappedRows, map_in_threads
-from difftrain_utils.errors import RowError
+from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.media.video import read_header
 from difftrain_utils.processes import main_process_first
 from difftrain_utils.terminal import progress
@@ -142,3 +142,27 @@ def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config
         rows, buckets.of_row = rows.take(np.flatnonzero(is_kept)), buckets.of_row[is_kept]
     accelerator.print(buckets.describe())
     return rows, buckets
+
+
+def fit_held_out(
+    accelerator: Accelerator, rows: MappedRows, buckets: ClipBuckets, config: VideoDataConfig
+) -> MappedRows:
+    """The held-out rows that have one of the sizes that are trained at, `buckets`, each to be evaluated at its own.
+
+    Raises:
+        InputError: there is none.
+        RowError: a video cannot be read, or is too short for all sizes, and `data.on_bad_row` is stop.
+    """
+    with main_process_first(accelerator):
+        sizes = video_sizes(rows, config)
+    refuse_short(rows, sizes, config)
+    fewest = min(num_frames for num_frames, *_ in buckets.sizes)
+    is_kept = sizes[:, 0] >= fewest
+    if not is_kept.any():
+        raise InputError(f"data.buckets: no held-out video has {fewest} frames, the fewest that are trained at")
+    if not is_kept.all():
+        left_out = f"{len(sizes) - is_kept.sum()} of {len(sizes)} held-out videos are left out"
+        accelerator.print(f"data.buckets: {left_out}, unreadable or of fewer than {fewest} frames")
+    rows = rows.take(np.flatnonzero(is_kept))
+    rows.buckets = ClipBuckets(sizes[is_kept], buckets.sizes, batch_size=1)  # none is too small
+    return rows

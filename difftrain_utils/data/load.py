@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -41,8 +41,8 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
-            the model cannot take images or videos of this size, no bucket has a batch of images, or all are too small;
-            or see `load_tokens`.
+            the model cannot take images or videos of this size, no bucket has a batch of images, all are too small, or
+            no held-out video has a bucket; or see `load_tokens`.
     """
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
@@ -67,5 +67,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, buckets = fit_sizes(accelerator, family, rows, config)
     elif config.data.buckets:
         rows, buckets = fit_clips(accelerator, family, rows, config)
+        if validation_rows is not None:
+            validation_rows = fit_held_out(accelerator, validation_rows, buckets, config.data)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)

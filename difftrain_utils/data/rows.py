@@ -41,6 +41,8 @@ class Rows(Protocol):
 
     has_masks: bool
     """Whether a source has masks."""
+    buckets: Any
+    """Of rows that are held out: what says the size of each; None: all have that of the config."""
 
     def __getitem__(self, index: Any) -> Row: ...
 
@@ -111,7 +113,7 @@ class MappedRows(Sequence):
     """
 
     def __init__(self, parts: Sequence[SourceRows]):
-        self.parts = list(parts)
+        self.parts, self.buckets = list(parts), None
         self._ends = list(itertools.accumulate(self.lengths))
 
     def __len__(self) -> int:

@@ -238,9 +238,14 @@ def read_or_substitute(
     raise RowError(f"{first}; nor can {which}")
 
 
+def held_out_size(rows: Rows, row: int, config: DataConfig) -> tuple[int, ...]:
+    """The size that evaluations see a row in."""
+    return media_of(config).size_of(config) if rows.buckets is None else rows.buckets.size_of(row)
+
+
 def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) -> dict[str, Any]:
     """A batch as evaluations see it, as `collate` makes it: j of `keys` is row j modulo their number, or its
-    substitute, from its middle and with its first caption.
+    substitute, from its middle and with its first caption. All have one `held_out_size`.
 
     Raises:
         RowError: see `read_or_substitute`.
@@ -249,10 +254,10 @@ def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) ->
 
     def read(row: int) -> dict[str, Any]:
         stored = rows[row]
-        sample = media.read(stored, media.MIDDLE, media.size_of(config), config, rows.has_masks)
+        sample = media.read(stored, media.MIDDLE, held_out_size(rows, row, config), config, rows.has_masks)
         if media.HAS_CAPTIONS:
             sample["caption"] = complete(captions_of(stored.captions, stored.name)[0], config)
         return sample | {"weight": rows.loss_weight(row)}
 
-    samples = [read_or_substitute(read, rows, j % len(rows), config, seed, j)[0] | {"key": j} for j in keys]
-    return collate(samples)
+    found = [read_or_substitute(read, rows, j % len(rows), config, seed, j, rows.buckets)[0] for j in keys]
+    return collate([sample | {"key": j} for sample, j in zip(found, keys, strict=True)])

@@ -10,7 +10,8 @@ from difftrain_utils.builtins import shapes
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import go_on_without
+from difftrain_utils.errors import go_on_without, warn
+from difftrain_utils.evaluation.clip_metrics import load_clip_networks
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
@@ -27,7 +28,7 @@ from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
 from difftrain_utils.run.run_folder import SAMPLES, VALIDATION, step_file
-from difftrain_utils.run.tracking import log_images
+from difftrain_utils.run.tracking import log_samples
 from difftrain_utils.terminal import progress
 
 
@@ -52,8 +53,11 @@ class Evaluation:
         self.reference = reference
         if config.evaluation.shapes_judge:
             check_captions(config.judge, config.evaluation.prompts, "evaluation.prompts")
+        if media_of(config.data) is video and config.evaluation.prompts and (why := video.no_mp4()):
+            warn(f"evaluation.prompts: clips are shown as WebP alone, not as MP4, because {why}")
         with main_process_first(accelerator):
-            self.networks = load_metric_networks(config, validation_rows, accelerator.device)
+            load = load_clip_networks if media_of(config.data) is video else load_metric_networks
+            self.networks = load(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
             self.weaker = None
             if (name := config.evaluation.autoguidance) is not None and family.has_weights:
@@ -87,8 +91,7 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                if media_of(self.config.data) is not video:
-                    log_images(self.accelerator, step, "samples", images)
+                    log_samples(self.accelerator, step, "samples", images, path)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:

@@ -16,7 +16,7 @@ from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.data.pairs import as_images
 from difftrain_utils.data.rows import MappedRows
-from difftrain_utils.data.samples import read_held_out
+from difftrain_utils.evaluation.held_out import held_out_batches
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.reference import Reference
 from difftrain_utils.files import new_file
@@ -26,8 +26,6 @@ from difftrain_utils.media.media import media_of
 from difftrain_utils.objective.loss import sample_losses, scale_masks
 from difftrain_utils.objective.preference import implicit_accuracies, preference_losses, preference_margins
 from difftrain_utils.objective.schedule import Schedule
-from difftrain_utils.processes import share_out
-from difftrain_utils.terminal import progress
 
 
 class Triples(NamedTuple):
@@ -51,9 +49,9 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
     spread over the angle φ = atan(s/a), from 0 (no noise) to π/2.
     """
     evaluation, schedule, are_pairs = config.evaluation, family.schedule, media_of(config.data) is pairs
-    batches = share_out(accelerator, evaluation.num_validation_samples, evaluation.batch_size)
-    for keys, num_kept in progress(batches, len(batches), "Validating, batches"):
-        batch = send_to_device(read_held_out(rows, keys, config.data, evaluation.seed), accelerator.device)
+    number, what = evaluation.num_validation_samples, "Validating, batches"
+    for keys, num_kept, batch in held_out_batches(accelerator, rows, number, config, what):
+        batch = send_to_device(batch, accelerator.device)
         batch = as_images(batch) if are_pairs else batch
         latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
         noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)

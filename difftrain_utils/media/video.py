@@ -28,8 +28,15 @@ TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
+LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
-FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
+FOR_BROWSERS = {
+    **{"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}},
+    "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
+}
+
+# What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
+FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
 
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
@@ -186,17 +193,26 @@ class Clip(NamedTuple):
 
 
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
-    """Write clips with their labels side by side, as an MP4 file and as a WebP, which browsers show as a picture that
-    moves: `path` with these endings. Raises RunError if it cannot."""
+    """Write clips with their labels side by side as a WebP, which browsers show as a picture that moves, and as an MP4
+    file, unless there is `no_mp4`: `path` with these endings. Raises RunError if it cannot."""
     fps, length = made[0].fps, max(len(clip.frames) for clip in made)
-    grids = [labelled_grid([_at(clip, number) for clip in made], labels) for number in range(length)]
-    with new_file(path.with_suffix(".mp4")) as partial:
-        write_video(grids, fps, partial, **FOR_BROWSERS)
+    grids = [labelled_grid([_at(clip, number) for clip in made], labels, LEAST_WIDTH) for number in range(length)]
+    if no_mp4() is None:
+        with new_file(path.with_suffix(".mp4")) as partial:
+            write_video(grids, fps, partial, **FOR_BROWSERS)
     with new_file(path.with_suffix(".webp")) as partial:
         # each frame for its whole milliseconds, that of all of them for what that leaves
         times = [round(1000 * number / fps) for number in range(length + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
         grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
+
+
+def no_mp4() -> str | None:
+    """Why `save` writes no MP4 files, if it does not: FFmpeg may be built without the codec that browsers play."""
+    import av  # an extra
+
+    codec = FOR_BROWSERS["codec"]
+    return None if codec in av.codecs_available else f"the FFmpeg of PyAV here has no {codec}"
 
 
 def _at(clip: Clip, number: int) -> Image.Image:
@@ -422,6 +438,7 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -432,9 +449,13 @@ def write_video(
 
     width, height = (side + side % 2 for side in frames[0].size)
     options = {"threads": "1", "flags": "+bitexact"} | (options or {})
-    with av.open(file, "w", format=format, container_options={"fflags": "bitexact"}) as container:
+    container_options = {"fflags": "bitexact"} | (container_options or {})
+    with av.open(file, "w", format=format, container_options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if pix_fmt.startswith("yuv"):  # what is not said, browsers guess, and wrongly if a video is large
+            for name, value in FROM_RGB.items():
+                setattr(stream.codec_context, name, value)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))

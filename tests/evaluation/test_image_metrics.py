@@ -150,7 +150,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("field", ["fid_features", "clip_score_model"])
     def test_without_held_out_images(self, short_run, field):
-        with pytest.raises(InputError, match=rf"evaluation.{field}: needs held-out images: data.validation_split"):
+        with pytest.raises(InputError, match=rf"evaluation.{field}: needs held-out data: data.validation_split"):
             parse_config([*short_run, f"--evaluation.{field}", "some/network"])
 
     def test_one_image(self, measured_run):

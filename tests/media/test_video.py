@@ -14,6 +14,7 @@ from difftrain_utils.errors import RowError
 from difftrain_utils.media import image
 from difftrain_utils.media.video import (
     FOR_BROWSERS,
+    FROM_RGB,
     LOSSLESS,
     MIDDLE,
     Clip,
@@ -21,6 +22,7 @@ from difftrain_utils.media.video import (
     Row,
     check,
     find_problems,
+    no_mp4,
     place,
     read,
     read_frames,
@@ -217,5 +219,18 @@ def test_clips_are_saved_side_by_side_for_browsers(tmp_path):
     assert read_header(row).num_frames(12) == 5
     with Image.open(tmp_path / "step-1.webp") as moving:
         assert moving.n_frames == 5 and Path(moving.filename).suffix == ".webp"
+    content = (tmp_path / "step-1.mp4").read_bytes()
+    assert 0 < content.find(b"moov") < content.find(b"mdat"), "a page plays it before it has all of it"
+    with av.open(tmp_path / "step-1.mp4") as container:
+        said = container.streams.video[0].codec_context
+        assert (said.name, said.pix_fmt) == ("h264", "yuv420p")
+        assert {name: getattr(said, name) for name in FROM_RGB} == FROM_RGB
     first = next(iter(read_frames(row, 0, 1, 12)))
-    assert [number_of(first.crop((left, 20, left + 40, 60))) for left in (20, 160)] == [0, 20]
+    assert [number_of(first.crop((left, 20, left + 40, 60))) for left in (20, 220)] == [0, 20]
+
+
+def test_without_the_codec_there_is_no_mp4(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"ffv1"})
+    assert no_mp4() == "the FFmpeg of PyAV here has no libx264"
+    save([Clip([numbered(0)], 12)], ["a red circle"], tmp_path / "step-1.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1.webp"]
