@@ -76,7 +76,9 @@ def image_metrics(
     for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
         held_out = read_held_out(rows, keys, config.data, evaluation.seed)
         captions = held_out["captions"]
-        images = generate(family, denoiser, evaluation, size, captions, keys, weaker)
+        are_given = len(size) == 3 and family.first_frames == "all"
+        first_frames = pt_to_pil(held_out["pixel_values"][:, :, 0]) if are_given else None
+        images = generate(family, denoiser, evaluation, size, captions, keys, weaker, first_frames)
         batch = {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             if "features" in networks:
