@@ -87,3 +87,11 @@ class WanImageToVideo(Wan):
         if self.has_image_dim:
             denoiser = partial(denoiser, encoder_hidden_states_image=conditioning["image_embeds"])
         return super().predict(denoiser, torch.cat([noisy_latents, is_given, latents], 1), timesteps, conditioning)
+
+    def pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
+        """See `ImageFamily`. CLIP's processor keeps the name that the checkpoint has for it, which is not that of the
+        class that transformers makes of it."""
+        pipeline = super().pipeline(denoiser)
+        if self.has_part("image_processor"):
+            pipeline.register_to_config(image_processor=tuple(self.model_index["image_processor"]))
+        return pipeline

@@ -11,7 +11,9 @@ def make() -> WanImageToVideoPipeline:
     parts = wan.make().components
     channels, side = parts["vae"].config.z_dim, 32
     fields = {"in_channels": 2 * channels + 4, "image_dim": WIDTH, "added_kv_proj_dim": 96}
-    transformer = type(parts["transformer"]).from_config({**parts["transformer"].config, **fields})
+    # its own fields, which diffusers would give their defaults again where it has noted that they have them
+    own = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+    transformer = type(parts["transformer"]).from_config(own | fields)
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
