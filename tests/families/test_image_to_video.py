@@ -19,7 +19,9 @@ from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.generate import load_first_frames
 from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.families.ltx import LTX
 from difftrain_utils.media.image import to_pixel_values
+from difftrain_utils.objective.schedule import append_dims
 
 SIZE = 9, 32, 32
 PROMPT = "a red circle moving left"
@@ -251,9 +253,13 @@ def test_a_run_resumes_splits_and_caches(sources, tmp_path, monkeypatch, name, f
     assert pipeline_bytes(resumed) == pipeline_bytes(whole) and metrics_without_times(resumed) == metrics[1:]
     split = run("split", train__gradient_accumulation_steps=2)
     cached = run("cached", data__cache_latents=True, data__cache_text=True, data__cache_dir=tmp_path / "cache")
-    for other, precision in ((split, 1e-5), (cached, 1e-6)):
+    runs = {split: 1e-5, cached: 1e-6}
+    if name == "ltx":  # what it puts out of a frame that is given does not count, in training and in validation
+        predict = LTX.predict
+        monkeypatch.setattr(LTX, "predict", lambda self, denoiser, latents, times, conditioning: (
+            predict(self, denoiser, latents, times, conditioning) + 9 * (append_dims(times, latents) == 0)))  # fmt: skip
+        runs[run("spoilt")] = 1e-6
+    for other, precision in runs.items():
         for theirs, ours in zip(metrics_without_times(other), metrics, strict=True):
-            names = {"loss", "validation_loss"} & ours.keys()
-            assert {name: theirs[name] for name in names} == pytest.approx(
-                {name: ours[name] for name in names}, rel=precision
-            )
+            for loss in {"loss", "validation_loss"} & ours.keys():
+                assert theirs[loss] == pytest.approx(ours[loss], rel=precision), (other, loss)
