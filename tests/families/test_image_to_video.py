@@ -256,8 +256,11 @@ def test_a_run_resumes_splits_and_caches(sources, tmp_path, monkeypatch, name, f
     runs = {split: 1e-5, cached: 1e-6}
     if name == "ltx":  # what it puts out of a frame that is given does not count, in training and in validation
         predict = LTX.predict
-        monkeypatch.setattr(LTX, "predict", lambda self, denoiser, latents, times, conditioning: (
-            predict(self, denoiser, latents, times, conditioning) + 9 * (append_dims(times, latents) == 0)))  # fmt: skip
+
+        def spoil(self, denoiser, latents, times, conditioning):
+            return predict(self, denoiser, latents, times, conditioning) + 9 * (append_dims(times, latents) == 0)
+
+        monkeypatch.setattr(LTX, "predict", spoil)
         runs[run("spoilt")] = 1e-6
     for other, precision in runs.items():
         for theirs, ours in zip(metrics_without_times(other), metrics, strict=True):
