@@ -5,8 +5,25 @@ from typing import ClassVar
 
 from difftrain_utils.config.config import Require
 from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.video_data import VideoDataConfig
+
+
+@dataclass
+class VideoModelConfig(ModelConfig):
+    """The checkpoint to train."""
+
+    pretrained_model_name_or_path: str
+    """A diffusers checkpoint: a folder, a hub name, or a built-in one such as `builtin:tiny-wan` (needs no download;
+    docs/video.md lists them)."""
+    first_frame_probability: float = 0.0
+    """Share of the samples of which the model is given the first frame, where it does with it and without (LTX-Video,
+    Wan 2.2 TI2V); models that are given each, by channels of their own (`WanImageToVideoPipeline`), leave it 0."""
+
+    def check(self, require: Require) -> None:
+        super().check(require)
+        require(0 <= self.first_frame_probability <= 1, "first_frame_probability", "must be between 0 and 1")
 
 
 @dataclass
@@ -17,6 +34,9 @@ class VideoEvaluationConfig(EvaluationConfig):
 
     prompts: list[str] = field(default_factory=list)
     """One clip each."""
+    first_frames: list[str] = field(default_factory=list)
+    """Image files with which the clips of `prompts` begin, one each, cropped as the data is; none: a clip is made of
+    its prompt alone, which models of images to videos cannot."""
     batch_size: int = 8
     """Clips generated at a time."""
     num_validation_samples: int = 256
@@ -35,6 +55,11 @@ class VideoEvaluationConfig(EvaluationConfig):
     num_metric_images: int = 1000
     """Clips generated for these metrics, from the captions of as many held-out videos."""
 
+    def check(self, require: Require) -> None:
+        super().check(require)
+        rule = f"must be one for each of evaluation.prompts, {len(self.prompts)}, or none"
+        require(len(self.first_frames) in (0, len(self.prompts)), "first_frames", rule)
+
 
 @dataclass
 class TextToVideoConfig(TextToImageConfig):
@@ -43,6 +68,7 @@ class TextToVideoConfig(TextToImageConfig):
     judges: ClassVar[tuple[str, ...]] = ("moving_shapes",)
     judged_data: ClassVar[str] = "builtin:moving-shapes"
 
+    model: VideoModelConfig
     data: VideoDataConfig
     evaluation: VideoEvaluationConfig = field(default_factory=VideoEvaluationConfig)
 

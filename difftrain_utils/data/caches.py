@@ -78,15 +78,19 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
     deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
     "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first; of videos
-    moments have their frames before the height.
+    moments have their frames before the height, and what the model is told of a first frame is there as
+    "first_frame.NAME", (1 or 2, …).
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
     is_video, are_pairs = media_of(config.data) is video, media_of(config.data) is pairs
-    key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
+    gives_first_frames = is_video and family.first_frames == "all"
+    encoders = (family.image_part, *(family.condition_parts if gives_first_frames else ()))
+    key = describe_crops(data, sha256, config.data, family.describe_parts(*encoders))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
+    key |= {"first_frames": True} if gives_first_frames else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "latents", key)
@@ -96,13 +100,17 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)
-        if not moments.isfinite().all():
+        encoded = {"moments": torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)}
+        if gives_first_frames:
+            given = [family.encode_first_frames(flip) for flip in flips]
+            encoded |= {f"first_frame.{name}": torch.stack([flip[name] for flip in given], 1) for name in given[0]}
+        if not all(values.isfinite().all() for values in encoded.values()):
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
-        entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
+        entry = encoded | {"sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
         if data.rows.has_masks:
             flips = (torch.stack(masks), torch.stack(masks).flip(-1))[:sides]
-            entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
+            size = encoded["moments"].shape[-2:]
+            entry["masks"] = torch.stack([scale_masks(flip, size) for flip in flips], 1)
         return entry
 
     inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)

@@ -32,7 +32,8 @@ class Samples(torch.utils.data.Dataset):
 
     - "key": k
     - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
-      "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w)
+      "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w),
+      and where a model is always told the first frame of a video "first_frame", a dict of tensors
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
@@ -92,6 +93,10 @@ class Samples(torch.utils.data.Dataset):
             if self.config.on_bad_row == "skip" and not entry["is_readable"]:
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
             sample |= {name: entry[name][sample["flip"]] for name in ("moments", "sizes")}
+            given = [name for name in entry if name.startswith("first_frame.")]
+            if given:
+                told = {name.removeprefix("first_frame."): entry[name][sample["flip"]] for name in given}
+                sample["first_frame"] = told
             if self.rows.has_masks:
                 sample["mask"] = entry["masks"][sample["flip"]]
         if self.media.HAS_CAPTIONS:

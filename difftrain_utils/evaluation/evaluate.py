@@ -12,7 +12,7 @@ from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import go_on_without, warn
 from difftrain_utils.evaluation.clip_metrics import load_clip_networks
-from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.evaluation.generate import generate, load_first_frames
 from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.scores import JUDGES, check_captions
@@ -38,7 +38,7 @@ class Evaluation:
 
     Raises:
         InputError: a network cannot be loaded, or there are too few held-out images for it, or a prompt is no caption
-            that the judge knows; or see `check_guidance` and `load_weaker`.
+            that the judge knows; or see `load_first_frames`, `check_guidance` and `load_weaker`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Evaluation:
         self.reference = reference
         if config.evaluation.shapes_judge:
             check_captions(config.judge, config.evaluation.prompts, "evaluation.prompts")
+        self.first_frames = load_first_frames(family, config) if media_of(config.data) is video else None
         if media_of(config.data) is video and config.evaluation.prompts and (why := video.no_mp4()):
             warn(f"evaluation.prompts: clips are shown as WebP alone, not as MP4, because {why}")
         with main_process_first(accelerator):
@@ -117,7 +118,8 @@ class Evaluation:
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
         for keys, num_kept in progress(batches, len(batches), "Drawing, batches"):
             prompts = [evaluation.prompts[i] for i in keys]
-            drawn = generate(self.family, denoiser, evaluation, size, prompts, keys, self.weaker)
+            first_frames = self.first_frames and [self.first_frames[i] for i in keys]
+            drawn = generate(self.family, denoiser, evaluation, size, prompts, keys, self.weaker, first_frames)
             made += list(zip(keys, drawn, strict=True))[:num_kept]
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

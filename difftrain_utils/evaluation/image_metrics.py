@@ -79,7 +79,9 @@ def image_metrics(
     number, what = evaluation.num_metric_images, "Drawing for metrics, batches"
     for keys, num_kept, held_out in held_out_batches(accelerator, rows, number, config, what):
         size, captions = held_out_size(rows, keys[0] % len(rows), config.data), held_out["captions"]
-        made = generate(family, denoiser, evaluation, size, captions, keys, weaker)
+        are_given = len(size) == 3 and family.first_frames == "all"
+        first_frames = pt_to_pil(held_out["pixel_values"][:, :, 0]) if are_given else None
+        made = generate(family, denoiser, evaluation, size, captions, keys, weaker, first_frames)
         real, batch = as_shown(held_out["pixel_values"]) if networks.keys() & DISTANCES else None, {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             for name, network in networks.items():

@@ -21,8 +21,9 @@ from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.reference import Reference
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import keyed_rand, keyed_randn
-from difftrain_utils.media import pairs
+from difftrain_utils.media import pairs, video
 from difftrain_utils.media.media import media_of
+from difftrain_utils.objective.first_frames import give_first_frames
 from difftrain_utils.objective.loss import sample_losses, scale_masks
 from difftrain_utils.objective.preference import implicit_accuracies, preference_losses, preference_margins
 from difftrain_utils.objective.schedule import Schedule
@@ -37,6 +38,9 @@ class Triples(NamedTuple):
     masks: torch.Tensor | None
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
+    """The noise levels, (batch,)."""
+    times: torch.Tensor
+    """What the model is told of them: the same, or of each frame."""
     conditioning: Conditioning
     target: torch.Tensor
 
@@ -46,7 +50,8 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
     their number, and lies in the noise level's bin j modulo `evaluation.num_validation_bins`.
 
     They depend on `evaluation.seed` alone, not on the run, so that runs can be compared. The noise levels are equally
-    spread over the angle φ = atan(s/a), from 0 (no noise) to π/2.
+    spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. As many clips as in training are given their first
+    frame.
     """
     evaluation, schedule, are_pairs = config.evaluation, family.schedule, media_of(config.data) is pairs
     number, what = evaluation.num_validation_samples, "Validating, batches"
@@ -58,9 +63,13 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
         timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
         if are_pairs:  # one noise and one noise level for both images
             noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
-        noisy_latents = schedule.add_noise(latents, noise, timesteps)
-        target = schedule.target(latents, noise, timesteps)
-        yield Triples(keys, num_kept, batch["masks"], noisy_latents, timesteps, conditioning, target)
+        times, masks = timesteps, batch["masks"]
+        if media_of(config.data) is video:
+            purpose = "validation_first_frame"
+            times, masks = give_first_frames(config.model, evaluation.seed, keys, latents, timesteps, purpose)
+        noisy_latents = schedule.add_noise(latents, noise, times)
+        target = schedule.target(latents, noise, times)
+        yield Triples(keys, num_kept, masks, noisy_latents, timesteps, times, conditioning, target)
 
 
 @torch.no_grad()
@@ -76,8 +85,8 @@ def validation_losses(
     schedule = family.schedule
     found = torch.zeros(config.evaluation.num_validation_samples, device=accelerator.device)
     for of_batch in fixed_triples(accelerator, family, rows, config):
-        keys, num_kept, masks, noisy_latents, timesteps, conditioning, target = of_batch
-        output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
+        keys, num_kept, masks, noisy_latents, timesteps, times, conditioning, target = of_batch
+        output = family.predict(denoiser, noisy_latents, times, conditioning)
         losses = (output - target).square()
         if masks is not None:
             losses *= scale_masks(masks, losses.shape[-2:])
@@ -101,7 +110,7 @@ def validation_preferences(
     schedule, names = family.schedule, ("loss", "implicit_accuracy", "margin")
     found = torch.zeros(len(names), config.evaluation.num_validation_samples, device=accelerator.device)
     for of_batch in fixed_triples(accelerator, family, rows, config):
-        keys, num_kept, _, noisy_latents, timesteps, conditioning, target = of_batch
+        keys, num_kept, _, noisy_latents, timesteps, _, conditioning, target = of_batch
         output = family.predict(denoiser, noisy_latents, timesteps, conditioning)
         before = reference.predict(denoiser, noisy_latents, timesteps, conditioning)
         errors, reference_errors = (

@@ -38,6 +38,7 @@ from difftrain_utils.optimization.trained import is_trained_whole
 from difftrain_utils.processes import largest_of_all
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
+WITHOUT_WEIGHTS = ("tokenizer", "image_processor")  # beginnings of the names of parts that have none
 DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
 GUIDANCE_OPTIONS = ("guidance_scale", "true_cfg_scale", "negative_prompt")  # as pipelines call them
@@ -67,6 +68,8 @@ class DiffusersFamily:
     denoiser_part: ClassVar[str] = "transformer"
     image_part: ClassVar[str | None] = "vae"
     text_parts: ClassVar[tuple[str, ...]] = ()
+    condition_parts: ClassVar[tuple[str, ...]] = ()
+    """The parts besides that encode what the denoiser is told of images, where the checkpoint has them."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
     float32_parts: ClassVar[tuple[str, ...]] = ()
@@ -144,8 +147,8 @@ class DiffusersFamily:
             sampler = few_step_sampler(schedule, sampler, config)
             cls._check_few_step(config)
         cls._check_fields(config, sampler)
-        encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
-        cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
+        encoders = [part for part in cls.text_parts if not part.startswith(WITHOUT_WEIGHTS)]
+        cached = (cls.image_part, *cls.condition_parts) if data.cache_latents and cls.image_part else ()
         family = cls(
             source,
             revision,
@@ -223,7 +226,7 @@ class DiffusersFamily:
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         """The names of all parts but the denoiser and the sampler that the checkpoint has."""
-        names = (*((self.image_part,) if self.image_part else ()), *self.text_parts)
+        names = (*((self.image_part,) if self.image_part else ()), *self.text_parts, *self.condition_parts)
         return tuple(name for name in names if self.has_part(name))
 
     def has_part(self, name: str) -> bool:
@@ -255,7 +258,7 @@ class DiffusersFamily:
 
     def _load(self, name: str) -> Any:
         at = {"revision": self.revision}
-        if name.startswith("tokenizer"):
+        if name.startswith(WITHOUT_WEIGHTS):
             return load_part(self.source, self.model_index, name, **at)
         if not self.has_weights:
             return self._on_meta(name)
@@ -317,7 +320,7 @@ class DiffusersFamily:
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         names = [name for name in self.frozen_parts if name not in self.trained_parts]
-        return {name: self.part(name) for name in names if not name.startswith("tokenizer")}
+        return {name: self.part(name) for name in names if not name.startswith(WITHOUT_WEIGHTS)}
 
     def _on_meta(self, name: str) -> torch.nn.Module:
         """A frozen part without weights."""
@@ -330,7 +333,7 @@ class DiffusersFamily:
         """See `Family`. Tokenizers are as they were."""
         parts = {
             name: self.part(name)
-            if name.startswith("tokenizer")
+            if name.startswith(WITHOUT_WEIGHTS)
             else empty(move_part(self._on_meta(name), "meta", dtype))
             for name in self.frozen_parts
         }
@@ -382,7 +385,7 @@ class DiffusersFamily:
     # ── What they are, as digests ────────────────────────────────────────────────────────────────────────────
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """See `Family`; without loading the encoders. Raises InputError if weights are missing or damaged."""
-        encoders = [part for part in self.frozen_parts if not part.startswith("tokenizer")]
+        encoders = [part for part in self.frozen_parts if not part.startswith(WITHOUT_WEIGHTS)]
         return {self.denoiser_part: tensors_digest(base_state(denoiser))} | {
             part: self._digest(part) for part in encoders
         }
@@ -392,7 +395,7 @@ class DiffusersFamily:
         for part in filter(self.has_part, parts):
             files = sorted(path for path in self._folder(part).iterdir() if path.suffix in DESCRIBING)
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
-            described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
+            described |= {part: self._digest(part)} if not part.startswith(WITHOUT_WEIGHTS) else {}
         return described
 
     def _digest(self, part: str) -> str:
@@ -404,7 +407,7 @@ class DiffusersFamily:
         if not folder.is_dir():  # a hub name, of which all that was loaded lies in one folder of the hub's cache
             folder = Path(hf_hub_download(self.source, "model_index.json", revision=self.revision)).parent
         has_weights = any(path.suffix in (".safetensors", ".bin") for path in (folder / part).glob("*"))
-        if not part.startswith("tokenizer") and not has_weights:
+        if not part.startswith(WITHOUT_WEIGHTS) and not has_weights:
             self.part(part)  # downloads it, or says that it is not there
         return folder / part
 
@@ -580,11 +583,17 @@ class DiffusersFamily:
 
     def _pipeline_of(self, names: Sequence[str], denoiser: torch.nn.Module | None) -> DiffusionPipeline:
         parts = dict.fromkeys([*([self.image_part] if self.image_part else []), *self.text_parts])
+        parts |= dict.fromkeys(self.condition_parts)
         parts |= {name: self.part(name) for name in names} | {self.denoiser_part: denoiser}
-        cls = self.pipeline_class
-        if self.offload_text_encoders:  # it would take the device of their weights, which they have not, for its own
-            cls = type(cls.__name__, (cls,), {"device": torch.device(self.device)})
+        cls = self.on_device(self.pipeline_class)
         return cls(**parts, scheduler=self.sampler, **self.pipeline_options)
+
+    def on_device(self, cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+        """A class of pipelines that computes on the family's device: with `offload_text_encoders` it would take that of
+        their weights, which they have not, for its own."""
+        if not self.offload_text_encoders:
+            return cls
+        return type(cls.__name__, (cls,), {"device": torch.device(self.device)})
 
     @property
     def text_options(self) -> dict[str, Any]:

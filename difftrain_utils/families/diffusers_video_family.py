@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Weights
+from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.video import Clip
+from difftrain_utils.objective.schedule import append_dims
 
 
 @dataclass
@@ -21,6 +24,8 @@ class DiffusersVideoFamily(DiffusersFamily):
 
     side_multiple: ClassVar[int]
     """What the pipeline's own check wants sides to be multiples of."""
+    image_pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
+    """The pipeline, of the same parts, that makes a clip of its first frame; None: there is none."""
 
     fps: float = 0.0
     """Frames a second of all clips."""
@@ -33,7 +38,25 @@ class DiffusersVideoFamily(DiffusersFamily):
             raise InputError("train.channels_last: not for the weights of a VAE for videos, got true; leave it false")
         family = super().load(source, model_index, config, weights)
         family.fps = config.data.fps
+        family.check_probability(config.model.first_frame_probability)
         return family
+
+    @property
+    def first_frames(self) -> Literal["none", "some", "all"]:
+        """See `VideoFamily`."""
+        return "none" if self.image_pipeline_class is None else "some"
+
+    def check_probability(self, probability: float) -> None:
+        """Raise InputError unless the model can be given first frames with this probability."""
+        reasons = {
+            "none": "is given no first frame",
+            "all": "is given each first frame, by channels of its own; leave it out",
+        }
+        reason = reasons.get(self.first_frames)
+        if self.schedule.path == "ddpm":
+            reason = reason or "on the path ddpm has no time without noise"
+        if probability and reason:
+            raise InputError(f"model.first_frame_probability: a {self.class_name} {reason}, got {probability}")
 
     @property
     def vae_scale_factors(self) -> tuple[int, int]:
@@ -68,6 +91,41 @@ class DiffusersVideoFamily(DiffusersFamily):
         """Into how many tokens the denoiser cuts latents of this size (frames, height, width)."""
         return math.prod(length // patch for length, patch in zip(size, self.patch_sizes, strict=True))
 
+    def encode_first_frames(self, pixel_values: torch.Tensor) -> Conditioning:
+        """See `VideoFamily`."""
+        return {}
+
+    def null_first_frames(self, num_frames: int, height: int, width: int) -> Conditioning:
+        """What `encode_first_frames` gives of one clip of this size, as zeros, without the encoders."""
+        return {}
+
+    def encode(
+        self,
+        batch: dict[str, Any],
+        seed: int,
+        text_encoders: torch.nn.Module | None = None,
+        purpose: str = "vae_noise",
+    ) -> tuple[torch.Tensor, Conditioning]:
+        latents, conditioning = super().encode(batch, seed, text_encoders, purpose)
+        given = batch.get("first_frame", {}) if "moments" in batch else self.encode_first_frames(batch["pixel_values"])
+        return latents, conditioning | given
+
+    def token_times(self, timesteps: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The time of each token of latents (batch, channels, frames, height, width), (batch, tokens), of those of
+        samples (batch,) or of frames (batch, 1, frames, 1, 1)."""
+        size = [length // patch for length, patch in zip(latents.shape[2:], self.patch_sizes, strict=True)]
+        times = append_dims(timesteps, latents)[:, 0, :: self.patch_sizes[0]]
+        return times.expand(len(latents), *size).flatten(1)
+
+    def image_pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
+        """The pipeline that makes a clip of its first frame, of the parts in memory around `denoiser`."""
+        pipeline = self.pipeline(denoiser)
+        if isinstance(pipeline, self.image_pipeline_class):
+            return pipeline
+        pipeline = self.on_device(self.image_pipeline_class)(**pipeline.components, **self.pipeline_options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def generate(
         self,
         denoiser: torch.nn.Module,
@@ -79,10 +137,18 @@ class DiffusersVideoFamily(DiffusersFamily):
         guidance_scale: float,
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
+        first_frames: Sequence[Image.Image] | None = None,
     ) -> list[Clip]:
-        pipeline = self.pipeline(denoiser)
-        options = self.picture_options(
-            pipeline, list(prompts), height, width, num_inference_steps, guidance_scale, guidance_rescale
-        )
-        made = pipeline(**options, num_frames=num_frames, generator=list(generators), output_type="pil").frames
+        """See `VideoFamily`. With first frames a clip at a time: Wan's pipeline takes one image for all prompts."""
+        if first_frames is None:
+            pipeline, lots = self.pipeline(denoiser), [(list(prompts), list(generators), {})]
+        else:
+            pipeline, given = self.image_pipeline(denoiser), zip(prompts, generators, first_frames, strict=True)
+            lots = [([prompt], [generator], {"image": image}) for prompt, generator, image in given]
+        made = []
+        for lot, of_lot, image in lots:
+            options = self.picture_options(
+                pipeline, lot, height, width, num_inference_steps, guidance_scale, guidance_rescale
+            )
+            made += pipeline(**options, **image, num_frames=num_frames, generator=of_lot, output_type="pil").frames
         return [Clip(frames, self.fps) for frames in made]

@@ -183,9 +183,15 @@ class VideoFamily(ImageFamily, Protocol):
 
     frame_multiple: int
     """A video must have one frame more than a multiple of this."""
+    first_frames: Literal["none", "some", "all"]
+    """Of which samples the model can be given the first frame: of none; of some, which `predict` is told by times of
+    frames (batch, 1, frames, 1, 1), 0 of a frame that is clean; or of all, as part of the conditioning."""
 
     def check_frames(self, num_frames: int, name: str) -> None:
         """Raise InputError, about the field `name`, unless the model can take videos of so many frames."""
+
+    def encode_first_frames(self, pixel_values: torch.Tensor) -> Conditioning:
+        """What models that are always given the first frame are told of it besides the caption; of others nothing."""
 
     def generate(
         self,
@@ -198,8 +204,10 @@ class VideoFamily(ImageFamily, Protocol):
         guidance_scale: float,
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
+        first_frames: Sequence[Image.Image] | None = None,
     ) -> list[Clip]:
-        """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline."""
+        """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline; with `first_frames`, of
+        that size, by its pipeline for images."""
 
 
 class TextFamily(Family, Protocol):

@@ -35,6 +35,7 @@ from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
 from difftrain_utils.families.wan import Wan
+from difftrain_utils.families.wan_image_to_video import WanImageToVideo
 from difftrain_utils.families.z_image import ZImage
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
@@ -58,7 +59,11 @@ FAMILIES: dict[str, type[ImageFamily]] = {
     "SanaPipeline": Sana,
     "PRXPixelPipeline": PRXPixel,
 }
-VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {"WanPipeline": Wan, "LTXPipeline": LTX}
+VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {
+    "WanPipeline": Wan,
+    "WanImageToVideoPipeline": WanImageToVideo,
+    "LTXPipeline": LTX,
+}
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,
     "BertForMaskedLM": MaskedLM,

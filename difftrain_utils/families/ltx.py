@@ -1,10 +1,10 @@
 """LTX-Video: a transformer on packed latents of a VAE for videos, told when each frame is, and the states of a T5."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline, LTXPipeline
+from diffusers import DiffusionPipeline, LTXImageToVideoPipeline, LTXPipeline
 
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Conditioning
@@ -18,12 +18,18 @@ class LTX(DiffusersVideoFamily):
     The places of tokens are seconds and pixels, so that the transformer knows the frames a second (`data.fps`)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXPipeline
+    image_pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXImageToVideoPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 32
     gives_sigmas: ClassVar[bool] = True
 
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None
     """Mean and standard deviation of the latents' channels, which are among the VAE's weights."""
+
+    @property
+    def first_frames(self) -> Literal["none", "some", "all"]:
+        """See `VideoFamily`: the first latents of a clip are those of its first frame where the VAE is causal."""
+        return "some" if self.config_of("vae").encoder_causal else "none"
 
     @property
     def vae_scale_factors(self) -> tuple[int, int]:
@@ -62,7 +68,7 @@ class LTX(DiffusersVideoFamily):
         output = denoiser(
             hidden_states=LTXPipeline._pack_latents(noisy_latents, patch, patch_t),
             encoder_hidden_states=conditioning["prompt_embeds"],
-            timestep=timesteps,
+            timestep=timesteps if timesteps.ndim == 1 else self.token_times(timesteps, noisy_latents),
             encoder_attention_mask=conditioning["prompt_embeds_mask"],
             **size,
             rope_interpolation_scale=(per_frame / self.fps, per_side, per_side),

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from diffusers.utils import is_ftfy_available
 
 from difftrain_utils.config.objective import TimestepsConfig
@@ -28,6 +28,7 @@ class Wan(DiffusersVideoFamily):
     is loaded when a pipeline is made."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanPipeline
+    image_pipeline_class: ClassVar[type[DiffusionPipeline]] = WanImageToVideoPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 16
     float32_parts: ClassVar[tuple[str, ...]] = ("vae",)  # as in the authors' code
@@ -38,10 +39,22 @@ class Wan(DiffusersVideoFamily):
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: TextToVideoConfig, weights: Weights) -> "Wan":
         family = super().load(source, model_index, config, weights)
-        if family.config_of("transformer").get("image_dim") is not None:
-            raise ValueError("transformer: image_dim: a WanPipeline tells it of no image")
+        family.check_inputs()
         family.expert = family.expert_for(config.timesteps)
         return family
+
+    def check_inputs(self) -> None:
+        """Raise ValueError unless the transformer takes what the pipeline gives it."""
+        config, channels = self.config_of("transformer"), self.config_of("vae").z_dim
+        if config.get("image_dim") is not None:
+            raise ValueError("transformer: image_dim: a WanPipeline tells it of no image")
+        if config.in_channels != channels:
+            raise ValueError(f"transformer: in_channels: a WanPipeline gives it {channels}, got {config.in_channels}")
+
+    @property
+    def first_frames(self) -> Literal["none", "some", "all"]:
+        """See `VideoFamily`: only models that are told the time of each token."""
+        return "some" if self.model_index.get("expand_timesteps") else "none"
 
     @property
     def denoiser_part(self) -> str:
@@ -97,6 +110,18 @@ class Wan(DiffusersVideoFamily):
         )
         return {"prompt_embeds": embeds, "prompt_embeds_mask": embeds.any(-1)}
 
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `DiffusersFamily`; times the inverse, as in the pipeline, to the last bit."""
+        config, per_channel = self.config_of("vae"), (-1, *[1] * (latents.ndim - 2))
+        mean, std = (latents.new_tensor(config[name]).view(per_channel) for name in ("latents_mean", "latents_std"))
+        return (latents - mean) * (1.0 / std)
+
+    def sample_latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """See `Family`. A first frame that is given is the mode of its posterior, as the pipeline takes it."""
+        if self.first_frames == "some":
+            noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise[:, :, 1:]], 2)
+        return super().sample_latents(moments, noise)
+
     def predict(
         self,
         denoiser: torch.nn.Module,
@@ -105,8 +130,8 @@ class Wan(DiffusersVideoFamily):
         conditioning: Conditioning,
     ) -> torch.Tensor:
         embeds = conditioning["prompt_embeds"]
-        if self.model_index.get("expand_timesteps"):  # one for each token
-            timesteps = timesteps[:, None].expand(-1, self.num_tokens(*noisy_latents.shape[2:]))
+        if self.model_index.get("expand_timesteps"):
+            timesteps = self.token_times(timesteps, noisy_latents)
         return denoiser(
             hidden_states=noisy_latents,
             timestep=timesteps,

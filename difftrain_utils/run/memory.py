@@ -376,7 +376,7 @@ class Planner:
         stays on the disk."""
         sizes = {}
         for name, module in self._family_of(self.dtype(config)).frozen_modules().items():
-            is_image_part = name == self.family.image_part
+            is_image_part = name in (self.family.image_part, *self.family.condition_parts)
             if config.model.offload_text_encoders and not is_image_part:
                 continue
             if cached == (config.data.cache_latents if is_image_part else config.data.cache_text):
@@ -464,7 +464,8 @@ class Planner:
         """The latents and the conditioning of one sample."""
         family = self._family_of(dtype)
         with self.shapes, torch.no_grad():
-            return _latents_of(family, size), family.null_conditioning()
+            given = family.null_first_frames(*size) if len(size) == 3 else {}
+            return _latents_of(family, size), family.null_conditioning() | given
 
     def _family_of(self, dtype: torch.dtype) -> Family:
         return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))

@@ -209,12 +209,13 @@ def test_the_builtin_set_is_drawn_at_the_runs_size(tmp_path, monkeypatch):
         map_rows(config_of("builtin:moving-shapes", tmp_path, width=48))
 
 
-@pytest.mark.parametrize(("name", "window"), [("tiny-wan", "middle"), ("tiny-ltx", "all")])
+@pytest.mark.parametrize(("name", "window"), [("tiny-wan", "middle"), ("tiny-wan-i2v", "start"), ("tiny-ltx", "all")])
 def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_path, name, window):
     size = {"num_frames": 5, "fps": 12, "height": 32, "width": 32}
     fields = {"dataset": folder, "window": window, "center_crop": True, "random_flip": True, "on_bad_row": "skip"}
     fields |= size | {"cache_latents": True, "cache_text": True, "cache_dir": tmp_path / "cache"}
-    argv = options({"model.pretrained_model_name_or_path": f"builtin:{name}", "model.max_sequence_length": 40} | {
+    length = 512 if name == "tiny-wan-i2v" else 40
+    argv = options({"model.pretrained_model_name_or_path": f"builtin:{name}", "model.max_sequence_length": length} | {
         f"data.{field}": value for field, value in fields.items()})  # fmt: skip
     config, accelerator = command_line.parse_config(TextToVideoConfig, argv), Accelerator(cpu=True)
     family = load_family(config)
@@ -227,6 +228,9 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
     torch.testing.assert_close(latents, their_latents, rtol=1e-5, atol=1e-5)  # a clip alone rounds otherwise than four
     embeds, theirs = (given["prompt_embeds"] * given["prompt_embeds_mask"][..., None] for given in
                       (conditioning, their_conditioning))  # fmt: skip
+    for first in conditioning.keys() - {"prompt_embeds", "prompt_embeds_mask"}:
+        torch.testing.assert_close(conditioning[first], their_conditioning[first], rtol=1e-5, atol=1e-5)
+    assert conditioning.keys() == their_conditioning.keys() and ("image_embeds" in conditioning) == (length == 512)
     assert embeds.shape[1] < 40 and torch.equal(embeds, theirs[:, : embeds.shape[1]])
     assert not theirs[:, embeds.shape[1] :].any()
     assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
