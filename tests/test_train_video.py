@@ -1,5 +1,6 @@
 """train_text_to_video.py keeps the promises of the image script, and trains all strategies on clips."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -32,6 +33,7 @@ from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.media.video import LOSSLESS, write_video
 
+WAN = {"model.pretrained_model_name_or_path": "builtin:tiny-wan"}
 LTX = {"model.pretrained_model_name_or_path": "builtin:tiny-ltx"}
 ONE_CLIP = {"data.center_crop": True, "data.window": "middle"}
 CACHES = ONE_CLIP | {"data.cache_latents": True, "data.cache_text": True}
@@ -63,10 +65,14 @@ def mixed_videos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def video_run(video_folder, tmp_path) -> list[str]:
+    return short_options(video_folder, tmp_path / "run")
+
+
+def short_options(video_folder: Path, output_dir: Path) -> list[str]:
     """Options of a run of seconds."""
     return options(
         {
-            "model.pretrained_model_name_or_path": "builtin:tiny-wan",
+            **WAN,
             "model.max_sequence_length": 40,
             "data.dataset": video_folder,
             "data.validation_dataset": video_folder,
@@ -75,8 +81,8 @@ def video_run(video_folder, tmp_path) -> list[str]:
             "data.width": 32,
             "data.fps": 8,
             "data.caption_dropout": 0.2,
-            "data.cache_dir": tmp_path / "cache",
-            "train.output_dir": tmp_path / "run",
+            "data.cache_dir": output_dir.with_name("cache"),
+            "train.output_dir": output_dir,
             "train.max_steps": 4,
             "train.batch_size": 4,
             "train.log_every": 1,
@@ -130,7 +136,7 @@ def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     assert 0 < evaluations[3]["validation_loss_ema"] < 10 and len(evaluations[3]["validation_loss_bins"]) == 8
     assert {path.suffix for path in (unbroken / "samples").iterdir()} == {".mp4", ".webp"}
     assert_resumes([*video_run, *evaluated], unbroken)
-    assert_splits(video_run, unbroken, 2, 4)
+    assert_splits(video_run, unbroken, 4)
     pipeline, ema = (
         DiffusionPipeline.from_pretrained(unbroken / "pipeline"),
         load_file(unbroken / "checkpoint-4/ema.safetensors"),
@@ -307,10 +313,23 @@ COVERING = {
 QUICK = ("knn-mixed-offset",)
 
 
+@pytest.fixture(scope="module")
+def plain_losses(video_folder, tmp_path_factory):
+    """plain_losses(fields): those of the same model without any strategy."""
+
+    @functools.cache
+    def of_model(name: str) -> list[float]:
+        argv = short_options(video_folder, tmp_path_factory.mktemp("runs") / "plain")
+        return losses(train_video([*argv, "--model.pretrained_model_name_or_path", name, "--train.save_every", "0"]))
+
+    return lambda fields: of_model((WAN | fields)["model.pretrained_model_name_or_path"])
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in COVERING])
-def test_strategies_train_resume_and_split_exactly(video_run, name):
+def test_strategies_train_resume_and_split_exactly(video_run, plain_losses, name):
     argv = [*video_run, *options(COVERING[name])]
     unbroken = train_video(argv)
+    assert losses(unbroken) != plain_losses(COVERING[name])  # the options do something
     assert_resumes(argv, unbroken)
     assert_splits(argv, unbroken, 2)
 
