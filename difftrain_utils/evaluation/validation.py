@@ -16,15 +16,17 @@ from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.preference import PreferenceConfig
 from difftrain_utils.data.pairs import as_images
 from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.devices import to_device
 from difftrain_utils.evaluation.held_out import held_out_batches
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.families.reference import Reference
 from difftrain_utils.files import new_file
-from difftrain_utils.keyed_random import keyed_rand, keyed_randn
+from difftrain_utils.keyed_random import keyed_rand
 from difftrain_utils.media import pairs, video
 from difftrain_utils.media.media import media_of
 from difftrain_utils.objective.first_frames import give_first_frames
 from difftrain_utils.objective.loss import sample_losses, scale_masks
+from difftrain_utils.objective.noise import unit_noise
 from difftrain_utils.objective.preference import implicit_accuracies, preference_losses, preference_margins
 from difftrain_utils.objective.schedule import Schedule
 
@@ -49,9 +51,10 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
     """This process's share of `evaluation.num_validation_samples` triples, on its device; triple j has the row j modulo
     their number, and lies in the noise level's bin j modulo `evaluation.num_validation_bins`.
 
-    They depend on `evaluation.seed` alone, not on the run, so that runs can be compared. The noise levels are equally
-    spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. As many clips as in training are given their first
-    frame.
+    They depend on `evaluation.seed` alone, not on the run, so that runs can be compared; but noise whose frames are
+    correlated (`noise.frame_correlation`) is so here, too, for without it is another process. The noise levels are
+    equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. As many clips as in training are given their
+    first frame.
     """
     evaluation, schedule, are_pairs = config.evaluation, family.schedule, media_of(config.data) is pairs
     number, what = evaluation.num_validation_samples, "Validating, batches"
@@ -59,7 +62,8 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
         batch = send_to_device(batch, accelerator.device)
         batch = as_images(batch) if are_pairs else batch
         latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
-        noise = keyed_randn(evaluation.seed, "validation_noise", keys, latents.shape[1:], accelerator.device)
+        noise = unit_noise(config.noise, evaluation.seed, "validation_noise", keys, latents.shape[1:])
+        noise = to_device(noise, accelerator.device)
         timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
         if are_pairs:  # one noise and one noise level for both images
             noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig, VideoNoiseConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.video import Clip
+from difftrain_utils.objective.noise import correlate_frames
 from difftrain_utils.objective.schedule import append_dims
 
 
@@ -29,6 +30,8 @@ class DiffusersVideoFamily(DiffusersFamily):
 
     fps: float = 0.0
     """Frames a second of all clips."""
+    noise: VideoNoiseConfig = field(default_factory=VideoNoiseConfig)
+    """That of the run, whose frames may be correlated: `generate` begins with such."""
 
     @classmethod
     def load(
@@ -37,7 +40,7 @@ class DiffusersVideoFamily(DiffusersFamily):
         if config.train.channels_last:
             raise InputError("train.channels_last: not for the weights of a VAE for videos, got true; leave it false")
         family = super().load(source, model_index, config, weights)
-        family.fps = config.data.fps
+        family.fps, family.noise = config.data.fps, config.noise
         family.check_probability(config.model.first_frame_probability)
         return family
 
@@ -67,6 +70,11 @@ class DiffusersVideoFamily(DiffusersFamily):
     def patch_sizes(self) -> tuple[int, int, int]:
         """Frames, height and width of the denoiser's tokens in latents."""
         raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        config = self.config_of(self.image_part)
+        return config.get("latent_channels") or config.z_dim
 
     @property
     def frame_multiple(self) -> int:
@@ -150,5 +158,21 @@ class DiffusersVideoFamily(DiffusersFamily):
             options = self.picture_options(
                 pipeline, lot, height, width, num_inference_steps, guidance_scale, guidance_rescale
             )
+            if self.noise.frame_correlation is not None:
+                options["latents"] = self.pack(self.correlated_noise(num_frames, height, width, of_lot))
             made += pipeline(**options, **image, num_frames=num_frames, generator=of_lot, output_type="pil").frames
         return [Clip(frames, self.fps) for frames in made]
+
+    def correlated_noise(
+        self, num_frames: int, height: int, width: int, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """Noise of latents of videos of this size, one for each generator: see `correlate_frames`."""
+        per_frame, per_side = self.vae_scale_factors
+        frames = (num_frames - 1) // per_frame + 1
+        shape = self.latent_channels, 1 + frames, height // per_side, width // per_side
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return correlate_frames(self.noise, noise)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the pipeline's call takes them."""
+        return latents

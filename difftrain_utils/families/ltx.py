@@ -66,7 +66,7 @@ class LTX(DiffusersVideoFamily):
         (per_frame, per_side), (patch_t, patch, _) = self.vae_scale_factors, self.patch_sizes
         size = dict(zip(("num_frames", "height", "width"), noisy_latents.shape[2:], strict=True))
         output = denoiser(
-            hidden_states=LTXPipeline._pack_latents(noisy_latents, patch, patch_t),
+            hidden_states=self.pack(noisy_latents),
             encoder_hidden_states=conditioning["prompt_embeds"],
             timestep=timesteps if timesteps.ndim == 1 else self.token_times(timesteps, noisy_latents),
             encoder_attention_mask=conditioning["prompt_embeds_mask"],
@@ -75,6 +75,10 @@ class LTX(DiffusersVideoFamily):
             return_dict=False,
         )[0].float()
         return LTXPipeline._unpack_latents(output, *size.values(), patch, patch_t)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        patch_t, patch, _ = self.patch_sizes
+        return LTXPipeline._pack_latents(latents, patch, patch_t)
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         return super().call_options(prompts, guidance_scale) | {"frame_rate": self.fps}

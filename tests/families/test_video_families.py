@@ -19,6 +19,7 @@ from difftrain_utils.config import command_line
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.objective.noise import correlate_frames
 
 NAMES = ("tiny-wan", "tiny-ltx")
 SIZE = 9, 32, 32
@@ -94,6 +95,21 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser):
         output = family.predict(denoiser, latents, timestep.expand(2), conditioning)
         latents = sampler.step(output, timestep, latents).prev_sample
     torch.testing.assert_close(latents, family.normalise(torch.cat(decoded)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sampling_begins_with_noise_whose_frames_are_correlated(name, denoiser):
+    """As those of training's are."""
+    family = load_family(video_config(name, noise__frame_correlation="mixed"))
+    calls = Calls(denoiser)
+    sample(family, denoiser, PROMPTS, 2)
+    (theirs, _), *_ = calls.pop()
+    channels, frames, *sides = first_latents(family, 2).shape[1:]
+    noise = randn_tensor((2, channels, frames + 1, *sides), generator=generators(2))
+    timesteps = family.sampler.timesteps[0].expand(2)
+    family.predict(denoiser, correlate_frames(family.noise, noise), timesteps, family.encode_prompts(PROMPTS))
+    ((ours, _),) = calls.pop()
+    assert torch.equal(ours["hidden_states"], theirs["hidden_states"])
 
 
 @torch.no_grad()
