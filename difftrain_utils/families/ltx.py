@@ -18,6 +18,7 @@ class LTX(DiffusersVideoFamily):
     The places of tokens are seconds and pixels, so that the transformer knows the frames a second (`data.fps`)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 32
     gives_sigmas: ClassVar[bool] = True
