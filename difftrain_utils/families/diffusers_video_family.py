@@ -169,6 +169,7 @@ class DiffusersVideoFamily(DiffusersFamily):
         """Noise of latents of videos of this size, one for each generator: see `correlate_frames`."""
         per_frame, per_side = self.vae_scale_factors
         frames = (num_frames - 1) // per_frame + 1
+        frames += -frames % self.patch_sizes[0]
         shape = self.latent_channels, 1 + frames, height // per_side, width // per_side
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return correlate_frames(self.noise, noise)

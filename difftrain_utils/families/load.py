@@ -15,6 +15,7 @@ from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
+from difftrain_utils.families.cogvideox import CogVideoX
 from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
@@ -63,6 +64,7 @@ VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {
     "WanPipeline": Wan,
     "WanImageToVideoPipeline": WanImageToVideo,
     "LTXPipeline": LTX,
+    "CogVideoXPipeline": CogVideoX,
 }
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,

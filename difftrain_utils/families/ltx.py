@@ -19,6 +19,7 @@ class LTX(DiffusersVideoFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXPipeline
     image_pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXImageToVideoPipeline
+    guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 32
     gives_sigmas: ClassVar[bool] = True

@@ -61,6 +61,12 @@ class Wan(DiffusersVideoFamily):
         return self.expert
 
     @property
+    def guidance_order(self) -> str | None:
+        """See `ImageFamily`. Of two experts each is asked for some of the steps, which nothing that stands in for one
+        knows."""
+        return None if self.has_part(EXPERTS[1]) else "apart"
+
+    @property
     def boundary(self) -> float | None:
         """The noise level between the two experts, as a fraction of the schedule; None of models of one."""
         return self.model_index.get("boundary_ratio") if self.has_part(EXPERTS[1]) else None

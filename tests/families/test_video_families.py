@@ -5,34 +5,63 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from calls import Calls, generators
-from diffusers import DiffusionPipeline
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+    LTXVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
-from helpers import options, parse_config
+from helpers import data_of, metrics_without_times, options, parse_config, train_video
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.builtins.tiny import cogvideox
 from difftrain_utils.builtins.tiny.parts import fill_zeros
 from difftrain_utils.config import command_line
 from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.config.training import TrainConfig
+from difftrain_utils.data.load import Data
+from difftrain_utils.data.rows import map_rows
+from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.evaluation.guidance import noise_levels
+from difftrain_utils.families.cogvideox import CogVideoX
+from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.keyed_random import keyed_randn, seed_for
 from difftrain_utils.objective.noise import correlate_frames
+from difftrain_utils.objective.timesteps import sample_timesteps
+from difftrain_utils.optimization.optimizers import build_optimizer
+from difftrain_utils.optimization.sharding import units_of
+from difftrain_utils.run.activations import count_activations
+from difftrain_utils.run.flops import training_flops
+from difftrain_utils.run.memory import Planner
 
-NAMES = ("tiny-wan", "tiny-ltx")
+NAMES = ("tiny-wan", "tiny-ltx", "tiny-cogvideox")
 SIZE = 9, 32, 32
 PROMPTS = ["a red circle moving left", "a blue square"]
+LORA = {"model__lora__rank": 4, "model__lora__alpha": 8, "optimizer__init_args__lr": 0.02}
 
 
 def video_config(name: str, **fields) -> TextToVideoConfig:
+    return command_line.parse_config(TextToVideoConfig, video_options(name, **fields))
+
+
+def video_options(name: str, **fields) -> list[str]:
     """Of clips of 9 frames, 32 x 32 pixels; `fields` have __ for the dots of their names."""
     model = {"model.pretrained_model_name_or_path": f"builtin:{name}", "model.max_sequence_length": 40}
     size = dict(zip(("data.num_frames", "data.height", "data.width"), SIZE, strict=True))
     own = {field.replace("__", "."): value for field, value in fields.items()}
-    argv = options(model | size | {"data.dataset": "builtin:moving-shapes", "data.fps": 12} | own)
-    return command_line.parse_config(TextToVideoConfig, argv)
+    return options(model | size | {"data.dataset": "builtin:moving-shapes", "data.fps": 12} | own)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -47,13 +76,21 @@ def family(name):
 
 @pytest.fixture
 def denoiser(family):
+    return denoiser_of(family)
+
+
+def denoiser_of(family) -> torch.nn.Module:
+    """Of which all inputs count."""
     torch.manual_seed(1)
     return fill_zeros(family.load_denoiser()).eval()
 
 
 def first_latents(family, count: int) -> torch.Tensor:
     """What the pipeline begins with."""
-    shape = family.encode_images(torch.zeros(1, 3, *SIZE)).shape[2:]
+    shape = family.sample_latents(family.encode_images(torch.zeros(1, 3, *SIZE)), torch.zeros(())).shape[1:]
+    if isinstance(family, CogVideoX):  # whose latents are frames, then channels
+        frames_first = (count, shape[1], shape[0], *shape[2:])
+        return randn_tensor(frames_first, generator=generators(count)).transpose(1, 2)
     return randn_tensor((count, *shape), generator=generators(count))
 
 
@@ -64,7 +101,7 @@ def sample(family, denoiser, prompts: list[str], steps: int, guidance_scale: flo
 
 
 @torch.no_grad()
-def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
+def assert_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser) -> None:
     """Hooked on the pipeline's call: the same arguments and the same output of them, to the bit."""
     calls = Calls(denoiser)
     sample(family, denoiser, PROMPTS, 2)
@@ -74,13 +111,17 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
     ((ours, ours_output),) = calls.pop()
     assert ours.keys() == theirs.keys() and torch.equal(ours_output, output)
     for key, value in theirs.items():
-        is_same = ours[key].dtype == value.dtype and torch.equal(ours[key], value) if torch.is_tensor(value) else (
-            ours[key] == value)  # fmt: skip
-        assert is_same, key
+        for mine, its in zip(tree_leaves(ours[key]), tree_leaves(value), strict=True):
+            is_tensor = torch.is_tensor(its)
+            assert mine.dtype == its.dtype and torch.equal(mine, its) if is_tensor else mine == its, key
+
+
+def test_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser):
+    assert_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser)
 
 
 @torch.no_grad()
-def test_sampling_by_predict_is_the_pipelines(family, denoiser):
+def assert_sampling_by_predict_is_the_pipelines(family, denoiser) -> None:
     """So the sign, the packing and the latents' normalisation are right: what the pipeline's VAE decodes, normalised,
     is what sampling with `predict` ends at."""
     decoded, vae = [], family.part("vae")
@@ -89,12 +130,30 @@ def test_sampling_by_predict_is_the_pipelines(family, denoiser):
     del vae.decode
     sampler, latents = copy.deepcopy(family.sampler), first_latents(family, 2)
     sampler._step_index, conditioning = None, family.encode_prompts(PROMPTS)
-    if hasattr(sampler, "model_outputs"):  # UniPC remembers those of its last run
+    if hasattr(sampler, "model_outputs"):  # UniPC and DPM-Solver remember those of their last run
         sampler.set_timesteps(3)
     for timestep in sampler.timesteps:
         output = family.predict(denoiser, latents, timestep.expand(2), conditioning)
         latents = sampler.step(output, timestep, latents).prev_sample
-    torch.testing.assert_close(latents, family.normalise(torch.cat(decoded)), rtol=1e-5, atol=1e-5)
+    made = family.normalise(torch.cat(decoded))  # of frames that were added, nothing
+    torch.testing.assert_close(latents[:, :, -made.shape[2] :], made, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_by_predict_is_the_pipelines(family, denoiser):
+    assert_sampling_by_predict_is_the_pipelines(family, denoiser)
+
+
+@pytest.mark.parametrize(("path", "prediction_type"), [("cosine", "v_prediction"), ("linear", "sample")])
+def test_another_path_is_sampled_by_the_pipeline_or_refused(name, path, prediction_type):
+    fields = {"scheduler__path": path, "model__prediction_type": prediction_type}
+    fields |= {"scheduler__flow_shift": 2.0} if path == "linear" else {}
+    if name == "tiny-ltx" and path == "cosine":
+        with pytest.raises(InputError, match=r"^scheduler.path: must be linear for a pipeline that says where"):
+            load_family(video_config(name, **fields))
+        return
+    family = load_family(video_config(name, **fields))
+    assert (family.schedule.path, family.schedule.prediction_type) == (path, prediction_type)
+    assert_sampling_by_predict_is_the_pipelines(family, denoiser_of(family))
 
 
 @torch.no_grad()
@@ -116,7 +175,7 @@ def test_sampling_begins_with_noise_whose_frames_are_correlated(name, denoiser):
 def test_nothing_is_the_pipelines_own(family, denoiser):
     """Under guidance, the pipeline asks for the caption and for nothing."""
     calls = Calls(denoiser)
-    sample(family, denoiser, PROMPTS[:1], 1 if isinstance(family.sampler.timesteps, int) else 2, 3.0)
+    sample(family, denoiser, PROMPTS[:1], 2, 3.0)
     of_both_steps = calls.pop()
     rows = [row for _, output in of_both_steps[: len(of_both_steps) // 2] for row in output]
     timestep, latents = family.sampler.timesteps[0], first_latents(family, 1)
@@ -137,6 +196,9 @@ def test_captions_are_the_same_whatever_is_beside_them_and_from_caches(family, d
     for row, caption in enumerate((None, *PROMPTS, PROMPTS[0])):
         for key, value in family.encode_prompts([caption]).items():
             assert torch.equal(together[key][row], value[0]), key
+    if "prompt_embeds_mask" not in together:  # padding counts
+        assert together["prompt_embeds"].shape[1] == 40
+        return
     mask = together["prompt_embeds_mask"]
     assert (mask.int().diff(dim=1) <= 0).all() and mask.shape[1] == 40, "a prefix"
     longest = mask.sum(1).max()
@@ -146,10 +208,88 @@ def test_captions_are_the_same_whatever_is_beside_them_and_from_caches(family, d
     torch.testing.assert_close(cached, direct, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "length"), [("tiny-wan", 512), ("tiny-ltx", 128), ("tiny-cogvideox", 226)])
+def test_prompts_are_as_long_as_the_pipeline_has_them_by_default(name, length):
+    """How long they are moves the velocity, of Wan's zeros, too."""
+    family, short = (load_family(video_config(name, model__max_sequence_length=n)) for n in (None, 16))
+    denoiser = denoiser_of(family)
+    calls = Calls(denoiser)
+    sample(family, denoiser, PROMPTS[:1], 2)
+    (theirs, output), *_ = calls.pop()
+    timestep = family.sampler.timesteps[0]
+    for told, is_same in ((family, True), (short, False)):
+        told.predict(denoiser, first_latents(family, 1), timestep.expand(1), told.encode_prompts(PROMPTS[:1]))
+        ((ours, found),) = calls.pop()
+        assert ours["encoder_hidden_states"].shape[1] == (length if is_same else 16)
+        assert torch.equal(found, output) == is_same
+    assert theirs["encoder_hidden_states"].shape[1] == length
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_frozen_parts_in_half_precision_are_those_of_diffusers(name, family, precision, dtype):
+    """But for Wan's VAE; and a run computes with them nearly what it computes without."""
+    theirs = DiffusionPipeline.from_pretrained(family.source, torch_dtype=dtype, transformer=None)
+    halved = dataclasses.replace(family, _parts={})
+    halved.move_frozen_parts(SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision), TrainConfig())
+    for part, module in halved.frozen_modules().items():
+        plain = getattr(theirs, part).state_dict()
+        assert plain.keys() == module.state_dict().keys()
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor.to(plain[key].dtype), plain[key]), f"{part}.{key}"
+    if precision == "bf16":
+        denoiser, pixels, outputs = denoiser_of(family), torch.rand(2, 3, *SIZE) * 2 - 1, []
+        for each in (family, halved):
+            latents, conditioning = each.encode_images(pixels)[:, 0], each.encode_prompts(PROMPTS)
+            latents = each.sample_latents(torch.stack([latents, torch.zeros_like(latents)], 1), torch.zeros(()))
+            with torch.autocast("cpu", dtype, enabled=each is halved):
+                outputs.append(each.predict(denoiser, latents, torch.tensor([100, 700]), conditioning))
+        full, half = outputs
+        assert half.dtype == torch.float32 and 0 < (half - full).norm() < 0.05 * full.norm()
+
+
+def test_encoders_whose_weights_stay_on_the_disk(family):
+    offloaded = dataclasses.replace(family, offload_text_encoders=True, _parts={})
+    wanted, found = (made.encode_prompts([*PROMPTS, None]) for made in (family, offloaded))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted) and found.keys() == wanted.keys()
+    assert all(weight.is_meta for weight in offloaded.part("text_encoder").parameters())
+
+
+def test_flops_and_activations_can_be_counted(name, family, denoiser):
+    """Without values, as many as with them."""
+    config = video_config(name, train__batch_size=2)
+    optimizer = build_optimizer(config.optimizer, {"denoiser": denoiser})
+    planner = Planner(Accelerator(cpu=True), family, {"denoiser": denoiser}, optimizer, Data([], []), config)
+    inputs = *a_batch(family), family.encode_prompts(PROMPTS)
+    assert planner.activations(config) == count_activations(denoiser, family.predict, *inputs).kept
+    flops = training_flops(family.denoiser_on_meta(), family.predict, *inputs)
+    assert planner.flops(config)["forward and backward pass"] == pytest.approx(flops, rel=0.02) and flops > 1e8
+
+
+@torch.no_grad()
+def test_guidance_at_some_noise_levels_and_by_a_weaker_model(name, family, denoiser):
+    def draw(weaker=None, **fields) -> list:
+        config = dataclasses.replace(video_config(name).evaluation, num_inference_steps=3, **fields)
+        clips = generate(family, denoiser, config, SIZE, PROMPTS, [0, 1], weaker)
+        return [[frame.tobytes() for frame in clip.frames] for clip in clips]
+
+    guided, unguided = draw(guidance_scale=4.0), draw(guidance_scale=1.0)
+    levels = noise_levels(family.schedule, family.sampler.timesteps)
+    at_first = draw(guidance_scale=4.0, guidance_interval=[sum(levels[:2]) / 2, 1.0])
+    assert draw(guidance_scale=4.0, guidance_interval=[0.0, 1.0]) == guided
+    assert draw(denoiser, guidance_scale=4.0) == unguided
+    assert len({str(drawn) for drawn in (guided, unguided, at_first)}) == 3
+
+
+def a_batch(family) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and timesteps."""
+    return first_latents(family, 2), torch.tensor([100.0, 700.0] if family.schedule.has_continuous_time else [100, 700])
+
+
 def gradients(family, denoiser) -> dict[str, torch.Tensor]:
-    latents, conditioning = first_latents(family, 2), family.encode_prompts(PROMPTS)
     denoiser.zero_grad()
-    family.predict(denoiser, latents, torch.tensor([100.0, 700.0]), conditioning).square().mean().backward()
+    family.predict(denoiser, *a_batch(family), family.encode_prompts(PROMPTS)).square().mean().backward()
     return {name: parameter.grad for name, parameter in denoiser.named_parameters()}
 
 
@@ -163,18 +303,89 @@ def test_every_weight_has_a_gradient(family, denoiser):
 
 
 @torch.no_grad()
-def test_adapters_are_loaded_by_plain_diffusers(name, family, tmp_path):
-    config = video_config(name, model__lora__rank=4, model__lora__alpha=8)
+def test_adapters_are_loaded_by_plain_diffusers(name, tmp_path):
+    assert_adapters_are_loaded_by_plain_diffusers(video_config(name, **LORA), tmp_path)
+
+
+@torch.no_grad()
+def assert_adapters_are_loaded_by_plain_diffusers(config, folder, run=None) -> None:
+    """With alpha, which is not the rank: those of a run, or drawn ones."""
     family = load_family(config)
-    denoiser = trained_models(family, config)["denoiser"].eval()
+    denoiser, part = trained_models(family, config)["denoiser"].eval(), family.denoiser_part
     base = copy.deepcopy(family.pipeline(family.load_denoiser().eval()))
-    before = sample(family, denoiser, PROMPTS, 2)
-    for weight in (weight for weight in denoiser.parameters() if weight.requires_grad):
-        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    ours = sample(family, denoiser, PROMPTS, 2)
-    family.save_lora(tmp_path, denoiser)
-    base.load_lora_weights(tmp_path)
-    assert sample(family, base.transformer, PROMPTS, 2) == ours != before  # with alpha, which is not the rank
+    inputs = *a_batch(family), family.encode_prompts(PROMPTS)
+    before = family.predict(denoiser, *inputs)
+    if run is None:
+        for weight in (weight for weight in denoiser.parameters() if weight.requires_grad):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        family.save_lora(folder, denoiser)
+    else:
+        found = denoiser.load_state_dict(load_file(run / "checkpoint-2/denoiser.safetensors"), strict=False)
+        assert not found.unexpected_keys
+    base.load_lora_weights(folder, **({"load_into_transformer_2": True} if part == "transformer_2" else {}))
+    ours = family.predict(denoiser, *inputs)
+    assert torch.equal(family.predict(getattr(base, part), *inputs), ours) and not torch.equal(ours, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NAMES, "experts"], scope="module")
+def test_the_adapters_of_a_run_are_loaded_by_plain_diffusers(name, tmp_path):
+    """Also of a quantised base, for the base as it was, in half precision and with grids."""
+    fields = LORA | {"train__max_steps": 2, "train__batch_size": 2, "ema__enabled": False, "train__save_every": 2}
+    if name == "experts":  # the one of low noise
+        name, source = "tiny-wan", two_experts(tmp_path)
+        fields |= {"model__pretrained_model_name_or_path": source, "timesteps__max": 0.9}
+    run = train_video(video_options(name, **fields, train__output_dir=tmp_path / "run"))
+    assert_adapters_are_loaded_by_plain_diffusers(video_config(name, **fields), run / "lora", run)
+    fields |= {"model__lora__quantization": "nf4", "train__precision": "bf16", "train__eval_every": 2}
+    fields |= {"evaluation__prompts": PROMPTS, "evaluation__num_inference_steps": 2}
+    quantized = train_video(video_options(name, **fields, train__output_dir=tmp_path / "quantized"))
+    losses = [metrics_without_times(run)[0]["loss"] for run in (run, quantized)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+    config = video_config(name, **fields | {"model__lora__quantization": None, "train__precision": "fp32"})
+    assert_adapters_are_loaded_by_plain_diffusers(config, quantized / "lora", quantized)
+
+
+@pytest.mark.slow
+def test_the_first_loss_and_gradient_are_the_textbooks(name, tmp_path):
+    """By hand from the keyed draws, the VAE's posterior and the objective's formula, the whole batch at once."""
+    argv = video_options(name, train__max_steps=1, train__batch_size=2, train__output_dir=tmp_path)
+    config = command_line.parse_config(TextToVideoConfig, argv)
+    logged, family = metrics_without_times(train_video(argv))[0], load_family(config)
+    samples = Samples(data_of(map_rows(config.data)), config.data, 0, 2)
+    batch = collate([samples[k] for k in range(2)])
+    posterior = family.part("vae").encode(batch["pixel_values"]).latent_dist
+    latents = family.normalise(
+        posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(2), posterior.mean.shape[1:])
+    )
+    noise = keyed_randn(0, "noise", range(2), latents.shape[1:])
+    timesteps = sample_timesteps(config.timesteps, family.schedule, 0, range(2), 2, family.shift(*latents.shape[2:]))
+    if name == "tiny-cogvideox":
+        noisy = family.sampler.add_noise(latents, noise, timesteps)
+        target = family.sampler.get_velocity(latents, noise, timesteps)
+    else:
+        sigmas = (timesteps / 1000).view(-1, 1, 1, 1, 1)
+        noisy, target = (1 - sigmas) * latents + sigmas * noise, noise - latents
+    denoiser = family.load_denoiser().train()
+    torch.manual_seed(seed_for(0, "model", 0))
+    output = family.predict(denoiser, noisy, timesteps, family.encode_prompts(batch["captions"]))
+    loss = (output - target).square().mean()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in denoiser.parameters() if p.grad is not None]).norm()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(name, family, denoiser):
+    plain = gradients(family, denoiser)
+    if name == "tiny-cogvideox":  # of which diffusers names no repeated blocks
+        with pytest.raises(InputError, match=r"^train.compile: regional is not for this model: "):
+            configure_denoiser(TrainConfig(compile="regional"), denoiser)
+        return
+    configure_denoiser(TrainConfig(compile="regional"), denoiser)
+    for weight, gradient in gradients(family, denoiser).items():
+        torch.testing.assert_close(gradient, plain[weight], rtol=1e-3, atol=1e-6, msg=weight)
 
 
 def test_what_is_saved_is_its_own_pipeline(family, denoiser, tmp_path):
@@ -192,7 +403,7 @@ def test_what_is_saved_is_its_own_pipeline(family, denoiser, tmp_path):
 def test_sizes_that_the_model_cannot_take_are_refused(family):
     family.check_frames(1, "data.num_frames")
     family.check_frames(9, "data.num_frames")
-    with pytest.raises(InputError, match=r"^data.num_frames: .* takes 4 n \+ 1 frames, such as 9 or 13, got 12$"):
+    with pytest.raises(InputError, match=r"^data.num_frames: .* takes [48] n \+ 1 frames, such as 9 or 1[37], got 12$"):
         family.check_frames(12, "data.num_frames")
     with pytest.raises(InputError, match=r"^data.height: .* needs a multiple of (16|32), got 40 x 32$"):
         family.check_size(40, 32, "data.height")
@@ -217,12 +428,18 @@ def checkpoint(tmp_path, **model_index) -> str:
     return str(folder)
 
 
+def two_experts(tmp_path) -> str:
+    """The tiny Wan as 2.2, with two equal experts."""
+    source = checkpoint(tmp_path, boundary_ratio=0.9, transformer_2=["diffusers", "WanTransformer3DModel"])
+    shutil.copytree(f"{source}/transformer", f"{source}/transformer_2")
+    return source
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("fields", "expert"), [({"timesteps__min": 0.9}, 0), ({"timesteps__max": 0.9}, 1)])
 def test_the_expert_of_the_noise_levels_is_trained(tmp_path, fields, expert):
     """And each is asked for its own in sampling."""
-    source = checkpoint(tmp_path, boundary_ratio=0.9, transformer_2=["diffusers", "WanTransformer3DModel"])
-    shutil.copytree(f"{source}/transformer", f"{source}/transformer_2")
+    source = two_experts(tmp_path)
     model = {"model__pretrained_model_name_or_path": source}
     with pytest.raises(InputError, match=r"^timesteps.min: .* has two experts, .*, got from 0.0 to 1.0$"):
         load_family(video_config("tiny-wan", **model))
@@ -289,3 +506,61 @@ def test_the_latents_statistics_are_there_when_the_vae_is_dropped():
     assert torch.equal(family.normalise(latents), expected) and "vae" not in family._parts
     mean, std = torch.linspace(-0.5, 0.5, 8), torch.linspace(0.5, 2.0, 8)
     torch.testing.assert_close(expected, (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1))
+
+
+# ── What is CogVideoX's own ──────────────────────────────────────────────────────────────────────────────────
+KINDS = {
+    "2B": {"use_rotary_positional_embeddings": False, "max_text_seq_length": 40},
+    "1.5": {"patch_size_t": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_kinds_of_cogvideox(tmp_path, kind):
+    """Places that are added, and tokens of two frames of latents."""
+    torch.manual_seed(0)
+    cogvideox.make(**KINDS[kind]).save_pretrained(tmp_path)
+    model = {"model__pretrained_model_name_or_path": tmp_path}
+    family = load_family(video_config("tiny-cogvideox", **model))
+    denoiser = denoiser_of(family)
+    assert_the_denoiser_is_asked_as_its_pipeline_asks_it(family, denoiser)
+    assert_sampling_by_predict_is_the_pipelines(family, denoiser)
+    latents = first_latents(family, 1)
+    moments = torch.stack([latents[:, :, -3:], torch.zeros_like(latents[:, :, -3:])], 1)
+    sampled = family.sample_latents(moments, torch.zeros(()))
+    if kind == "2B":
+        with pytest.raises(InputError, match=r"^model.max_sequence_length: must be from 40 to 40 .*, got 24$"):
+            load_family(video_config("tiny-cogvideox", **model, model__max_sequence_length=24))
+    else:
+        assert sampled.shape[2] == 4 and torch.equal(sampled[:, :, 0], sampled[:, :, 1])
+        with pytest.raises(InputError, match=r"^data.width: .* takes at most 32 x 32, got 32 x 48$"):
+            family.check_size(32, 48, "data.width")
+
+
+def test_a_transformer_that_is_told_of_an_image_is_refused(tmp_path):
+    cogvideox.make(in_channels=8, ofs_embed_dim=96).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"transformer: it is told of an image, of which a CogVideoXPipeline tells"):
+        load_family(video_config("tiny-cogvideox", model__pretrained_model_name_or_path=tmp_path))
+
+
+# ── The real models ──────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("model", "config", "billions"),
+    [
+        (WanTransformer3DModel, {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}, 1.42),  # 2.1 1.3B
+        (WanTransformer3DModel, {}, 14.29),  # 2.1 14B, and each expert of 2.2 A14B
+        (LTXVideoTransformer3DModel, {}, 1.92),
+        (CogVideoXTransformer3DModel, {}, 1.69),  # 2B
+        (
+            CogVideoXTransformer3DModel,
+            {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+            5.57,
+        ),
+    ],
+)
+def test_the_real_models_are_shared_out_in_small_parts(model, config, billions):
+    with torch.device("meta"):
+        model = model(**config)
+    sizes = [sum(parameter.numel() for parameter in unit) for unit in units_of(model)]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(sizes) / 1e9 == pytest.approx(billions, abs=0.01) and max(sizes) < 0.1 * sum(sizes)
