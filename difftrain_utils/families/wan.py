@@ -84,6 +84,12 @@ class Wan(DiffusersVideoFamily):
     def patch_sizes(self) -> tuple[int, int, int]:
         return tuple(self.config_of(self.expert).patch_size)
 
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """See `DiffusersFamily`: tiles are cut out of what the VAE has patched."""
+        patch = self.config_of("vae").patch_size or 1
+        return tuple(patch * side for side in super().tile_size)
+
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         return super().digests(denoiser) | {part: self._digest(part) for part in self.other_experts}
 
