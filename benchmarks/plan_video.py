@@ -8,6 +8,7 @@ counts on configs/wan21_lora.yaml. Prints a table in 10⁹ bytes. In a folder th
 `wan-1.3b` and `wan-14b`, for `difftrain plan` itself.
 """
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -56,12 +57,13 @@ PLANS = [  # model, what is trained, GPUs, their name, options of the config
 ]
 
 
-def plan_of(folder: Path, number: int, gpu: str, options: list[str]) -> plan.Plan:
-    """What `difftrain plan` prints of the config."""
+def plan_of(folder: Path, number: int, gpu: str, options: list[str]) -> dict:
+    """What `difftrain plan --json` prints of the config."""
     args, argv = plan.parse_arguments([CONFIG, "--gpus", str(number), "--gpu", gpu, *options])
     config = parse_config(TextToVideoConfig, [*argv, "--model.pretrained_model_name_or_path", str(folder)])
     plan.check_split(args.gpus, config)
-    return plan.make_plan(args, config)
+    with contextlib.redirect_stdout(sys.stderr):
+        return plan.make_plan(args, config).to_json()
 
 
 def main() -> None:
@@ -69,25 +71,17 @@ def main() -> None:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
         for name, parts in MODELS.items():
             checkpoint_of_shapes("tiny-wan", parts, folder / name)
-        print(
-            "| model | what is trained | on | sum | frozen | activations | while caching | fits | a step | counted in |"
-        )
-        print(f"|{' --- |' * 10}")
+        print("| model | trained | on | sum | activations | while caching | fits | a step | what makes it fit |")
+        print(f"|{' --- |' * 9}")
         for name, what, number, gpu, options in PLANS:
-            began = time.perf_counter()
-            found = plan_of(folder / name, number, gpu, options).to_json()
-            took = f"{time.perf_counter() - began:.0f} s"
-            memory = found["memory"]
-            frozen = sum(memory.get(part, 0) for part in ("frozen weights", "vae", "text_encoder", "gathered weights"))
-            sizes = found["memory_total"], frozen, memory.get("activations", 0), found["memory_while_caching"]
-            seconds = "–" if found["seconds_of_step"] is None else f"{found['seconds_of_step'][1]:.3g} s"
-            cells = [name, what, f"{number} {gpu}", *(f"{size / 1e9:.3g}" for size in sizes)]
-            print("|", " | ".join([*cells, str(found["fits"]), seconds, took]), "|", flush=True)
-            for option in (
-                *found["options"],
-                *[{**step, "option": "  then " + step["option"]} for step in found["way_to_fit"]],
-            ):
-                print(f"    {option['option']}: {option['memory_total'] / 1e9:.3g}", file=sys.stderr)
+            began, found = time.perf_counter(), plan_of(folder / name, number, gpu, options)
+            sizes = found["memory_total"], found["memory"].get("activations", 0), found["memory_while_caching"]
+            low, high = found["seconds_of_step"]
+            way = ", then ".join(f"`{step['option']}` {step['memory_total'] / 1e9:.3g}" for step in found["way_to_fit"])
+            cells = [name, what, f"{number} × {gpu}", *(f"{size / 1e9:.3g}" for size in sizes)]
+            cells += ["yes" if found["fits"] else "no", f"{low:.3g} to {high:.3g} s" if high > low else f"{low:.3g} s"]
+            print("|", " | ".join([*cells, way]), "|", flush=True)
+            print(f"counted in {time.perf_counter() - began:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ KINDS = {
     "train_text_to_image.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_few_step.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_preference.py": Kind("noise level", "noise levels", "pairs", "diffusers"),
+    "train_text_to_video.py": Kind("noise level", "noise levels", "videos", "diffusers"),
     "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
 }
 

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +29,7 @@ BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
+ENDINGS = (".mp4", ".webp")  # of files that browsers play
 FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
 
 
@@ -188,20 +189,28 @@ class Clip(NamedTuple):
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
     """Write clips with their labels side by side, as an MP4 file and as a WebP, which browsers show as a picture that
     moves: `path` with these endings. Raises RunError if it cannot."""
-    fps, length = made[0].fps, max(len(clip.frames) for clip in made)
-    grids = [labelled_grid([_at(clip, number) for clip in made], labels) for number in range(length)]
-    with new_file(path.with_suffix(".mp4")) as partial:
-        write_video(grids, fps, partial, **FOR_BROWSERS)
-    with new_file(path.with_suffix(".webp")) as partial:
+    for ending in ENDINGS:
+        write_clip(side_by_side(made, lambda frames: labelled_grid(frames, labels)), path.with_suffix(ending))
+
+
+def side_by_side(clips: Sequence[Clip], lay_out: Callable[[list[Image.Image]], Image.Image]) -> Clip:
+    """A clip of what `lay_out` makes of the frames of each time; a clip that is shorter stays at its last one."""
+    length = max(len(clip.frames) for clip in clips)
+    of_each_time = ([clip.frames[min(number, len(clip.frames) - 1)] for clip in clips] for number in range(length))
+    return Clip([lay_out(frames) for frames in of_each_time], clips[0].fps)
+
+
+def write_clip(clip: Clip, path: Path, comment: str | None = None) -> None:
+    """Write a clip as its path ends, in .mp4, which has a comment, or in .webp. Raises RunError if it cannot."""
+    frames, fps = clip
+    with new_file(path) as partial:
+        if path.suffix == ".mp4":
+            write_video(frames, fps, partial, **FOR_BROWSERS, comment=comment)
+            return
         # each frame for its whole milliseconds, that of all of them for what that leaves
-        times = [round(1000 * number / fps) for number in range(length + 1)]
+        times = [round(1000 * number / fps) for number in range(len(frames) + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
-        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
-
-
-def _at(clip: Clip, number: int) -> Image.Image:
-    """A frame of a clip that stays at its last one."""
-    return clip.frames[min(number, len(clip.frames) - 1)]
+        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
 
 
 # ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
@@ -422,6 +431,7 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
+    comment: str | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -435,6 +445,8 @@ def write_video(
     with av.open(file, "w", format=format, container_options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if comment is not None:
+            container.metadata["comment"] = comment
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))
