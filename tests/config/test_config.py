@@ -415,6 +415,5 @@ def test_the_configs_of_checkpoints_that_are_not_built_in_run(name, image_folder
     start = train_video if is_video else train_preference if "preference" in sections else train
     run = start(["--config", str(config), *options(fields)])
     is_lora = "lora" in sections["model"]
-    assert (run / f"samples/step-000002.{'mp4' if is_video else 'png'}").is_file() and (
-        run / ("lora" if is_lora else "pipeline")
-    ).is_dir()
+    ending = "mp4" if is_video else "png"
+    assert (run / f"samples/step-000002.{ending}").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()
