@@ -89,7 +89,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     encoders = (family.image_part, *(family.condition_parts if gives_first_frames else ()))
     key = describe_crops(data, sha256, config.data, family.describe_parts(*encoders))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
-    key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
+    key |= {"vae_tiling": True} if config.model.vae_tiling else {}
+    key |= {"masks": True} if data.rows.has_masks else {}  # of a cache without, the name stays
     key |= {"first_frames": True} if gives_first_frames else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
@@ -99,7 +100,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
-        flips = (pixel_values, pixel_values.flip(-1))[:sides]
+        flips = (pixel_values, pixel_values.flip(-1)) if config.data.random_flip else (pixel_values,)
         encoded = {"moments": torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)}
         if gives_first_frames:
             given = [family.encode_first_frames(flip) for flip in flips]

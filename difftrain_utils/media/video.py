@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,6 +30,7 @@ SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is l
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
+ENDINGS = (".mp4", ".webp")  # of files that browsers play
 FOR_BROWSERS = {
     **{"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}},
     "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
@@ -195,29 +196,38 @@ class Clip(NamedTuple):
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
     """Write clips with their labels side by side as a WebP, which browsers show as a picture that moves, and as an MP4
     file, unless there is `no_mp4`: `path` with these endings. Raises RunError if it cannot."""
-    fps, length = made[0].fps, max(len(clip.frames) for clip in made)
-    grids = [labelled_grid([_at(clip, number) for clip in made], labels, LEAST_WIDTH) for number in range(length)]
-    if no_mp4() is None:
-        with new_file(path.with_suffix(".mp4")) as partial:
-            write_video(grids, fps, partial, **FOR_BROWSERS)
-    with new_file(path.with_suffix(".webp")) as partial:
+    grids = side_by_side(made, lambda frames: labelled_grid(frames, labels, LEAST_WIDTH))
+    for ending in ENDINGS:
+        if ending != ".mp4" or no_mp4() is None:
+            write_clip(grids, path.with_suffix(ending))
+
+
+def side_by_side(clips: Sequence[Clip], lay_out: Callable[[list[Image.Image]], Image.Image]) -> Clip:
+    """A clip of what `lay_out` makes of the frames of each time; a clip that is shorter stays at its last one."""
+    length = max(len(clip.frames) for clip in clips)
+    of_each_time = ([clip.frames[min(number, len(clip.frames) - 1)] for clip in clips] for number in range(length))
+    return Clip([lay_out(frames) for frames in of_each_time], clips[0].fps)
+
+
+def write_clip(clip: Clip, path: Path, comment: str | None = None) -> None:
+    """Write a clip as its path ends, in .mp4, which has a comment, or in .webp. Raises RunError if it cannot."""
+    frames, fps = clip
+    with new_file(path) as partial:
+        if path.suffix == ".mp4":
+            write_video(frames, fps, partial, **FOR_BROWSERS, comment=comment)
+            return
         # each frame for its whole milliseconds, that of all of them for what that leaves
-        times = [round(1000 * number / fps) for number in range(length + 1)]
+        times = [round(1000 * number / fps) for number in range(len(frames) + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
-        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
+        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
 
 
 def no_mp4() -> str | None:
-    """Why `save` writes no MP4 files, if it does not: FFmpeg may be built without the codec that browsers play."""
+    """Why no MP4 files are written, if so: FFmpeg may be built without the codec that browsers play."""
     import av  # an extra
 
     codec = FOR_BROWSERS["codec"]
     return None if codec in av.codecs_available else f"the FFmpeg of PyAV here has no {codec}"
-
-
-def _at(clip: Clip, number: int) -> Image.Image:
-    """A frame of a clip that stays at its last one."""
-    return clip.frames[min(number, len(clip.frames) - 1)]
 
 
 # ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
@@ -439,6 +449,7 @@ def write_video(
     format: str,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    comment: str | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -456,6 +467,8 @@ def write_video(
         if pix_fmt.startswith("yuv"):  # what is not said, browsers guess, and wrongly if a video is large
             for name, value in FROM_RGB.items():
                 setattr(stream.codec_context, name, value)
+        if comment is not None:
+            container.metadata["comment"] = comment
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))
