@@ -5,6 +5,7 @@ nothing stale is ever read.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    is_video = media_of(config.data) is video
+    media = media_of(config.data)
+    encode_pixels = partial(_moments_of_pairs, family) if media is pairs else family.encode_images
     key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
@@ -96,7 +98,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = torch.stack([_moments_of(family, flip) for flip in flips], 1)
+        moments = torch.stack([encode_pixels(flip) for flip in flips], 1)
         if not moments.isfinite().all():
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
         entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
@@ -105,14 +107,14 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
             entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
         return entry
 
-    inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
+    inputs, at_once = (_Clips(data, config.data), 1) if media is video else (CroppedImages(data, config.data), None)
     num_workers = config.data.num_workers
     return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
-def _moments_of(family, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Those of images (batch, 3, height, width), or of pairs of them (batch, 2, 3, height, width)."""
-    return family.encode_images(pixel_values.flatten(0, -4)).unflatten(0, pixel_values.shape[:-3])
+def _moments_of_pairs(family, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Of (batch, 2, 3, height, width)."""
+    return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
 
 class CroppedImages:
