@@ -43,6 +43,7 @@ from difftrain_utils.media.image import (
     read_mask,
     resize_and_crop,
     resize_and_crop_mask,
+    scale_bytes,
     size_of,
 )
 from difftrain_utils.media.media import media_of
@@ -97,6 +98,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
+        pixel_values = scale_bytes(pixel_values) if media is video else pixel_values
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
         moments = torch.stack([encode_pixels(flip) for flip in flips], 1)
         if not moments.isfinite().all():
@@ -150,7 +152,7 @@ class CroppedImages:
 
 
 class _Clips:
-    """The same of row i's clip, which has no mask."""
+    """The same of row i's clip, which has no mask, in bytes; black if it could not be read."""
 
     def __init__(self, data: Data, config: VideoDataConfig):
         self.data, self.config = data, config
@@ -164,7 +166,7 @@ class _Clips:
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.zeros(3, *size), None, torch.zeros(2, 6, dtype=torch.long), False
+            return torch.zeros(3, *size, dtype=torch.uint8), None, torch.zeros(2, 6, dtype=torch.long), False
         shown = video.Header(None, *sample["sizes"][:2].tolist())
         sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
         return sample["pixel_values"], None, sizes, True

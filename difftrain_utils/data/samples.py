@@ -23,6 +23,7 @@ from difftrain_utils.data.rows import Rows
 from difftrain_utils.errors import RowError, warn
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_of, complete, draw_tags
+from difftrain_utils.media.image import scale_bytes
 from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
@@ -31,7 +32,8 @@ class Samples(torch.utils.data.Dataset):
     """Item k is sample k:
 
     - "key": k
-    - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
+    - what its medium reads of its row (`Media.read`), of images "pixel_values" (of videos they are bytes, of which
+      `scale_pixels` makes those of a batch), "sizes" and where a source has masks
       "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w)
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
@@ -153,7 +155,7 @@ def load_batches(accelerator: Accelerator, samples: Samples, state, config: Conf
     def batches() -> Iterator[dict[str, Any]]:
         parts = (send_to_device(part, accelerator.device, non_blocking=True) for part in dataloader)
         while batch := list(itertools.islice(parts, num_parts)):
-            yield join(batch)
+            yield scale_pixels(join(batch))
 
     return batches()
 
@@ -208,6 +210,13 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def scale_pixels(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with "pixel_values" in [-1, 1], float32, also of videos, whose samples have bytes, a quarter of that."""
+    if "pixel_values" in batch and batch["pixel_values"].dtype == torch.uint8:
+        return batch | {"pixel_values": scale_bytes(batch["pixel_values"])}
+    return batch
+
+
 def read_or_substitute(
     read: Callable[[int], Any],
     rows: Rows,
@@ -255,4 +264,4 @@ def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) ->
         return sample | {"weight": rows.loss_weight(row)}
 
     samples = [read_or_substitute(read, rows, j % len(rows), config, seed, j)[0] | {"key": j} for j in keys]
-    return collate(samples)
+    return scale_pixels(collate(samples))
