@@ -115,7 +115,7 @@ def test_captions_lie_beside_videos_and_stills(films, tmp_path):
     (folder / "a.txt").rename(folder / "e.txt")
     (folder / "b-masklabel.png").write_bytes(b"")
     assert [message.removeprefix(f"{folder}/") for _, message in find_problems(folder, "video")] == [
-        "b-masklabel.png: no video of that name beside it",
+        "b-masklabel.png: not used, videos have no masks",
         "e.txt: no video of that name beside it",
         *(f"{name}.txt: more than one line, of which the first is the caption" for name in ("b", "d", "sub/c")),
     ]
@@ -143,16 +143,15 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
         "short.avi": (films["a.mp4"], r"1.00 s, too short for 17 frames at 12 a second"),
         "sound.mp4": (sound.getvalue(), "a file without pictures"),
     }
-    for name, content in ({name: content for name, (content, _) in bad.items()} | {"good.avi": film}).items():
-        (tmp_path / "films").mkdir(exist_ok=True)
-        (tmp_path / "films" / name).write_bytes(content)
-    config = config_of(tmp_path / "films", tmp_path, num_frames=17, default_caption="x")
+    for name, content in ({name: content for name, (content, _) in bad.items()} | {"z.avi": film}).items():
+        (tmp_path / name).write_bytes(content)
+    config = config_of(tmp_path, tmp_path.with_name("other"), num_frames=17, default_caption="x")
     rows = map_rows(config)
     for index, (name, (_, reason)) in enumerate(bad.items()):
-        with pytest.raises(RowError, match=rf"^{tmp_path}/films/{name}: {reason}") as error:
+        with pytest.raises(RowError, match=rf"^{tmp_path}/{name}: {reason}") as error:
             Samples(data_of(rows.take(np.array([index]))), config, 0, 1)[0]
         assert "\n" not in str(error.value)
-    skipping = config_of(tmp_path / "films", tmp_path, num_frames=17, default_caption="x", on_bad_row="skip")
+    skipping = config_of(tmp_path, tmp_path.with_name("other"), num_frames=17, default_caption="x", on_bad_row="skip")
     samples = Samples(data_of(rows), skipping, 0, 6)
     assert sum(samples[k]["skipped"] for k in range(6)) == len(bad)
 
@@ -165,7 +164,7 @@ def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
     assert all(torch.equal(again[k]["pixel_values"], clips[k]) for k in (15, 3, 8))
     first = {clip[0, 0, 0, 0].item() for clip in clips}
     assert len(first) > 8, "the windows begin at many places"
-    assert all((clip[0].float().mean((1, 2)).diff() - 8).abs().max() < 2 for clip in clips), "frame by frame"
+    assert all((clip[0].float().mean((1, 2)).diff() - 8).abs().max() < 2.6 for clip in clips), "frame by frame"
 
 
 def test_what_is_wrong_with_a_folder(folder, tmp_path):
