@@ -335,9 +335,11 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
 
     try:
         with av.open(file, buffer_size=BLOCK, container_options=READS_NOTHING_ELSE) as container:
-            if not container.streams.video:
-                raise RowError(f"{name}: a file without pictures")
-            stream = container.streams.video[0]
+            is_cover = av.stream.Disposition.attached_pic  # of a sound
+            streams = [stream for stream in container.streams.video if not stream.disposition & is_cover]
+            if not streams:
+                raise RowError(f"{name}: a file without moving pictures")
+            stream = streams[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # loaders are processes already
             yield container, stream
     except (MemoryError, RowError):

@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
         "empty.mp4": (b"", "no video that FFmpeg can read"),
         "junk.mp4": (b"junk" * 99, "no video that FFmpeg can read"),
         "short.avi": (films["a.mp4"], r"1.00 s, too short for 17 frames at 12 a second"),
-        "sound.mp4": (sound.getvalue(), "a file without pictures"),
+        "sound.mp4": (sound.getvalue(), "a file without moving pictures"),
     }
     for name, content in ({name: content for name, (content, _) in bad.items()} | {"z.avi": film}).items():
         (tmp_path / name).write_bytes(content)

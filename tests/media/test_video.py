@@ -171,6 +171,19 @@ def test_what_is_damaged_is_a_bad_row(film, damage, message):
         read(row_of(damage(film), "b.mp4"), Place(0.999), (5, 32, 48), CONFIG)
 
 
+def test_the_cover_of_a_sound_is_no_video(tmp_path):
+    with av.open(tmp_path / "song.mp4", "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        sound.layout, cover.width, cover.height, cover.pix_fmt = "mono", 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux([*sound.encode(silence), *cover.encode(av.VideoFrame.from_image(numbered(1)))])
+        container.mux([*sound.encode(None), *cover.encode(None)])
+    with pytest.raises(RowError, match=r"^b.mp4: a file without moving pictures$"):
+        read_header(row_of((tmp_path / "song.mp4").read_bytes(), "b.mp4"))
+
+
 def test_a_row_cannot_name_another_file(film, tmp_path, monkeypatch):
     """As the list of a playlist does, of files that are there."""
     monkeypatch.chdir(tmp_path)
