@@ -28,8 +28,9 @@ class VideoDataConfig(CaptionsConfig):
     SOURCE: ClassVar[type[CaptionsSource]] = VideoSourceConfig
 
     dataset: str | None = None
-    """A folder of videos with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:moving-shapes` (needs no download). An image is a clip of one frame."""
+    """A folder of videos (`dog.mp4` and its caption `dog.txt`), of videos with a `metadata.jsonl`, of parquet, arrow or
+    WebDataset tar files, a hub data set, or `builtin:moving-shapes` (needs no download). An image is a clip of one
+    frame."""
     video_column: str = "video"
     """Column of the videos (a folder with a `metadata.jsonl` calls it `video`, tar files `mp4`)."""
     sources: list[VideoSourceConfig] | None = None

@@ -5,6 +5,7 @@ nothing stale is ever read.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from difftrain_utils.media.image import (
     read_mask,
     resize_and_crop,
     resize_and_crop_mask,
+    scale_bytes,
     size_of,
 )
 from difftrain_utils.media.media import media_of
@@ -84,8 +86,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    is_video, are_pairs = media_of(config.data) is video, media_of(config.data) is pairs
-    gives_first_frames = is_video and family.first_frames == "all"
+    media = media_of(config.data)
+    encode_pixels = partial(_moments_of_pairs, family) if media is pairs else family.encode_images
+    gives_first_frames = media is video and family.first_frames == "all"
     encoders = (family.image_part, *(family.condition_parts if gives_first_frames else ()))
     key = describe_crops(data, sha256, config.data, family.describe_parts(*encoders))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
@@ -100,8 +103,9 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
+        pixel_values = scale_bytes(pixel_values) if media is video else pixel_values
         flips = (pixel_values, pixel_values.flip(-1)) if config.data.random_flip else (pixel_values,)
-        encoded = {"moments": torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)}
+        encoded = {"moments": torch.stack([encode_pixels(flip) for flip in flips], 1)}
         if gives_first_frames:
             given = [family.encode_first_frames(flip) for flip in flips]
             encoded |= {f"first_frame.{name}": torch.stack([flip[name] for flip in given], 1) for name in given[0]}
@@ -114,16 +118,14 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
             entry["masks"] = torch.stack([scale_masks(flip, size) for flip in flips], 1)
         return entry
 
-    inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
+    inputs, at_once = (_Clips(data, config.data), 1) if media is video else (CroppedImages(data, config.data), None)
     num_workers = config.data.num_workers
     return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
-def _moments_of(family, pixel_values: torch.Tensor, are_pairs: bool) -> torch.Tensor:
-    """Those of images or videos, or of pairs of images (batch, 2, 3, height, width)."""
-    if are_pairs:
-        return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
-    return family.encode_images(pixel_values)
+def _moments_of_pairs(family, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Of (batch, 2, 3, height, width)."""
+    return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
 
 class CroppedImages:
@@ -159,7 +161,7 @@ class CroppedImages:
 
 
 class _Clips:
-    """The same of row i's clip, which has no mask."""
+    """The same of row i's clip, which has no mask, in bytes; black if it could not be read."""
 
     def __init__(self, data: Data, config: VideoDataConfig):
         self.data, self.config = data, config
@@ -173,7 +175,7 @@ class _Clips:
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.zeros(3, *size), None, torch.zeros(2, 6, dtype=torch.long), False
+            return torch.zeros(3, *size, dtype=torch.uint8), None, torch.zeros(2, 6, dtype=torch.long), False
         shown = video.Header(None, *sample["sizes"][:2].tolist())
         sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
         return sample["pixel_values"], None, sizes, True

@@ -12,6 +12,7 @@ from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.photos import find_problems
 from difftrain_utils.data.rows import map_in_threads, open_rows
 from difftrain_utils.data.sources import (
+    FOLDERS,
     file_key,
     files_of,
     find_metadata,
@@ -21,7 +22,7 @@ from difftrain_utils.data.sources import (
     read_metadata_line,
 )
 from difftrain_utils.errors import InputError
-from difftrain_utils.media import image, text
+from difftrain_utils.media import image, text, video
 from difftrain_utils.media.captions import follow, join_captions, label_text
 from difftrain_utils.media.media import Row, media_of
 from difftrain_utils.terminal import progress
@@ -42,8 +43,9 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         )
     if path is None:
         try:
-            if media is image and (photos := photo_folder(field, source)) is not None:
-                problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
+            if media in (image, video) and (photos := photo_folder(field, source)) is not None:
+                problems = list(find_problems(photos, FOLDERS[media]))
+                config = dataclasses.replace(config, on_bad_row="skip")
             rows = open_rows([(field, source)], config)
         except InputError as error:
             errors = [problem for problem in problems if problem[0] == "error"]

@@ -23,6 +23,7 @@ from difftrain_utils.data.rows import Rows
 from difftrain_utils.errors import RowError, warn
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_of, complete, draw_tags
+from difftrain_utils.media.image import scale_bytes
 from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
@@ -31,9 +32,10 @@ class Samples(torch.utils.data.Dataset):
     """Item k is sample k:
 
     - "key": k
-    - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
-      "mask"; or of the cache `latents` "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w),
-      and where a model is always told the first frame of a video "first_frame", a dict of tensors
+    - what its medium reads of its row (`Media.read`), of images "pixel_values" (of videos they are bytes, of which
+      `scale_pixels` makes those of a batch), "sizes" and where a source has masks "mask"; or of the cache `latents`
+      "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w), and where a model is always told the first frame
+      of a video "first_frame", a dict of tensors
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
@@ -158,7 +160,7 @@ def load_batches(accelerator: Accelerator, samples: Samples, state, config: Conf
     def batches() -> Iterator[dict[str, Any]]:
         parts = (send_to_device(part, accelerator.device, non_blocking=True) for part in dataloader)
         while batch := list(itertools.islice(parts, num_parts)):
-            yield join(batch)
+            yield scale_pixels(join(batch))
 
     return batches()
 
@@ -210,6 +212,13 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
             batch[name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
         else:
             batch[name] = None if values[0] is None else list(itertools.chain(*values))
+    return batch
+
+
+def scale_pixels(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with "pixel_values" in [-1, 1], float32, also of videos, whose samples have bytes, a quarter of that."""
+    if "pixel_values" in batch and batch["pixel_values"].dtype == torch.uint8:
+        return batch | {"pixel_values": scale_bytes(batch["pixel_values"])}
     return batch
 
 
@@ -265,4 +274,4 @@ def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) ->
         return sample | {"weight": rows.loss_weight(row)}
 
     found = [read_or_substitute(read, rows, j % len(rows), config, seed, j, rows.buckets)[0] for j in keys]
-    return collate([sample | {"key": j} for sample, j in zip(found, keys, strict=True)])
+    return scale_pixels(collate([sample | {"key": j} for sample, j in zip(found, keys, strict=True)]))

@@ -376,15 +376,16 @@ def crop_of(
 
 def resize_and_crop(image: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
     """The pixel values of an image's crop, mirrored if `flip`: float32 of shape (3, height, width) in [-1, 1]."""
-    return to_pixel_values(_cut_out(image, crop, config, flip))
+    return to_pixel_values(cut_out(image, crop, config, flip))
 
 
 def resize_and_crop_mask(mask: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
     """The same of a greyscale mask: float32 of shape (1, height, width) in [0, 1], 1 where it is white."""
-    return torch.from_numpy(np.array(_cut_out(mask, crop, config, flip)))[None].to(torch.float32).div_(255)
+    return torch.from_numpy(np.array(cut_out(mask, crop, config, flip)))[None].to(torch.float32).div_(255)
 
 
-def _cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> Image.Image:
+def cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> Image.Image:
+    """An image's crop, mirrored if `flip`."""
     image = image.resize(crop.covering, Image.Resampling[config.image_interpolation.upper()])
     height, width = crop.sizes[4:]
     image = image.crop((crop.left, crop.top, crop.left + width, crop.top + height))
@@ -393,4 +394,15 @@ def _cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> 
 
 def to_pixel_values(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 of shape (3, height, width) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)
+    return scale_bytes(to_bytes(image))
+
+
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    """An RGB image as uint8 of shape (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def scale_bytes(values: torch.Tensor) -> torch.Tensor:
+    """uint8 from 0 to 255 as float32 in [-1, 1], the same to the bit on each device: by a plain number, GPUs would
+    multiply with its reciprocal."""
+    return values.to(torch.float32).div_(torch.tensor(127.5, device=values.device)).sub_(1)

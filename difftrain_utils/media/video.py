@@ -145,20 +145,20 @@ def read(
     row: Row, place: Place, size: tuple[int, int, int], config: VideoDataConfig, has_masks: bool = False
 ) -> dict[str, torch.Tensor]:
     """The place in a row's video as a sample of `size` (frames, height, width) has it: "pixel_values",
-    (3, frames, height, width) float32 in [-1, 1], and the "sizes" of its crop (`image.Crop`).
+    (3, frames, height, width) uint8, which batches scale to [-1, 1], and the "sizes" of its crop (`image.Crop`).
 
     Raises:
         RowError: the video is missing, damaged, too short, or cut off before the clip ends; or it is an image, and the
             clip has several frames.
     """
     num_frames, *frame_size = size
-    pixel_values, crop, last = torch.empty(3, *size), None, None
+    pixel_values, crop, last = torch.empty(3, *size, dtype=torch.uint8), None, None
     for number, frame in enumerate(read_frames(row, place.start, num_frames, config.fps)):
         if frame is last:  # shown twice
             pixel_values[:, number] = pixel_values[:, number - 1]
             continue
         crop = crop or image.crop_of(frame, tuple(frame_size), place.across, place.down, place.flip)
-        pixel_values[:, number] = image.resize_and_crop(frame, crop, config, place.flip)
+        pixel_values[:, number] = image.to_bytes(image.cut_out(frame, crop, config, place.flip))
         last = frame
     return {"pixel_values": pixel_values, "sizes": torch.tensor(crop.sizes)}
 
@@ -361,9 +361,11 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
 
     try:
         with av.open(file, buffer_size=BLOCK, container_options=READS_NOTHING_ELSE) as container:
-            if not container.streams.video:
-                raise RowError(f"{name}: a file without pictures")
-            stream = container.streams.video[0]
+            is_cover = av.stream.Disposition.attached_pic  # of a sound
+            streams = [stream for stream in container.streams.video if not stream.disposition & is_cover]
+            if not streams:
+                raise RowError(f"{name}: a file without moving pictures")
+            stream = streams[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # loaders are processes already
             yield container, stream
     except (MemoryError, RowError):

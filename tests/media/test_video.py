@@ -83,6 +83,22 @@ def test_windows_are_exact_to_the_frame(format, codec, pix_fmt):
     assert numbers(row._replace(window=3), 0.7, 5, float(FILM)) == [15, 16, 17, 18, 19]
 
 
+def test_a_clip_at_the_end_is_read_from_the_keyframe_before_it(monkeypatch):
+    """And not the whole file."""
+    rng, read = np.random.default_rng(0), []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1):
+            read.append(len(block := super().read(size)))
+            return block
+
+    frames = [Image.fromarray(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)) for _ in range(100)]
+    content = video(frames, **FOR_BROWSERS | {"options": {"preset": "ultrafast", "crf": "1", "g": "10"}})
+    monkeypatch.setattr("difftrain_utils.media.video.io.BytesIO", Counted)
+    assert len(list(read_frames(row_of(content), 0.999, 5, 12))) == 5
+    assert len(content) > 8e6 and sum(read) < len(content) / 3
+
+
 def test_a_frame_is_the_one_that_a_player_shows_at_its_time(tmp_path):
     """Of a variable rate: 0.1 s, 0.5 s, 0.2 s, …"""
     begins = [0, 100, 600, 800, 900, 1500]  # ms
@@ -109,8 +125,9 @@ def test_frames_are_cropped_and_mirrored_alike():
     sample = read(row_of(video(frames)), at, (5, 32, 48), CONFIG)
     crop = image.crop_of(frames[0], (32, 48), 0.3, 0.6, True)
     expected = [image.resize_and_crop(frame, crop, CONFIG, True) for frame in frames[:5]]
-    assert torch.equal(sample["pixel_values"], torch.stack(expected, 1))
-    assert sample["sizes"].tolist() == list(crop.sizes) and sample["pixel_values"].dtype == torch.float32
+    assert sample["pixel_values"].dtype == torch.uint8
+    assert torch.equal(image.scale_bytes(sample["pixel_values"]), torch.stack(expected, 1)), "to the bit"
+    assert sample["sizes"].tolist() == list(crop.sizes)
 
 
 def test_an_image_is_a_clip_of_one_frame():
@@ -118,7 +135,7 @@ def test_an_image_is_a_clip_of_one_frame():
     row = Row("a.png", {"bytes": encode(still), "path": "a.png"}, "a caption")
     sample = read(row, MIDDLE, (1, 32, 48), CONFIG)
     crop = image.crop_of(still, (32, 48))
-    assert torch.equal(sample["pixel_values"][:, 0], image.resize_and_crop(still, crop, CONFIG))
+    assert torch.equal(image.scale_bytes(sample["pixel_values"])[:, 0], image.resize_and_crop(still, crop, CONFIG))
     assert read_header(row).num_frames(12) == 1 and check(row, 0, CONFIG)
     with pytest.raises(RowError, match=r"^a.png: an image, which is one frame and no 5$"):
         read(row, MIDDLE, (5, 32, 48), CONFIG)
@@ -154,6 +171,19 @@ def film() -> bytes:
 def test_what_is_damaged_is_a_bad_row(film, damage, message):
     with pytest.raises(RowError, match=f"^b.mp4: {message}"):
         read(row_of(damage(film), "b.mp4"), Place(0.999), (5, 32, 48), CONFIG)
+
+
+def test_the_cover_of_a_sound_is_no_video(tmp_path):
+    with av.open(tmp_path / "song.mp4", "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        sound.layout, cover.width, cover.height, cover.pix_fmt = "mono", 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux([*sound.encode(silence), *cover.encode(av.VideoFrame.from_image(numbered(1)))])
+        container.mux([*sound.encode(None), *cover.encode(None)])
+    with pytest.raises(RowError, match=r"^b.mp4: a file without moving pictures$"):
+        read_header(row_of((tmp_path / "song.mp4").read_bytes(), "b.mp4"))
 
 
 def test_a_row_cannot_name_another_file(film, tmp_path, monkeypatch):
