@@ -12,6 +12,8 @@ from difftrain_utils.config.video_data import VideoDataConfig
 class TextToVideoConfig(TextToImageConfig):
     """One run of `train_text_to_video.py`: of the same sections as images, but for the data."""
 
+    EXAMPLE: ClassVar[str] = "configs/quickstart_video.yaml"
+
     judges: ClassVar[tuple[str, ...]] = ("moving_shapes",)
     judged_data: ClassVar[str] = "builtin:moving-shapes"
 
