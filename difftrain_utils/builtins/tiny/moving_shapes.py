@@ -1,5 +1,5 @@
-"""`builtin:tiny-moving-shapes`: a small Wan for `builtin:moving-shapes`. Its VAE knows the clips, its tokenizer each word
-of the captions, and a transformer of a million weights has one token for each place of the latents."""
+"""`builtin:tiny-moving-shapes`: a small Wan for `builtin:moving-shapes`. Its VAE knows the clips and its tokenizer each
+word of the captions; the tokens of its transformer, of a million weights, are single latents."""
 
 from pathlib import Path
 
