@@ -88,6 +88,8 @@ class VideoNoiseConfig(NoiseConfig):
 class TextToVideoConfig(TextToImageConfig):
     """One run of `train_text_to_video.py`: of the same sections as images, but for the data and the noise."""
 
+    EXAMPLE: ClassVar[str] = "configs/quickstart_video.yaml"
+
     judges: ClassVar[tuple[str, ...]] = ("moving_shapes",)
     judged_data: ClassVar[str] = "builtin:moving-shapes"
 
