@@ -30,10 +30,7 @@ SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is l
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
-FOR_BROWSERS = {
-    **{"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}},
-    "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
-}
+FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
 
 # What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
 FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
@@ -438,7 +435,6 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
-    container_options: dict[str, str] | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -449,7 +445,9 @@ def write_video(
 
     width, height = (side + side % 2 for side in frames[0].size)
     options = {"threads": "1", "flags": "+bitexact"} | (options or {})
-    container_options = {"fflags": "bitexact"} | (container_options or {})
+    container_options = {"fflags": "bitexact"}
+    if format == "mp4" and isinstance(file, Path):  # its index to the front: a page plays it before it has all of it
+        container_options["movflags"] = "faststart"
     with av.open(file, "w", format=format, container_options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
