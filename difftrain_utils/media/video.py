@@ -290,12 +290,14 @@ def read_header(row: Row) -> Header:
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
-    if num_frames < config.fewest_frames and header.seconds is not None:
+    if num_frames < config.fewest_frames:
         raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
     return num_frames
 
 
-def _too_short(name: str, seconds: float, num_frames: int, fps: float) -> str:
+def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
+    if seconds is None:
+        return f"{name}: an image, which is one frame and no {num_frames}"
     return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
 
 
@@ -313,7 +315,7 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
     with open_file(row.video, row.name) as file:
         if (still := read_still(file, row.name)) is not None:
             if num_frames > 1:
-                raise RowError(f"{row.name}: an image, which is one frame and no {num_frames}")
+                raise RowError(_too_short(row.name, None, num_frames, fps))
             yield still
             return
         with open_video(file, row.name) as (container, stream):
