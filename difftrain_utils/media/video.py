@@ -29,6 +29,7 @@ BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
+LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
 FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
 
@@ -190,18 +191,21 @@ class Clip(NamedTuple):
 
 
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
-    """Write clips with their labels side by side as a WebP, which browsers show as a picture that moves, and as an MP4
-    file, unless there is `no_mp4`: `path` with these endings. Raises RunError if it cannot."""
+    """Write clips with their labels side by side as an MP4 file, unless there is `no_mp4`, and as a WebP, smaller where
+    they are large, which browsers show as a picture that moves: `path` with these endings. Raises RunError if it
+    cannot."""
     fps, length = made[0].fps, max(len(clip.frames) for clip in made)
     grids = [labelled_grid([_at(clip, number) for clip in made], labels, LEAST_WIDTH) for number in range(length)]
     if no_mp4() is None:
         with new_file(path.with_suffix(".mp4")) as partial:
             write_video(grids, fps, partial, **FOR_BROWSERS)
+    for grid in grids:
+        grid.thumbnail((LARGEST_WEBP, LARGEST_WEBP))
     with new_file(path.with_suffix(".webp")) as partial:
         # each frame for its whole milliseconds, that of all of them for what that leaves
         times = [round(1000 * number / fps) for number in range(length + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
-        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
+        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=85)
 
 
 def no_mp4() -> str | None:
