@@ -83,7 +83,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    is_video = media_of(config.data) is video
+    is_video, are_pairs = media_of(config.data) is video, media_of(config.data) is pairs
     key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
     key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
@@ -96,7 +96,7 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = torch.stack([_moments_of(family, flip) for flip in flips], 1)
+        moments = torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1)
         if not moments.isfinite().all():
             raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
         entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
@@ -110,9 +110,11 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
-def _moments_of(family, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Those of images (batch, 3, height, width), or of pairs of them (batch, 2, 3, height, width)."""
-    return family.encode_images(pixel_values.flatten(0, -4)).unflatten(0, pixel_values.shape[:-3])
+def _moments_of(family, pixel_values: torch.Tensor, are_pairs: bool) -> torch.Tensor:
+    """Those of images or videos, or of pairs of images (batch, 2, 3, height, width)."""
+    if are_pairs:
+        return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+    return family.encode_images(pixel_values)
 
 
 class CroppedImages:

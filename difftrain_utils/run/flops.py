@@ -87,6 +87,8 @@ class OperationCounter(TorchDispatchMode):
     does, but of a CPU's own kernel of attention as well, and without what changes the last bits there. It sees what
     torch.compile has left as torch's own operations: nearly all products."""
 
+    supports_higher_order_operators = True  # those by which compiled code draws the same random numbers once more
+
     def __init__(self):
         super().__init__()
         self.total, self.is_paused = 0, False
@@ -98,7 +100,8 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         output = operation(*args, **(kwargs or {}))
-        if (flops_of := OPERATIONS.get(operation._overloadpacket)) is not None and not self.is_paused:
+        flops_of = OPERATIONS.get(getattr(operation, "_overloadpacket", operation))
+        if flops_of is not None and not self.is_paused:
             self.total += flops_of(*args, **(kwargs or {}), out_val=output)
         return output
 
