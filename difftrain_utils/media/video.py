@@ -29,12 +29,10 @@ BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
+LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
 ENDINGS = (".mp4", ".webp")  # of files that browsers play
-FOR_BROWSERS = {
-    **{"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}},
-    "container_options": {"movflags": "faststart"},  # a page can play it before it has all of it
-}
+FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
 
 # What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
 FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
@@ -194,12 +192,15 @@ class Clip(NamedTuple):
 
 
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
-    """Write clips with their labels side by side as a WebP, which browsers show as a picture that moves, and as an MP4
-    file, unless there is `no_mp4`: `path` with these endings. Raises RunError if it cannot."""
+    """Write clips with their labels side by side as an MP4 file, unless there is `no_mp4`, and as a WebP, smaller where
+    they are large, which browsers show as a picture that moves: `path` with these endings. Raises RunError if it
+    cannot."""
     grids = side_by_side(made, lambda frames: labelled_grid(frames, labels, LEAST_WIDTH))
-    for ending in ENDINGS:
-        if ending != ".mp4" or no_mp4() is None:
-            write_clip(grids, path.with_suffix(ending))
+    if no_mp4() is None:
+        write_clip(grids, path.with_suffix(".mp4"))
+    for grid in grids.frames:
+        grid.thumbnail((LARGEST_WEBP, LARGEST_WEBP))
+    write_clip(grids, path.with_suffix(".webp"))
 
 
 def side_by_side(clips: Sequence[Clip], lay_out: Callable[[list[Image.Image]], Image.Image]) -> Clip:
@@ -219,7 +220,7 @@ def write_clip(clip: Clip, path: Path, comment: str | None = None) -> None:
         # each frame for its whole milliseconds, that of all of them for what that leaves
         times = [round(1000 * number / fps) for number in range(len(frames) + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
-        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
+        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85)
 
 
 def no_mp4() -> str | None:
@@ -303,12 +304,14 @@ def read_header(row: Row) -> Header:
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
-    if num_frames < config.fewest_frames and header.seconds is not None:
+    if num_frames < config.fewest_frames:
         raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
     return num_frames
 
 
-def _too_short(name: str, seconds: float, num_frames: int, fps: float) -> str:
+def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
+    if seconds is None:
+        return f"{name}: an image, which is one frame and no {num_frames}"
     return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
 
 
@@ -326,7 +329,7 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
     with open_file(row.video, row.name) as file:
         if (still := read_still(file, row.name)) is not None:
             if num_frames > 1:
-                raise RowError(f"{row.name}: an image, which is one frame and no {num_frames}")
+                raise RowError(_too_short(row.name, None, num_frames, fps))
             yield still
             return
         with open_video(file, row.name) as (container, stream):
@@ -450,7 +453,6 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
-    container_options: dict[str, str] | None = None,
     comment: str | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
@@ -462,7 +464,9 @@ def write_video(
 
     width, height = (side + side % 2 for side in frames[0].size)
     options = {"threads": "1", "flags": "+bitexact"} | (options or {})
-    container_options = {"fflags": "bitexact"} | (container_options or {})
+    container_options = {"fflags": "bitexact"}
+    if format == "mp4" and isinstance(file, Path):  # its index to the front: a page plays it before it has all of it
+        container_options["movflags"] = "faststart"
     with av.open(file, "w", format=format, container_options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt

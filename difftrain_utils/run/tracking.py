@@ -21,6 +21,8 @@ from difftrain_utils.media.video import Clip
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import METRICS_FILE, TRACKERS
 
+LARGEST_GIF = 640  # pixels of its longer side: it takes much room
+
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
     """The trackers as a list. Accelerate would drop one that is not installed without a word: refuse it.
@@ -141,9 +143,12 @@ def log_clips(accelerator: Accelerator, step: int, name: str, path: Path) -> Non
 
 
 def as_gif(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """A picture that moves as GIF, of 256 colours, and its width and height."""
+    """A picture that moves as GIF, of 256 colours and at most `LARGEST_GIF` pixels wide and high, and its width and
+    height."""
     with Image.open(path) as picture:
         frames = ImageSequence.all_frames(picture)
+    for frame in frames:
+        frame.thumbnail((LARGEST_GIF, LARGEST_GIF))
     buffer, durations = io.BytesIO(), [frame.info["duration"] for frame in frames]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return buffer.getvalue(), frames[0].size

@@ -19,7 +19,7 @@ from difftrain_utils.config.config import require_of
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.caches import load_caches
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, refuse_short, spread_clips, video_sizes
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, refuse_short, spread_clips, video_sizes
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.photos import find_problems
@@ -254,6 +254,19 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13$"):
         config = config_of(folder, tmp_path, buckets=[[13, 32, 32]])
         refuse_short(rows, np.array([[12, 32, 48]]), config)
+
+
+def test_held_out_videos_have_sizes_that_are_trained_at(folder, tmp_path, capsys):
+    config = config_of(folder, tmp_path, buckets=[[5, 32, 32], [17, 32, 32]], on_bad_row="skip")
+    trained = ClipBuckets(np.full((3, 3), 32), config.buckets, 1)  # of the most frames alone
+    rows = fit_held_out(Accelerator(), map_rows(config), trained, config)
+    assert captions(rows) == ["caption of b.webm", "caption of sub/c.avi"]
+    assert [rows.buckets.size_of(row) for row in range(2)] == [(17, 32, 32)] * 2
+    assert "2 of 4 held-out videos are left out, unreadable or of fewer than 17 frames" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"^data.buckets: no held-out video has 17 frames, the fewest that are trained"
+    ):
+        fit_held_out(Accelerator(), map_rows(config).take(np.array([0, 3])), trained, config)
 
 
 def test_the_builtin_set_is_drawn_at_the_runs_size(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(
     def pictures(**fields) -> list[np.ndarray]:
         torch.manual_seed(len(fields))
         config = EvaluationConfig(num_inference_steps=3, **fields)
-        return [np.asarray(image) for image in generate(family, denoiser, config, 32, prompts, range(3))]
+        return [np.asarray(image) for image in generate(family, denoiser, config, (32, 32), prompts, range(3))]
 
     together, apart = pictures(), pictures(batch_size=2)
     assert len(together) == 3 and together[0].shape == (32, 32, 3)

@@ -14,6 +14,7 @@ from difftrain_utils.errors import EXTRAS, InputError, not_installed
 from difftrain_utils.media import video
 from difftrain_utils.run.checkpoints import delete_run
 from difftrain_utils.run.metrics import read_metrics
+from difftrain_utils.run.run_folder import SAMPLES, step_file
 from difftrain_utils.run.tracking import Metrics, check_trackers, log_samples
 
 
@@ -75,7 +76,7 @@ def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
     for step in (global_step + 1, global_step + 2):
         pictures = [Image.new("RGB", (40, 24), color) for color in ("red", "blue")]
         log_samples(accelerator, step, "samples", pictures, output_dir / "none")
-        clips, path = [video.Clip(pictures, 8)], output_dir / f"step-{step}"
+        clips, path = [video.Clip(pictures, 8)], step_file(output_dir, SAMPLES, step, ".mp4")
         video.save(clips, ["a label"], path)
         log_samples(accelerator, step, "clips", clips, path)
         metrics.log(step, {"loss": 1 / step, "validation_loss_bins": [0.25, 0.75]})
@@ -137,4 +138,6 @@ def test_mlflow_shows_all(tmp_path, monkeypatch):
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
     assert run.data.metrics["validation_loss_bins/2"] == 0.75
     assert len([f for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]) == 4
-    assert [f.path for f in client.list_artifacts(run.info.run_id, "clips")] == ["clips/step-1.mp4", "clips/step-2.mp4"]
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "clips")] == [
+        f"clips/step-00000{i}.mp4" for i in (1, 2)
+    ]
