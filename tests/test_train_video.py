@@ -136,7 +136,7 @@ def assert_splits(argv: list[str], unbroken: Path, *parts: int) -> None:
 
 def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     """With windows at random; evaluating changes nothing, and plain diffusers loads what is exported."""
-    evaluated = options({"train.eval_every": 2, "evaluation.prompts": ["a red circle moving left"]})
+    evaluated = options({"train.eval_every": 4, "evaluation.prompts": ["a red circle moving left"]})
     unbroken = train_video([*video_run, *evaluated])
     again = train_video([*video_run, "--output-dir", str(tmp_path / "again")])
     assert weights_of(again) == weights_of(unbroken)
@@ -175,7 +175,8 @@ def test_so_are_other_runs(video_run, mixed_videos, fields):
     assert_splits(argv, unbroken, 4)
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param(LTX, marks=pytest.mark.slow)], ids=["wan", "ltx"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, LTX], ids=["wan", "ltx"])
 def test_caches_change_nothing(video_run, tmp_path, fields):
     """Neither the clips' moments nor the captions' states, in training and validation."""
     fields, runs = fields | {"train.max_steps": 2, "train.eval_every": 2, "train.save_every": 0}, []
