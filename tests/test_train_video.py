@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from helpers import (
     ROOT,
     VIDEO_SCRIPT,
     encode,
+    forget_accelerator,
     last_step,
+    last_wins,
     launch,
     launch_two,
     metrics_without_times,
@@ -29,9 +33,15 @@ from warm import Run
 
 from difftrain_utils.commands import reproduce
 from difftrain_utils.config import command_line
+from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.validation import fixed_triples
+from difftrain_utils.families.load import load_family
 from difftrain_utils.media.video import LOSSLESS, write_video
+from difftrain_utils.objective.noise import unit_noise
+from difftrain_utils.objective.schedule import Schedule, append_dims
 
 WAN = {"model.pretrained_model_name_or_path": "builtin:tiny-wan"}
 LTX = {"model.pretrained_model_name_or_path": "builtin:tiny-ltx"}
@@ -126,7 +136,7 @@ def assert_splits(argv: list[str], unbroken: Path, *parts: int) -> None:
 
 def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     """With windows at random; evaluating changes nothing, and plain diffusers loads what is exported."""
-    evaluated = options({"train.eval_every": 2, "evaluation.prompts": ["a red circle moving left"]})
+    evaluated = options({"train.eval_every": 4, "evaluation.prompts": ["a red circle moving left"]})
     unbroken = train_video([*video_run, *evaluated])
     again = train_video([*video_run, "--output-dir", str(tmp_path / "again")])
     assert weights_of(again) == weights_of(unbroken)
@@ -137,11 +147,9 @@ def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     assert {path.suffix for path in (unbroken / "samples").iterdir()} == {".mp4", ".webp"}
     assert_resumes([*video_run, *evaluated], unbroken)
     assert_splits(video_run, unbroken, 4)
-    pipeline, ema = (
-        DiffusionPipeline.from_pretrained(unbroken / "pipeline"),
-        load_file(unbroken / "checkpoint-4/ema.safetensors"),
-    )
-    assert all(p.equal(ema[str(i)]) for i, p in enumerate(pipeline.transformer.parameters()))
+    ema, pipeline = load_file(unbroken / "checkpoint-4/ema.safetensors"), unbroken / "pipeline"
+    trained = DiffusionPipeline.from_pretrained(pipeline).transformer.parameters()
+    assert all(parameter.equal(ema[str(i)]) for i, parameter in enumerate(trained))
 
 
 VARIANTS = {
@@ -167,7 +175,8 @@ def test_so_are_other_runs(video_run, mixed_videos, fields):
     assert_splits(argv, unbroken, 4)
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param(LTX, marks=pytest.mark.slow)], ids=["wan", "ltx"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, LTX], ids=["wan", "ltx"])
 def test_caches_change_nothing(video_run, tmp_path, fields):
     """Neither the clips' moments nor the captions' states, in training and validation."""
     fields, runs = fields | {"train.max_steps": 2, "train.eval_every": 2, "train.save_every": 0}, []
@@ -279,6 +288,8 @@ COVERING = {
         "timesteps.table": [1.0, 2.0, 1.0],
         "loss.type": "smooth_l1",
         "loss.huber_schedule": "exponential",
+        "train.eval_every": 2,
+        "evaluation.prompts": ["a red circle moving left"],
         **LTX,
     },
     "transport-contrastive": {
@@ -333,6 +344,23 @@ def test_strategies_train_resume_and_split_exactly(video_run, plain_losses, name
     assert losses(unbroken) != plain_losses(COVERING[name])  # the options do something
     assert_resumes(argv, unbroken)
     assert_splits(argv, unbroken, 2)
+
+
+def test_validation_mixes_with_noise_as_training_does(video_run):
+    fields = options({"noise.frame_correlation": "mixed", "data.validation_dataset": None})
+    config = command_line.parse_config(TextToVideoConfig, last_wins([*video_run, *fields]))
+    forget_accelerator()
+    of_batch = next(fixed_triples(Accelerator(cpu=True), load_family(config), map_rows(config.data), config))
+    _, sigmas = Schedule("linear", "flow_prediction").alphas_and_sigmas(
+        append_dims(of_batch.timesteps, of_batch.target)
+    )
+    noise = of_batch.noisy_latents + (1 - sigmas) * of_batch.target  # of x = (1 - σ)·x_0 + σ·ε and u = ε - x_0
+    seed, shape = config.evaluation.seed, noise.shape[1:]
+    expected = unit_noise(config.noise, seed, "validation_noise", of_batch.keys, shape)
+    torch.testing.assert_close(noise, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(
+        noise, unit_noise(NoiseConfig(), seed, "validation_noise", of_batch.keys, shape), atol=0.1
+    )
 
 
 @pytest.mark.parametrize(

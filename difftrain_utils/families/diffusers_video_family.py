@@ -158,21 +158,23 @@ class DiffusersVideoFamily(DiffusersFamily):
             options = self.picture_options(
                 pipeline, lot, height, width, num_inference_steps, guidance_scale, guidance_rescale
             )
-            if self.noise.frame_correlation is not None:
-                options["latents"] = self.pack(self.correlated_noise(num_frames, height, width, of_lot))
-            made += pipeline(**options, **image, num_frames=num_frames, generator=of_lot, output_type="pil").frames
+            options |= image | self.first_noise(num_frames, height, width, of_lot)
+            made += pipeline(**options, num_frames=num_frames, generator=of_lot, output_type="pil").frames
         return [Clip(frames, self.fps) for frames in made]
 
-    def correlated_noise(
+    def first_noise(
         self, num_frames: int, height: int, width: int, generators: Sequence[torch.Generator]
-    ) -> torch.Tensor:
-        """Noise of latents of videos of this size, one for each generator: see `correlate_frames`."""
+    ) -> dict[str, torch.Tensor]:
+        """What a call of the pipeline is told so that it begins with noise as training has it: for each generator its
+        `latents` if their frames are correlated (`correlate_frames`), else nothing."""
+        if self.noise.frame_correlation is None:
+            return {}
         per_frame, per_side = self.vae_scale_factors
         frames = (num_frames - 1) // per_frame + 1
         frames += -frames % self.patch_sizes[0]
         shape = self.latent_channels, 1 + frames, height // per_side, width // per_side
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        return correlate_frames(self.noise, noise)
+        return {"latents": self.pack(correlate_frames(self.noise, noise))}
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the pipeline's call takes them."""

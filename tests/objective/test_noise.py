@@ -49,6 +49,12 @@ def test_offset_shifts_each_channel_by_a_normal_number():
     assert abs((shift[:, 0, 0, 0] * shift[:, 1, 0, 0]).mean()) < 0.03  # the channels are independent
 
 
+def test_a_clips_offset_is_one_for_all_its_frames():
+    shape = (8, 4, 3, 4, 4)
+    shift = draw(shape, offset=0.5) - draw(shape)
+    torch.testing.assert_close(shift, shift[:, :, :1, :1, :1].expand(shape), rtol=0, atol=1e-6)
+
+
 def test_pyramid_noise_has_unit_variance_and_more_of_the_low_frequencies():
     many = draw((4000, 1, 6, 10), pyramid_discount=0.9)
     assert (many.square().mean(0) - 1).abs().max() < 5 * (2 / 4000) ** 0.5  # at each place, in the middle as at an edge
