@@ -7,6 +7,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -247,24 +248,23 @@ def test_flops_and_activations_can_be_counted(name, family, denoiser):
     planner = Planner(Accelerator(cpu=True), family, {"denoiser": denoiser}, optimizer, Data([], []), config)
     inputs = *a_batch(family), family.encode_prompts(PROMPTS)
     kept = count_activations(denoiser, family.predict, *inputs).kept
-    assert planner.activations(config) == pytest.approx(kept, rel=0.02)
+    assert planner.held(config)["activations"] == pytest.approx(kept, rel=0.02)
     flops = training_flops(family.denoiser_on_meta(), family.predict, *inputs)
-    assert planner.flops(config)["forward and backward pass"] == pytest.approx(flops, rel=0.02) and flops > 1e7
+    assert planner.flops(config)["forward and backward pass"] == flops > 1e7
 
 
 @torch.no_grad()
 def test_guidance_at_some_noise_levels_and_by_a_weaker_model(name, family, denoiser):
-    def draw(weaker=None, **fields) -> list:
-        config = dataclasses.replace(video_config(name).evaluation, num_inference_steps=3, **fields)
-        clips = generate(family, denoiser, config, SIZE, PROMPTS, [0, 1], weaker)
-        return [[frame.tobytes() for frame in clip.frames] for clip in clips]
+    def draw(weaker=None, **fields) -> np.ndarray:
+        config = dataclasses.replace(video_config(name).evaluation, num_inference_steps=2, **fields)
+        (clip,) = generate(family, denoiser, config, SIZE, PROMPTS[:1], [0], weaker)
+        return np.stack([np.asarray(frame, np.int32) for frame in clip.frames])
 
     guided, unguided = draw(guidance_scale=4.0), draw(guidance_scale=1.0)
-    levels = noise_levels(family.schedule, family.sampler.timesteps)
-    at_first = draw(guidance_scale=4.0, guidance_interval=[sum(levels[:2]) / 2, 1.0])
-    assert draw(guidance_scale=4.0, guidance_interval=[0.0, 1.0]) == guided
-    assert draw(denoiser, guidance_scale=4.0) == unguided
-    assert len({str(drawn) for drawn in (guided, unguided, at_first)}) == 3
+    between = sum(noise_levels(family.schedule, family.sampler.timesteps)[:2]) / 2
+    nowhere = draw(guidance_scale=4.0, guidance_interval=[between, between + 1e-6])
+    assert np.abs(nowhere - unguided).max() <= 1 < np.abs(guided - unguided).max()  # of 255: two in a batch round
+    assert np.array_equal(draw(denoiser, guidance_scale=4.0), unguided)
 
 
 def a_batch(family) -> tuple[torch.Tensor, torch.Tensor]:
