@@ -7,6 +7,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -129,9 +130,9 @@ def assert_sampling_by_predict_is_the_pipelines(family, denoiser) -> None:
     sample(family, denoiser, PROMPTS, 3)
     del vae.decode
     sampler, latents = copy.deepcopy(family.sampler), first_latents(family, 2)
-    sampler._step_index, conditioning = None, family.encode_prompts(PROMPTS)
-    if hasattr(sampler, "model_outputs"):  # UniPC and DPM-Solver remember those of their last run
-        sampler.set_timesteps(3)
+    for field, value in {"_step_index": None, "lower_order_nums": 0, "last_sample": None}.items():  # before its steps
+        setattr(sampler, field, value)
+    conditioning = family.encode_prompts(PROMPTS)
     for timestep in sampler.timesteps:
         output = family.predict(denoiser, latents, timestep.expand(2), conditioning)
         latents = sampler.step(output, timestep, latents).prev_sample
@@ -262,24 +263,24 @@ def test_flops_and_activations_can_be_counted(name, family, denoiser):
     optimizer = build_optimizer(config.optimizer, {"denoiser": denoiser})
     planner = Planner(Accelerator(cpu=True), family, {"denoiser": denoiser}, optimizer, Data([], []), config)
     inputs = *a_batch(family), family.encode_prompts(PROMPTS)
-    assert planner.activations(config) == count_activations(denoiser, family.predict, *inputs).kept
+    kept = count_activations(denoiser, family.predict, *inputs).kept
+    assert planner.held(config)["activations"] == pytest.approx(kept, rel=0.02)
     flops = training_flops(family.denoiser_on_meta(), family.predict, *inputs)
-    assert planner.flops(config)["forward and backward pass"] == pytest.approx(flops, rel=0.02) and flops > 1e8
+    assert planner.flops(config)["forward and backward pass"] == flops > 1e7
 
 
 @torch.no_grad()
 def test_guidance_at_some_noise_levels_and_by_a_weaker_model(name, family, denoiser):
-    def draw(weaker=None, **fields) -> list:
-        config = dataclasses.replace(video_config(name).evaluation, num_inference_steps=3, **fields)
-        clips = generate(family, denoiser, config, SIZE, PROMPTS, [0, 1], weaker)
-        return [[frame.tobytes() for frame in clip.frames] for clip in clips]
+    def draw(weaker=None, **fields) -> np.ndarray:
+        config = dataclasses.replace(video_config(name).evaluation, num_inference_steps=2, **fields)
+        (clip,) = generate(family, denoiser, config, SIZE, PROMPTS[:1], [0], weaker)
+        return np.stack([np.asarray(frame, np.int32) for frame in clip.frames])
 
     guided, unguided = draw(guidance_scale=4.0), draw(guidance_scale=1.0)
-    levels = noise_levels(family.schedule, family.sampler.timesteps)
-    at_first = draw(guidance_scale=4.0, guidance_interval=[sum(levels[:2]) / 2, 1.0])
-    assert draw(guidance_scale=4.0, guidance_interval=[0.0, 1.0]) == guided
-    assert draw(denoiser, guidance_scale=4.0) == unguided
-    assert len({str(drawn) for drawn in (guided, unguided, at_first)}) == 3
+    between = sum(noise_levels(family.schedule, family.sampler.timesteps)[:2]) / 2
+    nowhere = draw(guidance_scale=4.0, guidance_interval=[between, between + 1e-6])
+    assert np.abs(nowhere - unguided).max() <= 1 < np.abs(guided - unguided).max()  # of 255: two in a batch round
+    assert np.array_equal(draw(denoiser, guidance_scale=4.0), unguided)
 
 
 def a_batch(family) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,7 +332,7 @@ def assert_adapters_are_loaded_by_plain_diffusers(config, folder, run=None) -> N
 @pytest.mark.parametrize("name", [*NAMES, "experts"], scope="module")
 def test_the_adapters_of_a_run_are_loaded_by_plain_diffusers(name, tmp_path):
     """Also of a quantised base, for the base as it was, in half precision and with grids."""
-    fields = LORA | {"train__max_steps": 2, "train__batch_size": 2, "ema__enabled": False, "train__save_every": 2}
+    fields = LORA | {"train__max_steps": 2, "train__batch_size": 2, "train__log_every": 1, "ema__enabled": False}
     if name == "experts":  # the one of low noise
         name, source = "tiny-wan", two_experts(tmp_path)
         fields |= {"model__pretrained_model_name_or_path": source, "timesteps__max": 0.9}
@@ -349,7 +350,7 @@ def test_the_adapters_of_a_run_are_loaded_by_plain_diffusers(name, tmp_path):
 @pytest.mark.slow
 def test_the_first_loss_and_gradient_are_the_textbooks(name, tmp_path):
     """By hand from the keyed draws, the VAE's posterior and the objective's formula, the whole batch at once."""
-    argv = video_options(name, train__max_steps=1, train__batch_size=2, train__output_dir=tmp_path)
+    argv = video_options(name, train__max_steps=1, train__batch_size=2, train__log_every=1, train__output_dir=tmp_path)
     config = command_line.parse_config(TextToVideoConfig, argv)
     logged, family = metrics_without_times(train_video(argv))[0], load_family(config)
     samples = Samples(data_of(map_rows(config.data)), config.data, 0, 2)

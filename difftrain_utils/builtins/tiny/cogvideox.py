@@ -14,17 +14,19 @@ from difftrain_utils.builtins.tiny.parts import WIDTH, t5_text_encoder, t5_token
 def make(**transformer) -> CogVideoXPipeline:
     """As the 5B, whose places rotate tokens, with other fields of the transformer's config. Four frames are one of
     latents, after the first, and a side an eighth, as the real one's."""
-    places = {"sample_width": 4, "sample_height": 4, "sample_frames": 9, "use_rotary_positional_embeddings": True}
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=3,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=96,
-        text_embed_dim=WIDTH,
-        num_layers=3,
-        **places | transformer,
-    )
+    config = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 96,
+        "text_embed_dim": WIDTH,
+        "num_layers": 3,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "use_rotary_positional_embeddings": True,
+    }
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8),
         latent_channels=4,
@@ -43,6 +45,6 @@ def make(**transformer) -> CogVideoXPipeline:
         tokenizer=t5_tokenizer(),
         text_encoder=t5_text_encoder(),
         vae=vae.eval(),
-        transformer=model,
+        transformer=CogVideoXTransformer3DModel(**config | transformer),
         scheduler=scheduler,
     )
