@@ -88,7 +88,8 @@ def denoiser_of(family) -> torch.nn.Module:
 
 def first_latents(family, count: int) -> torch.Tensor:
     """What the pipeline begins with."""
-    shape = family.sample_latents(family.encode_images(torch.zeros(1, 3, *SIZE)), torch.zeros(())).shape[1:]
+    moments = family.encode_images(torch.zeros(1, 3, *SIZE))
+    shape = family.sample_latents(moments, torch.zeros_like(moments[:, 0])).shape[1:]
     if isinstance(family, CogVideoX):  # whose latents are frames, then channels
         frames_first = (count, shape[1], shape[0], *shape[2:])
         return randn_tensor(frames_first, generator=generators(count)).transpose(1, 2)
