@@ -86,7 +86,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     is_video = media_of(config.data) is video
     key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
-    key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
+    key |= {"vae_tiling": True} if config.model.vae_tiling else {}
+    key |= {"masks": True} if data.rows.has_masks else {}  # of a cache without, the name stays
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "latents", key)

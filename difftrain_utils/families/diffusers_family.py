@@ -120,6 +120,7 @@ class DiffusersFamily:
     offload_text_encoders: bool = False
     """Leave the text encoders' weights on the disk."""
     vae_slicing: bool = False
+    vae_tiling: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
     shares_encoders: bool = False
@@ -161,10 +162,13 @@ class DiffusersFamily:
             lora=config.model.lora,
             offload_text_encoders=config.model.offload_text_encoders,
             vae_slicing=config.model.vae_slicing,
+            vae_tiling=config.model.vae_tiling,
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
         family.check_text_length()
+        if family.vae_slicing or family.vae_tiling:
+            family._cut_up(family._on_meta(cls.image_part))
         if config.model.guidance is not None and not family.has_guidance_embedding:
             raise InputError(f"model.guidance: the {family.denoiser_part} of {source} has no embedding of guidance")
         if cls.image_part:
@@ -193,7 +197,8 @@ class DiffusersFamily:
             )
         if config.scheduler.flow_shift_by_tokens and not cls.tells_tokens:
             raise InputError(f"scheduler.flow_shift_by_tokens: a {name} does not tell its sampler how many there are")
-        for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
+        needed = {"vae_slicing": cls.image_part, "vae_tiling": cls.image_part, "offload_text_encoders": cls.text_parts}
+        for option, parts in needed.items():
             if getattr(config.model, option) and not parts:
                 raise InputError(f"model.{option}: a {name} has no such part, got true")
         if config.model.train_text_encoder and not cls.trained_text_parts:
@@ -268,10 +273,17 @@ class DiffusersFamily:
         if is_offloaded:
             return compute_on(part, self.device)
         if name == self.image_part:
-            part.use_slicing = self.vae_slicing
+            self._cut_up(part)
             if self.channels_last:
                 torch.nn.Module.to(part, memory_format=torch.channels_last)
         return move_part(part, self.device, self.dtype_of(name))
+
+    def _cut_up(self, vae: torch.nn.Module) -> None:
+        """Let it compute as `model.vae_slicing` and `model.vae_tiling` say. Raises InputError if it cannot."""
+        for option, switch in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
+            if getattr(self, option) and not hasattr(vae, switch):
+                raise InputError(f"model.{option}: the VAE of {self.source}, {type(vae).__name__}, has none, got true")
+            setattr(vae, switch, getattr(self, option))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """That a frozen part has on the device."""
@@ -327,14 +339,14 @@ class DiffusersFamily:
         return part.eval().requires_grad_(False)
 
     def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "DiffusersFamily":
-        """See `Family`. Tokenizers are as they were."""
-        parts = {
-            name: self.part(name)
-            if name.startswith("tokenizer")
-            else empty(move_part(self._on_meta(name), "meta", dtype))
-            for name in self.frozen_parts
-        }
-        return dataclasses.replace(self, device="cpu", weight_dtype=dtype, _parts=parts)
+        """See `Family`. Tokenizers are as they were; the VAE does not slice and tile, which changes no shape."""
+        family = dataclasses.replace(self, device="cpu", weight_dtype=dtype, cached=(), _parts={})
+        for name in self.frozen_parts:
+            if name.startswith("tokenizer"):
+                family._parts[name] = self.part(name)
+            else:
+                family._parts[name] = empty(move_part(self._on_meta(name), "meta", family.dtype_of(name)))
+        return family
 
     def config_of(self, name: str) -> Any:
         """The config of a part with its defaults, without its weights."""
@@ -433,6 +445,15 @@ class DiffusersFamily:
         multiple = self.size_multiple
         if height % multiple or width % multiple:
             raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
+
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the largest tile of `model.vae_tiling`; None of a VAE without."""
+        vae = self._on_meta(self.image_part) if self.image_part else None
+        if hasattr(vae, "tile_sample_min_height"):
+            return vae.tile_sample_min_height, vae.tile_sample_min_width
+        side = getattr(vae, "tile_sample_min_size", None)
+        return None if side is None else (side, side)
 
     def check_text_length(self) -> None:
         """Raise InputError unless `text_length`, where the pipeline has one, is of `text_lengths`."""

@@ -59,7 +59,8 @@ class Family(Protocol):
         encoders."""
 
     def free_cached(self) -> None:
-        """Drop the frozen parts whose work is cached from memory; they are loaded again when they are used again."""
+        """Drop the frozen parts whose work is cached from memory, and others that training does without; they are
+        loaded again when they are used again."""
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """The frozen parts that have weights, by name, also those whose work is cached."""

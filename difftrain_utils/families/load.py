@@ -141,14 +141,14 @@ def load_tokenizer(config: Config) -> Any:
 
 def describe_family(name: str) -> DiffusersFamily:
     """What the configs alone of a checkpoint, a folder or a name on the hub, say of its family: how its pipeline is
-    called, and for which sizes. Of a pipeline that is none of `FAMILIES` it is the least that all have in common.
+    called, and for which sizes. Of a pipeline of no known family it is the least that all have in common.
 
     Raises:
         InputError: there is no such checkpoint.
     """
     with blame(name, *LOAD_ERRORS):
         source, model_index = read_index(name, None)
-        family_class = FAMILIES.get(model_index["_class_name"], DiffusersFamily)
+        family_class = (FAMILIES | VIDEO_FAMILIES).get(model_index["_class_name"], DiffusersFamily)
         return family_class(source, None, None, model_index, schedule=None, sampler=None)
 
 

@@ -25,7 +25,7 @@ class Wan(DiffusersVideoFamily):
     there is no token it sees zeros, and how many of these there are counts.
 
     Of the two experts of 2.2's large models the one whose noise levels `timesteps` asks for is trained; the other one
-    is loaded when a pipeline is made."""
+    is loaded when a pipeline is made, and dropped with the parts whose work is cached."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = WanPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
@@ -84,6 +84,12 @@ class Wan(DiffusersVideoFamily):
     def patch_sizes(self) -> tuple[int, int, int]:
         return tuple(self.config_of(self.expert).patch_size)
 
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """See `DiffusersFamily`: tiles are cut out of what the VAE has patched."""
+        patch = self.config_of("vae").patch_size or 1
+        return tuple(patch * side for side in super().tile_size)
+
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         return super().digests(denoiser) | {part: self._digest(part) for part in self.other_experts}
 
@@ -119,6 +125,12 @@ class Wan(DiffusersVideoFamily):
         pipeline = super().pipeline(denoiser)
         pipeline.register_modules(**{part: self.part(part) for part in self.other_experts})
         return pipeline
+
+    def free_cached(self) -> None:
+        """See `Family`: the other expert, too, which evaluations alone are made with."""
+        super().free_cached()
+        for part in self.other_experts:
+            self._parts.pop(part, None)
 
     def save_lora(self, folder: Path, denoiser: torch.nn.Module) -> None:
         """See `Family`. Those of the expert of low noise are loaded by `load_lora_weights(folder,

@@ -210,7 +210,13 @@ def test_the_expert_of_the_noise_levels_is_trained(tmp_path, fields, expert):
     model = {"model__pretrained_model_name_or_path": source}
     with pytest.raises(InputError, match=r"^timesteps.min: .* has two experts, .*, got from 0.0 to 1.0$"):
         load_family(video_config("tiny-wan", **model))
-    family = load_family(video_config("tiny-wan", **model, **fields))
+    cached = {
+        "data__cache_latents": True,
+        "data__cache_text": True,
+        "data__center_crop": True,
+        "data__window": "middle",
+    }
+    family = load_family(video_config("tiny-wan", **model, **fields, **cached))
     parts = ("transformer", "transformer_2")
     assert family.denoiser_part == parts[expert] and family.other_experts == [parts[1 - expert]]
     denoiser = family.load_denoiser().eval()
@@ -223,6 +229,9 @@ def test_the_expert_of_the_noise_levels_is_trained(tmp_path, fields, expert):
     sample(family, denoiser, PROMPTS[:1], 4)
     steps = family.sampler.timesteps.tolist()
     assert asked == [step for step in steps if (step >= 900) == (expert == 0)] and 0 < len(asked) < 4
+    assert {*family.frozen_parts, parts[1 - expert]} == family._parts.keys()
+    family.free_cached()
+    assert [*family._parts] == ["tokenizer"]
     family.save_pipeline(tmp_path / "saved", denoiser)
     index = json.loads((tmp_path / "saved/model_index.json").read_text())
     assert index["boundary_ratio"] == 0.9 and all(index[part][1] == "WanTransformer3DModel" for part in parts)
@@ -273,3 +282,22 @@ def test_the_latents_statistics_are_there_when_the_vae_is_dropped():
     assert torch.equal(family.normalise(latents), expected) and "vae" not in family._parts
     mean, std = torch.linspace(-0.5, 0.5, 8), torch.linspace(0.5, 2.0, 8)
     torch.testing.assert_close(expected, (latents - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1))
+
+
+def test_the_vae_computes_in_tiles(monkeypatch):
+    """Where it can; of what is larger than one the latents are not quite the same."""
+    plain, tiled = (
+        load_family(video_config("tiny-wan", model__vae_tiling=is_tiled, model__vae_slicing=is_tiled))
+        for is_tiled in (False, True)
+    )
+    vae = tiled.part("vae")
+    assert tiled.tile_size == (256, 256) and vae.use_tiling and vae.use_slicing
+    vae.enable_tiling(32, 32, 16, 16)
+    pixel_values = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    whole, of_tiles = (family.encode_images(pixel_values) for family in (plain, tiled))
+    assert whole.shape == of_tiles.shape and not torch.equal(whole, of_tiles)
+    assert torch.equal(*(family.encode_images(pixel_values[..., :32]) for family in (plain, tiled)))
+    monkeypatch.setattr(type(plain), "_on_meta", lambda self, name: torch.nn.Identity())
+    for option in ("vae_tiling", "vae_slicing"):
+        with pytest.raises(InputError, match=rf"^model.{option}: the VAE of .*, Identity, has none, got true$"):
+            load_family(video_config("tiny-wan", **{f"model__{option}": True}))
