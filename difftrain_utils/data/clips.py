@@ -120,6 +120,13 @@ class ClipBuckets:
         )
 
 
+def check_buckets(family, config: VideoDataConfig) -> None:
+    """Raise InputError if one of `data.buckets` is none that the model can take."""
+    for num_frames, height, width in config.buckets:
+        family.check_frames(num_frames, "data.buckets")
+        family.check_size(height, width, "data.buckets")
+
+
 def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config) -> tuple[MappedRows, ClipBuckets]:
     """The rows that have a bucket of `data.buckets`, and these. Prints what is made of the videos.
 
@@ -128,9 +135,7 @@ def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config
         RowError: a video cannot be read, or is too short for all buckets, and `data.on_bad_row` is stop.
     """
     data = config.data
-    for num_frames, height, width in data.buckets:
-        family.check_frames(num_frames, "data.buckets")
-        family.check_size(height, width, "data.buckets")
+    check_buckets(family, data)
     with main_process_first(accelerator):
         sizes = video_sizes(rows, data)
     refuse_short(rows, sizes, data)

@@ -6,6 +6,7 @@ from functools import partial
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.buckets import Buckets, fit_sizes
 from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
 from difftrain_utils.data.lanes import Lanes
@@ -47,11 +48,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
-    if media in (image, pairs):
-        family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
-    elif media is video:
-        family.check_frames(config.data.num_frames, "data.num_frames")
-        family.check_size(config.data.height, config.data.width, "data.height")
+    check_sizes(family, config.data)
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
@@ -69,3 +66,13 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, buckets = fit_clips(accelerator, family, rows, config)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)
+
+
+def check_sizes(family, config: RowsConfig) -> None:
+    """Raise InputError unless the model can take what is read where there are no buckets."""
+    media = media_of(config)
+    if media in (image, pairs):
+        family.check_size(config.resolution, config.resolution, "data.resolution")
+    elif media is video:
+        family.check_frames(config.num_frames, "data.num_frames")
+        family.check_size(config.height, config.width, "data.height")
