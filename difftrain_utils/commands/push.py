@@ -41,7 +41,7 @@ from difftrain_utils.run.run_folder import (
 )
 from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
-CARD, GRID, PAGE = "README.md", "samples.png", "samples.txt"  # what is made, in the repository
+CARD, GRID, PAGE, FILM = "README.md", "samples.png", "samples.txt", "samples.webp"  # what is made, in the repository
 CONFIG = "config.yaml"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 NOT_SHOWN = {"step", "lr", "grad_norm", "skipped_rows", *TIMES}  # as results
@@ -111,7 +111,7 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
                 files[name] = _without_origin(path)
             else:
                 left_out.append(f"{folder.name}/{name}")
-    for name in (GRID, PAGE):
+    for name in (GRID, PAGE, FILM):
         if samples := sorted((run / SAMPLES).glob(f"step-*{Path(name).suffix}")):
             files[name] = samples[-1]
     config = public(read_mapping(run / CONFIG_FILE))
@@ -240,6 +240,7 @@ def make_card(
             f"\n# {repo.split('/')[1]}\n",
             f"{kind.what}, trained with difftrain from {_named(base)} on {', '.join(map(_named, sources))}: {steps}.\n",
             *([f"![Pictures of prompts of the evaluation]({GRID})\n"] if GRID in files else []),
+            *([f"![Clips of prompts of the evaluation]({FILM})\n"] if FILM in files else []),
             *([f"[Texts of the evaluation]({PAGE})\n"] if PAGE in files else []),
             "## Use\n",
             *kind.usage,
@@ -279,6 +280,21 @@ def _of_images(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
 
 
+def _of_videos(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
+    data, evaluation, is_lora = config["data"], config["evaluation"], INDEX_FILE not in files
+    pipeline_class = None if is_lora else read_mapping(run / PIPELINE / INDEX_FILE).get("_class_name")
+    prompt = data.get("default_caption") or next(iter(evaluation["prompts"]), "…")
+    load = [f'pipeline = DiffusionPipeline.from_pretrained("{base if is_lora else repo}")']
+    load += [f'pipeline.load_lora_weights("{repo}")'] if is_lora else []
+    options = {"num_inference_steps": evaluation["num_inference_steps"]}
+    options |= {name: data[name] for name in ("num_frames", "height", "width")}
+    asked = ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in options.items())])
+    usage = ["```python", "from diffusers import DiffusionPipeline", "from diffusers.utils import export_to_video", ""]
+    usage += [*load, f"frames = pipeline({asked}).frames[0]"]
+    usage += [f'export_to_video(frames, "clip.mp4", fps={data["fps"]:g})', "```"]
+    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", "text-to-video", usage)
+
+
 def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
     """A model for plain transformers, with which difftrain writes, or adapters for peft."""
     if MODEL_FILE not in files:
@@ -298,6 +314,7 @@ KINDS = {
     "train_text_to_image.py": _of_images,
     "train_few_step.py": _of_images,
     "train_preference.py": _of_images,
+    "train_text_to_video.py": _of_videos,
     "train_text.py": _of_text,
 }
 

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -249,11 +249,13 @@ def read_still(file: BinaryIO, name: str) -> Image.Image | None:
 
 
 class Header(NamedTuple):
-    """Of a video: seconds, None of an image; height and width in pixels as they are shown."""
+    """Of a video: seconds, None of an image; height and width in pixels as they are shown; frames a second, about, None
+    where the file does not say it."""
 
     seconds: float | None
     height: int
     width: int
+    fps: float | None = None
 
     def num_frames(self, fps: float) -> int:
         """How many frames it has at `fps` a second."""
@@ -271,18 +273,42 @@ def read_header(row: Row) -> Header:
             if frame is None:
                 raise RowError(f"{row.name}: a video without a frame")
             shown = to_image(frame, stream)
-            return Header(seconds, shown.height, shown.width)
+            return Header(seconds, shown.height, shown.width, float(stream.guessed_rate or 0) or None)
+
+
+def describe_headers(headers: Sequence[Header]) -> str:
+    """What videos are, in words, from the least to the most of each: "40 videos of 2.1 to 30 s (median 8.4), …"."""
+    videos = [header for header in headers if header.seconds is not None]
+    stills = len(headers) - len(videos)
+    number = f"{stills} image{'s' * (stills > 1)}" if stills else ""
+    if videos:
+        seconds, rates = [header.seconds for header in videos], [header.fps for header in videos if header.fps]
+        least, *_, most = sorted([(header.height * header.width, header.width, header.height) for header in videos] * 2)
+        of_rates = f", {_range(rates)} frames a second" if rates else ""
+        of_sizes = f"{least[1]}x{least[2]}" + (f" to {most[1]}x{most[2]}" if most != least else "")
+        median = f"{np.median(seconds):.3g}"
+        found = f"{len(videos)} video{'s' * (len(videos) > 1)} of {_range(seconds)} s (median {median}){of_rates}"
+        found = f"{found}, {of_sizes} pixels"
+        number = f"{found}; {number}" if number else found
+    return number
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
-    if num_frames < config.fewest_frames and header.seconds is not None:
+    if num_frames < config.fewest_frames:
         raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
     return num_frames
 
 
-def _too_short(name: str, seconds: float, num_frames: int, fps: float) -> str:
+def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
+    if seconds is None:
+        return f"{name}: an image, which is one frame and no {num_frames}"
     return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
 
 
@@ -300,7 +326,7 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
     with open_file(row.video, row.name) as file:
         if (still := read_still(file, row.name)) is not None:
             if num_frames > 1:
-                raise RowError(f"{row.name}: an image, which is one frame and no {num_frames}")
+                raise RowError(_too_short(row.name, None, num_frames, fps))
             yield still
             return
         with open_video(file, row.name) as (container, stream):
@@ -422,6 +448,7 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
+    comment: str | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -435,6 +462,26 @@ def write_video(
     with av.open(file, "w", format=format, container_options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if comment is not None:
+            container.metadata["comment"] = comment
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))
+
+
+def side_by_side(clips: Sequence[Clip], lay_out: Callable[[list[Image.Image]], Image.Image]) -> Clip:
+    """A clip of what `lay_out` makes of the frames of each time."""
+    length = max(len(clip.frames) for clip in clips)
+    return Clip([lay_out([_at(clip, number) for clip in clips]) for number in range(length)], clips[0].fps)
+
+
+def write_clip(clip: Clip, path: Path, comment: str | None = None) -> None:
+    """Write a clip as its path ends, in .mp4, which has a comment, or in .webp. Raises RunError if it cannot."""
+    frames, fps = clip
+    with new_file(path) as partial:
+        if path.suffix == ".mp4":
+            write_video(frames, fps, partial, **FOR_BROWSERS, comment=comment)
+            return
+        times = [round(1000 * number / fps) for number in range(len(frames) + 1)]
+        durations = [end - start for start, end in itertools.pairwise(times)]  # whole milliseconds, as in `save`
+        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
