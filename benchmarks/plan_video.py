@@ -37,6 +37,7 @@ MODELS = {
     for name, transformer in (("wan-1.3b", WAN_1_3B), ("wan-14b", WAN_14B))
 }
 FULL = ["--model.lora", "null", "--ema.enabled", "true"]
+FOUR_BITS = ["--model.lora.quantization", "nf4"]
 ONE = ["--train.batch_size", "1", "--train.gradient_accumulation_steps", "1"]  # of one GPU
 EIGHT = ["--train.batch_size", "8", "--train.gradient_accumulation_steps", "1", "--train.shard", "full"]
 PLANS = [  # model, what is trained, GPUs, their name, options of the config
@@ -50,7 +51,9 @@ PLANS = [  # model, what is trained, GPUs, their name, options of the config
     ),
     ("wan-1.3b", "all weights, EMA", 1, "l40s", [*ONE, *FULL]),
     ("wan-14b", "LoRA", 1, "rtx4090", ONE),
+    ("wan-14b", "LoRA on 4 bits, 33 frames", 1, "rtx4090", [*ONE, *FOUR_BITS, "--data.num_frames", "33"]),
     ("wan-14b", "LoRA", 1, "l40s", ONE),
+    ("wan-14b", "LoRA on 4 bits", 1, "l40s", [*ONE, *FOUR_BITS]),
     ("wan-14b", "LoRA", 1, "h100", ONE),
     ("wan-14b", "LoRA, FSDP2", 8, "h100", EIGHT),
     ("wan-14b", "all weights, FSDP2", 8, "h100", [*EIGHT, "--model.lora", "null"]),

@@ -31,7 +31,6 @@ READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name oth
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
-ENDINGS = (".mp4", ".webp")  # of files that browsers play
 FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
 
 # What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
@@ -276,11 +275,13 @@ def read_still(file: BinaryIO, name: str) -> Image.Image | None:
 
 
 class Header(NamedTuple):
-    """Of a video: seconds, None of an image; height and width in pixels as they are shown."""
+    """Of a video: seconds, None of an image; height and width in pixels as they are shown; frames a second, about, None
+    where the file does not say it."""
 
     seconds: float | None
     height: int
     width: int
+    fps: float | None = None
 
     def num_frames(self, fps: float) -> int:
         """How many frames it has at `fps` a second."""
@@ -298,7 +299,29 @@ def read_header(row: Row) -> Header:
             if frame is None:
                 raise RowError(f"{row.name}: a video without a frame")
             shown = to_image(frame, stream)
-            return Header(seconds, shown.height, shown.width)
+            return Header(seconds, shown.height, shown.width, float(stream.guessed_rate or 0) or None)
+
+
+def describe_headers(headers: Sequence[Header]) -> str:
+    """What videos are, in words, from the least to the most of each: "40 videos of 2.1 to 30 s (median 8.4), …"."""
+    videos = [header for header in headers if header.seconds is not None]
+    stills = len(headers) - len(videos)
+    number = f"{stills} image{'s' * (stills > 1)}" if stills else ""
+    if videos:
+        seconds, rates = [header.seconds for header in videos], [header.fps for header in videos if header.fps]
+        least, *_, most = sorted([(header.height * header.width, header.width, header.height) for header in videos] * 2)
+        of_rates = f", {_range(rates)} frames a second" if rates else ""
+        of_sizes = f"{least[1]}x{least[2]}" + (f" to {most[1]}x{most[2]}" if most != least else "")
+        median = f"{np.median(seconds):.3g}"
+        found = f"{len(videos)} video{'s' * (len(videos) > 1)} of {_range(seconds)} s (median {median}){of_rates}"
+        found = f"{found}, {of_sizes} pixels"
+        number = f"{found}; {number}" if number else found
+    return number
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:

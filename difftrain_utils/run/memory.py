@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig, TextModelConfig
 from difftrain_utils.config.preference import PreferenceConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.encoded import ENTRIES_PER_BATCH
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
@@ -325,8 +326,12 @@ class Planner:
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
         if not self.is_text and not data.cache_latents:
-            option = "data.cache_latents" + ("" if data.center_crop else " and data.center_crop")
-            yield option, change("data", cache_latents=True, center_crop=True)
+            needed = {"cache_latents": True, "center_crop": True}
+            if isinstance(data, VideoDataConfig) and data.window == "random":
+                needed["window"] = "middle"
+            said = [f"data.{name}{'' if value is True else f' {value}'}" for name, value in needed.items()]
+            said = [name for name in said if name != "data.center_crop" or not data.center_crop]
+            yield " and ".join(said), change("data", **needed)
         if not self.is_text and not data.cache_text:
             yield "data.cache_text", change("data", cache_text=True)
 

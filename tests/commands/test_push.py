@@ -15,7 +15,7 @@ import yaml
 from helpers import options, short_options, train
 
 from difftrain_utils.commands import export
-from difftrain_utils.commands.push import main
+from difftrain_utils.commands.push import KINDS, main
 from difftrain_utils.errors import InputError, RunError
 
 TOKEN = "hf_" + "Abcdefghij" * 3
@@ -282,3 +282,12 @@ def test_what_is_no_finished_run_is_refused(run, tmp_path):
     (unfinished / "run_manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"unfinished/run_manifest.json: "):
         main([str(unfinished), "me/shapes"])
+
+
+def test_the_card_of_videos(tmp_path):
+    evaluation = {"prompts": ["a red circle moving left"], "num_inference_steps": 20}
+    data = {"default_caption": None, "num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
+    kind = KINDS["train_text_to_video.py"](tmp_path, "me/clips", {"data": data, "evaluation": evaluation}, "a/base", {})
+    assert kind.task == "text-to-video" and "load_lora_weights" in kind.usage[5]
+    call = 'frames = pipeline("a red circle moving left", num_inference_steps=20, num_frames=9, height=32, width=48)'
+    assert kind.usage[-3:] == [f"{call}.frames[0]", 'export_to_video(frames, "clip.mp4", fps=8)', "```"]

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from helpers import data_of, encode, options
 from PIL import Image
 
+from difftrain_utils.commands import check_data
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import require_of
 from difftrain_utils.config.text_to_video import TextToVideoConfig
@@ -328,3 +329,20 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
 def test_fields_that_cannot_be(fields, message, tmp_path):
     with pytest.raises(InputError, match=message):
         config_of(fields.pop("dataset", "builtin:moving-shapes"), tmp_path, **fields)
+
+
+def test_check_data_says_what_is_wrong_and_what_videos_are(folder, tmp_path, capsys):
+    (folder / "b.webm").write_bytes(b"nothing")
+    with (folder / "metadata.jsonl").open("a") as lines:
+        lines.write("\n" + json.dumps({"file_name": "a.mp4", "text": ""}))
+    fields = {"data.dataset": folder, "model.pretrained_model_name_or_path": "builtin:tiny-wan"}
+    with pytest.raises(SystemExit) as stopped:
+        check_data.main(options(fields | {f"data.{name}": value for name, value in (FIELDS | {"width": 64}).items()}))
+    out = capsys.readouterr().out
+    assert stopped.value.code == 2
+    metadata = folder / "metadata.jsonl"
+    assert f"error: {metadata} line 5: a.mp4: the same file as in line 1; several captions of a video go" in out
+    assert f"error: {metadata} line 2: b.webm: " in out
+    assert f"error: {metadata} line 4: d.png: an image, which is one frame and no 5" in out
+    assert f"warning: {metadata} line 1: a.mp4: 48 × 32 pixels, to be enlarged to 64 × 32" in out
+    assert f"{folder}: 3 videos of 1 to 1.42 s (median 1), 12 frames a second, 48x32 pixels; 1 image\n" in out

@@ -122,7 +122,8 @@ def test_metrics_and_losses_of_held_out_clips_and_stills(run, capsys):
 
     read = [sample_of(rows, row, config) for row in range(8)]
     real |= {caption: clip for caption, clip in read}
-    found = image_metrics(accelerator, networks, SimpleNamespace(generate=draw, first_frames="none"), None, rows, config)
+    drawing = SimpleNamespace(generate=draw, first_frames="none")
+    found = image_metrics(accelerator, networks, drawing, None, rows, config)
     assert sorted(asked) == sorted((caption, size) for (caption, _), size in zip(read, sizes, strict=True))
 
     clips = [clip for _, clip in read]
