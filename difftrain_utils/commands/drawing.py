@@ -330,7 +330,9 @@ def draw_all(
 
 
 def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image | Clip:
-    """The picture, or the clip, that plain diffusers draws with `torch.Generator().manual_seed(seed)`."""
+    """The picture, or the clip, that plain diffusers draws with `torch.Generator().manual_seed(seed)`, or where a run's
+    noise has `frame_correlation`, of such noise."""
+    generators = [torch.Generator().manual_seed(seed)]
     options = loaded.family.picture_options(
         loaded.pipeline,
         [prompt],
@@ -343,11 +345,12 @@ def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Im
     )
     if is_video := isinstance(loaded.family, DiffusersVideoFamily):
         options |= {} if settings.num_frames is None else {"num_frames": settings.num_frames}
+        options |= loaded.family.first_noise(settings.num_frames, settings.height, settings.width, generators)
         options["output_type"] = "pil"
     if unknown := [name for name in options if name not in loaded.arguments]:
         raise InputError(f"a {type(loaded.pipeline).__name__} takes no {some(unknown)}")
     with blame(f"{loaded.pipeline.name_or_path or loaded.family.source}", ValueError, TypeError):
-        made = loaded.pipeline(**options, generator=[torch.Generator().manual_seed(seed)])
+        made = loaded.pipeline(**options, generator=generators)
     return Clip(made.frames[0], loaded.family.fps) if is_video else made.images[0]
 
 
