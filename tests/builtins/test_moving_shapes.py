@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from helpers import ROOT, metrics_without_times, options, train_video
 from PIL import Image
 
 from difftrain_utils.builtins.checkpoints import HERE, builtin_checkpoint
@@ -113,3 +114,11 @@ def test_the_checkpoint_tells_all_captions_apart(pipeline):
         word = np.array([caption.split()[place] for caption in MOVING])
         is_other = torch.tensor(word[:, None] != word)
         assert len(set(word)) == words and distances[is_other].min() > distances[~is_other].max()
+
+
+@pytest.mark.slow
+def test_a_shorter_quickstart_learns(tmp_path):
+    """By its loss on clips that it has not seen, and that its clips have the colours asked for."""
+    fields = {"train.max_steps": 300, "train.eval_every": 300, "train.save_every": 0, "train.cpu_threads": 1}
+    fields |= {"train.output_dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache"}
+    run = train_video(["--config", str(ROOT / "configs/quickstart_video.yaml"), *options(fields)])
