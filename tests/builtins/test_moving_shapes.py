@@ -89,7 +89,7 @@ def test_the_vae_keeps_what_was_drawn(pipeline):
     indices, vae = range(0, 72, 3), pipeline.vae
     latents = vae.encode(draw_clips(indices)).latent_dist.mode()
     decoded = pipeline.video_processor.postprocess_video(vae.decode(latents).sample, output_type="pil")
-    assert latents.shape == (24, 16, 3, 4, 4)
+    assert latents.shape == (24, 16, 3, 6, 6)
     assert count_right(decoded, [MOVING[index] for index in indices]) >= 22
     mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     normal = ((latents - mean) / std).transpose(0, 1).flatten(1)
@@ -118,7 +118,9 @@ def test_the_checkpoint_tells_all_captions_apart(pipeline):
 
 @pytest.mark.slow
 def test_a_shorter_quickstart_learns(tmp_path):
-    """By its loss on clips that it has not seen, and that its clips have the colours asked for."""
-    fields = {"train.max_steps": 300, "train.eval_every": 300, "train.save_every": 0, "train.cpu_threads": 1}
+    """By its loss on clips that it is not trained on."""
+    fields = {"train.max_steps": 200, "train.eval_every": 100, "train.save_every": 0, "train.cpu_threads": 1}
     fields |= {"train.output_dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache"}
     run = train_video(["--config", str(ROOT / "configs/quickstart_video.yaml"), *options(fields)])
+    first, last = (metrics["validation_loss"] for metrics in metrics_without_times(run) if "validation_loss" in metrics)
+    assert last < 0.9 * first < 0.9

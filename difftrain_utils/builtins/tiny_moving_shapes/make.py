@@ -21,7 +21,7 @@ from difftrain_utils.builtins.moving_shapes import draw_clip
 from difftrain_utils.keyed_random import keyed_randint
 from difftrain_utils.media.image import to_pixel_values
 
-IMAGE_SIZE, NUM_FRAMES, CHANNELS = 32, 9, 16
+IMAGE_SIZE, NUM_FRAMES, CHANNELS = 48, 9, 16
 
 
 def make_vae() -> AutoencoderKLWan:
@@ -74,7 +74,7 @@ def train_vae(vae: AutoencoderKLWan, steps: int, batch_size: int, lr: float, see
 def measure_latents(vae: AutoencoderKLWan) -> None:
     """Write the mean and standard deviation of each channel into its config."""
     vae.eval()
-    latents = [vae.encode(draw_clips(range(start, start + 72))).latent_dist.mode() for start in range(0, 720, 72)]
+    latents = [vae.encode(draw_clips(range(start, start + 72))).latent_dist.mode() for start in range(0, 288, 72)]
     std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3, 4))
     statistics = {"latents_mean": mean, "latents_std": std}
     vae.register_to_config(**{name: [round(x, 4) for x in values.tolist()] for name, values in statistics.items()})
