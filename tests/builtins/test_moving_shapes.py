@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from helpers import ROOT, metrics_without_times, options, train_video
 from PIL import Image
 
 from difftrain_utils.builtins.checkpoints import HERE, builtin_checkpoint
@@ -114,13 +113,3 @@ def test_the_checkpoint_tells_all_captions_apart(pipeline):
         word = np.array([caption.split()[place] for caption in MOVING])
         is_other = torch.tensor(word[:, None] != word)
         assert len(set(word)) == words and distances[is_other].min() > distances[~is_other].max()
-
-
-@pytest.mark.slow
-def test_a_shorter_quickstart_learns(tmp_path):
-    """By its loss on clips that it is not trained on."""
-    fields = {"train.max_steps": 200, "train.eval_every": 100, "train.save_every": 0, "train.cpu_threads": 1}
-    fields |= {"train.output_dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache"}
-    run = train_video(["--config", str(ROOT / "configs/quickstart_video.yaml"), *options(fields)])
-    first, last = (metrics["validation_loss"] for metrics in metrics_without_times(run) if "validation_loss" in metrics)
-    assert last < 0.9 * first < 0.9
