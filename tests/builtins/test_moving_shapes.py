@@ -88,7 +88,7 @@ def test_the_vae_keeps_what_was_drawn(pipeline):
     indices, vae = range(0, 72, 3), pipeline.vae
     latents = vae.encode(draw_clips(indices)).latent_dist.mode()
     decoded = pipeline.video_processor.postprocess_video(vae.decode(latents).sample, output_type="pil")
-    assert latents.shape == (24, 16, 3, 4, 4)
+    assert latents.shape == (24, 16, 3, 6, 6)
     assert count_right(decoded, [MOVING[index] for index in indices]) >= 22
     mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     normal = ((latents - mean) / std).transpose(0, 1).flatten(1)

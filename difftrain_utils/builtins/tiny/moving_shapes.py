@@ -1,5 +1,5 @@
-"""`builtin:tiny-moving-shapes`: a small Wan for `builtin:moving-shapes`. Its VAE knows the clips and its tokenizer each
-word of the captions; the tokens of its transformer, of a million weights, are single latents."""
+"""`builtin:tiny-moving-shapes`: a small Wan for `builtin:moving-shapes`. Its VAE knows the clips, its tokenizer each
+word of the captions, and its transformer has a million weights."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def make() -> WanPipeline:
     vae = AutoencoderKLWan.from_pretrained(Path(__file__).parent.parent / "tiny_moving_shapes")
     add_words(tokenizer := t5_tokenizer(), " ".join(MOVING))
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
+        patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=32,
         in_channels=vae.config.z_dim,
