@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from difftrain_utils.builtins.checkpoints import BUILTINS, VIDEO_BUILTINS
@@ -22,15 +22,17 @@ from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
-from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig, VideoModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some, warn
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RowError, blame, not_installed, some, warn
 from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
+from difftrain_utils.files import local_path
+from difftrain_utils.media.image import open_image, read_bytes
 from difftrain_utils.media.video import Clip
 from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
@@ -53,6 +55,7 @@ class Settings:
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    first_frame: Image.Image | None = None
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
@@ -126,7 +129,7 @@ def load(
     if source.path in BUILTINS:
         config = TextToImageConfig(ModelConfig(source.path), DataConfig("builtin:shapes"))
     if source.path in VIDEO_BUILTINS:
-        config = TextToVideoConfig(ModelConfig(source.path), VideoDataConfig("builtin:moving-shapes"))
+        config = TextToVideoConfig(VideoModelConfig(source.path), VideoDataConfig("builtin:moving-shapes"))
     if config is None:
         family = describe_family(source.path)
         family.tells_gap = source.tells_gap
@@ -248,6 +251,15 @@ def scale_adapters(parts: Iterable[Any], scale: float) -> None:
                     module.set_scale(adapter, scale)
 
 
+def read_first_frame(name: str, height: int | None, width: int | None) -> Image.Image:
+    """An image, as the data of a run of this size would have its middle. Raises InputError if it is none."""
+    try:
+        found = open_image(read_bytes({"bytes": None, "path": str(local_path(name))}, name), name)
+    except RowError as error:
+        raise InputError(f"--first-frame: {error}") from None
+    return found if height is None else ImageOps.fit(found, (width, height), Image.Resampling.LANCZOS)
+
+
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
 def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
     """Raise InputError for prompts and settings that the pipeline does not take, and warn of a UNet that is told by
@@ -263,6 +275,11 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
         family.check_size(settings.height, settings.width, "--height and --width")
     if settings.num_frames is not None and is_known:
         family.check_frames(settings.num_frames, "--num-frames")
+    gives = getattr(family, "first_frames", "none")
+    if settings.first_frame is not None and gives == "none":
+        raise InputError(f"--first-frame: a {name} is given none")
+    if settings.first_frame is None and gives == "all":
+        raise InputError(f"--first-frame: a {name} makes clips of an image: give one")
     options = {"--steps": ("num_inference_steps", settings.steps)}
     if not is_known:
         options |= {"--height": ("height", settings.height), "--guidance": ("guidance_scale", settings.guidance)}
@@ -320,6 +337,8 @@ def draw_all(
     scale = None
     if settings.fps is not None:
         loaded.family.fps = settings.fps
+    if settings.first_frame is not None:
+        loaded.pipeline = loaded.family.image_pipeline(loaded.pipeline)
     for picture in tqdm(pictures, unit="picture", leave=False, disable=None):
         if loaded.models:
             use(loaded, picture.source, config)
@@ -346,6 +365,7 @@ def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Im
     if is_video := isinstance(loaded.family, DiffusersVideoFamily):
         options |= {} if settings.num_frames is None else {"num_frames": settings.num_frames}
         options |= loaded.family.first_noise(settings.num_frames, settings.height, settings.width, generators)
+        options |= {} if settings.first_frame is None else {"image": settings.first_frame}
         options["output_type"] = "pil"
     if unknown := [name for name in options if name not in loaded.arguments]:
         raise InputError(f"a {type(loaded.pipeline).__name__} takes no {some(unknown)}")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # Options of pictures alone, and of texts
 OF_PICTURES = ("negative_prompt", "guidance", "guidance_interval", "autoguidance", "height", "width", "offload")
-OF_VIDEOS = ("num_frames", "fps")
+OF_VIDEOS = ("num_frames", "fps", "first_frame")
 OF_TEXTS = ("sampler", "temperature", "length", "block_length")
 TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "sampler": "sampler",
@@ -119,13 +119,16 @@ def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], en
         guide,
         load,
         own_precision,
+        read_first_frame,
     )
 
     device, settings = find_device(args.device, args.precision, args.offload), Settings(**options)
+    if args.first_frame is not None:
+        settings.first_frame = read_first_frame(args.first_frame, settings.height, settings.width)
     precision = args.precision or own_precision(sources[0], device)
     loaded = load(sources[0], config, device, precision, args.offload)
     check(loaded, prompts, settings)
-    facts = describe(loaded, settings)
+    facts = describe(loaded, settings) | ({} if args.first_frame is None else {"first_frame": args.first_frame})
     settings = guide(loaded, settings, device, precision)
     noun = "picture" if endings == (".png",) else "clip"
     announce_samples("Drawing", noun, samples, f"{device} in {precision}", facts, args)
@@ -228,6 +231,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height; of videos the run's")
     pictures.add_argument("--num-frames", metavar="N", type=positive, help="of a clip; default: the run's")
     pictures.add_argument("--fps", metavar="X", type=finite, help="frames a second of a clip; default: the run's")
+    pictures.add_argument("--first-frame", metavar="FILE", help="image that clips begin with, of models that take one")
     pictures.add_argument(
         "--offload", action="store_true", help="keep on the GPU only the part that computes: less memory, slower"
     )

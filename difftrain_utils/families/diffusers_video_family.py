@@ -125,9 +125,8 @@ class DiffusersVideoFamily(DiffusersFamily):
         times = append_dims(timesteps, latents)[:, 0, :: self.patch_sizes[0]]
         return times.expand(len(latents), *size).flatten(1)
 
-    def image_pipeline(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
-        """The pipeline that makes a clip of its first frame, of the parts in memory around `denoiser`."""
-        pipeline = self.pipeline(denoiser)
+    def image_pipeline(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """The pipeline that makes a clip of its first frame, of the parts of one of the family's."""
         if isinstance(pipeline, self.image_pipeline_class):
             return pipeline
         pipeline = self.on_device(self.image_pipeline_class)(**pipeline.components, **self.pipeline_options)
@@ -151,7 +150,8 @@ class DiffusersVideoFamily(DiffusersFamily):
         if first_frames is None:
             pipeline, lots = self.pipeline(denoiser), [(list(prompts), list(generators), {})]
         else:
-            pipeline, given = self.image_pipeline(denoiser), zip(prompts, generators, first_frames, strict=True)
+            pipeline = self.image_pipeline(self.pipeline(denoiser))
+            given = zip(prompts, generators, first_frames, strict=True)
             lots = [([prompt], [generator], {"image": image}) for prompt, generator, image in given]
         made = []
         for lot, of_lot, image in lots:

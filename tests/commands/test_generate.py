@@ -8,7 +8,7 @@ import av
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
+from diffusers import DiffusionPipeline, LTXImageToVideoPipeline, StableDiffusionPAGPipeline
 from helpers import options, parse_config, short_options, train
 from PIL import Image
 
@@ -420,6 +420,22 @@ def parse_video(name: str, fields: dict | None = None) -> TextToVideoConfig:
     return command_line.parse_config(TextToVideoConfig, options(argv | (fields or {})))
 
 
+def test_a_clip_begins_with_the_image_that_is_given(tmp_path, monkeypatch):
+    image = Image.effect_noise((64, 32), 64).convert("RGB")
+    image.save(tmp_path / "first.png")
+    argv = ["builtin:tiny-ltx", "a red circle", "--steps", "2", "--guidance", "1", "--device", "cpu", "--fps", "8"]
+    argv += [str(word) for name, value in CLIP.items() for word in (f"--{name.replace('_', '-')}", value)]
+    drawn = []
+    monkeypatch.setattr(video, "write_clip", lambda clip, *rest: drawn.append(clip))
+    main([*argv, "--first-frame", str(tmp_path / "first.png"), "--output", str(tmp_path / "clip.mp4")])
+    plain = LTXImageToVideoPipeline.from_pretrained(builtin_checkpoint("builtin:tiny-ltx"))
+    plain.transformer = load_family(parse_video("builtin:tiny-ltx")).load_denoiser()
+    asked = {"num_inference_steps": 2, "guidance_scale": 1.0, "frame_rate": 8, "output_type": "pil"}
+    generator = torch.Generator().manual_seed(0)
+    expected = plain(image, "a red circle", **CLIP, **asked, generator=generator).frames[0]
+    assert [frame.tobytes() for frame in drawn[0].frames] == [frame.tobytes() for frame in expected]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -427,6 +443,8 @@ def parse_video(name: str, fields: dict | None = None) -> TextToVideoConfig:
         (["builtin:tiny-wan", "a", "--output", "a.png"], "--output: must end in .mp4 or .webp or be a folder"),
         (["builtin:tiny-wan", "a", "--height", "32"], "--width: needed beside the other, no run says it"),
         (["builtin:tiny-wan", "a", "--fps", "0"], "--fps: must be above 0 and at most 1000, got 0"),
+        (["builtin:tiny-wan-i2v", "a"], "--first-frame: a WanImageToVideoPipeline makes clips of an image: give one"),
+        (["builtin:tiny-wan", "a", "--first-frame", __file__], "--first-frame: .*: not an image that Pillow knows"),
         (["builtin:tiny-dit", "a", "--num-frames", "5"], "--num-frames: builtin:tiny-dit draws pictures, which have"),
     ],
 )
