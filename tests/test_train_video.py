@@ -382,3 +382,12 @@ def test_validation_mixes_with_noise_as_training_does(video_run):
 def test_what_is_not_for_clips_is_refused_as_the_config_loads(video_run, fields, message):
     with pytest.raises(InputError, match=message):
         command_line.parse_config(TextToVideoConfig, [*video_run, *options(fields)])
+
+
+@pytest.mark.slow
+def test_a_shorter_quickstart_learns(tmp_path):
+    """By its loss on clips that it is not trained on, which is 1 where nothing is known."""
+    fields = {"train.max_steps": 300, "train.eval_every": 300, "train.save_every": 0, "train.cpu_threads": 1}
+    fields |= {"train.output_dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache"}
+    run = train_video(["--config", str(ROOT / "configs/quickstart_video.yaml"), *options(fields)])
+    assert metrics_without_times(run)[-1]["validation_loss"] < 0.65
