@@ -39,11 +39,13 @@ from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.validation import fixed_triples
 from difftrain_utils.families.load import load_family
+from difftrain_utils.families.wan import Wan
 from difftrain_utils.media.video import LOSSLESS, write_video
 from difftrain_utils.objective.noise import unit_noise
 from difftrain_utils.objective.schedule import Schedule, append_dims
 
 WAN = {"model.pretrained_model_name_or_path": "builtin:tiny-wan"}
+COGVIDEOX = {"model.pretrained_model_name_or_path": "builtin:tiny-cogvideox"}
 LTX = {"model.pretrained_model_name_or_path": "builtin:tiny-ltx"}
 ONE_CLIP = {"data.center_crop": True, "data.window": "middle"}
 CACHES = ONE_CLIP | {"data.cache_latents": True, "data.cache_text": True}
@@ -157,6 +159,7 @@ VARIANTS = {
     "wan-buckets": BUCKETS | {"data.num_workers": 1},
     "ltx-buckets-cached": LTX | BUCKETS | CACHES,
     "wan-all-adapters": {"data.window": "all", "model.lora.rank": 4, "model.lora.merge": True, "data.cache_text": True},
+    "cogvideox": COGVIDEOX | {"data.num_frames": 9, "data.window": "start", "train.eval_every": 2},
     "wan-stream": {"data.streaming": True, "data.shuffle_buffer": 4, "data.lanes": 4},
 }
 
@@ -346,11 +349,14 @@ def test_strategies_train_resume_and_split_exactly(video_run, plain_losses, name
     assert_splits(argv, unbroken, 2)
 
 
-def test_validation_mixes_with_noise_as_training_does(video_run):
+def test_validation_mixes_with_noise_as_training_does(video_run, monkeypatch):
+    """At the noise levels that the model is used at: this one as the expert of high noise."""
+    monkeypatch.setattr(Wan, "noise_range", (0.9, 1.0))
     fields = options({"noise.frame_correlation": "mixed", "data.validation_dataset": None})
     config = command_line.parse_config(TextToVideoConfig, last_wins([*video_run, *fields]))
     forget_accelerator()
     of_batch = next(fixed_triples(Accelerator(cpu=True), load_family(config), map_rows(config.data), config))
+    assert of_batch.timesteps.min() >= 900
     _, sigmas = Schedule("linear", "flow_prediction").alphas_and_sigmas(
         append_dims(of_batch.timesteps, of_batch.target)
     )
@@ -377,11 +383,19 @@ def test_validation_mixes_with_noise_as_training_does(video_run):
         ),
         ({"scheduler.flow_shift": 2.0, "scheduler.flow_base_resolution": 64}, "scheduler.flow_base_resolution: is of"),
         ({"data.mask_column": "mask"}, "--data.mask_column: no such field"),
+        (
+            {"noise.frame_correlation": "mixed", "data.num_frames": 1},
+            r"noise.frame_correlation: needs clips of several frames, .* data.buckets\), got 'mixed'$",
+        ),
+        (
+            {"model.first_frame_probability": 0.5, "data.buckets": [[1, 32, 32], [1, 32, 64]]},
+            "model.first_frame_probability: needs clips of several frames, .*, got 0.5$",
+        ),
     ],
 )
 def test_what_is_not_for_clips_is_refused_as_the_config_loads(video_run, fields, message):
     with pytest.raises(InputError, match=message):
-        command_line.parse_config(TextToVideoConfig, [*video_run, *options(fields)])
+        command_line.parse_config(TextToVideoConfig, last_wins([*video_run, *options(fields)]))
 
 
 @pytest.mark.slow

@@ -280,6 +280,9 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
         raise InputError(f"--first-frame: a {name} is given none")
     if settings.first_frame is None and gives == "all":
         raise InputError(f"--first-frame: a {name} makes clips of an image: give one")
+    if settings.first_frame is not None and family.noise.frame_correlation and not family.takes_image_and_latents:
+        name = family.image_pipeline_class.__name__
+        raise InputError(f"--first-frame: a {name} takes none with the noise of this run (noise.frame_correlation)")
     options = {"--steps": ("num_inference_steps", settings.steps)}
     if not is_known:
         options |= {"--height": ("height", settings.height), "--guidance": ("guidance_scale", settings.guidance)}

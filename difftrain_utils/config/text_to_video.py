@@ -101,9 +101,9 @@ class TextToVideoConfig(TextToImageConfig):
     def check_sections(self, requires: dict[str, Require]) -> None:
         rule = "is of images: larger and longer videos need more noise by the number of their tokens"
         requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
-        is_given = self.model.first_frame_probability or self.evaluation.first_frames
-        rule = "cannot go with first frames that are given (model.first_frame_probability, evaluation.first_frames)"
-        requires["noise"](not (self.noise.frame_correlation and is_given), "frame_correlation", rule)
+        rule = "needs clips of several frames, and here all are of one (data.num_frames, or data.buckets)"
+        for section, name in (("noise", "frame_correlation"), ("model", "first_frame_probability")):
+            requires[section](not (self.data.are_stills and getattr(getattr(self, section), name)), name, rule)
         super().check_sections(requires)
 
     @property

@@ -97,3 +97,8 @@ class VideoDataConfig(CaptionsConfig):
     def fewest_frames(self) -> int:
         """Of a clip."""
         return self.num_frames if self.buckets is None else min(num_frames for num_frames, *_ in self.buckets)
+
+    @property
+    def are_stills(self) -> bool:
+        """Whether all clips are of one frame."""
+        return self.num_frames == 1 if self.buckets is None else all(size[0] == 1 for size in self.buckets)

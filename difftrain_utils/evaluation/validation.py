@@ -53,8 +53,8 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
 
     They depend on `evaluation.seed` alone, not on the run, so that runs can be compared; but noise whose frames are
     correlated (`noise.frame_correlation`) is so here, too, for without it is another process. The noise levels are
-    equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2. As many clips as in training are given their
-    first frame.
+    equally spread over the angle φ = atan(s/a), from 0 (no noise) to π/2, or over those at which the denoiser is used
+    (`noise_range`). As many clips as in training are given their first frame.
     """
     evaluation, schedule, are_pairs = config.evaluation, family.schedule, media_of(config.data) is pairs
     number, what = evaluation.num_validation_samples, "Validating, batches"
@@ -64,7 +64,7 @@ def fixed_triples(accelerator: Accelerator, family, rows: MappedRows, config: Co
         latents, conditioning = family.encode(batch, evaluation.seed, family.text_encoders, "validation_vae_noise")
         noise = unit_noise(config.noise, evaluation.seed, "validation_noise", keys, latents.shape[1:])
         noise = to_device(noise, accelerator.device)
-        timesteps = validation_timesteps(evaluation, schedule, keys).to(accelerator.device)
+        timesteps = validation_timesteps(evaluation, schedule, keys, family.noise_range).to(accelerator.device)
         if are_pairs:  # one noise and one noise level for both images
             noise, timesteps = noise.repeat_interleave(2, 0), timesteps.repeat_interleave(2)
         times, masks = timesteps, batch["masks"]
@@ -140,17 +140,31 @@ def save_validation_losses(losses: dict[str, torch.Tensor], num_images: int, num
         save_file(losses | {"image": triples % num_images, "bin": triples % num_bins}, partial)
 
 
-def validation_timesteps(config: EvaluationConfig, schedule: Schedule, keys: Iterable[int]) -> torch.Tensor:
+def validation_timesteps(
+    config: EvaluationConfig, schedule: Schedule, keys: Iterable[int], noise_range: tuple[float, float] = (0.0, 1.0)
+) -> torch.Tensor:
     """The timesteps whose noise level is that of the triples `keys`, or nearest to it: triple j lies in bin j modulo
-    `evaluation.num_validation_bins` of the angle φ = atan(s/a), at a place drawn from (evaluation.seed, j)."""
-    bins = config.num_validation_bins
+    `evaluation.num_validation_bins` of the angle φ = atan(s/a), at a place drawn from (evaluation.seed, j). The bins
+    divide the angles of `noise_range`, fractions of the schedule."""
+    bins, num_timesteps = config.num_validation_bins, schedule.num_train_timesteps
     places = keyed_rand(config.seed, "validation_noise_level", keys)
-    angles = (torch.tensor([j % bins for j in keys]) + places) / bins * (math.pi / 2)
-    num_timesteps = schedule.num_train_timesteps
+    low, high = (_angle_at(schedule, fraction) for fraction in noise_range)
+    angles = low + (torch.tensor([j % bins for j in keys]) + places) / bins * (high - low)
     if schedule.path == "cosine":
         return (angles / (math.pi / 2) * num_timesteps).float()
     if schedule.path == "linear":
         sigmas = angles.tan() / (1 + angles.tan())
         return (sigmas * num_timesteps).float()
     alphas, sigmas = schedule.alphas_and_sigmas(torch.arange(num_timesteps))
-    return (torch.atan2(sigmas, alphas)[None, :] - angles[:, None]).abs().argmin(1)
+    nearest = (torch.atan2(sigmas, alphas)[None, :] - angles[:, None]).abs().argmin(1)
+    first, end = (math.ceil(fraction * num_timesteps) for fraction in noise_range)
+    return nearest.clamp(first, end - 1)
+
+
+def _angle_at(schedule: Schedule, fraction: float) -> float:
+    """φ = atan(s/a) at a fraction of the schedule: 0 and π/2 at its ends, also where the path `ddpm` has others."""
+    if fraction in (0, 1):
+        return fraction * math.pi / 2
+    time = torch.tensor(fraction * schedule.num_train_timesteps, dtype=torch.float64)
+    alphas, sigmas = schedule.alphas_and_sigmas(time if schedule.has_continuous_time else time.long())
+    return torch.atan2(sigmas, alphas).item()

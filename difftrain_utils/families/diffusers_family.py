@@ -94,6 +94,8 @@ class DiffusersFamily:
     that of the prompt first; None: it does not guide, or this is not known."""
     converts_itself: ClassVar[bool] = False
     """Whether the pipeline gives its sampler a velocity, whatever the denoiser predicts, which is always the same."""
+    noise_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    """From which noise level to which the pipeline asks the denoiser, as fractions of the schedule."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
     gap_fields: ClassVar[dict[str, Any]] = {}

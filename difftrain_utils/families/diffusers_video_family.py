@@ -27,6 +27,8 @@ class DiffusersVideoFamily(DiffusersFamily):
     """What the pipeline's own check wants sides to be multiples of."""
     image_pipeline_class: ClassVar[type[DiffusionPipeline] | None] = None
     """The pipeline, of the same parts, that makes a clip of its first frame; None: there is none."""
+    takes_image_and_latents: ClassVar[bool] = True
+    """Whether it takes the first frame and the noise to begin with, `latents`, both."""
 
     fps: float = 0.0
     """Frames a second of all clips."""
@@ -41,7 +43,7 @@ class DiffusersVideoFamily(DiffusersFamily):
             raise InputError("train.channels_last: not for the weights of a VAE for videos, got true; leave it false")
         family = super().load(source, model_index, config, weights)
         family.fps, family.noise = config.data.fps, config.noise
-        family.check_probability(config.model.first_frame_probability)
+        family.check_first_frames(config)
         return family
 
     @property
@@ -49,8 +51,9 @@ class DiffusersVideoFamily(DiffusersFamily):
         """See `VideoFamily`."""
         return "none" if self.image_pipeline_class is None else "some"
 
-    def check_probability(self, probability: float) -> None:
-        """Raise InputError unless the model can be given first frames with this probability."""
+    def check_first_frames(self, config: TextToVideoConfig) -> None:
+        """Raise InputError unless the model can be given the first frames that the config asks for, with its noise."""
+        probability, correlation = config.model.first_frame_probability, config.noise.frame_correlation
         reasons = {
             "none": "is given no first frame",
             "all": "is given each first frame, by channels of its own; leave it out",
@@ -60,6 +63,12 @@ class DiffusersVideoFamily(DiffusersFamily):
             reason = reason or "on the path ddpm has no time without noise"
         if probability and reason:
             raise InputError(f"model.first_frame_probability: a {self.class_name} {reason}, got {probability}")
+        if correlation and not self.takes_image_and_latents and (probability or config.evaluation.first_frames):
+            raise InputError(
+                "noise.frame_correlation: cannot go with model.first_frame_probability and evaluation.first_frames, "
+                f"because {self.image_pipeline_class.__name__} takes no image if it is given its noise, "
+                f"got {correlation!r}"
+            )
 
     @property
     def vae_scale_factors(self) -> tuple[int, int]:

@@ -104,6 +104,8 @@ class ImageFamily(Family, Protocol):
     that of the prompt first; None: it does not guide, or this is not known."""
     is_distilled: bool
     """Whether the pipeline's guidance scale is not that of classifier-free guidance."""
+    noise_range: tuple[float, float]
+    """From which noise level to which the pipeline asks the denoiser, as fractions of the schedule."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "ImageFamily":

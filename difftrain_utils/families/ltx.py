@@ -19,10 +19,12 @@ class LTX(DiffusersVideoFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXPipeline
     image_pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXImageToVideoPipeline
+    takes_image_and_latents: ClassVar[bool] = False
     guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 32
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
 
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None
     """Mean and standard deviation of the latents' channels, which are among the VAE's weights."""

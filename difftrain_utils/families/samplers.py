@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
@@ -87,7 +88,8 @@ def build_schedule(
             if path != "linear" and steps > schedule.num_train_timesteps:  # which not every sampler says
                 raise ValueError(f"there are {schedule.num_train_timesteps} timesteps")
             trial = copy.deepcopy(sampler)
-            trial.set_timesteps(steps, **_with_mu(sampler))
+            with np.errstate(invalid="ignore"):
+                trial.set_timesteps(steps, **_with_mu(sampler))
             if not torch.as_tensor(trial.timesteps).isfinite().all():  # one step with a `shift_terminal` is 0 / 0
                 raise ValueError("its timesteps are not finite")
     return schedule, sampler

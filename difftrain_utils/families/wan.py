@@ -85,6 +85,13 @@ class Wan(DiffusersVideoFamily):
         return EXPERTS[1]
 
     @property
+    def noise_range(self) -> tuple[float, float]:
+        """See `ImageFamily`: the expert's side of the boundary."""
+        if self.boundary is None:
+            return 0.0, 1.0
+        return (self.boundary, 1.0) if self.expert == EXPERTS[0] else (0.0, self.boundary)
+
+    @property
     def other_experts(self) -> list[str]:
         """The part that is frozen, where there are two."""
         return [part for part in EXPERTS if part != self.expert and self.has_part(part)]
@@ -129,7 +136,8 @@ class Wan(DiffusersVideoFamily):
         return (latents - mean) * (1.0 / std)
 
     def sample_latents(self, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """See `Family`. A first frame that is given is the mode of its posterior, as the pipeline takes it."""
+        """See `Family`. Of a model that may be given first frames by their time, all of them are the mode of their
+        posterior, as the pipeline takes those that are given: which these are in training is not known here."""
         if self.first_frames == "some":
             noise = torch.cat([torch.zeros_like(noise[:, :, :1]), noise[:, :, 1:]], 2)
         return super().sample_latents(moments, noise)

@@ -100,13 +100,15 @@ def _distances(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def perturb_input(config: NoiseConfig, seed: int, keys: Sequence[int], noise: torch.Tensor) -> torch.Tensor:
-    """The noise to mix into the input while the target keeps the one given: ε + γξ, γ = `input_perturbation`.
+    """The noise to mix into the input while the target keeps the one given: ε + γξ, γ = `input_perturbation`, and ξ
+    another draw of `unit_noise`.
 
     Ning et al. 2023, arXiv:2301.11706, algorithm 1.
     """
     if not config.input_perturbation:
         return noise
-    return noise + config.input_perturbation * keyed_randn(seed, "perturbation", keys, noise.shape[1:], noise.device)
+    other = to_device(unit_noise(config, seed, "perturbation", keys, noise.shape[1:]), noise.device)
+    return noise + config.input_perturbation * other
 
 
 def pair(

@@ -195,8 +195,9 @@ class Planner:
         encoders, others = self.frozen(config, cached=True), sum(self.frozen(config, cached=False).values())
         if not encoders:
             return 0
-        vae = encoders.pop(self.family.image_part, 0)
-        return others + max(vae and vae + self.encoding(config), sum(encoders.values()))
+        of_clips = (self.family.image_part, *self.family.condition_parts)  # which are there at the same time
+        for_latents = sum(encoders.pop(name, 0) for name in of_clips)
+        return others + max(for_latents and for_latents + self.encoding(config), sum(encoders.values()))
 
     def growing(self, config: Config, held: dict[str, int]) -> int:
         """Of what is held, the bytes that there are only at the end of the backward pass, when half the activations at

@@ -420,6 +420,13 @@ def parse_video(name: str, fields: dict | None = None) -> TextToVideoConfig:
     return command_line.parse_config(TextToVideoConfig, options(argv | (fields or {})))
 
 
+def test_an_image_that_a_pipeline_would_not_look_at_is_refused():
+    family = load_family(parse_video("builtin:tiny-ltx", {"noise.frame_correlation": "mixed"}))
+    loaded = Loaded(family, family.pipeline(family.load_denoiser()))
+    with pytest.raises(InputError, match=r"^--first-frame: a LTXImageToVideoPipeline takes none with the noise of"):
+        check(loaded, ["a"], Settings(first_frame=Image.new("RGB", (32, 32))))
+
+
 def test_a_clip_begins_with_the_image_that_is_given(tmp_path, monkeypatch):
     image = Image.effect_noise((64, 32), 64).convert("RGB")
     image.save(tmp_path / "first.png")

@@ -21,6 +21,7 @@ from difftrain_utils.evaluation.generate import load_first_frames
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.families.ltx import LTX
 from difftrain_utils.media.image import to_pixel_values
+from difftrain_utils.objective.noise import correlate_frames
 from difftrain_utils.objective.schedule import append_dims
 
 SIZE = 9, 32, 32
@@ -136,6 +137,22 @@ def test_the_denoiser_is_asked_as_its_pipeline_asks_it(families, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["wan-2.1", "wan-2.2-ti2v"])
+def test_sampling_begins_with_noise_whose_frames_are_correlated(sources, name):
+    """But for the frame that is given by its time."""
+    family = load(sources, name, noise__frame_correlation="mixed", evaluation__first_frames=["first.png"],
+                  evaluation__prompts=[PROMPT])  # fmt: skip
+    denoiser = denoiser_of(family)
+    calls = Calls(denoiser)
+    sample(family, denoiser, [picture()])
+    (theirs, _), *_ = calls.pop()
+    noise = torch.randn(1, 4, 4, 4, 4, generator=generators(1)[0])
+    is_noise = slice(1 if family.first_frames == "some" else 0, None)
+    expected = correlate_frames(family.noise, noise)
+    assert torch.equal(theirs["hidden_states"][:, :4, is_noise], expected[:, :, is_noise])
+
+
+@torch.no_grad()
 def test_each_prompt_has_its_own_first_frame(families):
     family = families["wan-2.1"]
     denoiser = denoiser_of(family)
@@ -188,6 +205,11 @@ def test_the_plan_knows_the_shapes_without_the_encoders(families):
     [
         ("ltx", {"model__first_frame_probability": 1.5}, r"model.first_frame_probability: must be between 0 and 1"),
         ("wan-2.1", {"model__first_frame_probability": 1}, r"model.first_frame_probability: .* by channels of its own"),
+        (
+            "ltx",
+            {"model__first_frame_probability": 0.5, "noise__frame_correlation": "mixed"},
+            r"noise.frame_correlation: .* LTXImageToVideoPipeline takes no image if it is given its noise, got 'mixed'",
+        ),
         ("wan-2.1", {"model__max_sequence_length": 40}, r"model.max_sequence_length: must be from 512 to 512"),
     ],
 )
@@ -230,7 +252,14 @@ def test_first_frames_of_prompts(families, sources, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields"), [("wan-2.1", {}), ("ltx", {"model.first_frame_probability": 0.5})])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("wan-2.1", {}),
+        ("wan-2.2-ti2v", {"model.first_frame_probability": 0.5}),
+        ("ltx", {"model.first_frame_probability": 0.5}),
+    ],
+)
 def test_a_run_resumes_splits_and_caches(sources, tmp_path, monkeypatch, name, fields):
     monkeypatch.setattr("difftrain_utils.data.videos.NUM_MOVING_SHAPES", 12)
     picture().save(tmp_path / "first.png")

@@ -132,6 +132,15 @@ def test_more_inference_steps_than_there_are_timesteps_are_refused():
     assert build(num_train_timesteps=25, evaluation=evaluation)
 
 
+def test_one_step_that_ends_where_it_begins_is_refused_in_one_line(recwarn):
+    own = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)  # LTX-Video's: of one step it makes 0 / 0
+    message = r"^evaluation.num_inference_steps: FlowMatchEulerDiscreteScheduler refuses 1: its timesteps are not fin"
+    with pytest.raises(InputError, match=message):
+        one = EvaluationConfig(prompts=["a"], num_inference_steps=1)
+        build(checkpoint=own, has_init_noise_sigma=False, evaluation=one)
+    assert not recwarn.list
+
+
 def test_the_checkpoints_schedule_is_kept():
     schedule, sampler = build()
     assert schedule.path == "ddpm" and isinstance(sampler, PNDMScheduler)

@@ -454,6 +454,7 @@ def test_the_expert_of_the_noise_levels_is_trained(tmp_path, fields, expert):
     family = load_family(video_config("tiny-wan", **model, **fields, **cached))
     parts = ("transformer", "transformer_2")
     assert family.denoiser_part == parts[expert] and family.other_experts == [parts[1 - expert]]
+    assert family.noise_range == ((0.9, 1.0), (0.0, 0.9))[expert]
     denoiser = family.load_denoiser().eval()
     assert family.digests(denoiser).keys() == {*parts, "vae", "text_encoder"}
     assert parts[1 - expert] not in family._parts, "it is not loaded for training"
@@ -495,17 +496,23 @@ def test_the_vae_stays_in_float32():
 
 
 # ── What is LTX's own ────────────────────────────────────────────────────────────────────────────────────────
-def test_the_shift_is_by_tokens_as_the_sampler_is_told():
+@pytest.mark.parametrize("shifts", [None, {96: 2.0, 160: 4.0}], ids=["its own", "flow_shift_by_tokens"])
+def test_the_shift_is_by_tokens_as_the_sampler_is_told(shifts):
     """Also of more frames; of real sizes it is what LTX-Video's pipeline makes of them."""
-    family = load_family(video_config("tiny-ltx"))
+    by_tokens = {"scheduler__flow_shift_by_tokens": [[*pair] for pair in shifts.items()]} if shifts else {}
+    family = load_family(video_config("tiny-ltx", **by_tokens))
+    family.sampler.register_to_config(shift_terminal=None)  # which moves sigmas that are shifted
     told, set_timesteps = [], family.sampler.set_timesteps
     family.sampler.set_timesteps = lambda *args, mu=None, sigmas=None, **given: told.append(mu) or set_timesteps(
         *args, mu=mu, sigmas=sigmas, **given)  # fmt: skip
     denoiser = family.load_denoiser().eval()
-    for num_frames in (9, 17):
+    for num_frames, num_tokens in ((9, 96), (17, 160)):
         family.generate(denoiser, PROMPTS[:1], num_frames, 32, 64, 2, 1.0, 0.0, generators(1))
         shift = family.shift(1 + num_frames // 4, 4, 8)
         assert shift == pytest.approx(math.exp(told[-1])) and len(set(told)) == len(told)
+        assert shifts is None or shift == pytest.approx(shifts[num_tokens])
+        sigmas = [1.0, shift * 0.5 / (1 + (shift - 1) * 0.5), 0.0]
+        assert family.sampler.sigmas.tolist() == pytest.approx(sigmas)
 
 
 def test_the_latents_statistics_are_there_when_the_vae_is_dropped():

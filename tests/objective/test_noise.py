@@ -134,6 +134,13 @@ def test_input_perturbation_adds_independent_noise():
     assert perturb_input(NoiseConfig(), 0, range(500), noise) is noise
 
 
+def test_input_perturbation_is_noise_of_the_same_kind():
+    config = VideoNoiseConfig(frame_correlation="mixed", input_perturbation=0.1)
+    noise = torch.zeros(500, 4, 3, 4, 4)
+    first, second, _ = (perturb_input(config, 0, range(500), noise) / 0.1).unbind(2)
+    assert abs(first.std() - 1) < 0.02 and (first * second).mean() == pytest.approx(0.5, abs=0.02)
+
+
 def cheapest(latents: torch.Tensor, noise: torch.Tensor, cost: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The rows of `noise` in the order whose sum of costs is least, `cost` of differences, of all orders."""
     of_pairs = cost((latents[:, None] - noise[None]).flatten(2).norm(dim=2))

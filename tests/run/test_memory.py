@@ -307,3 +307,13 @@ def test_what_the_vae_holds_while_it_encodes(short_run):
     vae = planner.frozen(cached, cached=True)["vae"]
     text = planner.frozen(cached, cached=False)["text_encoder"]
     assert beyond not in planner.held(cached) and planner.while_caching(cached) == vae + text + of_one
+
+
+def test_what_encodes_the_first_frame_is_there_beside_the_vae_while_caching():
+    fields = {"data__cache_latents": True, "data__center_crop": True, "data__window": "middle"}
+    config = video_config("tiny-wan-i2v", **fields)
+    planner = Planner(*run_of(config))
+    cached, others = (planner.frozen(config, cached=cached) for cached in (True, False))
+    assert cached.keys() == {"vae", "image_encoder"} and others.keys() == {"text_encoder"}
+    expected = sum(cached.values()) + sum(others.values()) + planner.encoding(config)
+    assert planner.while_caching(config) == expected
