@@ -27,7 +27,7 @@ STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is 
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
-CUT_OFF = 1.0  # seconds before the end that a header says: what muxers make of the last packets' durations is less
+CUT_OFF = 0.5  # seconds before the end that a header says: what muxers make of the last packets' durations is less
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
@@ -403,15 +403,10 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
         raise RowError(f"{name}: no video that FFmpeg can read: {reason}") from None
 
 
-def _decode(container, stream) -> Iterator[Any]:
-    """The frames of PyAV from here on, without those before a keyframe that refer to what was before it."""
-    return itertools.dropwhile(lambda frame: frame.is_corrupt and not frame.key_frame, container.decode(stream))
-
-
 def _first_frame(container, stream, name: str) -> Any:
     """A video's first frame, of PyAV; when it begins the header may not say (AVI's, of frames that are stored in
     another order). Raises RowError if there is none."""
-    frame = next(_decode(container, stream), None)
+    frame = next(container.decode(stream), None)
     if frame is None:
         raise RowError(f"{name}: a video without a frame")
     return frame
@@ -451,11 +446,12 @@ def _seek(container, stream, time: float) -> None:
 
 def _frames_from(container, stream, begin: float, time: float) -> Iterator[Any]:
     """The frames of PyAV from a keyframe before a time on, in seconds as in the file. Where an index is coarse, as of
-    MPEG's streams, what is found may lie behind it, and the keyframe is looked for earlier."""
+    MPEG's streams, what is found may lie behind it, and the keyframe is looked for earlier. Frames of an open group
+    that refer to what is before the keyframe FFmpeg leaves out."""
     frames, found = iter(()), None
     for back in (*SEEK_BACK, time - begin + 1):
         _seek(container, stream, time - back)
-        frames = _decode(container, stream)
+        frames = container.decode(stream)
         found = next(frames, None)
         if found is not None and found.time <= time + TICK:
             break
