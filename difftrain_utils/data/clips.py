@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import PIL
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
@@ -14,7 +15,8 @@ from difftrain_utils.data.buckets import cropped_share
 from difftrain_utils.data.fingerprint import remembered
 from difftrain_utils.data.rows import MappedRows, map_in_threads
 from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media.video import read_header
+from difftrain_utils.files import text_digest
+from difftrain_utils.media.video import library_versions, read_header
 from difftrain_utils.processes import main_process_first
 from difftrain_utils.terminal import progress
 
@@ -48,7 +50,9 @@ def video_sizes(rows: MappedRows, config: VideoDataConfig) -> np.ndarray:
         np.save(buffer, sizes)
         return buffer.getvalue()
 
-    content = remembered(f"videos-{config.fps:g}.npy", compute, lambda: rows.identity(config), config)
+    readers = text_digest(f"{library_versions()} {PIL.__version__}")[:8]  # another one may read what this one cannot
+    name = f"videos-{float(config.fps)!r}-{readers}.npy"
+    content = remembered(name, compute, lambda: rows.identity(config), config)
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 

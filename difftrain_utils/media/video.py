@@ -27,6 +27,7 @@ STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is 
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
+CUT_OFF = 0.5  # seconds before the end that a header says: what muxers make of the last packets' durations is less
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
 LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
 LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
@@ -261,15 +262,20 @@ def _digest(row: Row) -> str:
 
 
 def read_still(file: BinaryIO, name: str) -> Image.Image | None:
-    """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged."""
+    """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged, or a WebP
+    that moves."""
+    is_moving_webp = False
     try:
         with Image.open(file) as found:
             # of MPEG it knows that it is a video, and no more
             is_still = found.format != "MPEG" and getattr(found, "n_frames", 1) == 1
+            is_moving_webp = found.format == "WEBP" and not is_still
     except Image.DecompressionBombError:
         is_still = True
     except Exception:  # it is no image, or a damaged one that moves: FFmpeg will say
         is_still = False
+    if is_moving_webp:
+        raise RowError(f"{name}: an animated WebP, which FFmpeg cannot read: make it a GIF or MP4")
     file.seek(0)
     return image.open_image(file.read(), name) if is_still else None
 
@@ -294,11 +300,8 @@ def read_header(row: Row) -> Header:
         if (still := read_still(file, row.name)) is not None:
             return Header(None, still.height, still.width)
         with open_video(file, row.name) as (container, stream):
-            seconds = _seconds_of(container, stream)
-            frame = next(_frames_from(container, stream, 0.0), None)
-            if frame is None:
-                raise RowError(f"{row.name}: a video without a frame")
-            shown = to_image(frame, stream)
+            frame = _first_frame(container, stream, row.name)
+            seconds, shown = _seconds_of(container, stream, frame.time, row.name), to_image(frame, stream)
             return Header(seconds, shown.height, shown.width, float(stream.guessed_rate or 0) or None)
 
 
@@ -356,19 +359,18 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
             yield still
             return
         with open_video(file, row.name) as (container, stream):
-            seconds = _seconds_of(container, stream)
+            begin = _first_frame(container, stream, row.name).time
+            seconds = _seconds_of(container, stream, begin, row.name)
             places = Header(seconds, 0, 0).num_frames(fps) - num_frames + 1
             first = int(start * places) if row.window is None else row.window * num_frames
             if not 0 <= first < places:
                 raise RowError(_too_short(row.name, seconds, num_frames, fps))
             times = [(first + number) / fps for number in range(num_frames)]
             last, shown = None, None
-            for time, frame in zip(times, _frames_at(container, stream, times), strict=False):
+            for time, frame in zip(times, _frames_at(container, stream, begin, times, row.name), strict=False):
                 if frame is None:
                     raise RowError(f"{row.name}: cut off, it ends before {time:.2f} of its {seconds:.2f} s")
                 if frame is not last:
-                    if frame.is_corrupt:
-                        raise RowError(f"{row.name}: damaged at {time:.2f} s")
                     last, shown = frame, to_image(frame, stream)
                 yield shown
 
@@ -401,56 +403,78 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
         raise RowError(f"{name}: no video that FFmpeg can read: {reason}") from None
 
 
-def _first_time(stream) -> float:
-    """When a video begins, in seconds."""
-    return float((stream.start_time or 0) * stream.time_base)
+def _first_frame(container, stream, name: str) -> Any:
+    """A video's first frame, of PyAV; when it begins the header may not say (AVI's, of frames that are stored in
+    another order). Raises RowError if there is none."""
+    frame = next(container.decode(stream), None)
+    if frame is None:
+        raise RowError(f"{name}: a video without a frame")
+    return frame
 
 
-def _seconds_of(container, stream) -> float:
+def _seconds_of(container, stream, begin: float, name: str) -> float:
     """From the beginning of a video to the end of its last frame: what an index of its frames says, or else the last of
-    the packets, of which nothing is decoded."""
+    the packets, of which nothing is decoded. Raises RowError if a Matroska file ends before its header says."""
     if stream.duration and stream.frames:
         return float(stream.duration * stream.time_base)
-    ends = []
-    for start in (float(container.duration or 0) / 1e6, 0.0):
-        _seek(container, stream, start)
-        for packet in container.demux(stream):
+    said = float(container.duration or 0) / 1e6
+    cut_off = max(CUT_OFF, 2 / float(stream.guessed_rate or 1))
+    for start in (said, 0.0):
+        end, end_of_all = begin, 0.0  # what the header says may be the end of a longer sound
+        _seek(container, stream, begin + start)
+        for packet in container.demux():
             if packet.pts is not None:
-                ends.append(float((packet.pts + (packet.duration or 0)) * stream.time_base))
-        if ends:
+                end_of_packet = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                end_of_all = max(end_of_all, end_of_packet)
+                if packet.stream_index == stream.index:
+                    end = max(end, end_of_packet)
+        is_cut_off = "matroska" in container.format.name and end_of_all < said - cut_off
+        if end > begin and not is_cut_off:
             break
-    return max(ends, default=0.0) - _first_time(stream)
+    if is_cut_off:
+        raise RowError(f"{name}: cut off, it ends at {end_of_all:.2f} of its {said:.2f} s")
+    return end - begin
 
 
 def _seek(container, stream, time: float) -> None:
-    """Go to the keyframe before a time, in seconds from the beginning."""
-    container.seek(int((time + _first_time(stream)) / stream.time_base), stream=stream, backward=True)
+    """Go to the keyframe before a time in seconds, or where there is none, to the beginning."""
+    try:
+        container.seek(int(time / stream.time_base), stream=stream, backward=True)
+    except OSError:  # of a time before the first in an index (FLV, AVI)
+        container.seek(0)
 
 
-def _frames_from(container, stream, time: float) -> Iterator[Any]:
-    """The frames of PyAV from a keyframe before a time on. Where an index is coarse, as of MPEG's streams, what is
-    found may lie behind it, and the keyframe is looked for earlier."""
+def _frames_from(container, stream, begin: float, time: float) -> Iterator[Any]:
+    """The frames of PyAV from a keyframe before a time on, in seconds as in the file. Where an index is coarse, as of
+    MPEG's streams, what is found may lie behind it, and the keyframe is looked for earlier. Frames of an open group
+    that refer to what is before the keyframe FFmpeg leaves out."""
     frames, found = iter(()), None
-    for back in (*SEEK_BACK, time + 1):
+    for back in (*SEEK_BACK, time - begin + 1):
         _seek(container, stream, time - back)
         frames = container.decode(stream)
         found = next(frames, None)
-        if found is not None and found.time - _first_time(stream) <= time + TICK:
+        if found is not None and found.time <= time + TICK:
             break
     return itertools.chain([] if found is None else [found], frames)
 
 
-def _frames_at(container, stream, times: Sequence[float]) -> Iterator[Any]:
+def _frames_at(container, stream, begin: float, times: Sequence[float], name: str) -> Iterator[Any]:
     """Of each of the ascending times, in seconds from the beginning, the frame of PyAV that is there; None where there
-    is none any more."""
+    is none any more.
+
+    Raises:
+        RowError: a frame is damaged; also one before the first, from the keyframe on, because others are made of it.
+    """
     last, number, end = None, 0, -1.0
-    for frame in _frames_from(container, stream, times[0]):
-        start = frame.time - _first_time(stream)
+    for frame in _frames_from(container, stream, begin, begin + times[0]):
+        start = frame.time - begin
         while last is not None and number < len(times) and times[number] < start - TICK:
             yield last
             number += 1
         if number == len(times):
             return
+        if frame.is_corrupt or (last is None and times[0] < start - TICK):
+            raise RowError(f"{name}: damaged at {start:.2f} s")
         # the last one may stay for one more, because what indices say of durations is rounded
         last, end = frame, start + 2 / float(stream.guessed_rate or 1)
         if frame.duration:

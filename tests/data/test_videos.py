@@ -1,5 +1,6 @@
 """Videos as rows: folders, parquet, tar files and streams of them, and clips one after another."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -29,7 +30,7 @@ from difftrain_utils.data.samples import Samples, collate, scale_pixels
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_family
-from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, write_video
+from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, library_versions, write_video
 
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
 LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
@@ -255,6 +256,19 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13$"):
         config = config_of(folder, tmp_path, buckets=[[13, 32, 32]])
         refuse_short(rows, np.array([[12, 32, 48]]), config)
+
+
+def test_sizes_are_remembered_of_a_rate_and_of_what_read_them(folder, tmp_path, monkeypatch):
+    """23.976 is not 24000 / 1001, and another FFmpeg may read what this one cannot."""
+    film = (folder / "a.mp4").read_bytes()
+    (folder / "a.mp4").write_bytes(b"junk")
+    configs = [config_of(folder, tmp_path, fps=fps, on_bad_row="skip") for fps in (23.976, 24000 / 1001)]
+    found = [video_sizes(map_rows(config), config) for config in configs]
+    assert len(list((tmp_path / "cache").rglob("*-videos-*.npy"))) == 2 and not found[0][0].any()
+    newer = library_versions() | {"libavcodec": (999, 0, 0)}
+    monkeypatch.setattr("difftrain_utils.data.clips.library_versions", lambda: newer)
+    monkeypatch.setattr("difftrain_utils.media.video.open_file", lambda *_: contextlib.nullcontext(io.BytesIO(film)))
+    assert video_sizes(map_rows(configs[0]), configs[0])[0].tolist() == [24, 32, 48]
 
 
 def test_held_out_videos_have_sizes_that_are_trained_at(folder, tmp_path, capsys):

@@ -32,6 +32,7 @@ from difftrain_utils.media.video import (
 )
 
 FILM = Fraction(24000, 1001)
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0"}
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 48}
 CONFIG = VideoDataConfig("memory", **FIELDS)
 
@@ -61,19 +62,24 @@ def numbers(row: Row, start: float, num_frames: int, fps: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("format", "codec", "pix_fmt"),
+    ("format", "codec", "pix_fmt", "options"),
     [
-        ("mp4", "libx264", "yuv420p"),
-        ("matroska", "libx264", "yuv420p"),
-        ("webm", "libvpx-vp9", "yuv420p"),
-        ("mpegts", "libx264", "yuv420p"),
-        ("avi", "ffv1", "bgr0"),
+        ("mp4", "libx264", "yuv420p", {}),
+        ("mp4", "libx264", "yuv420p", OPEN_GROUPS),
+        ("matroska", "libx264", "yuv420p", {}),
+        ("webm", "libvpx-vp9", "yuv420p", {}),
+        ("mpegts", "libx264", "yuv420p", {}),
+        ("flv", "libx264", "yuv420p", {}),
+        ("avi", "ffv1", "bgr0", {}),
+        ("avi", "mpeg4", "yuv420p", {"bf": "2", "qmin": "1", "qmax": "1"}),
+        ("avi", "libx264", "yuv420p", {}),
     ],
 )
-def test_windows_are_exact_to_the_frame(format, codec, pix_fmt):
-    """Also where times are rounded, keyframes are few, or an index leads to one that is too late."""
+def test_windows_are_exact_to_the_frame(format, codec, pix_fmt, options):
+    """Also where times are rounded, keyframes are few, an index leads to one that is too late or begins after the first
+    frame, and frames are stored in another order."""
     frames = [numbered(number) for number in range(50)]
-    content = video(frames, FILM, format=format, codec=codec, pix_fmt=pix_fmt, options={"g": "12"})
+    content = video(frames, FILM, format=format, codec=codec, pix_fmt=pix_fmt, options={"g": "12"} | options)
     row = row_of(content)
     assert read_header(row).num_frames(float(FILM)) == 50
     found = [numbers(row, start, 5, float(FILM)) for start in (0.0, 0.5, 0.999)]
@@ -172,6 +178,62 @@ def film() -> bytes:
 def test_what_is_damaged_is_a_bad_row(film, damage, message):
     with pytest.raises(RowError, match=f"^b.mp4: {message}"):
         read(row_of(damage(film), "b.mp4"), Place(0.999), (5, 32, 48), CONFIG)
+
+
+def test_damage_before_a_clip_is_a_bad_row():
+    """In a frame that those of the clip are made of, since the keyframe."""
+    rng = np.random.default_rng(0)
+    texture = Image.fromarray(rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)).resize((400, 200))
+    frames = [texture.crop((2 * number, number, 2 * number + 128, number + 96)) for number in range(120)]
+    film = video(frames, **FOR_BROWSERS | {"options": {"g": "60", "keyint_min": "60", "sc_threshold": "0"}})
+    with av.open(io.BytesIO(film)) as container:
+        packets = [packet for packet in container.demux() if packet.pts is not None]
+    clips = [[frame.tobytes() for frame in read_frames(row_of(film, window=n), 0, 5, 12)] for n in (10, 15)]
+    refused = 0
+    for packet in packets[2:40:4]:
+        damaged = bytearray(film)
+        middle = packet.pos + packet.size // 2
+        damaged[middle : middle + 8] = rng.bytes(8)
+        later = [frame.tobytes() for frame in read_frames(row_of(bytes(damaged), window=15), 0, 5, 12)]
+        assert later == clips[1], "from the next keyframe on it is whole"
+        try:
+            found = [frame.tobytes() for frame in read_frames(row_of(bytes(damaged), window=10), 0, 5, 12)]
+            assert found == clips[0], "trained on in silence"
+        except RowError as error:
+            assert str(error).startswith("a.mp4: damaged at ")
+            refused += 1
+    assert refused > 5
+
+
+def test_matroska_that_is_cut_off_is_no_shorter_video(tmp_path):
+    """By what its header says of all that is in it, where the sound may be longer."""
+    path = tmp_path / "a.mkv"
+    with av.open(path, "w") as container:
+        stream, sound = container.add_stream("libx264", rate=12), container.add_stream("aac", rate=8000)
+        stream.width, stream.height, stream.pix_fmt, sound.layout = 64, 48, "yuv420p", "mono"
+        for number in range(36):  # 3 s, and 5 s
+            container.mux(stream.encode(av.VideoFrame.from_image(numbered(number))))
+        container.mux(stream.encode(None))
+        for _ in range(40):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    film = path.read_bytes()
+    assert read_header(row_of(film)).num_frames(12) == 36
+    with pytest.raises(RowError, match=r"^b.mkv: cut off, it ends at [\d.]+ of its 5.\d\d s$"):
+        read(row_of(film[: len(film) // 2], "b.mkv"), Place(0.0), (5, 32, 48), CONFIG)
+
+
+def test_a_webp_that_moves_is_a_bad_row(tmp_path):
+    """GIF is read, of the same frames."""
+    frames = [numbered(number) for number in range(6)]
+    for ending in ("gif", "webp"):
+        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], duration=100)
+    assert read_header(row_of((tmp_path / "a.gif").read_bytes())).num_frames(10) == 6
+    message = r"^b.webp: an animated WebP, which FFmpeg cannot read: make it a GIF or MP4$"
+    with pytest.raises(RowError, match=message):
+        read_header(row_of((tmp_path / "a.webp").read_bytes(), "b.webp"))
 
 
 def test_the_cover_of_a_sound_is_no_video(tmp_path):
