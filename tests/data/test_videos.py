@@ -87,6 +87,18 @@ def test_a_folder_with_metadata(folder, tmp_path):
     assert map_rows(config).inspect(config)["sha256"] != found["sha256"]
 
 
+def test_a_folder_is_checked_again_for_longer_clips(films, tmp_path):
+    """What is remembered of it holds for one length and rate."""
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/a.mp4").write_bytes(films["a.mp4"])
+    found = map_rows(config := config_of(tmp_path / "films", tmp_path, default_caption="x")).inspect(config)
+    for fields, short in (({"num_frames": 41}, "41 frames at 12 a"), ({"fps": 0.001}, "5 frames at 0.001 a")):
+        longer = config_of(tmp_path / "films", tmp_path, default_caption="x", **fields)
+        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second$"):
+            map_rows(longer).inspect(longer)
+    assert map_rows(config).inspect(config) == found
+
+
 def test_a_still_is_no_clip_of_several_frames(folder, tmp_path):
     for policy, error in (("stop", RowError), ("skip", None)):
         config = config_of(folder, tmp_path, on_bad_row=policy)
