@@ -1,5 +1,6 @@
 """Videos as rows: folders, parquet, tar files and streams of them, and clips one after another."""
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from helpers import data_of, encode, options
 from PIL import Image
 
-from difftrain_utils.commands import check_data
+from difftrain_utils.commands import check_data, generate, plan
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import require_of
 from difftrain_utils.config.text_to_video import TextToVideoConfig
@@ -341,6 +342,21 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
 def test_fields_that_cannot_be(fields, message, tmp_path):
     with pytest.raises(InputError, match=message):
         config_of(fields.pop("dataset", "builtin:moving-shapes"), tmp_path, **fields)
+
+
+@pytest.mark.parametrize("command", ["check-data", "plan", "generate"])
+def test_without_pyav_commands_say_so(command, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "av" else find(name, *of))
+    monkeypatch.chdir(tmp_path)
+    fields = {"model.pretrained_model_name_or_path": "builtin:tiny-wan", "data.dataset": "builtin:moving-shapes"}
+    argv = options(fields | {f"data.{name}": value for name, value in FIELDS.items()})
+    calls = {"check-data": lambda: check_data.main(argv)}
+    calls["plan"] = lambda: plan.main(["--gpus", "1", "--gpu", "h100", *argv])
+    calls["generate"] = lambda: generate.main(["builtin:tiny-wan", "a red circle", "--num-frames", "5"])
+    culprit = "--output generated.mp4" if command == "generate" else "data"
+    with pytest.raises(InputError, match=rf"^{culprit}: av is not installed \(pip install "):
+        calls[command]()
 
 
 def test_check_data_says_what_is_wrong_and_what_videos_are(folder, tmp_path, capsys):
