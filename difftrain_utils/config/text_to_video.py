@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from difftrain_utils.config.config import Require
+from difftrain_utils.config.config import Require, require_of
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import NoiseConfig
@@ -98,9 +98,15 @@ class TextToVideoConfig(TextToImageConfig):
     noise: VideoNoiseConfig = field(default_factory=VideoNoiseConfig)
     evaluation: VideoEvaluationConfig = field(default_factory=VideoEvaluationConfig)
 
-    def check_sections(self, requires: dict[str, Require]) -> None:
+    def check(self) -> None:
         rule = "is of images: larger and longer videos need more noise by the number of their tokens"
-        requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
+        require = require_of(self.scheduler, "scheduler")  # first of all: what goes with it does not matter here
+        require(self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
+        super().check()
+
+    def check_sections(self, requires: dict[str, Require]) -> None:
+        rule = f"mirrors what moves left, and {self.judged_data} tells left from right"
+        requires["data"](not (self.data.random_flip and self.judged_data in self.datasets), "random_flip", rule)
         is_given = self.model.first_frame_probability or self.evaluation.first_frames
         rule = "cannot go with first frames that are given (model.first_frame_probability, evaluation.first_frames)"
         requires["noise"](not (self.noise.frame_correlation and is_given), "frame_correlation", rule)
