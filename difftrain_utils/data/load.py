@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, count_short, fit_clips, fit_held_out, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -45,7 +45,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             the model cannot take images or videos of this size, no bucket has a batch of images, all are too small, or
             no held-out video has a bucket; or see `load_tokens`.
     """
-    seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
+    seed, media, buckets, skipped = config.train.seed_of("data"), media_of(config.data), None, 0
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
     check_sizes(family, config.data)
@@ -56,8 +56,13 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             for part in rows.parts:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
+        if media is video and streamed is None and not config.data.buckets:
+            skipped = count_short(rows, config.data)
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
+    if skipped:
+        clip = f"{config.data.num_frames} frames at {config.data.fps:g} a second"
+        accelerator.print(f"data.on_bad_row: {skipped} videos are skipped, unreadable or too short for {clip}")
     if media is text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
     elif media in (image, pairs):

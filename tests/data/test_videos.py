@@ -18,10 +18,19 @@ from PIL import Image
 from difftrain_utils.commands import check_data, generate, plan
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import require_of
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.caches import load_caches
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, refuse_short, spread_clips, video_sizes
+from difftrain_utils.data.clips import (
+    ClipBuckets,
+    count_short,
+    fit_clips,
+    fit_held_out,
+    refuse_short,
+    spread_clips,
+    video_sizes,
+)
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.photos import find_problems
@@ -136,6 +145,9 @@ def test_captions_lie_beside_videos_and_stills(films, tmp_path):
     with pytest.raises(InputError, match=r"a.mp4 has no caption \(1 of 4 videos have none\): write a.txt .* for all$"):
         map_rows(config)
     assert captions(map_rows(config_of(folder, tmp_path, default_caption="a dog")))[0] == "a dog"
+    (folder / "d.png").unlink()
+    with pytest.raises(InputError, match=r"^data.dataset: .* holds videos and no images: train with train_text_to_v"):
+        map_rows(DataConfig(str(folder)))
     with pytest.raises(InputError, match=r"^data.streaming: .* is a folder of videos without a metadata.jsonl, which"):
         open_stream(config_of(folder, tmp_path, streaming=True, shuffle_buffer=4, lanes=1))
     (tmp_path / "empty").mkdir()
@@ -168,6 +180,8 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
     skipping = config_of(tmp_path, tmp_path.with_name("other"), num_frames=17, default_caption="x", on_bad_row="skip")
     samples = Samples(data_of(rows), skipping, 0, 6)
     assert sum(samples[k]["skipped"] for k in range(6)) == len(bad)
+    known = len(bad) - 1  # what is cut off has the header of what is whole
+    assert known <= count_short(rows, skipping) <= len(bad) and count_short(rows, config) == 0
 
 
 def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
@@ -257,6 +271,11 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     sizes = [None if found.of_row[i] < 0 else found.size_of(i) for i in range(len(rows))]
     assert sizes == [(9, 32, 64), (29, 32, 64), (17, 32, 32), (1, 32, 32), None]
     assert found.sizes == sorted(map(tuple, buckets[:1] + buckets[2:])), "a bucket without a batch is left out"
+    assert found.describe_sizes() == (
+        "in 4 sizes: 1 of 1 frame of 32x32, 1 of 9 frames of 32x64, 1 of 17 frames of 32x32, 1 of 29 frames of 32x64"
+    )
+    one_size = ClipBuckets(np.full((6, 3), 64), [(9, 64, 64)], 4)
+    assert one_size.describe_sizes() == "in 1 size: 9 frames of 64x64" and one_size.remainder == 2
     assert ClipBuckets(video_sizes(rows, config), config.buckets, 2).counts.min() >= 2
     run = SimpleNamespace(data=config, train=SimpleNamespace(batch_size=1))
     family = SimpleNamespace(check_frames=lambda *_: None, check_size=lambda *_: None)
@@ -332,7 +351,7 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
         ({"fps": 0}, r"^data.fps: must be above 0"),
         (
             {"cache_latents": True, "center_crop": True},
-            r"^data.cache_latents: needs data.center_crop and a data.window",
+            r"^data.cache_latents: needs a data.window that is not random \(one clip",
         ),
         ({"buckets": [[5, 32]]}, r"^data.buckets: must be sizes \[frames, height, width\]"),
         ({"buckets": [[5, 32, 32], [5, 64, 64]]}, r"^data.buckets: must have different frames or aspect ratios"),
