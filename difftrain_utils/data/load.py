@@ -45,7 +45,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             the model cannot take images or videos of this size, no bucket has a batch of images, all are too small, or
             no held-out video has a bucket; or see `load_tokens`.
     """
-    seed, media, buckets, skipped = config.train.seed_of("data"), media_of(config.data), None, 0
+    seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
     check_sizes(family, config.data)
@@ -57,12 +57,12 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
         if media is video and streamed is None and not config.data.buckets:
-            skipped = count_short(rows, config.data)
+            if skipped := count_short(rows, config.data):
+                clip = f"{config.data.num_frames} frames at {config.data.fps:g} a second"
+                why = f"unreadable or too short for {clip}"
+                accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
-    if skipped:
-        clip = f"{config.data.num_frames} frames at {config.data.fps:g} a second"
-        accelerator.print(f"data.on_bad_row: {skipped} videos are skipped, unreadable or too short for {clip}")
     if media is text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
     elif media in (image, pairs):

@@ -74,13 +74,14 @@ def _data(data: Data, config: Config) -> str:
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
     rows = f"{'a stream of ' if section.streaming else ''}{media.describe(len(data.rows), section)}"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
-    size = media.describe_size(section)
+    size = f", {media.describe_size(section)}"
     if isinstance(data.buckets, ClipBuckets):
-        size = data.buckets.describe_sizes()
+        size = f" {data.buckets.describe_sizes()}"
     elif data.buckets is not None:
-        size = f"{(number := len(data.buckets.sizes))} size{'s' * (number > 1)} of about {size}"
+        number = len(data.buckets.sizes)
+        size = f", {number} size{'s' * (number > 1)} of about {media.describe_size(section)}"
     cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}", False)]
-    return f"{', '.join(map(str, names))}: {rows}{held_out}, {size}" + (
+    return f"{', '.join(map(str, names))}: {rows}{held_out}{size}" + (
         f"; cached: {' and '.join(cached)}" if cached else ""
     )
 
