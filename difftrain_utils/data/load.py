@@ -56,11 +56,10 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             for part in rows.parts:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
-        if media is video and streamed is None and not config.data.buckets:
-            if skipped := count_short(rows, config.data):
-                clip = f"{config.data.num_frames} frames at {config.data.fps:g} a second"
-                why = f"unreadable or too short for {clip}"
-                accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
+        knows_lengths = media is video and streamed is None and not config.data.buckets  # with buckets they are told of
+        if knows_lengths and (skipped := count_short(rows, config.data)):
+            why = f"unreadable or too short for {config.data.num_frames} frames at {config.data.fps:g} a second"
+            accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
     if media is text:
