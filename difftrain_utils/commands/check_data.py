@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.data.problems import check_rows, describe_videos, list_rows
     from difftrain_utils.data.sources import sources_of, validation_source
     from difftrain_utils.data.tokenizer import make_tokenizer
+    from difftrain_utils.errors import check_installed
     from difftrain_utils.families.load import load_tokenizer
     from difftrain_utils.media import text, video
     from difftrain_utils.media.media import media_of
 
+    check_installed({name: of for name, of in config.needed_packages().items() if name == "data"})
     media, num_rows, kinds = media_of(config.data), 0, []
     own = make_tokenizer(config.data) if media is text else None
     tokenizer = own or load_tokenizer(config)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig, VideoModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import LOAD_ERRORS, InputError, RowError, blame, not_installed, some, warn
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RowError, blame, check_installed, some, warn
 from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
@@ -178,9 +177,7 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
 
 def leave_out_training(config: Config) -> None:
     """Let models, in place, be those that plain libraries use. Raises InputError if what adapters need is missing."""
-    for field, package in config.needed_packages().items():
-        if field == "model.lora" and importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}: {not_installed(package)}")
+    check_installed({field: package for field, package in config.needed_packages().items() if field == "model.lora"})
     train = config.train
     train.gradient_checkpointing = train.plain_attention = train.channels_last = False
     train.compile = None

@@ -36,7 +36,7 @@ from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text import TextConfig, TextEvaluationConfig
 from difftrain_utils.config.video_data import MAX_FPS
-from difftrain_utils.errors import InputError, blame, some
+from difftrain_utils.errors import InputError, blame, check_installed, some
 from difftrain_utils.files import local_path, new_file, new_folder, write_file
 from difftrain_utils.run.run_folder import CONFIG_FILE, LORA, PIPELINE
 from difftrain_utils.run.source import BEST, EMA, RAW, Source, find_sources
@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
 def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], endings: tuple[str, ...]) -> None:
     samples = samples_of(args, prompts, sources)
     output = find_output(args.output, (*endings, ""))
+    if (output.suffix or endings[0]) == ".mp4":
+        check_installed({f"--output {output}": "av"})
     grids = arrange(samples, output) if output.suffix else None
     options = settings_of(args, sources[0])
     config = None if sources[0].kind == "pipeline" else run_config(sources[0])

@@ -23,7 +23,7 @@ from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.video_data import VideoDataConfig
-from difftrain_utils.errors import InputError
+from difftrain_utils.errors import InputError, check_installed
 from difftrain_utils.files import local_path
 from difftrain_utils.run.gpus import GPUS
 
@@ -180,6 +180,7 @@ def data_here(laptop: Laptop, family, config: Config):
     from difftrain_utils.data.load import check_sizes, load_data
 
     if is_data_here(config):
+        check_installed({name: of for name, of in config.needed_packages().items() if name == "data"})
         return load_data(laptop, family, config)
     check_sizes(family, config.data)
     return None

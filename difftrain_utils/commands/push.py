@@ -48,6 +48,10 @@ NOT_SHOWN = {"step", "lr", "grad_norm", "skipped_rows", *TIMES}  # as results
 LOADED_FROM = ("_name_or_path", "name_or_path")  # where libraries note the folder that a part was loaded from
 BASE = "base_model_name_or_path"  # where peft notes that of adapters, which a hub name may be
 TEXTS = (".json", ".md", ".yaml", ".txt", ".jinja")
+IMAGE_PIPELINES = {  # of models that do with a first frame and without: those that take one, of the same parts
+    "LTXPipeline": "LTXImageToVideoPipeline",
+    "WanPipeline": "WanImageToVideoPipeline",
+}
 FIXED_SIZE = ("DDPMPipeline", "DiTPipeline")
 Files = dict[str, Path | bytes]  # by their paths in the repository: files as they are, or contents
 
@@ -284,15 +288,28 @@ def _of_videos(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     data, evaluation, is_lora = config["data"], config["evaluation"], INDEX_FILE not in files
     pipeline_class = None if is_lora else read_mapping(run / PIPELINE / INDEX_FILE).get("_class_name")
     prompt = data.get("default_caption") or next(iter(evaluation["prompts"]), "…")
-    load = [f'pipeline = DiffusionPipeline.from_pretrained("{base if is_lora else repo}")']
-    load += [f'pipeline.load_lora_weights("{repo}")'] if is_lora else []
-    options = {"num_inference_steps": evaluation["num_inference_steps"]}
+    probability, length = config["model"]["first_frame_probability"], config["model"]["max_sequence_length"]
+    loader, given = "DiffusionPipeline", pipeline_class == "WanImageToVideoPipeline"
+    if evaluation["first_frames"] or probability:
+        if is_lora:  # a base that does with a first frame and without loads as the pipeline that does without
+            given = not probability
+        else:
+            loader, given = IMAGE_PIPELINES.get(pipeline_class, loader), True
+    options = {"image": 'load_image("first_frame.png")'} if given else {}
+    options |= {"prompt": json.dumps(prompt, ensure_ascii=False)}
+    options |= {name: evaluation[name] for name in ("num_inference_steps", "guidance_scale")}
     options |= {name: data[name] for name in ("num_frames", "height", "width")}
-    asked = ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in options.items())])
-    usage = ["```python", "from diffusers import DiffusionPipeline", "from diffusers.utils import export_to_video", ""]
-    usage += [*load, f"frames = pipeline({asked}).frames[0]"]
+    options |= {} if length is None else {"max_sequence_length": length}
+    options |= {"frame_rate": f"{data['fps']:g}"} if pipeline_class == "LTXPipeline" else {}
+    call = ", ".join(f"{name}={value}" for name, value in options.items())
+    helpers = "export_to_video, load_image" if given else "export_to_video"
+    usage = ["```python", f"from diffusers import {loader}", f"from diffusers.utils import {helpers}", ""]
+    usage += [f'pipeline = {loader}.from_pretrained("{base if is_lora else repo}")']
+    usage += [f'pipeline.load_lora_weights("{repo}")'] if is_lora else []
+    usage += [f"frames = pipeline({call}).frames[0]"]
     usage += [f'export_to_video(frames, "clip.mp4", fps={data["fps"]:g})', "```"]
-    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", "text-to-video", usage)
+    task = "image-to-video" if given else "text-to-video"
+    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
 
 
 def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:

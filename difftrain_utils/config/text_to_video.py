@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from difftrain_utils.config.config import Require
+from difftrain_utils.config.config import Require, require_of
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import NoiseConfig
@@ -98,9 +98,15 @@ class TextToVideoConfig(TextToImageConfig):
     noise: VideoNoiseConfig = field(default_factory=VideoNoiseConfig)
     evaluation: VideoEvaluationConfig = field(default_factory=VideoEvaluationConfig)
 
-    def check_sections(self, requires: dict[str, Require]) -> None:
+    def check(self) -> None:
         rule = "is of images: larger and longer videos need more noise by the number of their tokens"
-        requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
+        require = require_of(self.scheduler, "scheduler")  # first of all: what goes with it does not matter here
+        require(self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
+        super().check()
+
+    def check_sections(self, requires: dict[str, Require]) -> None:
+        rule = f"mirrors what moves left, and {self.judged_data} tells left from right"
+        requires["data"](not (self.data.random_flip and self.judged_data in self.datasets), "random_flip", rule)
         rule = "needs clips of several frames, and here all are of one (data.num_frames, or data.buckets)"
         for section, name in (("noise", "frame_correlation"), ("model", "first_frame_probability")):
             requires[section](not (self.data.are_stills and getattr(getattr(self, section), name)), name, rule)

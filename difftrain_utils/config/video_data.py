@@ -85,9 +85,10 @@ class VideoDataConfig(CaptionsConfig):
         require(self.buckets is None or self.window != "all", "buckets", rule)
         rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
         require(not (self.cache_text and self.changes_tags), "cache_text", rule)
-        has_one_crop = self.center_crop and self.window != "random"
-        rule = "needs data.center_crop and a data.window that is not random (one clip is kept)"
-        require(not self.cache_latents or has_one_crop, "cache_latents", rule)
+        missing = [] if self.center_crop else ["data.center_crop"]
+        missing += ["a data.window that is not random"] if self.window == "random" else []
+        rule = f"needs {' and '.join(missing)} (one clip is kept)"
+        require(not (self.cache_latents and missing), "cache_latents", rule)
         if self.streaming:
             require(self.window != "all", "window", "cannot go with data.streaming: how long videos are is not known")
             for name in ("buckets", "cache_latents", "cache_text"):

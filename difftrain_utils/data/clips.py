@@ -64,6 +64,14 @@ def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -
         raise RowError(f"{rows[int(index)].name}: {frames}, too short for {config.fewest_frames}")
 
 
+def count_short(rows: MappedRows, config: VideoDataConfig) -> int:
+    """How many rows are skipped because their video cannot be read or has fewer frames than a clip. In a run of several
+    processes call it on the main one first."""
+    if config.on_bad_row == "stop":
+        return 0
+    return int((video_sizes(rows, config)[:, 0] < config.fewest_frames).sum())
+
+
 # ── Clips one after another ──────────────────────────────────────────────────────────────────────────────────
 def spread_clips(rows: MappedRows, config: VideoDataConfig) -> MappedRows:
     """Each clip of the videos, one after another, as a row of its own (`data.window` all). A video that cannot be read,
@@ -114,6 +122,14 @@ class ClipBuckets:
     def size_of(self, row: int) -> tuple[int, int, int]:
         """(frames, height, width) of a row's bucket."""
         return self.sizes[self.of_row[row]]
+
+    def describe_sizes(self) -> str:
+        """In words, the sizes, and of several how many videos each has."""
+        named = [f"{f} frame{'s' * (f > 1)} of {h}x{w}" for f, h, w in self.sizes]
+        if len(named) == 1:
+            return f"in 1 size: {named[0]}"
+        of_each = [f"{number} of {size}" for number, size in zip(self.counts, named, strict=True)]
+        return f"in {len(named)} sizes: {', '.join(of_each)}"
 
     def describe(self) -> str:
         """In words: how many videos each has, what cropping cuts off, what an epoch leaves out."""

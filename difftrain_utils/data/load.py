@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, count_short, fit_clips, fit_held_out, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -56,6 +56,10 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             for part in rows.parts:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
+        knows_lengths = media is video and streamed is None and not config.data.buckets  # with buckets they are told of
+        if knows_lengths and (skipped := count_short(rows, config.data)):
+            why = f"unreadable or too short for {config.data.num_frames} frames at {config.data.fps:g} a second"
+            accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
     if media is text:

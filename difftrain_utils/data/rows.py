@@ -207,7 +207,7 @@ class MappedRows(Sequence):
         file that is changed and given its old time back, nor one that only a row of parquet names. So besides, of
         every file that is read, its `stamp`.
         """
-        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits())).encode())
+        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits(config))).encode())
         for part in self.parts:
             columns = [getattr(part.source, name) for name in part.source.of_data()]
             files = [stamp(file["filename"]) for file in part.data.cache_files]

@@ -180,9 +180,12 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
         elif source.split != "train":
             raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
         if not any(is_photo(path, kind) and folder in path.parents for path in files):
+            named = f"{field_of(field, 'dataset')}: {folder}"
+            if kind == "image" and any(is_photo(path, "video") and folder in path.parents for path in files):
+                raise InputError(f"{named} holds videos and no images: train with train_text_to_video.py")
             raise InputError(
-                f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, "
-                f"and no {kind}s: {', '.join(ENDINGS[kind])})"
+                f"{named} has no metadata.jsonl (and no parquet, arrow or tar files, and no {kind}s: "
+                f"{', '.join(ENDINGS[kind])})"
             )
     return folder
 

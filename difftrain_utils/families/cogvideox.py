@@ -65,7 +65,7 @@ class CogVideoX(DiffusersVideoFamily):
         config = self.config_of("transformer")
         most = [side * self.vae_scale_factor for side in (config.sample_height, config.sample_width)]
         if config.patch_size_t is not None and (height > most[0] or width > most[1]):
-            raise InputError(f"{name}: {self.source} takes at most {most[0]} x {most[1]}, got {height} x {width}")
+            raise InputError(f"{name}: {self.name} takes at most {most[0]} x {most[1]}, got {height} x {width}")
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Times `scaling_factor`, which is all that its pipeline undoes."""

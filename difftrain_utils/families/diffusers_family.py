@@ -110,6 +110,8 @@ class DiffusersFamily:
     schedule: Schedule
     sampler: SchedulerMixin
     """Of the same schedule, for pipelines."""
+    name: str = ""
+    """What the config calls it, which of a built-in one is not its folder."""
     init_seed: int | None = None
     """The seed of the denoiser's random weights; None: the checkpoint's weights."""
     has_weights: bool = True
@@ -159,6 +161,7 @@ class DiffusersFamily:
             model_index,
             schedule,
             sampler,
+            name=config.model.pretrained_model_name_or_path,
             init_seed=config.train.seed_of("weights") if weights == "random" else None,
             has_weights=weights != "none",
             max_sequence_length=config.model.max_sequence_length,
@@ -175,7 +178,9 @@ class DiffusersFamily:
         if family.vae_slicing or family.vae_tiling:
             family._cut_up(family._on_meta(cls.image_part))
         if config.model.guidance is not None and not family.has_guidance_embedding:
-            raise InputError(f"model.guidance: the {family.denoiser_part} of {source} has no embedding of guidance")
+            raise InputError(
+                f"model.guidance: the {family.denoiser_part} of {family.name} has no embedding of guidance"
+            )
         if cls.image_part:
             factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
             with blame_part(source, cls.image_part):
@@ -287,7 +292,7 @@ class DiffusersFamily:
         """Let it compute as `model.vae_slicing` and `model.vae_tiling` say. Raises InputError if it cannot."""
         for option, switch in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
             if getattr(self, option) and not hasattr(vae, switch):
-                raise InputError(f"model.{option}: the VAE of {self.source}, {type(vae).__name__}, has none, got true")
+                raise InputError(f"model.{option}: the VAE of {self.name}, {type(vae).__name__}, has none, got true")
             setattr(vae, switch, getattr(self, option))
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -446,10 +451,10 @@ class DiffusersFamily:
             sides = [side * self.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
             if [height, width] != sides:
                 needed = " x ".join(map(str, sides))
-                raise InputError(f"{name}: {self.source} makes images of {needed} alone, got {got}")
+                raise InputError(f"{name}: {self.name} makes images of {needed} alone, got {got}")
         multiple = self.size_multiple
         if height % multiple or width % multiple:
-            raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
+            raise InputError(f"{name}: {self.name} needs a multiple of {multiple}, got {got}")
 
     @property
     def tile_size(self) -> tuple[int, int] | None:
@@ -465,9 +470,8 @@ class DiffusersFamily:
         (least, most), name = self.text_lengths, self.pipeline_class.__name__
         has_length = "max_sequence_length" in inspect.signature(self.pipeline_class.__call__).parameters
         if has_length and not least <= self.text_length <= most:
-            raise InputError(
-                f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
-            )
+            rule = f"must be {least}" if least == most else f"must be from {least} to {most}"
+            raise InputError(f"model.max_sequence_length: {rule} for this {name}, got {self.text_length}")
 
     def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
         """See `Family`: any text is one."""

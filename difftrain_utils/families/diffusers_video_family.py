@@ -100,7 +100,7 @@ class DiffusersVideoFamily(DiffusersFamily):
         if num_frames % multiple != 1 % multiple:
             below = (num_frames - 1) // multiple * multiple + 1
             raise InputError(
-                f"{name}: {self.source} takes {multiple} n + 1 frames, such as {max(below, 1)} or {below + multiple}, "
+                f"{name}: {self.name} takes {multiple} n + 1 frames, such as {max(below, 1)} or {below + multiple}, "
                 f"got {num_frames}"
             )
 

@@ -156,7 +156,7 @@ def describe_family(name: str) -> DiffusersFamily:
     with blame(name, *LOAD_ERRORS):
         source, model_index = read_index(name, None)
         family_class = (FAMILIES | VIDEO_FAMILIES).get(model_index["_class_name"], DiffusersFamily)
-        return family_class(source, None, None, model_index, schedule=None, sampler=None)
+        return family_class(source, None, None, model_index, schedule=None, sampler=None, name=name)
 
 
 def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
@@ -167,8 +167,12 @@ def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
 def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
     source, model_index = read_index(name, revision)
-    if model_index["_class_name"] not in families:
-        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(families)}")
+    class_name = model_index["_class_name"]
+    if class_name not in families and class_name in FAMILIES | VIDEO_FAMILIES:
+        script = "train_text_to_video.py" if class_name in VIDEO_FAMILIES else "train_text_to_image.py"
+        raise ValueError(f"it is of {class_name}: train it with {script}")
+    if class_name not in families:
+        raise ValueError(f"it is of {class_name}; known is {', '.join(families)}")
     return source, model_index
 
 

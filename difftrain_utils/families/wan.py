@@ -78,7 +78,7 @@ class Wan(DiffusersVideoFamily):
             return EXPERTS[0]
         if high > self.boundary:
             raise InputError(
-                f"timesteps.min: {self.source} has two experts, of which one is trained: give timesteps.min "
+                f"timesteps.min: {self.name} has two experts, of which one is trained: give timesteps.min "
                 f"{self.boundary} for that of high noise or timesteps.max {self.boundary} for that of low, got from "
                 f"{low} to {high}"
             )

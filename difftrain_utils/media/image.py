@@ -65,7 +65,7 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return itertools.chain(paths_in(part, part.source.image_column), masks)
 
 
-def limits() -> tuple[Any, ...]:
+def limits(config: DataConfig) -> tuple[Any, ...]:
     return (Image.MAX_IMAGE_PIXELS,)
 
 

@@ -71,8 +71,8 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return image.paths_in(part, part.source.video_column)
 
 
-def limits() -> tuple[Any, ...]:
-    return image.limits()
+def limits(config: VideoDataConfig) -> tuple[Any, ...]:
+    return *image.limits(config), config.fps, config.fewest_frames
 
 
 def lasting_names(part) -> Iterator[list[str]]:

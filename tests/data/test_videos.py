@@ -1,6 +1,7 @@
 """Videos as rows: folders, parquet, tar files and streams of them, and clips one after another."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import tarfile
@@ -15,13 +16,22 @@ from accelerate import Accelerator
 from helpers import data_of, encode, options
 from PIL import Image
 
-from difftrain_utils.commands import check_data
+from difftrain_utils.commands import check_data, generate, plan
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import require_of
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.caches import load_caches
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, refuse_short, spread_clips, video_sizes
+from difftrain_utils.data.clips import (
+    ClipBuckets,
+    count_short,
+    fit_clips,
+    fit_held_out,
+    refuse_short,
+    spread_clips,
+    video_sizes,
+)
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.photos import find_problems
@@ -88,6 +98,18 @@ def test_a_folder_with_metadata(folder, tmp_path):
     assert map_rows(config).inspect(config)["sha256"] != found["sha256"]
 
 
+def test_a_folder_is_checked_again_for_longer_clips(films, tmp_path):
+    """What is remembered of it holds for one length and rate."""
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/a.mp4").write_bytes(films["a.mp4"])
+    found = map_rows(config := config_of(tmp_path / "films", tmp_path, default_caption="x")).inspect(config)
+    for fields, short in (({"num_frames": 41}, "41 frames at 12 a"), ({"fps": 0.001}, "5 frames at 0.001 a")):
+        longer = config_of(tmp_path / "films", tmp_path, default_caption="x", **fields)
+        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second$"):
+            map_rows(longer).inspect(longer)
+    assert map_rows(config).inspect(config) == found
+
+
 def test_a_still_is_no_clip_of_several_frames(folder, tmp_path):
     for policy, error in (("stop", RowError), ("skip", None)):
         config = config_of(folder, tmp_path, on_bad_row=policy)
@@ -124,6 +146,9 @@ def test_captions_lie_beside_videos_and_stills(films, tmp_path):
     with pytest.raises(InputError, match=r"a.mp4 has no caption \(1 of 4 videos have none\): write a.txt .* for all$"):
         map_rows(config)
     assert captions(map_rows(config_of(folder, tmp_path, default_caption="a dog")))[0] == "a dog"
+    (folder / "d.png").unlink()
+    with pytest.raises(InputError, match=r"^data.dataset: .* holds videos and no images: train with train_text_to_v"):
+        map_rows(DataConfig(str(folder)))
     with pytest.raises(InputError, match=r"^data.streaming: .* is a folder of videos without a metadata.jsonl, which"):
         open_stream(config_of(folder, tmp_path, streaming=True, shuffle_buffer=4, lanes=1))
     (tmp_path / "empty").mkdir()
@@ -156,6 +181,8 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
     skipping = config_of(tmp_path, tmp_path.with_name("other"), num_frames=17, default_caption="x", on_bad_row="skip")
     samples = Samples(data_of(rows), skipping, 0, 6)
     assert sum(samples[k]["skipped"] for k in range(6)) == len(bad)
+    known = len(bad) - 1  # what is cut off has the header of what is whole
+    assert known <= count_short(rows, skipping) <= len(bad) and count_short(rows, config) == 0
 
 
 def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
@@ -245,6 +272,11 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     sizes = [None if found.of_row[i] < 0 else found.size_of(i) for i in range(len(rows))]
     assert sizes == [(9, 32, 64), (29, 32, 64), (17, 32, 32), (1, 32, 32), None]
     assert found.sizes == sorted(map(tuple, buckets[:1] + buckets[2:])), "a bucket without a batch is left out"
+    assert found.describe_sizes() == (
+        "in 4 sizes: 1 of 1 frame of 32x32, 1 of 9 frames of 32x64, 1 of 17 frames of 32x32, 1 of 29 frames of 32x64"
+    )
+    one_size = ClipBuckets(np.full((6, 3), 64), [(9, 64, 64)], 4)
+    assert one_size.describe_sizes() == "in 1 size: 9 frames of 64x64" and one_size.remainder == 2
     assert ClipBuckets(video_sizes(rows, config), config.buckets, 2).counts.min() >= 2
     run = SimpleNamespace(data=config, train=SimpleNamespace(batch_size=1))
     family = SimpleNamespace(check_frames=lambda *_: None, check_size=lambda *_: None)
@@ -333,7 +365,7 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
         ({"fps": 0}, r"^data.fps: must be above 0"),
         (
             {"cache_latents": True, "center_crop": True},
-            r"^data.cache_latents: needs data.center_crop and a data.window",
+            r"^data.cache_latents: needs a data.window that is not random \(one clip",
         ),
         ({"buckets": [[5, 32]]}, r"^data.buckets: must be sizes \[frames, height, width\]"),
         ({"buckets": [[5, 32, 32], [5, 64, 64]]}, r"^data.buckets: must have different frames or aspect ratios"),
@@ -343,6 +375,21 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
 def test_fields_that_cannot_be(fields, message, tmp_path):
     with pytest.raises(InputError, match=message):
         config_of(fields.pop("dataset", "builtin:moving-shapes"), tmp_path, **fields)
+
+
+@pytest.mark.parametrize("command", ["check-data", "plan", "generate"])
+def test_without_pyav_commands_say_so(command, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "av" else find(name, *of))
+    monkeypatch.chdir(tmp_path)
+    fields = {"model.pretrained_model_name_or_path": "builtin:tiny-wan", "data.dataset": "builtin:moving-shapes"}
+    argv = options(fields | {f"data.{name}": value for name, value in FIELDS.items()})
+    calls = {"check-data": lambda: check_data.main(argv)}
+    calls["plan"] = lambda: plan.main(["--gpus", "1", "--gpu", "h100", *argv])
+    calls["generate"] = lambda: generate.main(["builtin:tiny-wan", "a red circle", "--num-frames", "5"])
+    culprit = "--output generated.mp4" if command == "generate" else "data"
+    with pytest.raises(InputError, match=rf"^{culprit}: av is not installed \(pip install "):
+        calls[command]()
 
 
 def test_check_data_says_what_is_wrong_and_what_videos_are(folder, tmp_path, capsys):

@@ -405,19 +405,25 @@ def test_what_is_saved_is_its_own_pipeline(family, denoiser, tmp_path):
 def test_sizes_that_the_model_cannot_take_are_refused(family):
     family.check_frames(1, "data.num_frames")
     family.check_frames(9, "data.num_frames")
-    with pytest.raises(InputError, match=r"^data.num_frames: .* takes [48] n \+ 1 frames, such as 9 or 1[37], got 12$"):
+    with pytest.raises(
+        InputError, match=r"^data.num_frames: builtin:tiny-\S+ takes [48] n \+ 1 frames, such as 9 or 1[37], got 12$"
+    ):
         family.check_frames(12, "data.num_frames")
-    with pytest.raises(InputError, match=r"^data.height: .* needs a multiple of (16|32), got 40 x 32$"):
+    with pytest.raises(InputError, match=r"^data.height: builtin:tiny-\S+ needs a multiple of (16|32), got 40 x 32$"):
         family.check_size(40, 32, "data.height")
 
 
 @pytest.mark.parametrize("name", ["tiny-wan"], scope="module")
 def test_it_is_of_videos_alone(name, short_run):
-    with pytest.raises(InputError, match=r"it is of WanPipeline; known is StableDiffusionPipeline, "):
+    with pytest.raises(InputError, match=r"it is of WanPipeline: train it with train_text_to_video.py$"):
         load_family(parse_config([*short_run, "--model.pretrained_model_name_or_path", f"builtin:{name}"]))
+    with pytest.raises(InputError, match=r"it is of StableDiffusionPipeline: train it with train_text_to_image.py$"):
+        load_family(video_config("tiny-stable-diffusion"))
+    with pytest.raises(InputError, match=r"^data.random_flip: mirrors what moves left, and builtin:moving-shapes "):
+        video_config(name, data__random_flip=True)
     message = r"^scheduler.flow_base_resolution: is of images"
     with pytest.raises(InputError, match=message):
-        video_config(name, scheduler__flow_base_resolution=512, scheduler__flow_shift=3)
+        video_config(name, scheduler__flow_base_resolution=512)
 
 
 # ── What is Wan's own ────────────────────────────────────────────────────────────────────────────────────────
