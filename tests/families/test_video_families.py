@@ -31,7 +31,7 @@ from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import map_rows
-from difftrain_utils.data.samples import Samples, collate
+from difftrain_utils.data.samples import Samples, collate, scale_pixels
 from difftrain_utils.errors import InputError
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.guidance import noise_levels
@@ -355,7 +355,7 @@ def test_the_first_loss_and_gradient_are_the_textbooks(name, tmp_path):
     config = command_line.parse_config(TextToVideoConfig, argv)
     logged, family = metrics_without_times(train_video(argv))[0], load_family(config)
     samples = Samples(data_of(map_rows(config.data)), config.data, 0, 2)
-    batch = collate([samples[k] for k in range(2)])
+    batch = scale_pixels(collate([samples[k] for k in range(2)]))
     posterior = family.part("vae").encode(batch["pixel_values"]).latent_dist
     latents = family.normalise(
         posterior.mean + posterior.std * keyed_randn(0, "vae_noise", range(2), posterior.mean.shape[1:])
