@@ -2,7 +2,6 @@
 rows of their own."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,13 +11,12 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.buckets import cropped_share
-from difftrain_utils.data.fingerprint import remembered
-from difftrain_utils.data.rows import MappedRows, map_in_threads
+from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.sizes import remembered_sizes
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.files import text_digest
-from difftrain_utils.media.video import library_versions, read_header
+from difftrain_utils.media.video import Row, library_versions, read_header
 from difftrain_utils.processes import main_process_first
-from difftrain_utils.terminal import progress
 
 
 def video_sizes(rows: MappedRows, config: VideoDataConfig) -> np.ndarray:
@@ -32,28 +30,13 @@ def video_sizes(rows: MappedRows, config: VideoDataConfig) -> np.ndarray:
         RowError: a video cannot be read, and `data.on_bad_row` is stop.
     """
 
-    def size(index: int) -> tuple[int, int, int]:
-        try:
-            header = read_header(rows[index])
-        except RowError:
-            if config.on_bad_row == "stop":
-                raise
-            return 0, 0, 0
+    def size(row: Row) -> tuple[int, int, int]:
+        header = read_header(row)
         return header.num_frames(config.fps), header.height, header.width
-
-    def compute() -> bytes:
-        sizes = np.zeros((len(rows), 3), np.int32)
-        found = progress(map_in_threads(size, range(len(rows))), len(rows), "Reading the videos' lengths")
-        for index, of_video in enumerate(found):
-            sizes[index] = of_video
-        buffer = io.BytesIO()
-        np.save(buffer, sizes)
-        return buffer.getvalue()
 
     readers = text_digest(f"{library_versions()} {PIL.__version__}")[:8]  # another one may read what this one cannot
     name = f"videos-{float(config.fps)!r}-{readers}.npy"
-    content = remembered(name, compute, lambda: rows.identity(config), config)
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    return remembered_sizes(name, rows, size, 3, "Reading the videos' lengths", config)
 
 
 def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -> None:
@@ -97,8 +80,8 @@ class ClipBuckets:
     the nearest aspect ratio. So images go to buckets of one frame.
 
     A bucket with fewer videos than a batch is left out, the smallest first, of equals the longest, and its videos go to
-    others. `sizes` (n, 3)
-    are the videos' (frames, height, width); -1 stands for no bucket, of one that is too short or cannot be read.
+    others. `sizes` (n, 3) are the videos' (frames, height, width); -1 stands for no bucket, of one that is too short or
+    cannot be read.
     """
 
     def __init__(self, sizes: np.ndarray, buckets: Sequence[tuple[int, int, int]], batch_size: int):
