@@ -30,8 +30,7 @@ from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
-from difftrain_utils.files import local_path
-from difftrain_utils.media.image import open_image, read_bytes
+from difftrain_utils.media.image import read_image_file
 from difftrain_utils.media.video import Clip
 from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
@@ -251,7 +250,7 @@ def scale_adapters(parts: Iterable[Any], scale: float) -> None:
 def read_first_frame(name: str, height: int | None, width: int | None) -> Image.Image:
     """An image, as the data of a run of this size would have its middle. Raises InputError if it is none."""
     try:
-        found = open_image(read_bytes({"bytes": None, "path": str(local_path(name))}, name), name)
+        found = read_image_file(name)
     except RowError as error:
         raise InputError(f"--first-frame: {error}") from None
     return found if height is None else ImageOps.fit(found, (width, height), Image.Resampling.LANCZOS)

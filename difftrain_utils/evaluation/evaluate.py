@@ -50,14 +50,14 @@ class Evaluation:
         reference: Reference | None = None,
     ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
-        self.reference = reference
+        self.reference, is_video = reference, media_of(config.data) is video
         if config.evaluation.shapes_judge:
             check_captions(config.judge, config.evaluation.prompts, "evaluation.prompts")
-        self.first_frames = load_first_frames(family, config) if media_of(config.data) is video else None
-        if media_of(config.data) is video and config.evaluation.prompts and (why := video.no_mp4()):
+        self.first_frames = load_first_frames(family, config) if is_video else None
+        if is_video and config.evaluation.prompts and (why := video.no_mp4()):
             warn(f"evaluation.prompts: clips are shown as WebP alone, not as MP4, because {why}")
         with main_process_first(accelerator):
-            load = load_clip_networks if media_of(config.data) is video else load_metric_networks
+            load = load_clip_networks if is_video else load_metric_networks
             self.networks = load(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
             self.weaker = None

@@ -11,9 +11,8 @@ from difftrain_utils.config.text import TextEvaluationConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.evaluation.guidance import guide
-from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import torch_generator_for
-from difftrain_utils.media.image import crop_of, open_image, read_bytes, resize_and_crop
+from difftrain_utils.media.image import crop_of, read_image_file, resize_and_crop
 from difftrain_utils.media.video import Clip
 
 
@@ -59,7 +58,7 @@ def load_first_frames(family, config: TextToVideoConfig) -> list[Image.Image] | 
         raise InputError(f"{field}: {model} makes clips of images: give one for each of evaluation.prompts")
     for name in names:
         try:
-            image = open_image(read_bytes({"bytes": None, "path": str(local_path(name))}, name), name)
+            image = read_image_file(name)
         except RowError as error:
             raise InputError(f"{field}: {error}") from error
         images += pt_to_pil(resize_and_crop(image, crop_of(image, size), config.data)[None])

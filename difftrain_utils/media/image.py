@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError, one_line
-from difftrain_utils.files import new_file
+from difftrain_utils.files import local_path, new_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
@@ -220,6 +220,11 @@ def paths_in(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]
         paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))
         is_file = pc.and_(pc.is_valid(paths), pc.is_null(content))
         yield paths.take(rows).to_pylist(), is_file.take(rows).to_numpy(zero_copy_only=False)
+
+
+def read_image_file(name: str) -> Image.Image:
+    """The image in a file of this name. Raises RowError if there is none."""
+    return open_image(read_bytes({"bytes": None, "path": str(local_path(name))}, name), name)
 
 
 def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
