@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from difftrain_utils.builtins.moving_shapes import draw_clip
+from difftrain_utils.builtins.tiny_stable_diffusion.make import vae_losses
 from difftrain_utils.keyed_random import keyed_randint
 from difftrain_utils.media.image import to_pixel_values
 
@@ -61,10 +61,7 @@ def train_vae(vae: AutoencoderKLWan, image_size: int, steps: int, batch_size: in
         # Indices far above those of the data set: the VAE never sees a clip that it will encode.
         indices = keyed_randint(seed, "vae", range(step * batch_size, (step + 1) * batch_size), 10**6, 10**9)
         pixel_values = draw_clips(indices.tolist(), image_size)
-        posterior = vae.encode(pixel_values).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        reconstruction = F.mse_loss(decoded, pixel_values) + F.l1_loss(decoded, pixel_values)
-        loss = reconstruction + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        reconstruction, loss = vae_losses(vae, pixel_values)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
