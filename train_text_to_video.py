@@ -33,6 +33,7 @@ from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.keyed_random import seed_for
 from difftrain_utils.objective.contrastive import contrastive_losses
 from difftrain_utils.objective.dream import dream_noise
+from difftrain_utils.objective.first_frames import give_first_frames
 from difftrain_utils.objective.loss import sample_losses
 from difftrain_utils.objective.noise import perturb_input, sample_noise
 from difftrain_utils.objective.timesteps import sample_timesteps
@@ -97,7 +98,7 @@ def main(config: TextToVideoConfig) -> int:
         while not state.is_finished and not interruptions.stop:
             # ── One step: the gradient of a batch, in parts ──────────────────────────────────────────────────
             for batch in meter.parts(batches):
-                keys, masks, conditions = batch["keys"], batch["masks"], batch["conditions"]
+                keys, conditions = batch["keys"], batch["conditions"]
                 seed_device(seed_for(seed, "model", keys[0]), device)  # for what the model draws, such as dropout
                 with accelerator.accumulate(*state.models.values()):
                     latents, conditioning = family.encode(batch, seed, text_encoders)
@@ -105,27 +106,28 @@ def main(config: TextToVideoConfig) -> int:
                     noise = sample_noise(config.noise, seed, keys, latents, conditions, group_size)
                     shift = family.shift(*latents.shape[2:])
                     timesteps = sample_timesteps(config.timesteps, schedule, seed, keys, batch_size, shift, device)
+                    times, counts = give_first_frames(config.model, seed, keys, latents, timesteps)  # of each frame
                     if config.strategy.dream_training and state.step >= config.strategy.dream_start_step:
                         noise = dream_noise(
-                            config.strategy, schedule, denoiser, predict, latents, noise, timesteps, seed, keys
+                            config.strategy, schedule, denoiser, predict, latents, noise, times, seed, keys
                         )
 
                     input_noise = perturb_input(config.noise, seed, keys, noise)
-                    noisy_latents = schedule.add_noise(latents, input_noise, timesteps)
-                    target = schedule.target(latents, noise, timesteps)
-                    output = predict(noisy_latents, timesteps)
+                    noisy_latents = schedule.add_noise(latents, input_noise, times)
+                    target = schedule.target(latents, noise, times)
+                    output = predict(noisy_latents, times)
 
-                    losses = {"denoising": sample_losses(config.loss, schedule, output, target, timesteps, masks)}
+                    losses = {"denoising": sample_losses(config.loss, schedule, output, target, timesteps, counts)}
                     if uncertainty is not None:
                         losses["denoising"] = uncertainty(losses["denoising"], schedule.snr(timesteps))
                     if config.loss.contrastive:
                         losses["contrastive"] = contrastive_losses(
-                            config.loss, schedule, output, latents, noise, timesteps, conditions, group_size, masks
+                            config.loss, schedule, output, latents, noise, timesteps, conditions, group_size, counts
                         )
                     losses = {name: values * batch["weights"] for name, values in losses.items()}
                     accelerator.backward(sum(losses.values()).mean())
                 state.add(losses, batch)
-                meter.count_flops(predict, noisy_latents, timesteps)
+                meter.count_flops(predict, noisy_latents, times)
 
             # ── The update ───────────────────────────────────────────────────────────────────────────────────
             grad_norm = clip_gradients(accelerator, state.optimizer, dict.fromkeys(state.models, max_grad_norm))

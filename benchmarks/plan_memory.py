@@ -125,7 +125,7 @@ def main() -> None:
         held = memory.held
         trained = held["trained weights"] + held["gradients"] + held["optimizer state"] + held["averages"]
         sizes = [memory.total, held["frozen weights"], trained, held.get("activations", 0)]
-        sizes.append(sum(memory.while_caching.values()))
+        sizes.append(memory.while_caching)
         print(f"| `{name}.yaml` | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} | {memory.uncounted or ''}")
         for option, saved in memory.saved.items():
             print(f"    {option}: {saved / 1e9:.2f}")

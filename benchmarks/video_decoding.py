@@ -107,7 +107,7 @@ def worker(path: str, args) -> None:
     for k in range(args.repeats):
         size = args.num_frames, *args.crop
         seconds.append(seconds_of(read, row, place(config, 0, k), size, config)[0])
-    sample = 3 * args.num_frames * args.crop[0] * args.crop[1] * 4 / 2**20
+    sample = 3 * args.num_frames * args.crop[0] * args.crop[1] / 2**20  # bytes
     print(
         f"  samples of {args.num_frames} x {args.crop[0]} x {args.crop[1]}: {1 / median(seconds):.2f} clips/s; memory "
         f"{memory():.0f} MB, of which {before:.0f} before the first clip and {sample:.0f} a sample"

@@ -1,10 +1,11 @@
 """What goes wrong is reported in one line that names the culprit."""
 
 import errno
+import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 
@@ -106,6 +107,13 @@ def not_installed(package: str) -> str:
     """What to say of it: this project's extra that brings it, if there is one."""
     what = f"-c constraints.txt -e '.[{EXTRAS[package]}]'" if package in EXTRAS else package
     return f"{package} is not installed (pip install {what})"
+
+
+def check_installed(packages: Mapping[str, str]) -> None:
+    """Raise InputError unless these optional packages, by what asks for them, are here."""
+    for culprit, package in packages.items():
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{culprit}: {not_installed(package)}")
 
 
 def shorten(text: str, length: int = 300) -> str:

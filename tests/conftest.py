@@ -1,4 +1,5 @@
 import atexit
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from markers import pytest_addoption, pytest_collection_modifyitems  # noqa: F40
 from networks import networks_folder  # noqa: F401
 from PIL import Image
 
+from difftrain_utils.builtins.moving_shapes import encode_clip
 from difftrain_utils.commands import draw_shapes
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
@@ -81,6 +83,19 @@ def mixed_folder(tmp_path_factory) -> Path:
     sizes = [(36, 60 if i % 3 == 0 else 36) for i in range(20)] + [(60, 30)]
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
     make_data(images, [["a", f"image {i}"] for i in range(21)]).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory) -> Path:
+    """Ten captioned videos of 12 frames, 8 a second."""
+    folder, lines = tmp_path_factory.mktemp("data") / "moving-shapes", []
+    folder.mkdir()
+    for i in range(10):
+        content, caption = encode_clip(i, 36, 10, 8)
+        (folder / f"{i}.avi").write_bytes(content)
+        lines.append(json.dumps({"file_name": f"{i}.avi", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 

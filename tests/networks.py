@@ -8,9 +8,14 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    VideoMAEConfig,
+    VideoMAEImageProcessor,
+    VideoMAEModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    VivitConfig,
+    VivitForVideoClassification,
 )
 
 from difftrain_utils.builtins.tiny_stable_diffusion.make import make_tokenizer
@@ -27,7 +32,8 @@ VISION = {
 
 @pytest.fixture(scope="session")
 def networks_folder(tmp_path_factory):
-    """Random networks: clip (both towers), vision (CLIP's image tower), vit, and vit-head, which lacks a pooler."""
+    """Random networks: clip (both towers), vision (CLIP's image tower), vit, and vit-head, which lacks a pooler; of
+    videos of 4 frames videomae, and vivit-head, which lacks one, too."""
     folder, tokenizer = tmp_path_factory.mktemp("networks"), make_tokenizer()
     torch.manual_seed(0)
     text = {name: VISION[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")} | {
@@ -49,6 +55,14 @@ def networks_folder(tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(folder / name)
         processor = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+        processor.save_pretrained(folder / name)
+    of_videos = VISION | {"num_frames": 4}
+    videomae = VideoMAEModel(VideoMAEConfig(**of_videos))
+    videomae.embeddings.patch_embeddings.projection.weight.data.mul_(20)
+    vivit = VivitForVideoClassification(VivitConfig(**of_videos, tubelet_size=[2, 8, 8]))
+    for name, model in {"videomae": videomae, "vivit-head": vivit}.items():
+        model.save_pretrained(folder / name)
+        processor = VideoMAEImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
         processor.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "clip")
     return folder

@@ -20,7 +20,7 @@ MADE = (
 )
 """By `make` of the module in tiny/ that is called so."""
 MADE_FOR_TEXT = ("tiny-modernbert", "tiny-bert", "tiny-llada")
-MADE_FOR_VIDEO = ("tiny-wan", "tiny-ltx")
+MADE_FOR_VIDEO = ("tiny-wan", "tiny-wan-i2v", "tiny-ltx", "tiny-cogvideox", "tiny-moving-shapes")
 MADE_FOR_AUDIO = ("tiny-stable-audio",)
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 TEXT_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_TEXT)
@@ -41,13 +41,7 @@ def builtin_checkpoint(name: str) -> Path:
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]
-    patterns = (
-        "tones.py",
-        "tiny/*.py",
-        "tiny_scenes/*.*",
-        "tiny_stable_diffusion/vae/*",
-        "tiny_stable_diffusion/tokenizer/*",
-    )
+    patterns = ("tones.py", "tiny*/*.*", "tiny_stable_diffusion/vae/*", "tiny_stable_diffusion/tokenizer/*")
     made_of = [file_digest(path) for pattern in patterns for path in sorted(HERE.glob(pattern))]
     made_of += [module.__version__ for module in (torch, diffusers, transformers)]
     folder = Path(HF_HOME) / "difftrain" / f"{name}-{text_digest(str(made_of))[:16]}"

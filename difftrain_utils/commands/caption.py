@@ -79,7 +79,7 @@ def files_to_write(folder: Path, overwrite: bool) -> list[tuple[Path, Path]]:
     photos = list_photos(folder)
     if not photos:
         raise InputError(f"{folder}: no images")
-    files = [(photo.image, photo.caption or photo.image.with_suffix(".txt")) for photo in photos]
+    files = [(photo.path, photo.caption or photo.path.with_suffix(".txt")) for photo in photos]
     files = [pair for pair in files if overwrite or not (pair[1].is_file() and pair[1].read_bytes().strip())]
     image_of: dict[Path, Path] = {}
     for image, file in files:

@@ -64,6 +64,7 @@ OBJECTIVE += ("masking.random_length_share",)  # the estimators of text estimate
 JUDGED_BY = ("evaluation.", "preference.", "data.validation", "data.resolution", "data.image_interpolation")
 JUDGED_BY += ("data.num_frames", "data.fps", "data.height", "data.width")
 JUDGED_BY += ("data.waveform_length", "data.sampling_rate", "data.audio_channels", "data.peak", "data.mask_padding")
+JUDGED_BY += ("noise.frame_correlation", "model.first_frame_probability")
 JUDGED_BY += ("data.sequence_length", "data.packing", "data.tokenizer", "data.text_column", "data.prompt_column")
 DENOISER = "base_model.sha256.denoiser"
 ORDER = {
@@ -89,12 +90,15 @@ class Kind(NamedTuple):
     rows: str
     library: str
     """That its models are of."""
+    judged_by: tuple[str, ...] = ()
+    """The beginnings of fields that evaluations depend on, besides `JUDGED_BY`."""
 
 
 KINDS = {
     "train_text_to_image.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_few_step.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_preference.py": Kind("noise level", "noise levels", "pairs", "diffusers"),
+    "train_text_to_video.py": Kind("noise level", "noise levels", "videos", "diffusers", ("data.buckets",)),
     "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
 }
 
@@ -432,7 +436,8 @@ def by_value(runs: list[Run], values: list[str]) -> str:
 def unfair(runs: list[Run]) -> list[str]:
     """What makes a better result of one run say nothing about the setting that was to be compared."""
     config, facts = what_differs(runs)
-    library = kind_of(runs).library
+    kind = kind_of(runs)
+    library, judged_by = kind.library, JUDGED_BY + kind.judged_by
     code, libraries = ("git", "git.commit", "git.diff", "resumed with other"), ("versions.torch", f"versions.{library}")
     found = {
         "data fingerprint": [name for name in facts if name.split(".")[0] == "data"],
@@ -440,7 +445,7 @@ def unfair(runs: list[Run]) -> list[str]:
         "code": [name for name in facts if name in code],
         f"versions of torch or {library}": [name for name in facts if name in libraries],
         "streams of samples, and so triples to validate on": [name for name in facts if name == "stream"],
-        "validation settings": [name for name in config if name.startswith(JUDGED_BY)],
+        "validation settings": [name for name in config if name.startswith(judged_by)],
     }
     warnings = [f"unfair: different {what} ({', '.join(names)})" for what, names in found.items() if names]
     validated = [str(losses[-1][0]) for run in runs if (losses := validation_losses(run))]
@@ -757,7 +762,7 @@ def charts(runs: list[Run]) -> str:
 
 def samples_of(run: Run) -> dict[int, Path]:
     """The grids or pages of samples by step."""
-    paths = [path for kind in ("png", "txt") for path in (run.folder / SAMPLES).glob(f"step-*.{kind}")]
+    paths = [path for kind in ("png", "txt", "webp") for path in (run.folder / SAMPLES).glob(f"step-*.{kind}")]
     return dict(sorted((int(path.stem[5:]), path) for path in paths if path.stem[5:].isdecimal()))
 
 

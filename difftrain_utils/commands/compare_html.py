@@ -7,11 +7,15 @@ import base64
 import math
 import statistics
 from html import escape
+from io import BytesIO
 from pathlib import Path
 
+from difftrain_utils.errors import LOAD_ERRORS, blame
 from difftrain_utils.terminal import printable
 
 MAX_TEXT = 20_000  # characters of a page of texts
+MAX_MOVING = 1_500_000  # bytes of a picture that moves
+MAX_SIDE, FEWEST_FRAMES = 1600, 16  # of a picture that is made smaller: pixels, and frames of one that moves
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc3399", "#8c6d1f", "#56b4e9", "#222222", "#7b3fb5", "#e6a000", "#d62728")
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 70, 740, 15, 300  # of a chart, in pixels; the legend is right of RIGHT
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
@@ -46,15 +50,49 @@ def table(rows: list[list[str]], kind: str) -> str:
 
 
 def figure(caption: str, samples: Path | None) -> str:
-    """A PNG file, or the beginning of a page of texts, and its caption, or the caption alone."""
+    """A PNG or WebP file, or the beginning of a page of texts, and its caption, or the caption alone.
+
+    Raises:
+        InputError: a WebP cannot be read.
+    """
     shown = ""
     if samples is not None and samples.suffix == ".txt":
         text = printable(samples.read_text(encoding="utf-8", errors="replace")[:MAX_TEXT])
         shown = f"<pre>{escape(text)}</pre>"
     elif samples is not None:
-        content = base64.b64encode(samples.read_bytes()).decode()
-        shown = f'<img src="data:image/png;base64,{content}" alt="{escape(caption)}"/>'
+        content = samples.read_bytes() if samples.suffix == ".png" else shrink(samples, MAX_MOVING, 1.0)[0]
+        source = f"data:image/{samples.suffix[1:]};base64,{base64.b64encode(content).decode()}"
+        shown = f'<img src="{source}" alt="{escape(caption)}"/>'
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def shrink(path: Path, size: int, scale: float) -> tuple[bytes, float, bool]:
+    """A picture, which may move, as WebP of at most about `size` bytes; at which scale: that of the picture before it,
+    or smaller; and whether it is all of it. One that moves goes without every other frame first. Raises InputError if
+    it cannot be read."""
+    from PIL import Image, ImageSequence
+
+    with blame(str(path), *LOAD_ERRORS, Image.DecompressionBombError), Image.open(path) as picture:
+        frames = [(frame.convert("RGB"), frame.info.get("duration", 0)) for frame in ImageSequence.all_frames(picture)]
+    number, likely = len(frames), path.stat().st_size
+    while len(frames) > FEWEST_FRAMES and likely > size:
+        pairs = [frames[i : i + 2] for i in range(0, len(frames), 2)]
+        frames, likely = [(pair[0][0], sum(time for _, time in pair)) for pair in pairs], likely / 2
+    pictures, durations = zip(*frames, strict=True)
+    is_moving, largest = len(pictures) > 1, max(pictures[0].size)
+    scale = min(scale, MAX_SIDE / largest, math.sqrt(2 * size / likely) if is_moving else 1)
+    while True:
+        width, height = (max(1, round(side * scale)) for side in pictures[0].size)
+        first, *others = (
+            picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures
+        )
+        moving = {"save_all": True, "append_images": others, "duration": durations, "loop": 0} if is_moving else {}
+        buffer = BytesIO()
+        first.save(buffer, "WEBP", quality=80, method=2, **moving)
+        content = buffer.getvalue()
+        if len(content) <= size or max(width, height) <= 64:
+            return content, scale, scale == 1 and len(pictures) == number
+        scale *= min(0.9, math.sqrt(size / len(content)))
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

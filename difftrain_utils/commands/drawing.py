@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,21 +12,26 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from difftrain_utils.builtins.checkpoints import BUILTINS
+from difftrain_utils.builtins.checkpoints import BUILTINS, VIDEO_BUILTINS
 from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig, VideoModelConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, not_installed, some, warn
+from difftrain_utils.errors import LOAD_ERRORS, InputError, RowError, blame, check_installed, some, warn
 from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
+from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
+from difftrain_utils.media.image import read_image_file
+from difftrain_utils.media.video import Clip
 from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
 from difftrain_utils.run.run_folder import read_manifest
 from difftrain_utils.run.saved_tensors import SavedTensors
@@ -37,6 +41,7 @@ from difftrain_utils.run.weights import load_weights
 for library in (diffusers.utils.logging, transformers.logging):
     library.disable_progress_bar()
 
+FPS = 16.0  # of clips of a model that is not told how many frames a second has, where no run says it: Wan's
 TOLD_GUIDANCE = "time_cond_proj_dim"  # of a UNet's config: its pipeline tells it guidance_scale - 1
 
 
@@ -46,6 +51,9 @@ class Settings:
 
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    first_frame: Image.Image | None = None
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
@@ -118,6 +126,8 @@ def load(
     dtype = weight_dtype(precision)
     if source.path in BUILTINS:
         config = TextToImageConfig(ModelConfig(source.path), DataConfig("builtin:shapes"))
+    if source.path in VIDEO_BUILTINS:
+        config = TextToVideoConfig(VideoModelConfig(source.path), VideoDataConfig("builtin:moving-shapes"))
     if config is None:
         family = describe_family(source.path)
         family.tells_gap = source.tells_gap
@@ -131,6 +141,9 @@ def load(
         if isinstance(part, torch.nn.Module):
             move_part(part.eval(), "cpu" if offload else device, dtype)
     loaded.pipeline.set_progress_bar_config(disable=True)
+    if isinstance(loaded.family, DiffusersVideoFamily) and not loaded.family.fps:
+        told = loaded.arguments.get("frame_rate")
+        loaded.family.fps = told.default if told else FPS
     if loaded.models:
         use(loaded, source, config)
     if offload:
@@ -163,9 +176,7 @@ def _load_run(source: Source, config: TextToImageConfig) -> Loaded:
 
 def leave_out_training(config: Config) -> None:
     """Let models, in place, be those that plain libraries use. Raises InputError if what adapters need is missing."""
-    for field, package in config.needed_packages().items():
-        if field == "model.lora" and importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}: {not_installed(package)}")
+    check_installed({field: package for field, package in config.needed_packages().items() if field == "model.lora"})
     train = config.train
     train.gradient_checkpointing = train.plain_attention = train.channels_last = False
     train.compile = None
@@ -236,6 +247,15 @@ def scale_adapters(parts: Iterable[Any], scale: float) -> None:
                     module.set_scale(adapter, scale)
 
 
+def read_first_frame(name: str, height: int | None, width: int | None) -> Image.Image:
+    """An image, as the data of a run of this size would have its middle. Raises InputError if it is none."""
+    try:
+        found = read_image_file(name)
+    except RowError as error:
+        raise InputError(f"--first-frame: {error}") from None
+    return found if height is None else ImageOps.fit(found, (width, height), Image.Resampling.LANCZOS)
+
+
 # ── Drawing ──────────────────────────────────────────────────────────────────────────────────────────────────
 def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
     """Raise InputError for prompts and settings that the pipeline does not take, and warn of a UNet that is told by
@@ -249,6 +269,16 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
     family.check_captions(prompts, "PROMPT")
     if settings.height is not None and is_known:
         family.check_size(settings.height, settings.width, "--height and --width")
+    if settings.num_frames is not None and is_known:
+        family.check_frames(settings.num_frames, "--num-frames")
+    gives = getattr(family, "first_frames", "none")
+    if settings.first_frame is not None and gives == "none":
+        raise InputError(f"--first-frame: a {name} is given none")
+    if settings.first_frame is None and gives == "all":
+        raise InputError(f"--first-frame: a {name} makes clips of an image: give one")
+    if settings.first_frame is not None and family.noise.frame_correlation and not family.takes_image_and_latents:
+        name = family.image_pipeline_class.__name__
+        raise InputError(f"--first-frame: a {name} takes none with the noise of this run (noise.frame_correlation)")
     options = {"--steps": ("num_inference_steps", settings.steps)}
     if not is_known:
         options |= {"--height": ("height", settings.height), "--guidance": ("guidance_scale", settings.guidance)}
@@ -300,10 +330,14 @@ def guide(loaded: Loaded, settings: Settings, device: torch.device, precision: s
 
 def draw_all(
     loaded: Loaded, pictures: Iterable, settings: Settings, config: TextToImageConfig | None
-) -> Iterator[tuple[Any, Image.Image]]:
-    """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image; those of one source, and of one scale, one
-    after the other."""
+) -> Iterator[tuple[Any, Image.Image | Clip]]:
+    """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image or clip; those of one source, and of one
+    scale, one after the other."""
     scale = None
+    if settings.fps is not None:
+        loaded.family.fps = settings.fps
+    if settings.first_frame is not None:
+        loaded.pipeline = loaded.family.image_pipeline(loaded.pipeline)
     for picture in tqdm(pictures, unit="picture", leave=False, disable=None):
         if loaded.models:
             use(loaded, picture.source, config)
@@ -313,8 +347,10 @@ def draw_all(
         yield picture, draw(loaded, picture.prompt, picture.seed, settings)
 
 
-def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image:
-    """The picture that plain diffusers draws with `torch.Generator().manual_seed(seed)`."""
+def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image | Clip:
+    """The picture, or the clip, that plain diffusers draws with `torch.Generator().manual_seed(seed)`, or where a run's
+    noise has `frame_correlation`, of such noise."""
+    generators = [torch.Generator().manual_seed(seed)]
     options = loaded.family.picture_options(
         loaded.pipeline,
         [prompt],
@@ -325,10 +361,16 @@ def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Im
         settings.guidance_rescale,
         None if settings.negative_prompt is None else [settings.negative_prompt],
     )
+    if is_video := isinstance(loaded.family, DiffusersVideoFamily):
+        options |= {} if settings.num_frames is None else {"num_frames": settings.num_frames}
+        options |= loaded.family.first_noise(settings.num_frames, settings.height, settings.width, generators)
+        options |= {} if settings.first_frame is None else {"image": settings.first_frame}
+        options["output_type"] = "pil"
     if unknown := [name for name in options if name not in loaded.arguments]:
         raise InputError(f"a {type(loaded.pipeline).__name__} takes no {some(unknown)}")
     with blame(f"{loaded.pipeline.name_or_path or loaded.family.source}", ValueError, TypeError):
-        return loaded.pipeline(**options, generator=[torch.Generator().manual_seed(seed)]).images[0]
+        made = loaded.pipeline(**options, generator=generators)
+    return Clip(made.frames[0], loaded.family.fps) if is_video else made.images[0]
 
 
 def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
@@ -339,6 +381,8 @@ def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
         "steps": default.default if settings.steps is None and default else settings.steps,
         "guidance": settings.guidance,
         "size": None if settings.height is None else f"{settings.height} x {settings.width}",
+        "frames": settings.num_frames,
+        "fps": settings.fps,
         "negative_prompt": settings.negative_prompt,
         "guidance_interval": settings.guidance_interval and "{} to {}".format(*settings.guidance_interval),
         "autoguidance": settings.autoguidance,

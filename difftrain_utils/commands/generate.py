@@ -4,11 +4,13 @@
     difftrain generate runs/quickstart "a red circle" --checkpoint 500 1000 --seed 0 1 2
     difftrain generate runs/my-lora "a photo of sks dog" --lora-scale 0 0.5 1
     difftrain generate stable-diffusion-v1-5/stable-diffusion-v1-5 "a dog" --num-images 200 --output data/dogs
+    difftrain generate runs/my-videos "a red circle moving left" --num-frames 33 --output circle.mp4
     difftrain generate runs/quickstart-text --num-texts 100 --sampler confidence --output written.jsonl
 
 Several values of --checkpoint, --lora-scale and --seed make a grid with labelled rows and columns, and with more than
 two of them (or several prompts) one grid for each value of the others. A picture is that which plain diffusers draws
-with torch.Generator().manual_seed(SEED), whatever else is asked for beside it.
+with torch.Generator().manual_seed(SEED), whatever else is asked for beside it. A model of videos draws clips, in .mp4
+or .webp instead of .png.
 
 A model of text writes to the terminal, to a page (.txt) or to a data set (.jsonl), each text below what tells it from
 the others. A prompt is what a text begins with; none is needed.
@@ -22,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,8 @@ from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.hub import use_cache_without_network
 from difftrain_utils.config.scripts import SCRIPTS, script_for
 from difftrain_utils.config.text import TextConfig, TextEvaluationConfig
-from difftrain_utils.errors import InputError, blame, some
+from difftrain_utils.config.video_data import MAX_FPS
+from difftrain_utils.errors import InputError, blame, check_installed, some
 from difftrain_utils.files import local_path, new_file, new_folder, write_file
 from difftrain_utils.run.run_folder import CONFIG_FILE, LORA, PIPELINE
 from difftrain_utils.run.source import BEST, EMA, RAW, Source, find_sources
@@ -41,8 +45,11 @@ from difftrain_utils.terminal import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from difftrain_utils.media.video import Clip
+
 # Options of pictures alone, and of texts
 OF_PICTURES = ("negative_prompt", "guidance", "guidance_interval", "autoguidance", "height", "width", "offload")
+OF_VIDEOS = ("num_frames", "fps", "first_frame")
 OF_TEXTS = ("sampler", "temperature", "length", "block_length")
 TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "sampler": "sampler",
@@ -51,6 +58,7 @@ TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "length": "length",
     "block_length": "block_length",
 }
+VIDEO_ENDINGS = (".mp4", ".webp")
 METADATA_FILE = "metadata.jsonl"  # of a folder of images
 MAX_SEED = 2**32  # a generator of torch keeps no more of it
 
@@ -85,14 +93,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.guidance is not None and sources[0].tells_gap:
         raise InputError(f"--guidance: {sources[0].path} is told by it how far a step goes, which --steps says")
     writes = sources[0].is_of_text
-    refuse_options(args, OF_PICTURES if writes else OF_TEXTS, "writes texts" if writes else "draws pictures")
-    (write if writes else draw)(args, prompts, sources)
+    if writes:
+        refuse_options(args, (*OF_PICTURES, *OF_VIDEOS), "writes texts")
+        write(args, prompts, sources)
+        return
+    films = sources[0].is_of_video
+    refuse_options(args, OF_TEXTS if films else (*OF_TEXTS, *OF_VIDEOS), f"draws {'videos' if films else 'pictures'}")
+    draw(args, prompts, sources, VIDEO_ENDINGS if films else (".png",))
 
 
-def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source]) -> None:
+def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], endings: tuple[str, ...]) -> None:
     samples = samples_of(args, prompts, sources)
-    output = find_output(args.output)
-    grids = arrange(samples, output) if output.suffix == ".png" else None
+    output = find_output(args.output, (*endings, ""))
+    if (output.suffix or endings[0]) == ".mp4":
+        check_installed({f"--output {output}": "av"})
+    grids = arrange(samples, output) if output.suffix else None
     options = settings_of(args, sources[0])
     config = None if sources[0].kind == "pipeline" else run_config(sources[0])
 
@@ -106,19 +121,23 @@ def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source]) ->
         guide,
         load,
         own_precision,
+        read_first_frame,
     )
 
     device, settings = find_device(args.device, args.precision, args.offload), Settings(**options)
+    if args.first_frame is not None:
+        settings.first_frame = read_first_frame(args.first_frame, settings.height, settings.width)
     precision = args.precision or own_precision(sources[0], device)
     loaded = load(sources[0], config, device, precision, args.offload)
     check(loaded, prompts, settings)
-    facts = describe(loaded, settings)
+    facts = describe(loaded, settings) | ({} if args.first_frame is None else {"first_frame": args.first_frame})
     settings = guide(loaded, settings, device, precision)
-    announce_samples("Drawing", "picture", samples, f"{device} in {precision}", facts, args)
+    noun = "picture" if endings == (".png",) else "clip"
+    announce_samples("Drawing", noun, samples, f"{device} in {precision}", facts, args)
 
     # ── The pictures ─────────────────────────────────────────────────────────────────────────────────────────
     drawn = draw_all(loaded, samples, settings, config)
-    written = save_folder(drawn, facts, output) if grids is None else save_grids(dict(drawn), facts, grids)
+    written = save_folder(drawn, facts, output, endings[0]) if grids is None else save_grids(dict(drawn), facts, grids)
     print(*written, sep="\n")
 
 
@@ -210,8 +229,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="guide at these shares of noise alone",
     )
     pictures.add_argument("--autoguidance", metavar="SOURCE", help="guide by this weaker model instead of by no prompt")
-    pictures.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution")
-    pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height")
+    pictures.add_argument("--height", metavar="N", type=positive, help="default: the run's data.resolution or height")
+    pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height; of videos the run's")
+    pictures.add_argument("--num-frames", metavar="N", type=positive, help="of a clip; default: the run's")
+    pictures.add_argument("--fps", metavar="X", type=finite, help="frames a second of a clip; default: the run's")
+    pictures.add_argument("--first-frame", metavar="FILE", help="image that clips begin with, of models that take one")
     pictures.add_argument(
         "--offload", action="store_true", help="keep on the GPU only the part that computes: less memory, slower"
     )
@@ -234,6 +256,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         refuse_twice(f"--{option.replace('_', '-')}", getattr(args, option) or [])
     if args.guidance is not None and args.guidance < 1:
         raise InputError(f"--guidance: must be at least 1, got {args.guidance:g}")
+    if args.fps is not None and not 0 < args.fps <= MAX_FPS:
+        raise InputError(f"--fps: must be above 0 and at most {MAX_FPS:.0f}, got {args.fps:g}")
     if args.guidance_interval is not None and not 0 <= args.guidance_interval[0] < args.guidance_interval[1] <= 1:
         got = " ".join(f"{end:g}" for end in args.guidance_interval)
         raise InputError(f"--guidance-interval: must be START STOP with 0 <= START < STOP <= 1, got {got}")
@@ -301,8 +325,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def find_output(name: str | None, endings: tuple[str, ...] = (".png", "")) -> Path:
     """A file that is not there with one of these endings, or (without one) a folder that is not there or empty; by
-    default a new generated.png."""
-    names = itertools.chain(["generated.png"], (f"generated-{number}.png" for number in itertools.count(2)))
+    default a new file with the first of them, generated.png."""
+    names = (f"generated{'' if number == 1 else f'-{number}'}{endings[0]}" for number in itertools.count(1))
     output = next(path for path in map(Path, names) if not os.path.lexists(path)) if name is None else local_path(name)
     if output.suffix and output.suffix in endings and os.path.lexists(output):
         raise InputError(f"--output: {output} is there already")
@@ -319,9 +343,13 @@ def find_output(name: str | None, endings: tuple[str, ...] = (".png", "")) -> Pa
 
 def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """Those of the command line, else of the run."""
-    height, width = args.height or args.width, args.width or args.height
+    films, height, width = source.is_of_video, args.height, args.width
+    if films and source.record is None and (height is None) != (width is None):
+        raise InputError(f"--{'height' if height is None else 'width'}: needed beside the other, no run says it")
+    if not films:
+        height, width = height or width, width or height
     settings = {"height": height, "width": width, "steps": args.steps, "guidance": args.guidance}
-    settings["negative_prompt"] = args.negative_prompt
+    settings |= {"negative_prompt": args.negative_prompt, "num_frames": args.num_frames, "fps": args.fps}
     settings |= {"guidance_interval": args.guidance_interval, "autoguidance": args.autoguidance}
     if source.record is None:
         return settings
@@ -330,8 +358,11 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         known = {field.name for field in dataclasses.fields(EvaluationConfig)}
         evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
         evaluation.check(require_of(evaluation, "evaluation"))
-        resolution = config["data"]["resolution"]
-        own = {"height": resolution, "width": resolution, "steps": evaluation.num_inference_steps}
+        data, own = config["data"], {"steps": evaluation.num_inference_steps}
+        if films:
+            own |= {name: data[name] for name in ("num_frames", "height", "width", "fps")}
+        else:
+            own |= {"height": data["resolution"], "width": data["resolution"]}
         own |= {"guidance": evaluation.guidance_scale, "guidance_rescale": evaluation.guidance_rescale}
         if args.guidance is None or args.guidance > 1:
             own |= {"guidance_interval": evaluation.guidance_interval, "autoguidance": evaluation.autoguidance}
@@ -409,37 +440,63 @@ def arrange(pictures: list[Sample], output: Path) -> list[Grid]:
     return arranged
 
 
-def save_grids(images: dict[Sample, "Image"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
+def save_grids(drawn: dict[Sample, "Image | Clip"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
-    from difftrain_utils.media.grids import labelled_grid, labelled_table
+    from difftrain_utils.media.video import side_by_side
 
     for grid in grids:
-        made = [images[picture] for picture in grid.pictures]
-        if grid.rows:
-            width = len(grid.columns)
-            table = [made[start : start + width] for start in range(0, len(made), width)]
-            image = labelled_table(table, grid.rows, grid.columns)
+        made = [drawn[picture] for picture in grid.pictures]
+        if grid.path.suffix == ".png":
+            save(lay_out(grid, made), grid.path, grid.pictures, facts)
         else:
-            image = labelled_grid(made, grid.columns) if grid.columns else made[0]
-        with new_file(grid.path) as partial:
-            image.save(partial, "PNG", pnginfo=text_of(grid.pictures, facts))
+            save(side_by_side(made, partial(lay_out, grid)), grid.path, grid.pictures, facts)
     return [grid.path for grid in grids]
 
 
-def save_folder(drawn: Iterable[tuple[Sample, "Image"]], facts: dict[str, Any], output: Path) -> list[Path]:
+def lay_out(grid: Grid, images: list["Image"]) -> "Image":
+    """The images in their rows and columns."""
+    from difftrain_utils.media.grids import labelled_grid, labelled_table
+
+    if grid.rows:
+        width = len(grid.columns)
+        table = [images[start : start + width] for start in range(0, len(images), width)]
+        return labelled_table(table, grid.rows, grid.columns)
+    return labelled_grid(images, grid.columns) if grid.columns else images[0]
+
+
+def save(made: "Image | Clip", path: Path, pictures: list[Sample], facts: dict[str, Any]) -> None:
+    """Write an image or a clip that says what it was drawn of, which WebP does not."""
+    from difftrain_utils.media.video import write_clip
+
+    said = text_of(pictures, facts)
+    if path.suffix != ".png":
+        write_clip(made, path, json.dumps(said, ensure_ascii=False))
+        return
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in said.items():
+        info.add_itxt(name, text)
+    with new_file(path) as file:
+        made.save(file, "PNG", pnginfo=info)
+
+
+def save_folder(
+    drawn: Iterable[tuple[Sample, "Image | Clip"]], facts: dict[str, Any], output: Path, ending: str
+) -> list[Path]:
     """Write a file of each as they are drawn, and a metadata.jsonl, by which the folder is a data set; return its path.
 
     Raises:
         RunError: it cannot be written.
     """
     lines = []
-    with new_folder(output.absolute()) as partial:
-        for number, (picture, image) in enumerate(drawn):
-            name = f"{number:05d}.png"
-            image.save(partial / name, "PNG", pnginfo=text_of([picture], facts))
+    with new_folder(output.absolute()) as folder:
+        for number, (picture, made) in enumerate(drawn):
+            name = f"{number:05d}{ending}"
+            save(made, folder / name, [picture], facts)
             lines.append({"file_name": name, "text": picture.prompt, "seed": picture.seed})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (partial / METADATA_FILE).write_text(text, encoding="utf-8")
+        (folder / METADATA_FILE).write_text(text, encoding="utf-8")
     return [output]
 
 
@@ -449,14 +506,9 @@ def facts_of(sample: Sample) -> dict[str, Any]:
     return found | {"lora_scale": sample.scale, "seed": sample.seed}
 
 
-def text_of(pictures: Iterable[Sample], facts: dict[str, Any]):
-    """The chunks of text of a PNG file that say what it was drawn of."""
-    from PIL.PngImagePlugin import PngInfo
-
+def text_of(pictures: Iterable[Sample], facts: dict[str, Any]) -> dict[str, str]:
+    """What pictures were drawn of, by names, a line for each value."""
     of_each = [*map(facts_of, pictures)]
     found = {name: [values[name] for values in of_each if values[name] is not None] for name in of_each[0]}
-    info = PngInfo()
-    for name, values in (found | {name: [value] for name, value in facts.items()}).items():
-        if values:
-            info.add_itxt(name, "\n".join(map(str, dict.fromkeys(values))))
-    return info
+    found |= {name: [value] for name, value in facts.items()}
+    return {name: "\n".join(map(str, dict.fromkeys(values))) for name, values in found.items() if values}

@@ -22,7 +22,8 @@ from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.scripts import SCRIPTS, script_for
-from difftrain_utils.errors import InputError
+from difftrain_utils.config.video_data import VideoDataConfig
+from difftrain_utils.errors import InputError, check_installed
 from difftrain_utils.files import local_path
 from difftrain_utils.run.gpus import GPUS
 
@@ -176,12 +177,12 @@ def data_here(laptop: Laptop, family, config: Config):
     Raises:
         InputError: see `load_data`.
     """
-    from difftrain_utils.data.load import load_data
+    from difftrain_utils.data.load import check_sizes, load_data
 
     if is_data_here(config):
+        check_installed({name: of for name, of in config.needed_packages().items() if name == "data"})
         return load_data(laptop, family, config)
-    if not isinstance(config.model, TextModelConfig):
-        family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
+    check_sizes(family, config.data)
     return None
 
 
@@ -191,6 +192,7 @@ def data_of_shapes(family, config: Config):
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
     from difftrain_utils.data.buckets import load_buckets
+    from difftrain_utils.data.clips import ClipBuckets, check_buckets
     from difftrain_utils.data.load import Data
 
     sizes = None if isinstance(config.model, TextModelConfig) else config.data.buckets
@@ -198,6 +200,10 @@ def data_of_shapes(family, config: Config):
         sizes = generate_aspect_ratio_buckets(config.data.resolution, divisibility=family.size_multiple)
     if not sizes:
         return Data([], [])
+    if isinstance(config.data, VideoDataConfig):
+        check_buckets(family, config.data)
+        buckets = ClipBuckets(np.repeat(sizes, config.train.batch_size, 0), sizes, config.train.batch_size)
+        return Data([], [], buckets=buckets)
     return Data([], [], buckets=load_buckets(family, np.repeat(sizes, config.train.batch_size, 0), config))
 
 

@@ -142,7 +142,8 @@ class Plan:
             if reading.mean_bytes is None:
                 return
             each += reading.mean_bytes
-        what = {0: "images", 1: "images and caches", 2: "caches"}[bool(reading.cached) + config.data.cache_latents]
+        noun = media_of(config.data).NOUN
+        what = {0: noun, 1: f"{noun} and caches", 2: "caches"}[bool(reading.cached) + config.data.cache_latents]
         yield _row(f"read while training, of {what}", _gb(samples * each))
         if self.estimate.time is not None:
             rate = config.train.batch_size * each / self.estimate.time.step[0]

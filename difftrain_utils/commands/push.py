@@ -41,13 +41,17 @@ from difftrain_utils.run.run_folder import (
 )
 from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
-CARD, GRID, PAGE = "README.md", "samples.png", "samples.txt"  # what is made, in the repository
+CARD, GRID, PAGE, FILM = "README.md", "samples.png", "samples.txt", "samples.webp"  # what is made, in the repository
 CONFIG = "config.yaml"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 NOT_SHOWN = {"step", "lr", "grad_norm", "skipped_rows", *TIMES}  # as results
 LOADED_FROM = ("_name_or_path", "name_or_path")  # where libraries note the folder that a part was loaded from
 BASE = "base_model_name_or_path"  # where peft notes that of adapters, which a hub name may be
 TEXTS = (".json", ".md", ".yaml", ".txt", ".jinja")
+IMAGE_PIPELINES = {  # of models that do with a first frame and without: those that take one, of the same parts
+    "LTXPipeline": "LTXImageToVideoPipeline",
+    "WanPipeline": "WanImageToVideoPipeline",
+}
 FIXED_SIZE = ("DDPMPipeline", "DiTPipeline")
 Files = dict[str, Path | bytes]  # by their paths in the repository: files as they are, or contents
 
@@ -111,7 +115,7 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
                 files[name] = _without_origin(path)
             else:
                 left_out.append(f"{folder.name}/{name}")
-    for name in (GRID, PAGE):
+    for name in (GRID, PAGE, FILM):
         if samples := sorted((run / SAMPLES).glob(f"step-*{Path(name).suffix}")):
             files[name] = samples[-1]
     config = public(read_mapping(run / CONFIG_FILE))
@@ -240,6 +244,7 @@ def make_card(
             f"\n# {repo.split('/')[1]}\n",
             f"{kind.what}, trained with difftrain from {_named(base)} on {', '.join(map(_named, sources))}: {steps}.\n",
             *([f"![Pictures of prompts of the evaluation]({GRID})\n"] if GRID in files else []),
+            *([f"![Clips of prompts of the evaluation]({FILM})\n"] if FILM in files else []),
             *([f"[Texts of the evaluation]({PAGE})\n"] if PAGE in files else []),
             "## Use\n",
             *kind.usage,
@@ -279,6 +284,34 @@ def _of_images(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
 
 
+def _of_videos(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
+    data, evaluation, is_lora = config["data"], config["evaluation"], INDEX_FILE not in files
+    pipeline_class = None if is_lora else read_mapping(run / PIPELINE / INDEX_FILE).get("_class_name")
+    prompt = data.get("default_caption") or next(iter(evaluation["prompts"]), "…")
+    probability, length = config["model"]["first_frame_probability"], config["model"]["max_sequence_length"]
+    loader, given = "DiffusionPipeline", pipeline_class == "WanImageToVideoPipeline"
+    if evaluation["first_frames"] or probability:
+        if is_lora:  # a base that does with a first frame and without loads as the pipeline that does without
+            given = not probability
+        else:
+            loader, given = IMAGE_PIPELINES.get(pipeline_class, loader), True
+    options = {"image": 'load_image("first_frame.png")'} if given else {}
+    options |= {"prompt": json.dumps(prompt, ensure_ascii=False)}
+    options |= {name: evaluation[name] for name in ("num_inference_steps", "guidance_scale")}
+    options |= {name: data[name] for name in ("num_frames", "height", "width")}
+    options |= {} if length is None else {"max_sequence_length": length}
+    options |= {"frame_rate": f"{data['fps']:g}"} if pipeline_class == "LTXPipeline" else {}
+    call = ", ".join(f"{name}={value}" for name, value in options.items())
+    helpers = "export_to_video, load_image" if given else "export_to_video"
+    usage = ["```python", f"from diffusers import {loader}", f"from diffusers.utils import {helpers}", ""]
+    usage += [f'pipeline = {loader}.from_pretrained("{base if is_lora else repo}")']
+    usage += [f'pipeline.load_lora_weights("{repo}")'] if is_lora else []
+    usage += [f"frames = pipeline({call}).frames[0]"]
+    usage += [f'export_to_video(frames, "clip.mp4", fps={data["fps"]:g})', "```"]
+    task = "image-to-video" if given else "text-to-video"
+    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
+
+
 def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
     """A model for plain transformers, with which difftrain writes, or adapters for peft."""
     if MODEL_FILE not in files:
@@ -298,6 +331,7 @@ KINDS = {
     "train_text_to_image.py": _of_images,
     "train_few_step.py": _of_images,
     "train_preference.py": _of_images,
+    "train_text_to_video.py": _of_videos,
     "train_text.py": _of_text,
 }
 

@@ -17,15 +17,15 @@ import time
 from hashlib import sha256
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from difftrain_utils.commands import compare
 from difftrain_utils.commands.compare import Run
+from difftrain_utils.commands.compare_html import shrink
 from difftrain_utils.commands.parser import Parser
-from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, shorten
+from difftrain_utils.errors import InputError, blame, shorten
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.run.metrics import TIMES
 from difftrain_utils.run.run_folder import (
@@ -43,8 +43,9 @@ MAX_NUMBERS = 90_000  # of all curves; more are thinned
 MAX_POINTS = 1000  # of a curve
 MAX_TEXT = 50_000  # characters of a page of samples
 PICTURE = 12_000  # bytes that a picture should have at least, if it is to be more than the first and last of a run
+MOVING = 100_000  # the same of one that moves
 PORT = 8765
-KINDS = {"png": "image/png", "txt": "text/plain; charset=utf-8"}  # of samples
+KINDS = {"png": "image/png", "webp": "image/webp", "txt": "text/plain; charset=utf-8"}  # of samples
 TITLES = {
     "loss": "Training loss",
     "validation_loss_ema": "Validation loss, EMA weights",
@@ -152,7 +153,8 @@ def some_samples(runs: list[Run], size: int) -> tuple[list[dict], str]:
     with_samples = sum(map(bool, samples))
     if not with_samples:
         return [], ""
-    each = max(2, size * 3 // 4 // with_samples // PICTURE)
+    is_moving = any(path.suffix == ".webp" for of_run in samples for path in of_run.values())
+    each = max(2, size * 3 // 4 // with_samples // (MOVING if is_moving else PICTURE))
     kept = [spread(list(of_run), each) for of_run in samples]
     count = sum(map(len, kept))
     found, smaller, scale = [], 0, 1.0
@@ -164,14 +166,15 @@ def some_samples(runs: list[Run], size: int) -> tuple[list[dict], str]:
                 smaller += not is_whole
                 found.append(shown | {"text": text})
                 continue
-            content, scale = shrink(path, size * 3 // 4 // count - 200, scale)  # base64
-            smaller += scale < 1
+            content, scale, is_whole = shrink(path, size * 3 // 4 // count - 200, scale)  # base64
+            smaller += not is_whole
             found.append(shown | {"source": f"data:image/webp;base64,{base64.b64encode(content).decode()}"})
     total, what = sum(map(len, samples)), "pages" if any("text" in shown for shown in found) else "grids"
     said = (
         [f"{count} of {total} {what} are in this page; the others are in the runs' folders."] if count < total else []
     )
-    said += [f"{smaller} are shown smaller than they are there."] if smaller else []
+    how = "smaller, or with fewer frames," if is_moving else "smaller"
+    said += [f"{smaller} are shown {how} than they are there."] if smaller else []
     return found, " ".join(said)
 
 
@@ -191,25 +194,6 @@ def spread(steps: list[int], count: int) -> list[int]:
     if len(steps) <= count:
         return steps
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
-
-
-def shrink(path: Path, size: int, scale: float) -> tuple[bytes, float]:
-    """A picture as WebP of at most about `size` bytes, and at which scale: that of the picture before it, or smaller.
-    Raises InputError if it cannot be read."""
-    from PIL import Image
-
-    with blame(str(path), *LOAD_ERRORS, Image.DecompressionBombError):
-        picture = Image.open(path).convert("RGB")
-    scale = min(scale, 1600 / max(picture.size))
-    while True:
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        resized = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
-        buffer = BytesIO()
-        resized.save(buffer, "WEBP", quality=80, method=2)
-        content = buffer.getvalue()
-        if len(content) <= size or max(width, height) <= 64:
-            return content, scale
-        scale *= min(0.9, math.sqrt(size / len(content)))
 
 
 # ── What the runs were ───────────────────────────────────────────────────────────────────────────────────────

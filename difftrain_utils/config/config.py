@@ -66,7 +66,7 @@ class Config:
         """Raise InputError unless a batch can be split over accumulation steps and processes."""
 
     def needed_packages(self) -> dict[str, str]:
-        """The optional packages that the config asks for, by the fields that do."""
+        """The optional packages that the config asks for, by the fields that do; by "data" what reading it takes."""
         return {}
 
     def loaded_names(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The pictures and figures that show the progress."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from difftrain_utils.config.config import Require
 from difftrain_utils.errors import InputError
@@ -11,6 +12,9 @@ MAX_PROMPTS, MAX_LENGTH = 1000, 2000  # one image each, every time
 @dataclass
 class EvaluationConfig:
     """The grid of images, the validation loss and the image metrics that show the progress."""
+
+    networks: ClassVar[tuple[str, ...]] = ("fid_features", "clip_score_model")
+    """The fields that name one, of metrics that need held-out rows."""
 
     prompts: list[str] = field(default_factory=list)
     """One image each."""
@@ -48,7 +52,7 @@ class EvaluationConfig:
     @property
     def makes_images(self) -> bool:
         """Whether anything is generated."""
-        return bool(self.prompts or self.fid_features or self.clip_score_model)
+        return bool(self.prompts or any(getattr(self, name) for name in self.networks))
 
     def check(self, require: Require) -> None:
         rule = f"at most {MAX_PROMPTS} of at most {MAX_LENGTH} characters (in difftrain_utils/config/evaluation.py)"
@@ -73,6 +77,6 @@ class EvaluationConfig:
         fits = samples >= bins and samples % bins == 0
         require(fits, "num_validation_samples", f"must be a multiple of num_validation_bins, {bins}")
         require(self.seed >= 0, "seed", "must be 0 or more")
-        for name in ("fid_features", "clip_score_model"):
+        for name in self.networks:
             require(getattr(self, name) != "", name, "must not be empty")
         require(self.num_metric_images >= 2, "num_metric_images", "must be at least 2")

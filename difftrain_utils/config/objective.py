@@ -1,7 +1,7 @@
 """What is trained: noise schedule, timesteps, noise, strategy and loss."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from difftrain_utils.config.config import Require
 
@@ -103,6 +103,7 @@ class NoiseConfig:
     `knn`, the nearest of several that are drawn for the image alone. null: any."""
     knn_candidates: int = 4
     """How many are drawn for an image, of `knn`; the more, the less noise the nearest is."""
+    frame_correlation: ClassVar[None] = None  # of videos: config/text_to_video.py
 
     def check(self, require: Require) -> None:
         require(0 <= self.pyramid_discount < 1, "pyramid_discount", "must be at least 0 and below 1")

@@ -43,8 +43,8 @@ class TextToImageConfig(Config):
         rule = f"needs data.dataset {self.judged_data} (it is {', '.join(map(repr, self.datasets))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
         held_out = bool(data.validation_split or data.validation_dataset)
-        for name in ("fid_features", "clip_score_model"):
-            rule = "needs held-out images: data.validation_split or data.validation_dataset"
+        for name in self.evaluation.networks:
+            rule = "needs held-out data: data.validation_split or data.validation_dataset"
             require(getattr(self.evaluation, name) is None or held_out, name, rule)
         rule = "needs data.cache_text, or each step would read all of them"
         requires["model"](not self.model.offload_text_encoders or data.cache_text, "offload_text_encoders", rule)
@@ -114,7 +114,7 @@ class TextToImageConfig(Config):
         data, evaluation = self.data, self.evaluation
         names = [self.model.pretrained_model_name_or_path, data.dataset, data.validation_dataset]
         names += [source.dataset for source in data.sources or []]
-        names += [evaluation.fid_features, evaluation.clip_score_model, evaluation.autoguidance]
+        names += [getattr(evaluation, name) for name in (*evaluation.networks, "autoguidance")]
         return [name for name in names if name and name != "inception"]
 
     def needed_packages(self) -> dict[str, str]:

@@ -28,8 +28,9 @@ class VideoDataConfig(CaptionsConfig):
     SOURCE: ClassVar[type[CaptionsSource]] = VideoSourceConfig
 
     dataset: str | None = None
-    """A folder of videos with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:moving-shapes` (needs no download). An image is a clip of one frame."""
+    """A folder of videos (`dog.mp4` and its caption `dog.txt`), of videos with a `metadata.jsonl`, of parquet, arrow or
+    WebDataset tar files, a hub data set, or `builtin:moving-shapes` (needs no download). An image is a clip of one
+    frame."""
     video_column: str = "video"
     """Column of the videos (a folder with a `metadata.jsonl` calls it `video`, tar files `mp4`)."""
     sources: list[VideoSourceConfig] | None = None
@@ -58,7 +59,7 @@ class VideoDataConfig(CaptionsConfig):
     buckets: list[list[int]] | None = None
     """Sizes [frames, height, width] to train at, of which each video gets one of the most frames that it has, of the
     nearest aspect ratio, and an image one of 1 frame; null: `num_frames`, `height` and `width` only. Each batch has
-    one size. Validation and grids have `num_frames`, `height` and `width`."""
+    one size. Held-out videos have theirs, too, and grids `num_frames`, `height` and `width`."""
     cache_latents: bool = False
     """Run the VAE on each clip once, before training, and keep its moments on the disk (needs center_crop, and a window
     that is not random)."""
@@ -84,9 +85,10 @@ class VideoDataConfig(CaptionsConfig):
         require(self.buckets is None or self.window != "all", "buckets", rule)
         rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
         require(not (self.cache_text and self.changes_tags), "cache_text", rule)
-        has_one_crop = self.center_crop and self.window != "random"
-        rule = "needs data.center_crop and a data.window that is not random (one clip is kept)"
-        require(not self.cache_latents or has_one_crop, "cache_latents", rule)
+        missing = [] if self.center_crop else ["data.center_crop"]
+        missing += ["a data.window that is not random"] if self.window == "random" else []
+        rule = f"needs {' and '.join(missing)} (one clip is kept)"
+        require(not (self.cache_latents and missing), "cache_latents", rule)
         if self.streaming:
             require(self.window != "all", "window", "cannot go with data.streaming: how long videos are is not known")
             for name in ("buckets", "cache_latents", "cache_text"):
@@ -96,3 +98,8 @@ class VideoDataConfig(CaptionsConfig):
     def fewest_frames(self) -> int:
         """Of a clip."""
         return self.num_frames if self.buckets is None else min(num_frames for num_frames, *_ in self.buckets)
+
+    @property
+    def are_stills(self) -> bool:
+        """Whether all clips are of one frame."""
+        return self.num_frames == 1 if self.buckets is None else all(size[0] == 1 for size in self.buckets)

@@ -5,6 +5,7 @@ nothing stale is ever read.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from difftrain_utils.media.image import (
     read_mask,
     resize_and_crop,
     resize_and_crop_mask,
+    scale_bytes,
     size_of,
 )
 from difftrain_utils.media.media import media_of
@@ -79,62 +81,69 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
     """Entry i is of row i, upright and (with `data.random_flip`) mirrored: "moments", the VAE's mean and standard
     deviation, (1 or 2, 2, channels, height, width), "sizes", (1 or 2, 6), "is_readable", and where a source has masks
     "masks", (1 or 2, 1, height, width). Of pairs, moments and sizes have a dimension more, after the first; of videos
-    moments have their frames before the height. Of sounds there are "seconds_start" and "seconds_total", (1,), moments
+    moments have their frames before the height, and what the model is told of a first frame is there as
+    "first_frame.NAME", (1 or 2, …). Of sounds there are "seconds_start" and "seconds_total", (1,), moments
     (1, 2, channels, length) and with `data.mask_padding` masks (1, 1, length), and no sizes.
 
     Raises:
         InputError, RowError, RunError: see `build_cache`.
     """
-    is_video, are_pairs = media_of(config.data) is video, media_of(config.data) is pairs
-    key = describe_crops(data, sha256, config.data, family.describe_parts(family.image_part))
+    media = media_of(config.data)
+    encode_pixels = partial(_moments_of_pairs, family) if media is pairs else family.encode_images
+    gives_first_frames = media is video and family.first_frames == "all"
+    encoders = (family.image_part, *(family.condition_parts if gives_first_frames else ()))
+    key = describe_crops(data, sha256, config.data, family.describe_parts(*encoders))
     key |= {"channels_last": config.train.channels_last, "vae_slicing": config.model.vae_slicing}
-    key |= {"masks": True} if data.rows.has_masks else {}  # what a cache without them is not called by
+    key |= {"vae_tiling": True} if config.model.vae_tiling else {}
+    key |= {"masks": True} if data.rows.has_masks else {}  # of a cache without, the name stays
+    key |= {"first_frames": True} if gives_first_frames else {}
     key |= describe_rounding(accelerator, family, config)
     groups = np.zeros(len(data.rows), np.int16) if data.buckets is None else data.buckets.of_row
     folder = named_folder(accelerator, config.data, "latents", key)
-    is_sound = media_of(config.data) is audio
-    sides = 2 if not is_sound and config.data.random_flip else 1
+    sides = 2 if media is not audio and config.data.random_flip else 1
 
     def encode(items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]) -> Entry:
         images, masks, sizes, is_readable = zip(*items, strict=True)
         pixel_values, is_readable = torch.stack(images).to(accelerator.device), torch.tensor(is_readable)
+        pixel_values = scale_bytes(pixel_values) if media is video else pixel_values
         flips = (pixel_values, pixel_values.flip(-1))[:sides]
-        moments = _finite(torch.stack([_moments_of(family, flip, are_pairs) for flip in flips], 1), family)
-        entry = {"moments": moments, "sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
+        encoded = {"moments": torch.stack([encode_pixels(flip) for flip in flips], 1)}
+        if gives_first_frames:
+            given = [family.encode_first_frames(flip) for flip in flips]
+            encoded |= {f"first_frame.{name}": torch.stack([flip[name] for flip in given], 1) for name in given[0]}
+        check_finite(encoded)
+        entry = encoded | {"sizes": torch.stack(sizes)[:, :sides], "is_readable": is_readable}
         if data.rows.has_masks:
             flips = (torch.stack(masks), torch.stack(masks).flip(-1))[:sides]
-            entry["masks"] = torch.stack([scale_masks(flip, moments.shape[-2:]) for flip in flips], 1)
+            size = encoded["moments"].shape[-2:]
+            entry["masks"] = torch.stack([scale_masks(flip, size) for flip in flips], 1)
         return entry
 
     def encode_sounds(items: list[tuple[dict[str, torch.Tensor], bool]]) -> Entry:
         samples, is_readable = zip(*items, strict=True)
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        moments = _finite(family.encode_images(batch.pop("waveforms").to(accelerator.device)), family)
+        moments = family.encode_images(batch.pop("waveforms").to(accelerator.device))
+        check_finite({"moments": moments})
         if "mask" in batch:
             batch["masks"] = scale_masks(batch.pop("mask"), moments.shape[3:])
         sides = {name: values[:, None] for name, values in ({"moments": moments} | batch).items()}
         return sides | {"is_readable": torch.tensor(is_readable)}
 
+    def check_finite(encoded: dict[str, torch.Tensor]) -> None:
+        if not all(values.isfinite().all() for values in encoded.values()):
+            raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
+
     num_workers = config.data.num_workers
-    if is_sound:
+    if media is audio:
         inputs, encode, at_once = _Windows(data, config.data), encode_sounds, 1
     else:
-        inputs, at_once = (_Clips(data, config.data), 1) if is_video else (CroppedImages(data, config.data), None)
+        inputs, at_once = (_Clips(data, config.data), 1) if media is video else (CroppedImages(data, config.data), None)
     return build_cache(accelerator, folder, groups, inputs, encode, "Caching latents", num_workers, at_once)
 
 
-def _finite(moments: torch.Tensor, family) -> torch.Tensor:
-    """The moments. Raises RunError unless they are finite."""
-    if not moments.isfinite().all():
-        raise RunError(f"data.cache_latents: the VAE's output is not finite in {family.weight_dtype}")
-    return moments
-
-
-def _moments_of(family, pixel_values: torch.Tensor, are_pairs: bool) -> torch.Tensor:
-    """Those of images or videos, or of pairs of images (batch, 2, 3, height, width)."""
-    if are_pairs:
-        return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
-    return family.encode_images(pixel_values)
+def _moments_of_pairs(family, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Of (batch, 2, 3, height, width)."""
+    return family.encode_images(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
 
 class CroppedImages:
@@ -170,7 +179,7 @@ class CroppedImages:
 
 
 class _Clips:
-    """The same of row i's clip, which has no mask."""
+    """The same of row i's clip, which has no mask, in bytes; black if it could not be read."""
 
     def __init__(self, data: Data, config: VideoDataConfig):
         self.data, self.config = data, config
@@ -184,7 +193,7 @@ class _Clips:
         except RowError:
             if self.config.on_bad_row == "stop":
                 raise
-            return torch.zeros(3, *size), None, torch.zeros(2, 6, dtype=torch.long), False
+            return torch.zeros(3, *size, dtype=torch.uint8), None, torch.zeros(2, 6, dtype=torch.long), False
         shown = video.Header(None, *sample["sizes"][:2].tolist())
         sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
         return sample["pixel_values"], None, sizes, True

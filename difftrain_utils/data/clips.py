@@ -2,25 +2,25 @@
 rows of their own."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 
 import numpy as np
+import PIL
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.buckets import cropped_share
-from difftrain_utils.data.fingerprint import remembered
-from difftrain_utils.data.rows import MappedRows, map_in_threads
-from difftrain_utils.errors import RowError
-from difftrain_utils.media.video import read_header
+from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.sizes import remembered_sizes
+from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.files import text_digest
+from difftrain_utils.media.video import Row, library_versions, read_header
 from difftrain_utils.processes import main_process_first
-from difftrain_utils.terminal import progress
 
 
 def video_sizes(rows: MappedRows, config: VideoDataConfig) -> np.ndarray:
-    """int32 of shape (len(rows), 3): (frames at `data.fps`, height, width) of each video as it is shown; an image has
+    """int64 of shape (len(rows), 3): (frames at `data.fps`, height, width) of each video as it is shown; an image has
     one frame. Remembered on the disk while no file changes. In a run of several processes call it on the main one
     first.
 
@@ -30,26 +30,13 @@ def video_sizes(rows: MappedRows, config: VideoDataConfig) -> np.ndarray:
         RowError: a video cannot be read, and `data.on_bad_row` is stop.
     """
 
-    def size(index: int) -> tuple[int, int, int]:
-        try:
-            header = read_header(rows[index])
-        except RowError:
-            if config.on_bad_row == "stop":
-                raise
-            return 0, 0, 0
+    def size(row: Row) -> tuple[int, int, int]:
+        header = read_header(row)
         return header.num_frames(config.fps), header.height, header.width
 
-    def compute() -> bytes:
-        sizes = np.zeros((len(rows), 3), np.int32)
-        found = progress(map_in_threads(size, range(len(rows))), len(rows), "Reading the videos' lengths")
-        for index, of_video in enumerate(found):
-            sizes[index] = of_video
-        buffer = io.BytesIO()
-        np.save(buffer, sizes)
-        return buffer.getvalue()
-
-    content = remembered(f"videos-{config.fps:g}.npy", compute, lambda: rows.identity(config), config)
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    readers = text_digest(f"{library_versions()} {PIL.__version__}")[:8]  # another one may read what this one cannot
+    name = f"videos-{float(config.fps)!r}-{readers}.npy"
+    return remembered_sizes(name, rows, size, 3, "Reading the videos' lengths", config)
 
 
 def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -> None:
@@ -58,6 +45,14 @@ def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -
     for index in short[:1]:
         frames = f"{sizes[index, 0]} frames at {config.fps:g} a second"
         raise RowError(f"{rows[int(index)].name}: {frames}, too short for {config.fewest_frames}")
+
+
+def count_short(rows: MappedRows, config: VideoDataConfig) -> int:
+    """How many rows are skipped because their video cannot be read or has fewer frames than a clip. In a run of several
+    processes call it on the main one first."""
+    if config.on_bad_row == "stop":
+        return 0
+    return int((video_sizes(rows, config)[:, 0] < config.fewest_frames).sum())
 
 
 # ── Clips one after another ──────────────────────────────────────────────────────────────────────────────────
@@ -90,8 +85,8 @@ class ClipBuckets:
     the nearest aspect ratio. So images go to buckets of one frame.
 
     A bucket with fewer videos than a batch is left out, the smallest first, of equals the longest, and its videos go to
-    others. `sizes` (n, 3)
-    are the videos' (frames, height, width); -1 stands for no bucket, of one that is too short or cannot be read.
+    others. `sizes` (n, 3) are the videos' (frames, height, width); -1 stands for no bucket, of one that is too short or
+    cannot be read.
     """
 
     def __init__(self, sizes: np.ndarray, buckets: Sequence[tuple[int, int, int]], batch_size: int):
@@ -116,6 +111,14 @@ class ClipBuckets:
         """(frames, height, width) of a row's bucket."""
         return self.sizes[self.of_row[row]]
 
+    def describe_sizes(self) -> str:
+        """In words, the sizes, and of several how many videos each has."""
+        named = [f"{f} frame{'s' * (f > 1)} of {h}x{w}" for f, h, w in self.sizes]
+        if len(named) == 1:
+            return f"in 1 size: {named[0]}"
+        of_each = [f"{number} of {size}" for number, size in zip(self.counts, named, strict=True)]
+        return f"in {len(named)} sizes: {', '.join(of_each)}"
+
     def describe(self) -> str:
         """In words: how many videos each has, what cropping cuts off, what an epoch leaves out."""
         counts = ", ".join(f"{f}x{h}x{w}: {n}" for (f, h, w), n in zip(self.sizes, self.counts, strict=True))
@@ -123,6 +126,13 @@ class ClipBuckets:
             f"Buckets (frames x height x width: videos): {counts}; cropping cuts {self.cropped.mean():.1%} of a frame "
             f"(at most {self.cropped.max():.1%}); an epoch leaves out {self.remainder} videos, others each time"
         )
+
+
+def check_buckets(family, config: VideoDataConfig) -> None:
+    """Raise InputError if one of `data.buckets` is none that the model can take."""
+    for num_frames, height, width in config.buckets:
+        family.check_frames(num_frames, "data.buckets")
+        family.check_size(height, width, "data.buckets")
 
 
 def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config) -> tuple[MappedRows, ClipBuckets]:
@@ -133,9 +143,7 @@ def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config
         RowError: a video cannot be read, or is too short for all buckets, and `data.on_bad_row` is stop.
     """
     data = config.data
-    for num_frames, height, width in data.buckets:
-        family.check_frames(num_frames, "data.buckets")
-        family.check_size(height, width, "data.buckets")
+    check_buckets(family, data)
     with main_process_first(accelerator):
         sizes = video_sizes(rows, data)
     refuse_short(rows, sizes, data)
@@ -147,3 +155,27 @@ def fit_clips(accelerator: Accelerator, family, rows: MappedRows, config: Config
         rows, buckets.of_row = rows.take(np.flatnonzero(is_kept)), buckets.of_row[is_kept]
     accelerator.print(buckets.describe())
     return rows, buckets
+
+
+def fit_held_out(
+    accelerator: Accelerator, rows: MappedRows, buckets: ClipBuckets, config: VideoDataConfig
+) -> MappedRows:
+    """The held-out rows that have one of the sizes that are trained at, `buckets`, each to be evaluated at its own.
+
+    Raises:
+        InputError: there is none.
+        RowError: a video cannot be read, or is too short for all sizes, and `data.on_bad_row` is stop.
+    """
+    with main_process_first(accelerator):
+        sizes = video_sizes(rows, config)
+    refuse_short(rows, sizes, config)
+    fewest = min(num_frames for num_frames, *_ in buckets.sizes)
+    is_kept = sizes[:, 0] >= fewest
+    if not is_kept.any():
+        raise InputError(f"data.buckets: no held-out video has {fewest} frames, the fewest that are trained at")
+    if not is_kept.all():
+        left_out = f"{len(sizes) - is_kept.sum()} of {len(sizes)} held-out videos are left out"
+        accelerator.print(f"data.buckets: {left_out}, unreadable or of fewer than {fewest} frames")
+    rows = rows.take(np.flatnonzero(is_kept))
+    rows.buckets = ClipBuckets(sizes[is_kept], buckets.sizes, batch_size=1)  # none is too small
+    return rows

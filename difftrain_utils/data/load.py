@@ -6,8 +6,9 @@ from functools import partial
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, fit_clips, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, count_short, fit_clips, fit_held_out, spread_clips
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -42,19 +43,13 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
     Raises:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
-            the model cannot take images, videos or sounds of this size, no bucket has a batch of images, or all are too
-            small; or see `load_tokens`.
+            the model cannot take images, videos or sounds of this size, no bucket has a batch of images, all are too
+            small, or no held-out video has a bucket; or see `load_tokens`.
     """
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
     announce(f"Opening the data, {', '.join(names)}")
-    if media in (image, pairs):
-        family.check_size(config.data.resolution, config.data.resolution, "data.resolution")
-    elif media is video:
-        family.check_frames(config.data.num_frames, "data.num_frames")
-        family.check_size(config.data.height, config.data.width, "data.height")
-    elif media is audio:
-        family.check_waveforms(config.data)
+    check_sizes(family, config.data)
     streamed = on_main_process(accelerator, partial(open_stream, config.data)) if config.data.streaming else None
     with main_process_first(accelerator):
         rows = map_rows(config.data) if streamed is None else streamed
@@ -62,6 +57,10 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             for part in rows.parts:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
+        knows_lengths = media is video and streamed is None and not config.data.buckets  # with buckets they are told of
+        if knows_lengths and (skipped := count_short(rows, config.data)):
+            why = f"unreadable or too short for {config.data.num_frames} frames at {config.data.fps:g} a second"
+            accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
         elif media is audio and config.data.window == "all":
@@ -72,5 +71,19 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         rows, buckets = fit_sizes(accelerator, family, rows, config)
     elif media is video and config.data.buckets:
         rows, buckets = fit_clips(accelerator, family, rows, config)
+        if validation_rows is not None:
+            validation_rows = fit_held_out(accelerator, validation_rows, buckets, config.data)
     order = rows.order(seed, config.train.batch_size, buckets)
     return Data(rows, order, validation_rows, buckets)
+
+
+def check_sizes(family, config: RowsConfig) -> None:
+    """Raise InputError unless the model can take what is read where there are no buckets."""
+    media = media_of(config)
+    if media in (image, pairs):
+        family.check_size(config.resolution, config.resolution, "data.resolution")
+    elif media is video:
+        family.check_frames(config.num_frames, "data.num_frames")
+        family.check_size(config.height, config.width, "data.height")
+    elif media is audio:
+        family.check_waveforms(config)

@@ -1,8 +1,8 @@
-"""A folder of photos: images, with captions and masks in files beside them, as kohya's scripts, ai-toolkit and
-OneTrainer know it.
+"""A folder of photos, or of videos and stills: with captions and masks in files beside them, as kohya's scripts,
+ai-toolkit, OneTrainer and diffusion-pipe know it.
 
-Beside `cat.jpg`, `cat.txt` (or `cat.caption`) has its caption, and `cat-masklabel.png` is its mask. Folders within are
-read, too; what is hidden, and all other files, are not looked at.
+Beside `cat.jpg` or `cat.mp4`, `cat.txt` (or `cat.caption`) has its caption, and `cat-masklabel.png` is an image's mask.
+Folders within are read, too; what is hidden, and all other files, are not looked at.
 """
 
 import os
@@ -18,15 +18,17 @@ from difftrain_utils.errors import InputError
 
 # Also what Pillow needs a plugin for: such a photo is refused, and not left out without a word.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
+ENDINGS = {"image": IMAGE_ENDINGS, "video": VIDEO_ENDINGS + IMAGE_ENDINGS}  # by the kind of the folder
 CAPTION_ENDINGS = (".txt", ".caption")
 MASK_ENDING = "-masklabel.png"
 REPEATS = re.compile(r"(\d+)_(.+)")
 
 
 class Photo(NamedTuple):
-    """An image, and the files of its caption and of its mask where it has them."""
+    """An image or a video, and the files of its caption and of its mask where it has them."""
 
-    image: Path
+    path: Path
     caption: Path | None
     mask: Path | None
 
@@ -56,13 +58,13 @@ def is_mask(path: Path) -> bool:
     return path.name.lower().endswith(MASK_ENDING)
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is a photo, by its name."""
-    return path.suffix.lower() in IMAGE_ENDINGS and not is_mask(path)
+def is_photo(path: Path, kind: str = "image") -> bool:
+    """Whether a file is a photo, or in a folder of the kind "video" that or a video, by its name."""
+    return path.suffix.lower() in ENDINGS[kind] and not is_mask(path)
 
 
-def list_photos(folder: Path) -> list[Photo]:
-    """The photos of a folder, sorted by their paths. Raises InputError if one has two files of captions."""
+def list_photos(folder: Path, kind: str = "image") -> list[Photo]:
+    """The photos (or videos) of a folder, sorted by their paths. Raises InputError if one has two files of captions."""
     files, captions, masks = list_files(folder), {}, {}
     for path in files:
         if path.suffix.lower() in CAPTION_ENDINGS:
@@ -71,7 +73,7 @@ def list_photos(folder: Path) -> list[Photo]:
             captions[stem] = path
         elif is_mask(path):
             masks[path.with_name(path.name[: -len(MASK_ENDING)])] = path
-    stems = [(path, path.with_suffix("")) for path in files if is_image(path)]
+    stems = [(path, path.with_suffix("")) for path in files if is_photo(path, kind)]
     return [Photo(path, captions.get(stem), masks.get(stem)) for path, stem in stems]
 
 
@@ -93,64 +95,66 @@ def words_of(image: Path) -> str:
     return re.sub(r"(\s*\(\d+\)|[\s-]+\d+)$", "", words)
 
 
-def read_photos(folder: Path) -> datasets.Dataset:
+def read_photos(folder: Path, kind: str = "image") -> datasets.Dataset:
     """The photos of a folder in the columns `image`, `text` (null without a file of captions), `file_name` (`words_of`)
-    and, where there are any, `mask`.
+    and, where there are any, `mask`; of a folder of videos, also its stills, in `video`, and there are no masks.
 
     Raises:
         InputError: a file of captions cannot be read, or an image has two.
     """
-    photos = list_photos(folder)
+    photos, feature = list_photos(folder, kind), datasets.Image() if kind == "image" else datasets.Video()
     columns = {
-        "image": [stored(photo.image) for photo in photos],
+        kind: [stored(photo.path) for photo in photos],
         "text": [photo.caption and read_caption(photo.caption) for photo in photos],
-        "file_name": [words_of(photo.image) for photo in photos],
+        "file_name": [words_of(photo.path) for photo in photos],
     }
-    features = {"image": datasets.Image(), "text": datasets.Value("string"), "file_name": datasets.Value("string")}
-    if any(photo.mask for photo in photos):
+    features = {kind: feature, "text": datasets.Value("string"), "file_name": datasets.Value("string")}
+    if kind == "image" and any(photo.mask for photo in photos):
         columns["mask"] = [photo.mask and stored(photo.mask) for photo in photos]
         features["mask"] = datasets.Image()
     return datasets.Dataset.from_dict(columns, datasets.Features(features))
 
 
 def stored(path: Path) -> dict[str, str | None]:
-    """A file as an undecoded `datasets.Image`."""
+    """A file as an undecoded `datasets.Image`, or `Video`."""
     return {"bytes": None, "path": str(path.absolute())}
 
 
-def repeats_of(folder: Path) -> dict[Path, tuple[int, str, int]]:
-    """Of kohya's folders `<n>_words` with images that lie in a folder: n, the words, and how many images.
+def repeats_of(folder: Path, kind: str = "image") -> dict[Path, tuple[int, str, int]]:
+    """Of kohya's folders `<n>_words` with images (or videos) that lie in a folder: n, the words, and how many images.
 
     Raises:
         InputError: there are images beside them, or an n is 0.
     """
-    images = [path.relative_to(folder).parts for path in list_files(folder) if is_image(path)]
+    images = [path.relative_to(folder).parts for path in list_files(folder) if is_photo(path, kind)]
     counts = Counter(place for place, *within in images if within)
     matches = {name: match for name in sorted(counts) if (match := REPEATS.fullmatch(name))}
     found = {folder / name: (int(match[1]), match[2], counts[name]) for name, match in matches.items()}
     for path, (n, *_) in found.items():
         if n == 0:
-            raise InputError(f"{path}: its images would be repeated 0 times; the number must be at least 1")
+            raise InputError(f"{path}: its {kind}s would be repeated 0 times; the number must be at least 1")
     beside = [parts for parts in images if len(parts) == 1 or parts[0] not in matches]
     if found and beside:
         raise InputError(
-            f"{folder.joinpath(*beside[0])}: an image outside of the folders <repeats>_<words>, such as "
+            f"{folder.joinpath(*beside[0])}: outside of the folders <repeats>_<words>, such as "
             f"{next(iter(matches))}; move it into one"
         )
     return found
 
 
-def find_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """("error" or "warning", message) for what is wrong with the files beside a folder's images."""
+def find_problems(folder: Path, kind: str = "image") -> Iterator[tuple[str, str]]:
+    """("error" or "warning", message) for what is wrong with the files beside a folder's images (or videos)."""
     try:
-        photos = list_photos(folder)
+        photos = list_photos(folder, kind)
     except InputError as error:
         yield "error", str(error)
         return
     used = {path for photo in photos for path in (photo.caption, photo.mask)}
     for path in list_files(folder):
         if path not in used and (path.suffix.lower() in CAPTION_ENDINGS or is_mask(path)):
-            yield "warning", f"{path}: no image of that name beside it"
+            yield "warning", f"{path}: no {kind} of that name beside it"
+        elif kind == "video" and is_mask(path):
+            yield "warning", f"{path}: not used, videos have no masks"
     for path in (photo.caption for photo in photos if photo.caption):
         try:
             read_caption(path)

@@ -12,6 +12,7 @@ from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.photos import find_problems
 from difftrain_utils.data.rows import map_in_threads, open_rows
 from difftrain_utils.data.sources import (
+    FOLDERS,
     file_key,
     files_of,
     find_metadata,
@@ -20,8 +21,8 @@ from difftrain_utils.data.sources import (
     photo_folder,
     read_metadata_line,
 )
-from difftrain_utils.errors import InputError
-from difftrain_utils.media import image, text
+from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.media import image, text, video
 from difftrain_utils.media.captions import follow, join_captions, label_text
 from difftrain_utils.media.media import Row, media_of
 from difftrain_utils.terminal import progress
@@ -42,8 +43,9 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         )
     if path is None:
         try:
-            if media is image and (photos := photo_folder(field, source)) is not None:
-                problems, config = list(find_problems(photos)), dataclasses.replace(config, on_bad_row="skip")
+            if media in (image, video) and (photos := photo_folder(field, source)) is not None:
+                problems = list(find_problems(photos, FOLDERS[media]))
+                config = dataclasses.replace(config, on_bad_row="skip")
             rows = open_rows([(field, source)], config)
         except InputError as error:
             errors = [problem for problem in problems if problem[0] == "error"]
@@ -63,10 +65,11 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
             problems.append(("error", str(error)))
             continue
         files = {column: os.path.normpath(path.parent / file) for column, file in files_of(row, source).items()}
-        name = f"{path} line {number}: {row[file_key(source.image_column)]}"
+        name = f"{path} line {number}: {row[file_key(media.file_columns(source)[0][0])]}"
         images = tuple(file for column, file in files.items() if column != source.mask_column)
         if images in lines:
-            several = f"several captions of {'an image' if media is image else 'a pair'} go into a list"
+            of_one = {image: "an image", video: "a video"}.get(media, "a pair")
+            several = f"several captions of {of_one} go into a list"
             same = "file" if len(images) == 1 else "files"
             problems.append(("error", f"{name}: the same {same} as in line {lines[images]}; {several}"))
         lines.setdefault(images, number)
@@ -107,3 +110,16 @@ def check_rows(
         yield from problems
         if tokenizer is not None and texts:
             yield from media.token_problems(name, texts, tokenizer, config)
+
+
+def describe_videos(length: int, row_at: Callable[[int], Row]) -> str:
+    """Their number, lengths, rates and sizes, of those that can be read."""
+
+    def header_at(index: int) -> video.Header | None:
+        try:
+            return video.read_header(row_at(index))
+        except RowError:
+            return None
+
+    found = [header for header in map_in_threads(header_at, range(length)) if header is not None]
+    return video.describe_headers(found) if found else "no video that can be read"

@@ -41,6 +41,8 @@ class Rows(Protocol):
 
     has_masks: bool
     """Whether a source has masks."""
+    buckets: Any
+    """Of rows that are held out: what says the size of each; None: all have that of the config."""
 
     def __getitem__(self, index: Any) -> Row: ...
 
@@ -111,7 +113,7 @@ class MappedRows(Sequence):
     """
 
     def __init__(self, parts: Sequence[SourceRows]):
-        self.parts = list(parts)
+        self.parts, self.buckets = list(parts), None
         self._ends = list(itertools.accumulate(self.lengths))
 
     def __len__(self) -> int:
@@ -205,7 +207,7 @@ class MappedRows(Sequence):
         file that is changed and given its old time back, nor one that only a row of parquet names. So besides, of
         every file that is read, its `stamp`.
         """
-        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits())).encode())
+        digest = hashlib.sha256(repr((VERSION, config.on_bad_row, *media_of(config).limits(config))).encode())
         for part in self.parts:
             columns = [getattr(part.source, name) for name in part.source.of_data()]
             files = [stamp(file["filename"]) for file in part.data.cache_files]

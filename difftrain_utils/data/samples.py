@@ -23,6 +23,7 @@ from difftrain_utils.data.rows import Rows
 from difftrain_utils.errors import RowError, warn
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_of, complete, draw_tags
+from difftrain_utils.media.image import scale_bytes
 from difftrain_utils.media.media import media_of
 from difftrain_utils.terminal import end_workers, leave_signals_to_parent
 
@@ -31,8 +32,10 @@ class Samples(torch.utils.data.Dataset):
     """Item k is sample k:
 
     - "key": k
-    - what its medium reads of its row (`Media.read`), of images "pixel_values", "sizes" and where a source has masks
-      "mask"; or of the cache `latents` "moments", (2, channels, h, w), and the others, masks (1, h, w)
+    - what its medium reads of its row (`Media.read`), of images "pixel_values" (of videos they are bytes, of which
+      `scale_pixels` makes those of a batch), "sizes" and where a source has masks "mask"; or of the cache `latents`
+      "moments", (2, channels, h, w), "sizes" and "mask", (1, h, w), and where a model is always told the first frame
+      of a video "first_frame", a dict of tensors
     - where its medium has captions "caption": str, or None where it is dropped (`data.caption_dropout`); or
       "conditioning": of the cache `text`, a dict of tensors
     - "dropped": whether the caption is dropped
@@ -91,8 +94,13 @@ class Samples(torch.utils.data.Dataset):
             entry = self.latents[row]
             if not entry.pop("is_readable") and self.config.on_bad_row == "skip":
                 raise RowError(f"{self.rows[row].name}: could not be read when the latents were cached")
-            sides = {"mask" if name == "masks" else name: values for name, values in entry.items()}
-            sample |= {name: values[sample.get("flip", 0)] for name, values in sides.items()}
+            sides = {name: values[sample.get("flip", 0)] for name, values in entry.items()}
+            given = [name for name in entry if name.startswith("first_frame.")]
+            if given:
+                sample["first_frame"] = {name.removeprefix("first_frame."): sides.pop(name) for name in given}
+            if "masks" in sides:
+                sample["mask"] = sides.pop("masks")
+            sample |= sides
         if self.media.HAS_CAPTIONS:
             sample["dropped"] = self._is_dropped(k)
         if self.has_caption:
@@ -152,7 +160,7 @@ def load_batches(accelerator: Accelerator, samples: Samples, state, config: Conf
     def batches() -> Iterator[dict[str, Any]]:
         parts = (send_to_device(part, accelerator.device, non_blocking=True) for part in dataloader)
         while batch := list(itertools.islice(parts, num_parts)):
-            yield join(batch)
+            yield scale_pixels(join(batch))
 
     return batches()
 
@@ -207,6 +215,13 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def scale_pixels(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with "pixel_values" in [-1, 1], float32, also of videos, whose samples have bytes, a quarter of that."""
+    if "pixel_values" in batch and batch["pixel_values"].dtype == torch.uint8:
+        return batch | {"pixel_values": scale_bytes(batch["pixel_values"])}
+    return batch
+
+
 def read_or_substitute(
     read: Callable[[int], Any],
     rows: Rows,
@@ -237,9 +252,14 @@ def read_or_substitute(
     raise RowError(f"{first}; nor can {which}")
 
 
+def held_out_size(rows: Rows, row: int, config: DataConfig) -> tuple[int, ...]:
+    """The size that evaluations see a row in."""
+    return media_of(config).size_of(config) if rows.buckets is None else rows.buckets.size_of(row)
+
+
 def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) -> dict[str, Any]:
     """A batch as evaluations see it, as `collate` makes it: j of `keys` is row j modulo their number, or its
-    substitute, from its middle and with its first caption.
+    substitute, from its middle and with its first caption. All have one `held_out_size`.
 
     Raises:
         RowError: see `read_or_substitute`.
@@ -248,10 +268,10 @@ def read_held_out(rows: Rows, keys: list[int], config: DataConfig, seed: int) ->
 
     def read(row: int) -> dict[str, Any]:
         stored = rows[row]
-        sample = media.read(stored, media.MIDDLE, media.size_of(config), config, rows.has_masks)
+        sample = media.read(stored, media.MIDDLE, held_out_size(rows, row, config), config, rows.has_masks)
         if media.HAS_CAPTIONS:
             sample["caption"] = complete(captions_of(stored.captions, stored.name)[0], config)
         return sample | {"weight": rows.loss_weight(row)}
 
-    samples = [read_or_substitute(read, rows, j % len(rows), config, seed, j)[0] | {"key": j} for j in keys]
-    return collate(samples)
+    found = [read_or_substitute(read, rows, j % len(rows), config, seed, j, rows.buckets)[0] for j in keys]
+    return scale_pixels(collate([sample | {"key": j} for sample, j in zip(found, keys, strict=True)]))

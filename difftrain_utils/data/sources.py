@@ -1,5 +1,5 @@
-"""Where rows come from: folders of photos, folders of images, videos or sounds, parquet, arrow and WebDataset files,
-hub data sets, and what is built in."""
+"""Where rows come from: folders of photos, videos or sounds, with captions beside them or a metadata.jsonl, parquet,
+arrow and WebDataset files, hub data sets, and what is built in."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsSource
 from difftrain_utils.data import sounds, texts, videos
-from difftrain_utils.data.photos import IMAGE_ENDINGS, is_image, list_files, read_photos, repeats_of
+from difftrain_utils.data.photos import ENDINGS, is_photo, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RowError, RunError, blame
 from difftrain_utils.files import local_path
 from difftrain_utils.media import audio, image, pairs, text, video
@@ -42,12 +42,8 @@ FEATURES = {  # of the columns of files
     video: datasets.Video,
     audio: datasets.Audio,
 }
-FOLDERS = {
-    image: "image",
-    pairs: "image",
-    video: "video",
-    audio: "audio",
-}  # what `datasets` calls a folder with a metadata.jsonl
+# what `datasets` calls a folder, and its column
+FOLDERS = {image: "image", pairs: "image", video: "video", audio: "audio"}
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -80,13 +76,14 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
     Raises:
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
-    name, photos = source.dataset, photo_folder(field, source) if media_of(source) is image else None
+    name, media = source.dataset, media_of(source)
+    photos = photo_folder(field, source) if media in (image, video) else None
     if photos is not None:
         with blame(cannot_load(field, source), Exception):  # such as names that are no Unicode
-            data = read_photos(photos)
-    elif name.startswith("builtin:") and media_of(source) is text:
+            data = read_photos(photos, FOLDERS[media])
+    elif name.startswith("builtin:") and media is text:
         data = texts.builtin_texts(name, field_of(field, "dataset"))
-    elif name.startswith("builtin:") and media_of(source) is video:
+    elif name.startswith("builtin:") and media is video:
         data = videos.builtin_videos(name, field_of(field, "dataset"), config)
     elif name.startswith("builtin:") and media_of(source) is audio:
         data = sounds.builtin_sounds(name, field_of(field, "dataset"), config)
@@ -112,7 +109,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
                 data = datasets.load_dataset(**arguments, split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
-        raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media_of(source).NOUN}")
+        raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media.NOUN}")
     if source.weight_column is not None and config.on_bad_row == "stop":
         check_weights(data, field, source)
     if photos is not None:
@@ -153,24 +150,26 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
         InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong; of texts see
             `texts.load_arguments`.
     """
-    if media_of(source) is text:
+    media = media_of(source)
+    if media is text:
         return texts.load_arguments(source, field_of(field, "dataset"))
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
-        return {"path": f"{FOLDERS[media_of(source)]}folder", "data_dir": str(folder)}
-    is_of_sounds = media_of(source) is audio and folder.is_dir()
+        return {"path": f"{FOLDERS[media]}folder", "data_dir": str(folder)}
+    is_of_sounds = media is audio and folder.is_dir()
     if is_of_sounds and not any(path.suffix[1:] in FILE_KINDS for path in list_files(folder)):
         culprit = field_of(field, "dataset")
         raise InputError(f"{culprit}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
-    if media_of(source) in (image, pairs) and photo_folder(field, source) is not None:
-        if media_of(source) is pairs:
+    if media is not audio and photo_folder(field, source) is not None:
+        if media is pairs:
             names = " and ".join(f'"{file_key(column)}"' for column, _ in pairs.file_columns(source))
             raise InputError(
                 f"{field_of(field, 'dataset')}: {folder} is a folder of photos; of pairs it needs a metadata.jsonl, "
                 f"with {names}"
             )
-        raise InputError(f"data.streaming: {folder} is a folder of photos, which is not read as a stream")
+        what = "videos without a metadata.jsonl" if media is video else "photos"
+        raise InputError(f"data.streaming: {folder} is a folder of {what}, which is not read as a stream")
     return {"path": str(folder) if folder.is_dir() else source.dataset}
 
 
@@ -186,13 +185,13 @@ def open_sounds(metadata: Path, field: str, source: SourceConfig, config: DataCo
 
 
 def photo_folder(field: str, source: SourceConfig) -> Path | None:
-    """Where the photos of a source lie: its folder, or the one in it that is called as the split. None if it is none of
-    photos: it has a metadata.jsonl, or files that `datasets` knows.
+    """Where the photos, or videos, of a source lie: its folder, or the one in it that is called as the split. None if
+    it is none of them: it has a metadata.jsonl, or files that `datasets` knows.
 
     Raises:
-        InputError: the folder has no images and nothing else that could be read, or no such split.
+        InputError: the folder has none of them and nothing else that could be read, or no such split.
     """
-    folder = local_path(source.dataset)
+    folder, kind = local_path(source.dataset), FOLDERS[media_of(source)]
     if not os.path.isdir(folder):
         return None
     with blame(cannot_load(field, source), OSError, ValueError):  # such as a name of a split that none can have
@@ -202,30 +201,34 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
         if any(path.suffix[1:] in FILE_KINDS for path in files):
             return None
         if table := next((path for path in files if path.name == "metadata.csv"), None):
-            raise InputError(f"{table}: is not read; make it a metadata.jsonl, or write .txt files beside the images")
+            raise InputError(f"{table}: is not read; make it a metadata.jsonl, or write .txt files beside the {kind}s")
         of_split = folder / source.split
         if of_split.is_dir():
             folder = of_split
         elif source.split != "train":
             raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
-        if not any(is_image(path) and folder in path.parents for path in files):
+        if not any(is_photo(path, kind) and folder in path.parents for path in files):
+            named = f"{field_of(field, 'dataset')}: {folder}"
+            if kind == "image" and any(is_photo(path, "video") and folder in path.parents for path in files):
+                raise InputError(f"{named} holds videos and no images: train with train_text_to_video.py")
             raise InputError(
-                f"{field_of(field, 'dataset')}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files, "
-                f"and no images: {', '.join(IMAGE_ENDINGS)})"
+                f"{named} has no metadata.jsonl (and no parquet, arrow or tar files, and no {kind}s: "
+                f"{', '.join(ENDINGS[kind])})"
             )
     return folder
 
 
 def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfig, int]]:
-    """A source of kohya's folders `<n>_words` as one for each of them, with how often an epoch has its images: n times,
+    """A source of kohya's folders `<n>_words` as one for each of them, with how often an epoch has its rows: n times,
     or where the source has a weight once, and a share of that weight as if they came n times. The words are the caption
-    of images without one, unless there is a default. Any other source as it is, once.
+    of what has none, unless there is a default. Any other source as it is, once.
 
     Raises:
         InputError: see `repeats_of`.
     """
-    photos = photo_folder(field, source) if media_of(source) is image else None
-    folders = {} if photos is None else repeats_of(photos)
+    media = media_of(source)
+    photos = photo_folder(field, source) if media in (image, video) else None
+    folders = {} if photos is None else repeats_of(photos, FOLDERS[media])
     if not folders:
         return [(source, 1)]
     total, split = sum(n * count for n, _, count in folders.values()), []
@@ -240,18 +243,19 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
 
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
-    """Raise InputError if photos have no caption, unless such rows are skipped and others have one."""
-    captions = zip(*(data[column] for column, _ in media_of(source).text_columns(source)), strict=True)
+    """Raise InputError if photos or videos have no caption, unless such rows are skipped and others have one."""
+    media = media_of(source)
+    captions = zip(*(data[column] for column, _ in media.text_columns(source)), strict=True)
     missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
     is_fine = not missing or (config.on_bad_row == "skip" and len(missing) < len(data))
     if source.default_caption is not None or is_fine:
         return
-    image = Path(data.with_format("arrow")[missing[0]]["image"][0]["path"].as_py())
+    path = Path(data.with_format("arrow")[missing[0]][FOLDERS[media]][0]["path"].as_py())
     default = f"--{d}" if (d := field_of(field, "default_caption")).startswith("data.d") else f"{d}:"
+    by_model = f", or let difftrain caption {source.dataset} --model … write them" if media is image else ""
     raise InputError(
-        f"{field_of(field, 'dataset')}: {image} has no caption ({len(missing)} of {len(data)} images have none): write "
-        f'{image.stem}.txt beside it or a metadata.jsonl, or take {default} "a photo of …" for all, or let difftrain '
-        f"caption {source.dataset} --model … write them"
+        f"{field_of(field, 'dataset')}: {path} has no caption ({len(missing)} of {len(data)} {media.NOUN} have none): "
+        f'write {path.stem}.txt beside it or a metadata.jsonl, or take {default} "a photo of …" for all{by_model}'
     )
 
 

@@ -53,7 +53,7 @@ def load_tokens(
 class TokenRows:
     """Each row as `Tokens`; else as the `rows` are."""
 
-    has_masks = False
+    has_masks, buckets = False, None
 
     def __init__(self, rows: Rows, tokenizer, config: TextDataConfig):
         self.rows, self.tokenizer = rows, tokenizer

@@ -1,16 +1,12 @@
 """Windows of sounds, one after another, as rows of their own."""
 
-import io
-
 import numpy as np
 
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.data.clips import spread
-from difftrain_utils.data.fingerprint import remembered
-from difftrain_utils.data.rows import MappedRows, map_in_threads
-from difftrain_utils.errors import RowError
-from difftrain_utils.media.audio import read_header
-from difftrain_utils.terminal import progress
+from difftrain_utils.data.rows import MappedRows
+from difftrain_utils.data.sizes import remembered_sizes
+from difftrain_utils.media.audio import Row, read_header
 
 
 def sound_lengths(rows: MappedRows, config: AudioDataConfig) -> np.ndarray:
@@ -23,23 +19,11 @@ def sound_lengths(rows: MappedRows, config: AudioDataConfig) -> np.ndarray:
         RowError: a sound cannot be trained on, and `data.on_bad_row` is stop.
     """
 
-    def length(index: int) -> int:
-        try:
-            return read_header(rows[index], config).length_at(config.sampling_rate)
-        except RowError:
-            if config.on_bad_row == "stop":
-                raise
-            return 0
-
-    def compute() -> bytes:
-        found = progress(map_in_threads(length, range(len(rows))), len(rows), "Reading the sounds' lengths")
-        buffer = io.BytesIO()
-        np.save(buffer, np.fromiter(found, np.int64, len(rows)))
-        return buffer.getvalue()
+    def length(row: Row) -> tuple[int]:
+        return (read_header(row, config).length_at(config.sampling_rate),)
 
     name = f"sounds-{config.sampling_rate}-{config.min_length_in_s:g}.npy"
-    content = remembered(name, compute, lambda: rows.identity(config), config)
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    return remembered_sizes(name, rows, length, 1, "Reading the sounds' lengths", config)[:, 0]
 
 
 def spread_windows(rows: MappedRows, config: AudioDataConfig) -> MappedRows:

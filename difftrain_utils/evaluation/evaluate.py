@@ -10,8 +10,9 @@ from difftrain_utils.builtins import shapes
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.devices import weight_dtype
-from difftrain_utils.errors import go_on_without
-from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.errors import go_on_without, warn
+from difftrain_utils.evaluation.clip_metrics import load_clip_networks
+from difftrain_utils.evaluation.generate import generate, load_first_frames
 from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.scores import JUDGES, check_captions
@@ -27,7 +28,7 @@ from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
 from difftrain_utils.processes import main_process_first, share_out
 from difftrain_utils.run.run_folder import SAMPLES, VALIDATION, step_file
-from difftrain_utils.run.tracking import log_images
+from difftrain_utils.run.tracking import log_samples
 from difftrain_utils.terminal import progress
 
 
@@ -37,7 +38,7 @@ class Evaluation:
 
     Raises:
         InputError: a network cannot be loaded, or there are too few held-out images for it, or a prompt is no caption
-            that the judge knows; or see `check_guidance` and `load_weaker`.
+            that the judge knows; or see `load_first_frames`, `check_guidance` and `load_weaker`.
     """
 
     def __init__(
@@ -49,11 +50,15 @@ class Evaluation:
         reference: Reference | None = None,
     ):
         self.accelerator, self.family, self.rows, self.config = accelerator, family, validation_rows, config
-        self.reference = reference
+        self.reference, is_video = reference, media_of(config.data) is video
         if config.evaluation.shapes_judge:
             check_captions(config.judge, config.evaluation.prompts, "evaluation.prompts")
+        self.first_frames = load_first_frames(family, config) if is_video else None
+        if is_video and config.evaluation.prompts and (why := video.no_mp4()):
+            warn(f"evaluation.prompts: clips are shown as WebP alone, not as MP4, because {why}")
         with main_process_first(accelerator):
-            self.networks = load_metric_networks(config, validation_rows, accelerator.device)
+            load = load_clip_networks if is_video else load_metric_networks
+            self.networks = load(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
             self.weaker = None
             if (name := config.evaluation.autoguidance) is not None and family.has_weights:
@@ -87,8 +92,8 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                if media_of(self.config.data) not in (audio, video):
-                    log_images(self.accelerator, step, "samples", images)
+                if media_of(self.config.data) is not audio:
+                    log_samples(self.accelerator, step, "samples", images, path)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:
@@ -114,7 +119,8 @@ class Evaluation:
         batches = share_out(self.accelerator, len(evaluation.prompts), evaluation.batch_size)
         for keys, num_kept in progress(batches, len(batches), "Drawing, batches"):
             prompts = [evaluation.prompts[i] for i in keys]
-            drawn = generate(self.family, denoiser, evaluation, size, prompts, keys, self.weaker)
+            first_frames = self.first_frames and [self.first_frames[i] for i in keys]
+            drawn = generate(self.family, denoiser, evaluation, size, prompts, keys, self.weaker, first_frames)
             made += list(zip(keys, drawn, strict=True))[:num_kept]
         images = dict(gather_object(made))
         return [images[i] for i in range(len(evaluation.prompts))]

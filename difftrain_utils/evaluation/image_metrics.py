@@ -1,4 +1,4 @@
-"""FID, KID and CLIP score of images that are generated from the captions of held-out images.
+"""FID, KID and CLIP score of images, and FVD and KVD of clips, that are generated from the captions of held-out ones.
 
 Feature networks are image models of transformers, by folder or hub name, with their own preprocessing (always Pillow's
 resizing, torchvision or not). The CLIP score is of transformers alone: torchmetrics 1.9's takes what transformers 5
@@ -19,14 +19,16 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.data.rows import MappedRows
-from difftrain_utils.data.samples import read_held_out
+from difftrain_utils.data.samples import held_out_size
 from difftrain_utils.errors import InputError, blame
 from difftrain_utils.evaluation.distances import frechet_distance, kernel_distance
 from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.evaluation.held_out import held_out_batches
 from difftrain_utils.media.media import media_of
-from difftrain_utils.processes import share_out
-from difftrain_utils.terminal import announce, progress
+from difftrain_utils.media.video import Clip
+from difftrain_utils.terminal import announce
 
+DISTANCES = {"features": ("fid", "kid"), "clip_features": ("fvd", "kvd")}
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
 
@@ -35,15 +37,16 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
     (images, captions) -> (N,)}, float32, of N RGB images.
 
     Raises:
-        InputError: a network cannot be loaded, or `rows` has fewer images than are to be generated.
+        InputError: a network cannot be loaded, or there are fewer `rows` than are to be generated.
     """
     features, clip = config.evaluation.fid_features, config.evaluation.clip_score_model
-    wanted, networks = config.evaluation.num_metric_images, {}
-    if (features or clip) and wanted > len(rows):
-        raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out images, got {wanted}")
-    if features or clip:
-        announce(f"Loading {' and '.join(filter(None, (features, clip)))}, for the image metrics")
-        height, width = media_of(config.data).size_of(config.data)[-2:]
+    wanted, networks, media = config.evaluation.num_metric_images, {}, media_of(config.data)
+    names = [getattr(config.evaluation, name) for name in config.evaluation.networks]
+    if any(names) and wanted > len(rows):
+        raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out {media.NOUN}, got {wanted}")
+    if any(names):
+        announce(f"Loading {' and '.join(filter(None, names))}, for the metrics of {media.NOUN}")
+        height, width = media.size_of(config.data)[-2:]
         blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
@@ -66,48 +69,59 @@ def image_metrics(
     config: Config,
     weaker: torch.nn.Module | None = None,
 ) -> dict[str, float]:
-    """`fid`, `kid` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images` images made
-    from the first captions of the first `rows`; FID and KID compare them with the images of these rows.
+    """`fid`, `kid`, `fvd`, `kvd` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images`
+    images or clips made from the first captions of the first `rows`, in their sizes; all but the last compare them with
+    these rows, FVD and KVD those of several frames.
 
     Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
     """
-    evaluation, size, batches = config.evaluation, media_of(config.data).size_of(config.data), []
-    shares = share_out(accelerator, evaluation.num_metric_images, evaluation.batch_size)
-    for keys, num_kept in progress(shares, len(shares), "Drawing for metrics, batches"):
-        held_out = read_held_out(rows, keys, config.data, evaluation.seed)
-        captions = held_out["captions"]
-        images = generate(family, denoiser, evaluation, size, captions, keys, weaker)
-        batch = {}
+    evaluation, batches = config.evaluation, []
+    number, what = evaluation.num_metric_images, "Drawing for metrics, batches"
+    for keys, num_kept, held_out in held_out_batches(accelerator, rows, number, config, what):
+        size, captions = held_out_size(rows, keys[0] % len(rows), config.data), held_out["captions"]
+        are_given = len(size) == 3 and family.first_frames == "all"
+        first_frames = pt_to_pil(held_out["pixel_values"][:, :, 0]) if are_given else None
+        made = generate(family, denoiser, evaluation, size, captions, keys, weaker, first_frames)
+        real, batch = as_shown(held_out["pixel_values"]) if networks.keys() & DISTANCES else None, {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
-            if "features" in networks:
-                squares = pt_to_pil(held_out["pixel_values"])
-                batch |= {"real": networks["features"](squares), "generated": networks["features"](images)}
-            if "clip_score" in networks:
-                batch["clip_score"] = networks["clip_score"](images, captions)
+            for name, network in networks.items():
+                if name == "clip_score":
+                    batch[name] = network(made, captions)
+                elif name == "features" or size[0] > 1:  # a still is no video
+                    batch[name] = torch.stack([network(real), network(made)], 1)
         batches.append({name: values[:num_kept].cpu() for name, values in batch.items()})
-    batches = gather_object(batches)
-    values = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
-    metrics = {}
-    if "features" in networks:
-        metrics["fid"] = frechet_distance(values["real"], values["generated"])
-        metrics["kid"] = kernel_distance(values["real"], values["generated"])
-    if "clip_score" in networks:
-        metrics["clip_score"] = values["clip_score"].mean().item()
+    metrics, batches = {}, gather_object(batches)
+    for name in networks:
+        values = torch.cat([batch[name] for batch in batches if name in batch]).double()
+        if name == "clip_score":
+            metrics[name] = values.mean().item()
+        else:
+            frechet, kernel = DISTANCES[name]
+            metrics[frechet] = frechet_distance(*values.unbind(1))
+            metrics[kernel] = kernel_distance(*values.unbind(1))
     return metrics
+
+
+def as_shown(pixel_values: torch.Tensor) -> list[Image.Image] | list[Clip]:
+    """Images (batch, 3, height, width), or clips (batch, 3, frames, height, width), in [-1, 1], as a model generates
+    them; clips of no rate."""
+    if pixel_values.ndim == 4:
+        return pt_to_pil(pixel_values)
+    return [Clip(pt_to_pil(of_clip.transpose(0, 1)), 0.0) for of_clip in pixel_values]
 
 
 def load_features(name: str, device: torch.device) -> Callable:
     """(images) -> (N, d), of an image model of transformers, its features before the head, or of "inception"."""
     if name == "inception":
         return _load_inception(device)
-    network, processor = _load(AutoModel, name, device)
+    network, processor = load_network(AutoModel, name, device)
     network = getattr(network, "vision_model", network)  # CLIP has a text model as well
     return lambda images: network(processor(images)).pooler_output.flatten(1)
 
 
 def load_clip(name: str, device: torch.device) -> Callable:
     """(images, captions) -> the embeddings of both, (N, d) of length 1."""
-    model, processor = _load(CLIPModel, name, device)
+    model, processor = load_network(CLIPModel, name, device)
     tokenizer, text_config = CLIPTokenizer.from_pretrained(name), model.config.text_config
     if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one where files are missing
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its text model {text_config.vocab_size}")
@@ -126,11 +140,15 @@ def clip_score(of_images: torch.Tensor, of_captions: torch.Tensor) -> torch.Tens
     return 100 * (of_images * of_captions).sum(-1).clamp(min=0)
 
 
-def _load(model_class, name: str, device: torch.device) -> tuple[torch.nn.Module, Callable]:
-    """(model in float32, images -> its pixel values). Weights that are missing, transformers would draw at random."""
+def load_network(
+    model_class, name: str, device: torch.device, unused: str | None = None
+) -> tuple[torch.nn.Module, Callable]:
+    """(model in float32, images -> its pixel values). Weights that are missing, but for those of an `unused` part,
+    transformers would draw at random."""
     model, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"it has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
+    missing = [key for key in sorted(info["missing_keys"]) if key.split(".")[0] != unused]
+    if missing:
+        raise ValueError(f"it has no weights for {', '.join(missing[:3])}, …")
     processor = AutoImageProcessor.from_pretrained(name, backend="pil")
     model = model.eval().requires_grad_(False).to(device)
     return model, lambda images: processor(images, return_tensors="pt")["pixel_values"].to(device)

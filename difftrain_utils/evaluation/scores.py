@@ -127,6 +127,11 @@ def too_few(real: dict[str, torch.Tensor], generated: dict[str, torch.Tensor]) -
     if "features" not in generated:
         return None
     number, width = min(len(real["features"]), len(generated["features"])), generated["features"].shape[1]
+    return unreliable("fid and fid_infinity are", "images", number, width)
+
+
+def unreliable(subject: str, what: str, number: int, width: int) -> str | None:
+    """What to say of Fréchet distances of fewer images, or clips, than they need for as many features."""
     if number >= 2 * width:
         return None
-    return f"fid and fid_infinity are unreliable: {number} images for {width} features, of which they need {2 * width}"
+    return f"{subject} unreliable: {number} {what} for {width} features; it takes {2 * width}"

@@ -39,6 +39,7 @@ from difftrain_utils.optimization.trained import is_trained_whole
 from difftrain_utils.processes import largest_of_all
 
 ENCODED_AT_ONCE = 16  # captions on a GPU
+WITHOUT_WEIGHTS = ("tokenizer", "image_processor")  # beginnings of the names of parts that have none
 DESCRIBING = (".json", ".txt", ".model", ".jinja")  # endings of configs, vocabularies and templates of chats
 GUIDANCE = 1.0  # that a guidance-distilled model is told in training: that of an image as it is
 GUIDANCE_OPTIONS = ("guidance_scale", "true_cfg_scale", "negative_prompt")  # as pipelines call them
@@ -70,6 +71,8 @@ class DiffusersFamily:
     content: ClassVar[str] = "pixel_values"
     """What of a batch the part that encodes images is given."""
     text_parts: ClassVar[tuple[str, ...]] = ()
+    condition_parts: ClassVar[tuple[str, ...]] = ()
+    """The parts besides that encode what the denoiser is told of images, where the checkpoint has them."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     """The ends of the names of the denoiser's layers that adapters are for (`model.lora`): the attention's."""
     float32_parts: ClassVar[tuple[str, ...]] = ()
@@ -94,6 +97,8 @@ class DiffusersFamily:
     that of the prompt first; None: it does not guide, or this is not known."""
     converts_itself: ClassVar[bool] = False
     """Whether the pipeline gives its sampler a velocity, whatever the denoiser predicts, which is always the same."""
+    noise_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    """From which noise level to which the pipeline asks the denoiser, as fractions of the schedule."""
     has_fixed_size: ClassVar[bool] = False
     """Whether the pipeline makes images of one size alone, that of the denoiser's `sample_size`."""
     gap_fields: ClassVar[dict[str, Any]] = {}
@@ -108,6 +113,8 @@ class DiffusersFamily:
     schedule: Schedule
     sampler: SchedulerMixin
     """Of the same schedule, for pipelines."""
+    name: str = ""
+    """What the config calls it, which of a built-in one is not its folder."""
     init_seed: int | None = None
     """The seed of the denoiser's random weights; None: the checkpoint's weights."""
     has_weights: bool = True
@@ -123,6 +130,7 @@ class DiffusersFamily:
     offload_text_encoders: bool = False
     """Leave the text encoders' weights on the disk."""
     vae_slicing: bool = False
+    vae_tiling: bool = False
     channels_last: bool = False
     """The VAE's; see `train.channels_last`."""
     shares_encoders: bool = False
@@ -147,8 +155,8 @@ class DiffusersFamily:
             sampler = few_step_sampler(schedule, sampler, config)
             cls._check_few_step(config)
         cls._check_fields(config, sampler)
-        encoders = [part for part in cls.text_parts if not part.startswith("tokenizer")]
-        cached = (cls.image_part,) if data.cache_latents and cls.image_part else ()
+        encoders = [part for part in cls.text_parts if not part.startswith(WITHOUT_WEIGHTS)]
+        cached = (cls.image_part, *cls.condition_parts) if data.cache_latents and cls.image_part else ()
         family = cls(
             source,
             revision,
@@ -156,6 +164,7 @@ class DiffusersFamily:
             model_index,
             schedule,
             sampler,
+            name=config.model.pretrained_model_name_or_path,
             init_seed=config.train.seed_of("weights") if weights == "random" else None,
             has_weights=weights != "none",
             max_sequence_length=config.model.max_sequence_length,
@@ -164,12 +173,17 @@ class DiffusersFamily:
             lora=config.model.lora,
             offload_text_encoders=config.model.offload_text_encoders,
             vae_slicing=config.model.vae_slicing,
+            vae_tiling=config.model.vae_tiling,
             channels_last=config.train.channels_last,
             cached=(*cached, *(encoders if data.cache_text else ())),
         )
         family.check_text_length()
+        if family.vae_slicing or family.vae_tiling:
+            family._cut_up(family._on_meta(cls.image_part))
         if config.model.guidance is not None and not family.has_guidance_embedding:
-            raise InputError(f"model.guidance: the {family.denoiser_part} of {source} has no embedding of guidance")
+            raise InputError(
+                f"model.guidance: the {family.denoiser_part} of {family.name} has no embedding of guidance"
+            )
         if cls.image_part:
             factor = family.config_of(cls.image_part).get("scaling_factor", 1.0)
             with blame_part(source, cls.image_part):
@@ -204,7 +218,8 @@ class DiffusersFamily:
             )
         if config.scheduler.flow_shift_by_tokens and not cls.tells_tokens:
             raise InputError(f"scheduler.flow_shift_by_tokens: a {name} does not tell its sampler how many there are")
-        for option, parts in (("vae_slicing", cls.image_part), ("offload_text_encoders", cls.text_parts)):
+        needed = {"vae_slicing": cls.image_part, "vae_tiling": cls.image_part, "offload_text_encoders": cls.text_parts}
+        for option, parts in needed.items():
             if getattr(config.model, option) and not parts:
                 raise InputError(f"model.{option}: a {name} has no such part, got true")
         if config.model.train_text_encoder and not cls.trained_text_parts:
@@ -234,7 +249,7 @@ class DiffusersFamily:
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         """The names of all parts but the denoiser and the sampler that the checkpoint has."""
-        names = (*((self.image_part,) if self.image_part else ()), *self.text_parts)
+        names = (*((self.image_part,) if self.image_part else ()), *self.text_parts, *self.condition_parts)
         return tuple(name for name in names if self.has_part(name))
 
     def has_part(self, name: str) -> bool:
@@ -266,7 +281,7 @@ class DiffusersFamily:
 
     def _load(self, name: str) -> Any:
         at = {"revision": self.revision}
-        if name.startswith("tokenizer"):
+        if name.startswith(WITHOUT_WEIGHTS):
             return load_part(self.source, self.model_index, name, **at)
         if not self.has_weights:
             return self._on_meta(name)
@@ -279,10 +294,17 @@ class DiffusersFamily:
         if is_offloaded:
             return compute_on(part, self.device)
         if name == self.image_part:
-            part.use_slicing = self.vae_slicing
+            self._cut_up(part)
             if self.channels_last:
                 torch.nn.Module.to(part, memory_format=torch.channels_last)
         return move_part(part, self.device, self.dtype_of(name))
+
+    def _cut_up(self, vae: torch.nn.Module) -> None:
+        """Let it compute as `model.vae_slicing` and `model.vae_tiling` say. Raises InputError if it cannot."""
+        for option, switch in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
+            if getattr(self, option) and not hasattr(vae, switch):
+                raise InputError(f"model.{option}: the VAE of {self.name}, {type(vae).__name__}, has none, got true")
+            setattr(vae, switch, getattr(self, option))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """That a frozen part has on the device."""
@@ -328,7 +350,7 @@ class DiffusersFamily:
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         names = [name for name in self.frozen_parts if name not in self.trained_parts]
-        return {name: self.part(name) for name in names if not name.startswith("tokenizer")}
+        return {name: self.part(name) for name in names if not name.startswith(WITHOUT_WEIGHTS)}
 
     def _on_meta(self, name: str) -> torch.nn.Module:
         """A frozen part without weights."""
@@ -338,14 +360,14 @@ class DiffusersFamily:
         return part.eval().requires_grad_(False)
 
     def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "DiffusersFamily":
-        """See `Family`. Tokenizers are as they were."""
-        parts = {
-            name: self.part(name)
-            if name.startswith("tokenizer")
-            else empty(move_part(self._on_meta(name), "meta", dtype))
-            for name in self.frozen_parts
-        }
-        return dataclasses.replace(self, device="cpu", weight_dtype=dtype, _parts=parts)
+        """See `Family`. Tokenizers are as they were; the VAE does not slice and tile, which changes no shape."""
+        family = dataclasses.replace(self, device="cpu", weight_dtype=dtype, cached=(), _parts={})
+        for name in self.frozen_parts:
+            if name.startswith(WITHOUT_WEIGHTS):
+                family._parts[name] = self.part(name)
+            else:
+                family._parts[name] = empty(move_part(self._on_meta(name), "meta", family.dtype_of(name)))
+        return family
 
     def config_of(self, name: str) -> Any:
         """The config of a part with its defaults, without its weights."""
@@ -393,7 +415,7 @@ class DiffusersFamily:
     # ── What they are, as digests ────────────────────────────────────────────────────────────────────────────
     def digests(self, denoiser: torch.nn.Module) -> dict[str, str]:
         """See `Family`; without loading the encoders. Raises InputError if weights are missing or damaged."""
-        encoders = [part for part in self.frozen_parts if not part.startswith("tokenizer")]
+        encoders = [part for part in self.frozen_parts if not part.startswith(WITHOUT_WEIGHTS)]
         return {self.denoiser_part: tensors_digest(base_state(denoiser))} | {
             part: self._digest(part) for part in encoders
         }
@@ -403,7 +425,7 @@ class DiffusersFamily:
         for part in filter(self.has_part, parts):
             files = sorted(path for path in self._folder(part).iterdir() if path.suffix in DESCRIBING)
             described |= {f"{part}/{path.name}": file_digest(path) for path in files}
-            described |= {part: self._digest(part)} if not part.startswith("tokenizer") else {}
+            described |= {part: self._digest(part)} if not part.startswith(WITHOUT_WEIGHTS) else {}
         return described
 
     def _digest(self, part: str) -> str:
@@ -415,7 +437,7 @@ class DiffusersFamily:
         if not folder.is_dir():  # a hub name, of which all that was loaded lies in one folder of the hub's cache
             folder = Path(hf_hub_download(self.source, "model_index.json", revision=self.revision)).parent
         has_weights = any(path.suffix in (".safetensors", ".bin") for path in (folder / part).glob("*"))
-        if not part.startswith("tokenizer") and not has_weights:
+        if not part.startswith(WITHOUT_WEIGHTS) and not has_weights:
             self.part(part)  # downloads it, or says that it is not there
         return folder / part
 
@@ -440,19 +462,27 @@ class DiffusersFamily:
             sides = [side * self.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size)]
             if [height, width] != sides:
                 needed = " x ".join(map(str, sides))
-                raise InputError(f"{name}: {self.source} makes images of {needed} alone, got {got}")
+                raise InputError(f"{name}: {self.name} makes images of {needed} alone, got {got}")
         multiple = self.size_multiple
         if height % multiple or width % multiple:
-            raise InputError(f"{name}: {self.source} needs a multiple of {multiple}, got {got}")
+            raise InputError(f"{name}: {self.name} needs a multiple of {multiple}, got {got}")
+
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the largest tile of `model.vae_tiling`; None of a VAE without."""
+        vae = self._on_meta(self.image_part) if self.image_part else None
+        if hasattr(vae, "tile_sample_min_height"):
+            return vae.tile_sample_min_height, vae.tile_sample_min_width
+        side = getattr(vae, "tile_sample_min_size", None)
+        return None if side is None else (side, side)
 
     def check_text_length(self) -> None:
         """Raise InputError unless `text_length`, where the pipeline has one, is of `text_lengths`."""
         (least, most), name = self.text_lengths, self.pipeline_class.__name__
         has_length = "max_sequence_length" in inspect.signature(self.pipeline_class.__call__).parameters
         if has_length and not least <= self.text_length <= most:
-            raise InputError(
-                f"model.max_sequence_length: must be from {least} to {most} for this {name}, got {self.text_length}"
-            )
+            rule = f"must be {least}" if least == most else f"must be from {least} to {most}"
+            raise InputError(f"model.max_sequence_length: {rule} for this {name}, got {self.text_length}")
 
     def check_captions(self, captions: Iterable[str], field: str = "data.caption_column") -> None:
         """See `Family`: any text is one."""
@@ -591,11 +621,17 @@ class DiffusersFamily:
 
     def _pipeline_of(self, names: Sequence[str], denoiser: torch.nn.Module | None) -> DiffusionPipeline:
         parts = dict.fromkeys([*([self.image_part] if self.image_part else []), *self.text_parts])
+        parts |= dict.fromkeys(self.condition_parts)
         parts |= {name: self.part(name) for name in names} | {self.denoiser_part: denoiser}
-        cls = self.pipeline_class
-        if self.offload_text_encoders:  # it would take the device of their weights, which they have not, for its own
-            cls = type(cls.__name__, (cls,), {"device": torch.device(self.device)})
+        cls = self.on_device(self.pipeline_class)
         return cls(**parts, scheduler=self.sampler, **self.pipeline_options)
+
+    def on_device(self, cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+        """A class of pipelines that computes on the family's device: with `offload_text_encoders` it would take that of
+        their weights, which they have not, for its own."""
+        if not self.offload_text_encoders:
+            return cls
+        return type(cls.__name__, (cls,), {"device": torch.device(self.device)})
 
     @property
     def text_options(self) -> dict[str, Any]:

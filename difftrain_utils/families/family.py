@@ -61,7 +61,8 @@ class Family(Protocol):
         encoders."""
 
     def free_cached(self) -> None:
-        """Drop the frozen parts whose work is cached from memory; they are loaded again when they are used again."""
+        """Drop the frozen parts whose work is cached from memory, and others that training does without; they are
+        loaded again when they are used again."""
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """The frozen parts that have weights, by name, also those whose work is cached."""
@@ -105,6 +106,8 @@ class ImageFamily(Family, Protocol):
     that of the prompt first; None: it does not guide, or this is not known."""
     is_distilled: bool
     """Whether the pipeline's guidance scale is not that of classifier-free guidance."""
+    noise_range: tuple[float, float]
+    """From which noise level to which the pipeline asks the denoiser, as fractions of the schedule."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: Config, weights: Weights) -> "ImageFamily":
@@ -185,9 +188,15 @@ class VideoFamily(ImageFamily, Protocol):
 
     frame_multiple: int
     """A video must have one frame more than a multiple of this."""
+    first_frames: Literal["none", "some", "all"]
+    """Of which samples the model can be given the first frame: of none; of some, which `predict` is told by times of
+    frames (batch, 1, frames, 1, 1), 0 of a frame that is clean; or of all, as part of the conditioning."""
 
     def check_frames(self, num_frames: int, name: str) -> None:
         """Raise InputError, about the field `name`, unless the model can take videos of so many frames."""
+
+    def encode_first_frames(self, pixel_values: torch.Tensor) -> Conditioning:
+        """What models that are always given the first frame are told of it besides the caption; of others nothing."""
 
     def generate(
         self,
@@ -200,8 +209,10 @@ class VideoFamily(ImageFamily, Protocol):
         guidance_scale: float,
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
+        first_frames: Sequence[Image.Image] | None = None,
     ) -> list[Clip]:
-        """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline."""
+        """A clip for each prompt, of `data.fps` frames a second, by the family's own pipeline; with `first_frames`, of
+        that size, by its pipeline for images."""
 
 
 class AudioFamily(ImageFamily, Protocol):

@@ -22,6 +22,7 @@ from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
 from difftrain_utils.families.chroma import Chroma
+from difftrain_utils.families.cogvideox import CogVideoX
 from difftrain_utils.families.ddpm import DDPM
 from difftrain_utils.families.denoiser import configure_denoiser
 from difftrain_utils.families.diffusers_family import DiffusersFamily, load_part
@@ -43,6 +44,7 @@ from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
 from difftrain_utils.families.wan import Wan
+from difftrain_utils.families.wan_image_to_video import WanImageToVideo
 from difftrain_utils.families.z_image import ZImage
 from difftrain_utils.files import local_path
 from difftrain_utils.keyed_random import seed_for
@@ -66,7 +68,12 @@ FAMILIES: dict[str, type[ImageFamily]] = {
     "SanaPipeline": Sana,
     "PRXPixelPipeline": PRXPixel,
 }
-VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {"WanPipeline": Wan, "LTXPipeline": LTX}
+VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {
+    "WanPipeline": Wan,
+    "WanImageToVideoPipeline": WanImageToVideo,
+    "LTXPipeline": LTX,
+    "CogVideoXPipeline": CogVideoX,
+}
 AUDIO_FAMILIES: dict[str, type[AudioFamily]] = {"StableAudioPipeline": StableAudio}
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,
@@ -150,15 +157,15 @@ def load_tokenizer(config: Config) -> Any:
 
 def describe_family(name: str) -> DiffusersFamily:
     """What the configs alone of a checkpoint, a folder or a name on the hub, say of its family: how its pipeline is
-    called, and for which sizes. Of a pipeline that is none of `FAMILIES` it is the least that all have in common.
+    called, and for which sizes. Of a pipeline of no known family it is the least that all have in common.
 
     Raises:
         InputError: there is no such checkpoint.
     """
     with blame(name, *LOAD_ERRORS):
         source, model_index = read_index(name, None)
-        family_class = FAMILIES.get(model_index["_class_name"], DiffusersFamily)
-        return family_class(source, None, None, model_index, schedule=None, sampler=None)
+        family_class = (FAMILIES | VIDEO_FAMILIES).get(model_index["_class_name"], DiffusersFamily)
+        return family_class(source, None, None, model_index, schedule=None, sampler=None, name=name)
 
 
 def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
@@ -170,8 +177,12 @@ def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
 def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
     source, model_index = read_index(name, revision)
-    if model_index["_class_name"] not in families:
-        raise ValueError(f"it is of {model_index['_class_name']}; known is {', '.join(families)}")
+    class_name = model_index["_class_name"]
+    if class_name not in families and class_name in FAMILIES | VIDEO_FAMILIES:
+        script = "train_text_to_video.py" if class_name in VIDEO_FAMILIES else "train_text_to_image.py"
+        raise ValueError(f"it is of {class_name}: train it with {script}")
+    if class_name not in families:
+        raise ValueError(f"it is of {class_name}; known is {', '.join(families)}")
     return source, model_index
 
 

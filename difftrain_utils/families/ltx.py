@@ -1,10 +1,10 @@
 """LTX-Video: a transformer on packed latents of a VAE for videos, told when each frame is, and the states of a T5."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline, LTXPipeline
+from diffusers import DiffusionPipeline, LTXImageToVideoPipeline, LTXPipeline
 
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Conditioning
@@ -18,12 +18,21 @@ class LTX(DiffusersVideoFamily):
     The places of tokens are seconds and pixels, so that the transformer knows the frames a second (`data.fps`)."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXPipeline
+    image_pipeline_class: ClassVar[type[DiffusionPipeline]] = LTXImageToVideoPipeline
+    takes_image_and_latents: ClassVar[bool] = False
+    guidance_order: ClassVar[str] = "nothing first"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     side_multiple: ClassVar[int] = 32
     gives_sigmas: ClassVar[bool] = True
+    tells_tokens: ClassVar[bool] = True
 
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None
     """Mean and standard deviation of the latents' channels, which are among the VAE's weights."""
+
+    @property
+    def first_frames(self) -> Literal["none", "some", "all"]:
+        """See `VideoFamily`: the first latents of a clip are those of its first frame where the VAE is causal."""
+        return "some" if self.config_of("vae").encoder_causal else "none"
 
     @property
     def vae_scale_factors(self) -> tuple[int, int]:
@@ -60,15 +69,19 @@ class LTX(DiffusersVideoFamily):
         (per_frame, per_side), (patch_t, patch, _) = self.vae_scale_factors, self.patch_sizes
         size = dict(zip(("num_frames", "height", "width"), noisy_latents.shape[2:], strict=True))
         output = denoiser(
-            hidden_states=LTXPipeline._pack_latents(noisy_latents, patch, patch_t),
+            hidden_states=self.pack(noisy_latents),
             encoder_hidden_states=conditioning["prompt_embeds"],
-            timestep=timesteps,
+            timestep=timesteps if timesteps.ndim == 1 else self.token_times(timesteps, noisy_latents),
             encoder_attention_mask=conditioning["prompt_embeds_mask"],
             **size,
             rope_interpolation_scale=(per_frame / self.fps, per_side, per_side),
             return_dict=False,
         )[0].float()
         return LTXPipeline._unpack_latents(output, *size.values(), patch, patch_t)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        patch_t, patch, _ = self.patch_sizes
+        return LTXPipeline._pack_latents(latents, patch, patch_t)
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         return super().call_options(prompts, guidance_scale) | {"frame_rate": self.fps}

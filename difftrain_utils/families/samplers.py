@@ -6,8 +6,11 @@ import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -77,15 +80,16 @@ def build_schedule(
     with blame(f"scheduler.sampler: {sampler_class.__name__}", ValueError, NotImplementedError, TypeError):
         sampler = sampler_class.from_config(kept, **fitting) if kept else sampler_class(**fitting)
     if path == "ddpm":
-        _check_betas(sampler, schedule)
-    _try(sampler, schedule, has_init_noise_sigma)
+        _check_betas(sampler, schedule, own)
+    _try(sampler, schedule, own, has_init_noise_sigma)
     if config.evaluation.makes_images:
         steps = config.evaluation.num_inference_steps
         with blame(f"evaluation.num_inference_steps: {type(sampler).__name__} refuses {steps}", ValueError):
             if path != "linear" and steps > schedule.num_train_timesteps:  # which not every sampler says
                 raise ValueError(f"there are {schedule.num_train_timesteps} timesteps")
             trial = copy.deepcopy(sampler)
-            trial.set_timesteps(steps, **_with_mu(sampler))
+            with np.errstate(invalid="ignore"):
+                trial.set_timesteps(steps, **_with_mu(sampler))
             if not torch.as_tensor(trial.timesteps).isfinite().all():  # one step with a `shift_terminal` is 0 / 0
                 raise ValueError("its timesteps are not finite")
     return schedule, sampler
@@ -203,6 +207,8 @@ def _cosine(
     fitting |= {"prediction_type": prediction_type, "num_train_timesteps": num_timesteps}
     if prediction_type == "epsilon" and "lambda_min_clipped" in inspect.signature(sampler_class).parameters:
         fitting["lambda_min_clipped"] = SMALLEST_LAMBDA
+    if "snr_shift_scale" in inspect.signature(sampler_class).parameters:
+        fitting["snr_shift_scale"] = 1.0  # the betas are what is meant
     return Schedule("cosine", prediction_type, num_timesteps), fitting
 
 
@@ -211,7 +217,8 @@ def _ddpm(own: dict[str, Any], prediction_type: str, config: Config) -> tuple[Sc
     names = ("beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr")
     fitting = {name: value for name in names if (value := getattr(config.scheduler, name)) is not None}
     fitting["prediction_type"] = prediction_type
-    schedule = Schedule.of(DDPMScheduler.from_config(own, **fitting))
+    known_class = CogVideoXDDIMScheduler if _is_of_cogvideox(own) else DDPMScheduler
+    schedule = Schedule.of(known_class.from_config(own, **fitting))
     if prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
         raise InputError(
             "scheduler.rescale_betas_zero_snr: epsilon says nothing of the image at pure noise; "
@@ -222,12 +229,17 @@ def _ddpm(own: dict[str, Any], prediction_type: str, config: Config) -> tuple[Sc
     return schedule, fitting
 
 
-def _check_betas(sampler: SchedulerMixin, schedule: Schedule) -> None:
+def _is_of_cogvideox(own: dict[str, Any]) -> bool:
+    """Whether a checkpoint's sampler is one of CogVideoX's, which shift the signal-to-noise ratios of the betas."""
+    return "snr_shift_scale" in own
+
+
+def _check_betas(sampler: SchedulerMixin, schedule: Schedule, own: dict[str, Any]) -> None:
     """Raise InputError unless the sampler has the schedule's: `from_config` is silent about fields that it ignores."""
     has_betas = hasattr(sampler, "alphas_cumprod")
     if not has_betas or not torch.allclose(sampler.alphas_cumprod.float(), schedule.alphas_cumprod, rtol=0, atol=1e-6):
-        name = type(sampler).__name__
-        raise InputError(f"scheduler.sampler: {name} does not know this noise schedule; try DDIMScheduler")
+        name, other = type(sampler).__name__, "CogVideoXDDIMScheduler" if _is_of_cogvideox(own) else "DDIMScheduler"
+        raise InputError(f"scheduler.sampler: {name} does not know this noise schedule; try {other}")
 
 
 def _with_mu(sampler: SchedulerMixin) -> dict[str, float]:
@@ -242,7 +254,7 @@ def _sampler_class(name: str) -> type[SchedulerMixin]:
     return cls
 
 
-def _try(sampler: SchedulerMixin, schedule: Schedule, has_init_noise_sigma: bool) -> None:
+def _try(sampler: SchedulerMixin, schedule: Schedule, own: dict[str, Any], has_init_noise_sigma: bool) -> None:
     """Take two steps: a sampler says only then that it does not know a prediction type, or needs another pipeline. Told
     the true prediction of one image it has to come out at that."""
     sampler, image = copy.deepcopy(sampler), torch.full((1, 1, 2, 2), 0.7)
@@ -261,6 +273,9 @@ def _try(sampler: SchedulerMixin, schedule: Schedule, has_init_noise_sigma: bool
             time = timestep[None].float() if schedule.has_continuous_time else timestep[None].long()
             alphas, sigmas = (append_dims(x, image) for x in schedule.alphas_and_sigmas(time))
             output = schedule.target(image, (noisy - alphas * image) / sigmas.clamp(min=1e-6), time)
-            latents = sampler.step(output, timestep, latents).prev_sample
+            if isinstance(sampler, CogVideoXDPMScheduler) and _is_of_cogvideox(own):  # called otherwise
+                latents, _ = sampler.step(output, None, timestep, None, latents, generator=torch.Generator())
+            else:
+                latents = sampler.step(output, timestep, latents).prev_sample
         if schedule.path != "ddpm" and not (latents - image).abs().max() < 0.1:  # of betas, some end in a little noise
             raise ValueError("of the true predictions of an image it makes another one")

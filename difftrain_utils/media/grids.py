@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN = 6  # pixels between images
 
 
-def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """All images with their labels underneath, about square; small ones are shown at 128 pixels or more."""
-    width, height, font, line = _cell(images[0])
+def labelled_grid(images: list[Image.Image], labels: list[str], least: int = 128) -> Image.Image:
+    """All images with their labels underneath, about square; small ones are shown at `least` pixels or more."""
+    width, height, font, line = _cell(images[0], least)
     columns = min(len(images), math.ceil(math.sqrt(1.6 * len(images))))  # wider than high
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + line + MARGIN) + MARGIN), "white")
@@ -22,9 +22,9 @@ def labelled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
     return grid
 
 
-def _cell(image: Image.Image) -> tuple[int, int, ImageFont.FreeTypeFont, int]:
+def _cell(image: Image.Image, least: int = 128) -> tuple[int, int, ImageFont.FreeTypeFont, int]:
     """Width and height that an image is shown at, the font of its label, and the height of a line of that."""
-    scale = max(1, -(-128 // image.width))
+    scale = max(1, -(-least // image.width))
     font = ImageFont.load_default(size=max(12, image.width * scale // 24))
     return image.width * scale, image.height * scale, font, int(font.size * 1.6)
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.errors import RowError, one_line
-from difftrain_utils.files import new_file
+from difftrain_utils.files import local_path, new_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
@@ -65,7 +65,7 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return itertools.chain(paths_in(part, part.source.image_column), masks)
 
 
-def limits() -> tuple[Any, ...]:
+def limits(config: DataConfig) -> tuple[Any, ...]:
     return (Image.MAX_IMAGE_PIXELS,)
 
 
@@ -222,6 +222,11 @@ def paths_in(part, column: str) -> Iterator[tuple[list[str | None], np.ndarray]]
         yield paths.take(rows).to_pylist(), is_file.take(rows).to_numpy(zero_copy_only=False)
 
 
+def read_image_file(name: str) -> Image.Image:
+    """The image in a file of this name. Raises RowError if there is none."""
+    return open_image(read_bytes({"bytes": None, "path": str(local_path(name))}, name), name)
+
+
 def read_bytes(value: dict[str, Any] | None, name: str) -> bytes:
     """The content of an undecoded `datasets.Image`, which is in the row, in a file or (of a stream) at a URL.
 
@@ -376,15 +381,16 @@ def crop_of(
 
 def resize_and_crop(image: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
     """The pixel values of an image's crop, mirrored if `flip`: float32 of shape (3, height, width) in [-1, 1]."""
-    return to_pixel_values(_cut_out(image, crop, config, flip))
+    return to_pixel_values(cut_out(image, crop, config, flip))
 
 
 def resize_and_crop_mask(mask: Image.Image, crop: Crop, config: DataConfig, flip: bool = False) -> torch.Tensor:
     """The same of a greyscale mask: float32 of shape (1, height, width) in [0, 1], 1 where it is white."""
-    return torch.from_numpy(np.array(_cut_out(mask, crop, config, flip)))[None].to(torch.float32).div_(255)
+    return torch.from_numpy(np.array(cut_out(mask, crop, config, flip)))[None].to(torch.float32).div_(255)
 
 
-def _cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> Image.Image:
+def cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> Image.Image:
+    """An image's crop, mirrored if `flip`."""
     image = image.resize(crop.covering, Image.Resampling[config.image_interpolation.upper()])
     height, width = crop.sizes[4:]
     image = image.crop((crop.left, crop.top, crop.left + width, crop.top + height))
@@ -393,4 +399,15 @@ def _cut_out(image: Image.Image, crop: Crop, config: DataConfig, flip: bool) -> 
 
 def to_pixel_values(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 of shape (3, height, width) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1)
+    return scale_bytes(to_bytes(image))
+
+
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    """An RGB image as uint8 of shape (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def scale_bytes(values: torch.Tensor) -> torch.Tensor:
+    """uint8 from 0 to 255 as float32 in [-1, 1], the same to the bit on each device: by a plain number, GPUs would
+    multiply with its reciprocal."""
+    return values.to(torch.float32).div_(torch.tensor(127.5, device=values.device)).sub_(1)

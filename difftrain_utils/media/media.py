@@ -43,8 +43,8 @@ class Media(Protocol):
     def files(self, part) -> Iterator[tuple[list[str | None], Any]]:
         """The paths that rows name (`SourceRows`), some at a time, and whether their content lies there."""
 
-    def limits(self) -> tuple[Any, ...]:
-        """What besides the config decides whether a row can be read."""
+    def limits(self, config: RowsConfig) -> tuple[Any, ...]:
+        """What decides whether a row passes `check`, besides its content and `data.on_bad_row`."""
 
     def lasting_names(self, part) -> Iterator[list[str]]:
         """What each row is known by when others come or go, some rows at a time."""

@@ -47,7 +47,7 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return iter(())
 
 
-def limits() -> tuple[Any, ...]:
+def limits(config: TextDataConfig) -> tuple[Any, ...]:
     return ()
 
 

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,9 +27,15 @@ STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is 
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
+CUT_OFF = 0.5  # seconds before the end that a header says: what muxers make of the last packets' durations is less
 READS_NOTHING_ELSE = {"protocol_whitelist": "none"}  # a playlist could name other files, and hosts
+LEAST_WIDTH = 192  # pixels of a clip in a grid: what moves where is at a caption's end
+LARGEST_WEBP = 1024  # pixels of its longer side: all in it takes many times as much room as the MP4
 LOSSLESS = {"codec": "ffv1", "pix_fmt": "bgr0", "format": "avi"}
 FOR_BROWSERS = {"codec": "libx264", "pix_fmt": "yuv420p", "format": "mp4", "options": {"crf": "16"}}
+
+# What FFmpeg makes of RGB, in its numbers: the matrix of BT.601, primaries and curve of BT.709, values from 16 to 235
+FROM_RGB = {"colorspace": 5, "color_primaries": 1, "color_trc": 1, "color_range": 1}
 
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
@@ -65,8 +71,8 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return image.paths_in(part, part.source.video_column)
 
 
-def limits() -> tuple[Any, ...]:
-    return image.limits()
+def limits(config: VideoDataConfig) -> tuple[Any, ...]:
+    return *image.limits(config), config.fps, config.fewest_frames
 
 
 def lasting_names(part) -> Iterator[list[str]]:
@@ -137,20 +143,20 @@ def read(
     row: Row, place: Place, size: tuple[int, int, int], config: VideoDataConfig, has_masks: bool = False
 ) -> dict[str, torch.Tensor]:
     """The place in a row's video as a sample of `size` (frames, height, width) has it: "pixel_values",
-    (3, frames, height, width) float32 in [-1, 1], and the "sizes" of its crop (`image.Crop`).
+    (3, frames, height, width) uint8, which batches scale to [-1, 1], and the "sizes" of its crop (`image.Crop`).
 
     Raises:
         RowError: the video is missing, damaged, too short, or cut off before the clip ends; or it is an image, and the
             clip has several frames.
     """
     num_frames, *frame_size = size
-    pixel_values, crop, last = torch.empty(3, *size), None, None
+    pixel_values, crop, last = torch.empty(3, *size, dtype=torch.uint8), None, None
     for number, frame in enumerate(read_frames(row, place.start, num_frames, config.fps)):
         if frame is last:  # shown twice
             pixel_values[:, number] = pixel_values[:, number - 1]
             continue
         crop = crop or image.crop_of(frame, tuple(frame_size), place.across, place.down, place.flip)
-        pixel_values[:, number] = image.resize_and_crop(frame, crop, config, place.flip)
+        pixel_values[:, number] = image.to_bytes(image.cut_out(frame, crop, config, place.flip))
         last = frame
     return {"pixel_values": pixel_values, "sizes": torch.tensor(crop.sizes)}
 
@@ -186,22 +192,43 @@ class Clip(NamedTuple):
 
 
 def save(made: list[Clip], labels: list[str], path: Path) -> None:
-    """Write clips with their labels side by side, as an MP4 file and as a WebP, which browsers show as a picture that
-    moves: `path` with these endings. Raises RunError if it cannot."""
-    fps, length = made[0].fps, max(len(clip.frames) for clip in made)
-    grids = [labelled_grid([_at(clip, number) for clip in made], labels) for number in range(length)]
-    with new_file(path.with_suffix(".mp4")) as partial:
-        write_video(grids, fps, partial, **FOR_BROWSERS)
-    with new_file(path.with_suffix(".webp")) as partial:
+    """Write clips with their labels side by side as an MP4 file, unless there is `no_mp4`, and as a WebP, smaller where
+    they are large, which browsers show as a picture that moves: `path` with these endings. Raises RunError if it
+    cannot."""
+    grids = side_by_side(made, lambda frames: labelled_grid(frames, labels, LEAST_WIDTH))
+    if no_mp4() is None:
+        write_clip(grids, path.with_suffix(".mp4"))
+    for grid in grids.frames:
+        grid.thumbnail((LARGEST_WEBP, LARGEST_WEBP))
+    write_clip(grids, path.with_suffix(".webp"))
+
+
+def side_by_side(clips: Sequence[Clip], lay_out: Callable[[list[Image.Image]], Image.Image]) -> Clip:
+    """A clip of what `lay_out` makes of the frames of each time; a clip that is shorter stays at its last one."""
+    length = max(len(clip.frames) for clip in clips)
+    of_each_time = ([clip.frames[min(number, len(clip.frames) - 1)] for clip in clips] for number in range(length))
+    return Clip([lay_out(frames) for frames in of_each_time], clips[0].fps)
+
+
+def write_clip(clip: Clip, path: Path, comment: str | None = None) -> None:
+    """Write a clip as its path ends, in .mp4, which has a comment, or in .webp. Raises RunError if it cannot."""
+    frames, fps = clip
+    with new_file(path) as partial:
+        if path.suffix == ".mp4":
+            write_video(frames, fps, partial, **FOR_BROWSERS, comment=comment)
+            return
         # each frame for its whole milliseconds, that of all of them for what that leaves
-        times = [round(1000 * number / fps) for number in range(length + 1)]
+        times = [round(1000 * number / fps) for number in range(len(frames) + 1)]
         durations = [end - start for start, end in itertools.pairwise(times)]
-        grids[0].save(partial, "WebP", save_all=True, append_images=grids[1:], duration=durations, loop=0, quality=90)
+        frames[0].save(partial, "WebP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85)
 
 
-def _at(clip: Clip, number: int) -> Image.Image:
-    """A frame of a clip that stays at its last one."""
-    return clip.frames[min(number, len(clip.frames) - 1)]
+def no_mp4() -> str | None:
+    """Why no MP4 files are written, if so: FFmpeg may be built without the codec that browsers play."""
+    import av  # an extra
+
+    codec = FOR_BROWSERS["codec"]
+    return None if codec in av.codecs_available else f"the FFmpeg of PyAV here has no {codec}"
 
 
 # ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
@@ -235,25 +262,32 @@ def digest_of(value: dict[str, Any] | None, name: str, noun: str = "video") -> s
 
 
 def read_still(file: BinaryIO, name: str) -> Image.Image | None:
-    """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged."""
+    """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged, or a WebP
+    that moves."""
+    is_moving_webp = False
     try:
         with Image.open(file) as found:
             # of MPEG it knows that it is a video, and no more
             is_still = found.format != "MPEG" and getattr(found, "n_frames", 1) == 1
+            is_moving_webp = found.format == "WEBP" and not is_still
     except Image.DecompressionBombError:
         is_still = True
     except Exception:  # it is no image, or a damaged one that moves: FFmpeg will say
         is_still = False
+    if is_moving_webp:
+        raise RowError(f"{name}: an animated WebP, which FFmpeg cannot read: make it a GIF or MP4")
     file.seek(0)
     return image.open_image(file.read(), name) if is_still else None
 
 
 class Header(NamedTuple):
-    """Of a video: seconds, None of an image; height and width in pixels as they are shown."""
+    """Of a video: seconds, None of an image; height and width in pixels as they are shown; frames a second, about, None
+    where the file does not say it."""
 
     seconds: float | None
     height: int
     width: int
+    fps: float | None = None
 
     def num_frames(self, fps: float) -> int:
         """How many frames it has at `fps` a second."""
@@ -266,23 +300,44 @@ def read_header(row: Row) -> Header:
         if (still := read_still(file, row.name)) is not None:
             return Header(None, still.height, still.width)
         with open_video(file, row.name) as (container, stream):
-            seconds = _seconds_of(container, stream)
-            frame = next(_frames_from(container, stream, 0.0), None)
-            if frame is None:
-                raise RowError(f"{row.name}: a video without a frame")
-            shown = to_image(frame, stream)
-            return Header(seconds, shown.height, shown.width)
+            frame = _first_frame(container, stream, row.name)
+            seconds, shown = _seconds_of(container, stream, frame.time, row.name), to_image(frame, stream)
+            return Header(seconds, shown.height, shown.width, float(stream.guessed_rate or 0) or None)
+
+
+def describe_headers(headers: Sequence[Header]) -> str:
+    """What videos are, in words, from the least to the most of each: "40 videos of 2.1 to 30 s (median 8.4), …"."""
+    videos = [header for header in headers if header.seconds is not None]
+    stills = len(headers) - len(videos)
+    number = f"{stills} image{'s' * (stills > 1)}" if stills else ""
+    if videos:
+        seconds, rates = [header.seconds for header in videos], [header.fps for header in videos if header.fps]
+        least, *_, most = sorted([(header.height * header.width, header.width, header.height) for header in videos] * 2)
+        of_rates = f", {_range(rates)} frames a second" if rates else ""
+        of_sizes = f"{least[1]}x{least[2]}" + (f" to {most[1]}x{most[2]}" if most != least else "")
+        median = f"{np.median(seconds):.3g}"
+        found = f"{len(videos)} video{'s' * (len(videos) > 1)} of {_range(seconds)} s (median {median}){of_rates}"
+        found = f"{found}, {of_sizes} pixels"
+        number = f"{found}; {number}" if number else found
+    return number
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
-    if num_frames < config.fewest_frames and header.seconds is not None:
+    if num_frames < config.fewest_frames:
         raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
     return num_frames
 
 
-def _too_short(name: str, seconds: float, num_frames: int, fps: float) -> str:
+def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
+    if seconds is None:
+        return f"{name}: an image, which is one frame and no {num_frames}"
     return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
 
 
@@ -300,23 +355,22 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
     with open_file(row.video, row.name) as file:
         if (still := read_still(file, row.name)) is not None:
             if num_frames > 1:
-                raise RowError(f"{row.name}: an image, which is one frame and no {num_frames}")
+                raise RowError(_too_short(row.name, None, num_frames, fps))
             yield still
             return
         with open_video(file, row.name) as (container, stream):
-            seconds = _seconds_of(container, stream)
+            begin = _first_frame(container, stream, row.name).time
+            seconds = _seconds_of(container, stream, begin, row.name)
             places = Header(seconds, 0, 0).num_frames(fps) - num_frames + 1
             first = int(start * places) if row.window is None else row.window * num_frames
             if not 0 <= first < places:
                 raise RowError(_too_short(row.name, seconds, num_frames, fps))
             times = [(first + number) / fps for number in range(num_frames)]
             last, shown = None, None
-            for time, frame in zip(times, _frames_at(container, stream, times), strict=False):
+            for time, frame in zip(times, _frames_at(container, stream, begin, times, row.name), strict=False):
                 if frame is None:
                     raise RowError(f"{row.name}: cut off, it ends before {time:.2f} of its {seconds:.2f} s")
                 if frame is not last:
-                    if frame.is_corrupt:
-                        raise RowError(f"{row.name}: damaged at {time:.2f} s")
                     last, shown = frame, to_image(frame, stream)
                 yield shown
 
@@ -335,9 +389,11 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
 
     try:
         with av.open(file, buffer_size=BLOCK, container_options=READS_NOTHING_ELSE) as container:
-            if not container.streams.video:
-                raise RowError(f"{name}: a file without pictures")
-            stream = container.streams.video[0]
+            is_cover = av.stream.Disposition.attached_pic  # of a sound
+            streams = [stream for stream in container.streams.video if not stream.disposition & is_cover]
+            if not streams:
+                raise RowError(f"{name}: a file without moving pictures")
+            stream = streams[0]
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # loaders are processes already
             yield container, stream
     except (MemoryError, RowError):
@@ -347,56 +403,78 @@ def open_video(file: BinaryIO, name: str) -> Iterator[tuple[Any, Any]]:
         raise RowError(f"{name}: no video that FFmpeg can read: {reason}") from None
 
 
-def _first_time(stream) -> float:
-    """When a video begins, in seconds."""
-    return float((stream.start_time or 0) * stream.time_base)
+def _first_frame(container, stream, name: str) -> Any:
+    """A video's first frame, of PyAV; when it begins the header may not say (AVI's, of frames that are stored in
+    another order). Raises RowError if there is none."""
+    frame = next(container.decode(stream), None)
+    if frame is None:
+        raise RowError(f"{name}: a video without a frame")
+    return frame
 
 
-def _seconds_of(container, stream) -> float:
+def _seconds_of(container, stream, begin: float, name: str) -> float:
     """From the beginning of a video to the end of its last frame: what an index of its frames says, or else the last of
-    the packets, of which nothing is decoded."""
+    the packets, of which nothing is decoded. Raises RowError if a Matroska file ends before its header says."""
     if stream.duration and stream.frames:
         return float(stream.duration * stream.time_base)
-    ends = []
-    for start in (float(container.duration or 0) / 1e6, 0.0):
-        _seek(container, stream, start)
-        for packet in container.demux(stream):
+    said = float(container.duration or 0) / 1e6
+    cut_off = max(CUT_OFF, 2 / float(stream.guessed_rate or 1))
+    for start in (said, 0.0):
+        end, end_of_all = begin, 0.0  # what the header says may be the end of a longer sound
+        _seek(container, stream, begin + start)
+        for packet in container.demux():
             if packet.pts is not None:
-                ends.append(float((packet.pts + (packet.duration or 0)) * stream.time_base))
-        if ends:
+                end_of_packet = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                end_of_all = max(end_of_all, end_of_packet)
+                if packet.stream_index == stream.index:
+                    end = max(end, end_of_packet)
+        is_cut_off = "matroska" in container.format.name and end_of_all < said - cut_off
+        if end > begin and not is_cut_off:
             break
-    return max(ends, default=0.0) - _first_time(stream)
+    if is_cut_off:
+        raise RowError(f"{name}: cut off, it ends at {end_of_all:.2f} of its {said:.2f} s")
+    return end - begin
 
 
 def _seek(container, stream, time: float) -> None:
-    """Go to the keyframe before a time, in seconds from the beginning."""
-    container.seek(int((time + _first_time(stream)) / stream.time_base), stream=stream, backward=True)
+    """Go to the keyframe before a time in seconds, or where there is none, to the beginning."""
+    try:
+        container.seek(int(time / stream.time_base), stream=stream, backward=True)
+    except OSError:  # of a time before the first in an index (FLV, AVI)
+        container.seek(0)
 
 
-def _frames_from(container, stream, time: float) -> Iterator[Any]:
-    """The frames of PyAV from a keyframe before a time on. Where an index is coarse, as of MPEG's streams, what is
-    found may lie behind it, and the keyframe is looked for earlier."""
+def _frames_from(container, stream, begin: float, time: float) -> Iterator[Any]:
+    """The frames of PyAV from a keyframe before a time on, in seconds as in the file. Where an index is coarse, as of
+    MPEG's streams, what is found may lie behind it, and the keyframe is looked for earlier. Frames of an open group
+    that refer to what is before the keyframe FFmpeg leaves out."""
     frames, found = iter(()), None
-    for back in (*SEEK_BACK, time + 1):
+    for back in (*SEEK_BACK, time - begin + 1):
         _seek(container, stream, time - back)
         frames = container.decode(stream)
         found = next(frames, None)
-        if found is not None and found.time - _first_time(stream) <= time + TICK:
+        if found is not None and found.time <= time + TICK:
             break
     return itertools.chain([] if found is None else [found], frames)
 
 
-def _frames_at(container, stream, times: Sequence[float]) -> Iterator[Any]:
+def _frames_at(container, stream, begin: float, times: Sequence[float], name: str) -> Iterator[Any]:
     """Of each of the ascending times, in seconds from the beginning, the frame of PyAV that is there; None where there
-    is none any more."""
+    is none any more.
+
+    Raises:
+        RowError: a frame is damaged; also one before the first, from the keyframe on, because others are made of it.
+    """
     last, number, end = None, 0, -1.0
-    for frame in _frames_from(container, stream, times[0]):
-        start = frame.time - _first_time(stream)
+    for frame in _frames_from(container, stream, begin, begin + times[0]):
+        start = frame.time - begin
         while last is not None and number < len(times) and times[number] < start - TICK:
             yield last
             number += 1
         if number == len(times):
             return
+        if frame.is_corrupt or (last is None and times[0] < start - TICK):
+            raise RowError(f"{name}: damaged at {start:.2f} s")
         # the last one may stay for one more, because what indices say of durations is rounded
         last, end = frame, start + 2 / float(stream.guessed_rate or 1)
         if frame.duration:
@@ -422,6 +500,7 @@ def write_video(
     pix_fmt: str,
     format: str,
     options: dict[str, str] | None = None,
+    comment: str | None = None,
 ) -> None:
     """Write frames, RGB images of one size, as a video; by a codec that puts out the same each time (FFV1, and not
     libx264) the same frames are the same bytes.
@@ -432,9 +511,17 @@ def write_video(
 
     width, height = (side + side % 2 for side in frames[0].size)
     options = {"threads": "1", "flags": "+bitexact"} | (options or {})
-    with av.open(file, "w", format=format, container_options={"fflags": "bitexact"}) as container:
+    container_options = {"fflags": "bitexact"}
+    if format == "mp4" and isinstance(file, Path):  # its index to the front: a page plays it before it has all of it
+        container_options["movflags"] = "faststart"
+    with av.open(file, "w", format=format, container_options=container_options) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        if pix_fmt.startswith("yuv"):  # what is not said, browsers guess, and wrongly if a video is large
+            for name, value in FROM_RGB.items():
+                setattr(stream.codec_context, name, value)
+        if comment is not None:
+            container.metadata["comment"] = comment
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, width, height)))))
         container.mux(stream.encode(None))

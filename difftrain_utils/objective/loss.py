@@ -22,9 +22,10 @@ def sample_losses(
     masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weighted loss of each sample, shape (batch,): the mean over its elements, of `elementwise_loss` times
-    `loss_weights`, and times `masks` (batch, 1, height, width) in [0, 1], of the images' size or the latents'. The mean
-    is over all elements, not those that count alone, as in kohya's scripts: a sample of which half counts has half of
-    the loss. Masks of sounds, (batch, 1, length), have a mean of 1, so that it is over what counts (`media.audio`)."""
+    `loss_weights`, and times `masks` (batch, 1, height, width) in [0, 1], of the images' size or the latents', or of
+    videos (batch, 1, frames, 1, 1). The mean is over all elements, not those that count alone, as in kohya's scripts: a
+    sample of which half counts has half of the loss. Masks of sounds, (batch, 1, length), have a mean of 1, so that it
+    is over what counts (`media.audio`)."""
     losses = elementwise_loss(config, schedule, output, target, timesteps)
     if masks is not None:
         losses = losses * scale_masks(masks, losses.shape[2:])
@@ -35,8 +36,9 @@ def sample_losses(
 
 
 def scale_masks(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Masks (batch, 1, height, width), or (batch, 1, length), of the size of latents, by the mean over each area."""
-    return F.interpolate(masks, tuple(size), mode="area")
+    """Masks (batch, 1, height, width), or (batch, 1, length), of the size of latents, by the mean over each area; those
+    of videos' frames as they are."""
+    return masks if masks.ndim == 5 else F.interpolate(masks, tuple(size), mode="area")
 
 
 def elementwise_loss(

@@ -95,7 +95,8 @@ class Schedule:
             return cls(path, prediction_type, config.num_train_timesteps)
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(scheduler).__name__}: it has no alphas_cumprod, and is no flow matching scheduler")
-        return cls(path, prediction_type, config.num_train_timesteps, scheduler.alphas_cumprod)
+        alphas_cumprod = scheduler.alphas_cumprod.float()  # some have it in float64
+        return cls(path, prediction_type, config.num_train_timesteps, alphas_cumprod)
 
     @property
     def has_continuous_time(self) -> bool:

@@ -1,6 +1,8 @@
-"""Activations: what a forward pass keeps for the backward pass, counted without computing it."""
+"""Activations: what a forward pass keeps for the backward pass, or holds at most without one, counted without
+computing it."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -130,6 +132,41 @@ def count_activations(denoiser: torch.nn.Module, predict: Callable[..., Any], *i
     outside |= given
     recomputed = max((num_bytes(of_block, outside) for of_block in blocks), default=0)
     return Activations(num_bytes(kept), num_bytes(outside) + max(recomputed, rounded_bytes(denoiser)))
+
+
+def peak_bytes(shapes: Shapes, function: Callable[..., Any], *inputs: Any) -> int:
+    """The most bytes of all tensors that `function(*inputs)` makes, without gradients, that there are at a time; what
+    was there before is left out."""
+    with shapes, _Living() as living, torch.no_grad():
+        function(*inputs)
+    return living.most
+
+
+class _Living(TorchDispatchMode):
+    """The bytes of the storages that operations have made and nothing has let go of."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(output):
+            if storage._cdata not in given | self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return output
+
+    def _let_go(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def rounded_bytes(denoiser: torch.nn.Module) -> int:

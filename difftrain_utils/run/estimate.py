@@ -1,6 +1,7 @@
 """What a run would take on GPUs that are not here, from shapes alone: memory, time, data and checkpoints."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
-from difftrain_utils.media import pairs
+from difftrain_utils.media import pairs, video
 from difftrain_utils.media.image import read_bytes
 from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
@@ -80,9 +81,9 @@ class Reading:
     """Of the data."""
 
     rows: int | None
-    """How many images, pairs or texts there are; None: the data is not here."""
+    """How many images, pairs, videos or texts there are; None: the data is not here."""
     mean_bytes: float | None
-    """Of an image or a pair; None: not known, or texts, which are small."""
+    """Of an image, a pair or a video; None: not known, or texts, which are small."""
     cached: int
     """Bytes of a sample that come from caches, at most."""
 
@@ -132,7 +133,7 @@ def make_estimate(planner: Planner, data: Data | None, machines: Machines, mfu: 
     offloaded = sum(planner.shares(config).values()) if planner.is_offloaded(config) else 0
     return Estimate(
         memory,
-        sum(planner.frozen(config, cached=True).values()),
+        planner.while_caching(config),
         [(option, needed) for option, _, needed in planner.that_need_less(config)],
         [(option, needed) for option, _, needed in way] if way and way[-1][2] <= limit else [],
         time,
@@ -193,8 +194,8 @@ def reading_of(planner: Planner, data: Data | None, config: Config) -> Reading:
     if planner.is_text:
         return Reading(None if data is None else len(data.rows), None, 0)
     latents, _, conditioning = planner.inputs(1, planner.size(config), planner.dtype(config))
-    images = 2 if planner.are_pairs else 1
-    moments = images * 2 * latents.numel() * planner.dtype(config).itemsize  # mean and standard deviation
+    images, itemsize = 2 if planner.are_pairs else 1, planner.moments_dtype(config).itemsize
+    moments = images * 2 * latents.numel() * itemsize  # mean and standard deviation
     cached = config.data.cache_latents * moments + config.data.cache_text * num_bytes(conditioning.values())
     if data is None:
         return Reading(None, None, cached)
@@ -208,9 +209,16 @@ def mean_row_bytes(rows) -> float | None:
     sizes = []
     for index in np.unique(np.linspace(0, len(rows) - 1, MEASURED_ROWS).astype(int)).tolist():
         try:
-            row = rows[index]
-            images = [row.image, row.rejected] if isinstance(row, pairs.Row) else [row.image]
-            sizes.append(sum(len(read_bytes(image, row.name)) for image in images))
+            sizes.append(_row_bytes(rows[index]))
         except RowError:  # the run says what it makes of it
             continue
     return sum(sizes) / len(sizes) if sizes else None
+
+
+def _row_bytes(row) -> int:
+    """Of a row's files. Raises RowError if one cannot be read."""
+    if isinstance(row, video.Row):
+        with video.open_file(row.video, row.name) as file:
+            return file.seek(0, os.SEEK_END)
+    images = [row.image, row.rejected] if isinstance(row, pairs.Row) else [row.image]
+    return sum(len(read_bytes(image, row.name)) for image in images)

@@ -2,7 +2,6 @@
 before anything is written; and an end without a false failure."""
 
 import atexit
-import importlib.util
 import os
 import time
 import warnings
@@ -23,7 +22,7 @@ from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows, read_captions
-from difftrain_utils.errors import InputError, blame, not_installed
+from difftrain_utils.errors import InputError, blame, check_installed
 from difftrain_utils.media.media import media_of
 from difftrain_utils.processes import on_main_process
 from difftrain_utils.run.checkpoints import check_origin, check_weights
@@ -166,9 +165,7 @@ def check_launch(config: Config, accelerator: Accelerator) -> None:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would run without autocast, and fail at the first half-precision tensor
         raise InputError("train.precision: fp16 needs a GPU; a CPU has bf16 and fp32")
-    for field, package in config.needed_packages().items():
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}: {not_installed(package)}")
+    check_installed(config.needed_packages())
 
 
 def pause_at_exit(accelerator: Accelerator) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import LoraConfig, TextModelConfig
 from difftrain_utils.config.preference import PreferenceConfig
+from difftrain_utils.data.encoded import ENTRIES_PER_BATCH
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name, weight_dtype
 from difftrain_utils.errors import InputError, one_line, shorten
@@ -26,7 +27,7 @@ from difftrain_utils.media.media import media_of
 from difftrain_utils.optimization.quantized import frozen_linears, quantized_bytes
 from difftrain_utils.optimization.sharding import num_bytes, units_of
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
-from difftrain_utils.run.activations import Activations, Shapes, count_activations, without_values
+from difftrain_utils.run.activations import Activations, Shapes, count_activations, peak_bytes, without_values
 from difftrain_utils.run.flops import flops_of_shapes, without_checkpointing
 
 MEASURED_AT = 2**16  # elements of the weight that an optimizer's state is measured with
@@ -41,8 +42,8 @@ class Memory:
     """Which step: of what, and on what."""
     held: dict[str, int]
     """What is held, by its name; "activations" is missing where they cannot be counted."""
-    while_caching: dict[str, int]
-    """Frozen parts that are there only while caches are made."""
+    while_caching: int
+    """What is held at most before it, while caches are made; 0: there are none."""
     saved: dict[str, int]
     """By options, what each by itself would save."""
     capacity: int | None
@@ -78,7 +79,7 @@ class Memory:
         if self.is_short:
             lines.append("  it does not fit")
         if self.while_caching:
-            lines.append(_row("before it, while caching", sum(self.while_caching.values())))
+            lines.append(_row("before it, while caching", self.while_caching))
         if self.saved:
             lines.append("each of these by itself would save:")
             ordered = sorted(self.saved.items(), key=lambda option: -option[1])
@@ -92,7 +93,7 @@ def price_of(option: str) -> int:
     """0 for an option that leaves what is trained as it is, 1 for what is slow besides, 2 for what trains otherwise."""
     if option.startswith(("an optimizer", "train.precision", "model.lora")):
         return 2
-    return int(option.startswith(("train.shard_offload", "ema.on_cpu")))
+    return int(option.startswith(("train.shard_offload", "ema.on_cpu", "model.vae")))
 
 
 def _row(name: str, size: int) -> str:
@@ -139,7 +140,7 @@ def plan_memory(
     return Memory(
         f"{number} sample{'s' * (number > 1)} of {size} at a time on {device}",
         held,
-        planner.frozen(config, cached=True),
+        planner.while_caching(config),
         saved,
         torch.cuda.get_device_properties(accelerator.device).total_memory if is_gpu else None,
         planner.uncounted,
@@ -166,7 +167,7 @@ class Planner:
         self.class_path, self.is_text = config.optimizer.class_path, isinstance(config.model, TextModelConfig)
         self.are_pairs = isinstance(config, PreferenceConfig)
         # each once
-        for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of"):
+        for name in ("_denoiser_of", "_count", "_inputs_of", "_family_of", "_encoding_of"):
             setattr(self, name, cache(getattr(self, name)))
 
     def held(self, config: Config) -> dict[str, int]:
@@ -181,7 +182,21 @@ class Planner:
         if (activations := self.activations(config)) is not None:
             held["activations"] = activations
             held["not at the same time"] = -min(self.growing(config, held), activations // 2)
+            if not self.is_text and not config.data.cache_latents:  # before there are any of these
+                at_the_end = self.growing(config, held) + activations + held["not at the same time"]
+                held["VAE's activations beyond them"] = max(0, self.encoding(config) - at_the_end)
         return held
+
+    def while_caching(self, config: Config) -> int:
+        """Bytes held at most while caches are made, one after the other, before there is anything that is trained."""
+        if self.is_text:
+            return 0
+        encoders, others = self.frozen(config, cached=True), sum(self.frozen(config, cached=False).values())
+        if not encoders:
+            return 0
+        of_clips = (self.family.image_part, *self.family.condition_parts)  # which are there at the same time
+        for_latents = sum(encoders.pop(name, 0) for name in of_clips)
+        return others + max(for_latents and for_latents + self.encoding(config), sum(encoders.values()))
 
     def growing(self, config: Config, held: dict[str, int]) -> int:
         """Of what is held, the bytes that there are only at the end of the backward pass, when half the activations at
@@ -303,13 +318,18 @@ class Planner:
             for kind in ("int8", "nf4"):
                 change_lora = dataclasses.replace(lora, quantization=kind)
                 yield f"model.lora.quantization {kind}", change("model", lora=change_lora)
+        if not self.is_text and not data.cache_latents and self.family.image_part:
+            if not config.model.vae_slicing and self.num_images(config) > 1:
+                yield "model.vae_slicing", change("model", vae_slicing=True)
+            if not config.model.vae_tiling and self.family.tile_size is not None:
+                yield "model.vae_tiling", change("model", vae_tiling=True)
         if config.ema.enabled and not config.ema.on_cpu:
             yield "ema.on_cpu", change("ema", on_cpu=True)
         if not self.is_text and not data.cache_latents:
             needed = {} if getattr(data, "center_crop", True) else {"center_crop": True}
             needed |= {"window": "middle"} if getattr(data, "window", None) == "random" else {}
-            names = [f"data.{name}" + ("" if value is True else f" {value}") for name, value in needed.items()]
-            yield " and ".join(["data.cache_latents", *names]), change("data", cache_latents=True, **needed)
+            said = [f"data.{name}" + ("" if value is True else f" {value}") for name, value in needed.items()]
+            yield " and ".join(["data.cache_latents", *said]), change("data", cache_latents=True, **needed)
         if not self.is_text and not data.cache_text:
             yield "data.cache_text", change("data", cache_text=True)
 
@@ -317,6 +337,10 @@ class Planner:
     def dtype(self, config: Config) -> torch.dtype:
         """Its precision."""
         return weight_dtype(config.train.precision or self.accelerator.mixed_precision)
+
+    def moments_dtype(self, config: Config) -> torch.dtype:
+        """Of what the VAE puts out."""
+        return self._family_of(self.dtype(config)).dtype_of(self.family.image_part)
 
     def micro_batch(self, config: Config) -> int:
         """Samples that a process computes at a time."""
@@ -380,7 +404,7 @@ class Planner:
         stays on the disk."""
         sizes = {}
         for name, module in self._family_of(self.dtype(config)).frozen_modules().items():
-            is_image_part = name == self.family.image_part
+            is_image_part = name in (self.family.image_part, *self.family.condition_parts)
             if config.model.offload_text_encoders and not is_image_part:
                 continue
             if cached == (config.data.cache_latents if is_image_part else config.data.cache_text):
@@ -415,6 +439,36 @@ class Planner:
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> Activations:
         with self._shapes_in(dtype):
             return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
+
+    def encoding(self, config: Config) -> int:
+        """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values among
+        them; 0, and `uncounted` says why, where they cannot be counted. Of tiles, one counts."""
+        if self.family.image_part is None:
+            return 0
+        *frames, height, width = size = self.size(config)
+        tile = size
+        if config.model.vae_tiling:
+            tile = (*frames, *map(min, (height, width), self.family.tile_size))
+        try:
+            of_tile = self._encoding_of(tile, self.dtype(config))
+        except Exception as error:  # whatever libraries raise on tensors that have no values
+            self.uncounted = shorten(one_line(error), 100)
+            return 0
+        pixels, of_pixels = 4 * 3 * math.prod(size), 4 * 3 * math.prod(tile)
+        number = self.num_images(config)
+        if config.data.cache_latents:
+            number = 1 if frames else ENTRIES_PER_BATCH
+        return number * pixels + (1 if config.model.vae_slicing else number) * (of_tile - of_pixels)
+
+    def _encoding_of(self, size: tuple[int, ...], dtype: torch.dtype) -> int:
+        """The same of one image, or of one clip: of a long one by shorter ones, since each frame more takes as much as
+        the one before it."""
+        family = self._family_of(dtype)
+        if len(size) == 3 and size[0] > (longer := 4 * family.frame_multiple + 1):
+            shorter = 2 * family.frame_multiple + 1
+            most, less = (self._encoding_of((number, *size[1:]), dtype) for number in (longer, shorter))
+            return most + (size[0] - longer) * (most - less) // (longer - shorter)
+        return peak_bytes(self.shapes, _latents_of, family, size)
 
     def flops(self, config: Config) -> dict[str, int]:
         """FLOPs of a process's part of a batch by what takes them: the denoiser's forward and backward pass, what
@@ -468,7 +522,8 @@ class Planner:
         """The latents and the conditioning of one sample."""
         family = self._family_of(dtype)
         with self.shapes, torch.no_grad():
-            return _latents_of(family, size), family.null_conditioning()
+            given = family.null_first_frames(*size) if len(size) == 3 else {}
+            return _latents_of(family, size), family.null_conditioning() | given
 
     def _family_of(self, dtype: torch.dtype) -> Family:
         return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))

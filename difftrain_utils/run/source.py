@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from difftrain_utils.config.scripts import script_for
-from difftrain_utils.errors import InputError, warn
+from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, warn
 from difftrain_utils.files import local_path
 from difftrain_utils.run.run_folder import (
     BEST_FILE,
@@ -59,6 +59,16 @@ class Source:
 
             return self.path in TEXT_BUILTINS
         return not _has_file(self.path, INDEX_FILE) and _has_file(self.path, MODEL_FILE)
+
+    @property
+    def is_of_video(self) -> bool:
+        """Whether they make videos. Raises InputError if a pipeline does not say what it is."""
+        if self.record is not None:
+            return script_for(["--config", str(self.record / CONFIG_FILE)]) == "train_text_to_video.py"
+        from difftrain_utils.families.load import VIDEO_FAMILIES, read_index
+
+        with blame(self.path, *LOAD_ERRORS):
+            return read_index(self.path, None)[1]["_class_name"] in VIDEO_FAMILIES
 
     @property
     def tells_gap(self) -> bool:

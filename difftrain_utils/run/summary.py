@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.data.clips import ClipBuckets
 from difftrain_utils.data.load import Data
 from difftrain_utils.devices import device_name
 from difftrain_utils.media.media import media_of
@@ -73,10 +74,14 @@ def _data(data: Data, config: Config) -> str:
     names = [section.dataset] if section.sources is None else [source.dataset for source in section.sources]
     rows = f"{'a stream of ' if section.streaming else ''}{media.describe(len(data.rows), section)}"
     held_out = "" if data.validation_rows is None else f" and {len(data.validation_rows)} held out"
-    one_size = media.describe_size(section)
-    size = one_size if data.buckets is None else f"{len(data.buckets.sizes)} sizes of about {one_size}"
+    size = f", {media.describe_size(section)}"
+    if isinstance(data.buckets, ClipBuckets):
+        size = f" {data.buckets.describe_sizes()}"
+    elif data.buckets is not None:
+        number = len(data.buckets.sizes)
+        size = f", {number} size{'s' * (number > 1)} of about {media.describe_size(section)}"
     cached = [name for name in ("latents", "text") if getattr(section, f"cache_{name}", False)]
-    return f"{', '.join(map(str, names))}: {rows}{held_out}, {size}" + (
+    return f"{', '.join(map(str, names))}: {rows}{held_out}{size}" + (
         f"; cached: {' and '.join(cached)}" if cached else ""
     )
 
@@ -95,7 +100,9 @@ def _steps(data: Data, checkpoint: Path | None, config: Config) -> str:
     start = 0 if checkpoint is None else step_of(checkpoint.resolve().name) or 0
     steps = f"{config.train.max_steps}" if not start else f"{start} to {config.train.max_steps}"
     epochs = config.train.max_steps * config.train.batch_size / data.samples_per_epoch
-    return f"{steps}, {epochs:.3g} epochs of {data.samples_per_epoch} samples"
+    left_out = 0 if data.buckets is None else len(data.rows) - data.samples_per_epoch
+    why = f"; each leaves out {left_out} of {len(data.rows)} {media_of(config.data).NOUN}, which make no whole batch"
+    return f"{steps}, {epochs:.3g} epochs of {data.samples_per_epoch} samples{why if left_out > 0 else ''}"
 
 
 def _device(accelerator: Accelerator, config: Config) -> str:

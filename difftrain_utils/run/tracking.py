@@ -1,6 +1,7 @@
 """metrics.jsonl, and accelerate's trackers beside it."""
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable
@@ -11,13 +12,16 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, not_installed, one_line, warn, writing
 from difftrain_utils.files import write_file
+from difftrain_utils.media.video import Clip
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import METRICS_FILE, TRACKERS
+
+LARGEST_GIF = 640  # pixels of its longer side: it takes much room
 
 
 def check_trackers(report_to: str | list[str] | None) -> list[str]:
@@ -77,6 +81,17 @@ class Metrics:
         self.accelerator.trackers.clear()
 
 
+def log_samples(
+    accelerator: Accelerator, step: int, name: str, made: list[Image.Image] | list[Clip], path: Path
+) -> None:
+    """Show images of one size, or the files of clips that `media.video.save` has written at `path`, in the trackers
+    that show them. To be called by the main process alone."""
+    if isinstance(made[0], Clip):
+        log_clips(accelerator, step, name, path)
+    else:
+        log_images(accelerator, step, name, made)
+
+
 def log_images(accelerator: Accelerator, step: int, name: str, images: list[Image.Image]) -> None:
     """Show images of one size in the trackers that show images. To be called by the main process alone."""
 
@@ -97,6 +112,46 @@ def log_images(accelerator: Accelerator, step: int, name: str, images: list[Imag
                 mlflow.log_image(image, key=f"{name}-{i}", step=step)
 
     _each_tracker(accelerator, show)
+
+
+def log_clips(accelerator: Accelerator, step: int, name: str, path: Path) -> None:
+    """Show the grid of clips that lies at `path` with the endings .webp and, perhaps, .mp4, in the trackers that show
+    videos. Of a file none of them asks for moviepy."""
+    video, picture = path.with_suffix(".mp4"), path.with_suffix(".webp")
+
+    def show(tracker: GeneralTracker) -> None:
+        if tracker.name == "tensorboard":  # it has no videos, and pictures that move as GIF alone
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            content, (width, height) = as_gif(picture)
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            tracker.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        elif not video.exists():
+            return
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Video(str(video), format="mp4")}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Video(video)}, step=step)
+        elif tracker.name == "mlflow":
+            tracker.log_artifact(str(video), artifact_path=name)
+
+    _each_tracker(accelerator, show)
+
+
+def as_gif(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """A picture that moves as GIF, of 256 colours and at most `LARGEST_GIF` pixels wide and high, and its width and
+    height."""
+    with Image.open(path) as picture:
+        frames = ImageSequence.all_frames(picture)
+    for frame in frames:
+        frame.thumbnail((LARGEST_GIF, LARGEST_GIF))
+    buffer, durations = io.BytesIO(), [frame.info["duration"] for frame in frames]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return buffer.getvalue(), frames[0].size
 
 
 def _options(folder: Path, run_name: str, global_step: int) -> dict[str, dict[str, Any]]:

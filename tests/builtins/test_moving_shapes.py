@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
+from diffusers import WanPipeline
 from PIL import Image
 
+from difftrain_utils.builtins.checkpoints import HERE, builtin_checkpoint
 from difftrain_utils.builtins.moving_shapes import (
     DIRECTIONS,
     LONGER,
@@ -12,6 +15,7 @@ from difftrain_utils.builtins.moving_shapes import (
     judge_clip,
 )
 from difftrain_utils.builtins.shapes import PROMPTS
+from difftrain_utils.builtins.tiny_moving_shapes.make import draw_clips, make_vae
 from difftrain_utils.media.video import Row, read_frames
 
 NUM_FRAMES = 9
@@ -71,3 +75,41 @@ def test_the_judge_asks_of_nearly_all_frames_what_they_show(clips):
     assert judge_clip([*frames[:6], *[Image.fromarray(noise)] * 3])[:2] == (None, None)
     assert judge_clip([Image.new("RGB", (32, 32))] * NUM_FRAMES) == (None, None, None)
     assert direction in DIRECTIONS
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanPipeline:
+    return WanPipeline.from_pretrained(builtin_checkpoint("builtin:tiny-moving-shapes"))
+
+
+@torch.no_grad()
+def test_the_vae_keeps_what_was_drawn(pipeline):
+    """Of clips that it was not trained on, and of longer ones; its latents are of the size that noise has."""
+    indices, vae = range(0, 72, 3), pipeline.vae
+    latents = vae.encode(draw_clips(indices)).latent_dist.mode()
+    decoded = pipeline.video_processor.postprocess_video(vae.decode(latents).sample, output_type="pil")
+    assert latents.shape == (24, 16, 3, 6, 6)
+    assert count_right(decoded, [MOVING[index] for index in indices]) >= 22
+    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    normal = ((latents - mean) / std).transpose(0, 1).flatten(1)
+    assert normal.mean(1).abs().max() < 0.25 and (normal.std(1) - 1).abs().max() < 0.25
+
+
+def test_the_vae_is_what_its_script_makes_and_small(pipeline):
+    made, measured = dict(make_vae().config), {"latents_mean", "latents_std"}
+    same = {name: value for name, value in made.items() if not name.startswith("_")}.keys() - measured
+    assert {name: pipeline.vae.config[name] for name in same} == {name: made[name] for name in same}
+    assert (HERE / "tiny_moving_shapes/diffusion_pytorch_model.safetensors").stat().st_size < 1e6
+
+
+@torch.no_grad()
+def test_the_checkpoint_tells_all_captions_apart(pipeline):
+    """Each word is one token, and its state tells it from others whatever stands around it."""
+    tokens = [pipeline.tokenizer(caption).input_ids for caption in MOVING]
+    assert len(set(map(tuple, tokens))) == len(MOVING) and {*map(len, tokens)} == {len(MOVING[0].split()) + 1}
+    embeds, _ = pipeline.encode_prompt(MOVING, do_classifier_free_guidance=False, max_sequence_length=8)
+    for place, words in ((1, 6), (2, 3), (4, 4)):
+        distances = torch.cdist(embeds[:, place], embeds[:, place])
+        word = np.array([caption.split()[place] for caption in MOVING])
+        is_other = torch.tensor(word[:, None] != word)
+        assert len(set(word)) == words and distances[is_other].min() > distances[~is_other].max()

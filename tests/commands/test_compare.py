@@ -477,6 +477,14 @@ def test_unfair_comparisons(tmp_path, capsys, second, warning):
     assert f"unfair: {warning}" in capsys.readouterr().out.splitlines()
 
 
+def test_two_experts_are_judged_at_other_noise_levels(tmp_path):
+    """Each is the denoiser of one run and a frozen part of the other."""
+    experts = ("transformer", "transformer_2")
+    digests = {f"base_model.sha256.{name}": name[-1] * 64 for name in experts}
+    folders = [write_run(tmp_path / name, manifest=digests | {"base_model.denoiser": name}) for name in experts]
+    assert unfair(load_runs(folders))[0].startswith("unfair: different base model")
+
+
 def test_more_steps_of_smaller_batches_are_as_many_samples(tmp_path):
     metrics = [{"step": 20, "loss": 1.0}]
     runs = pair(tmp_path, config={"train.batch_size": 16, "train.max_steps": 20}, metrics=metrics)

@@ -1,22 +1,29 @@
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
+import av
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
+from diffusers import DiffusionPipeline, LTXImageToVideoPipeline, StableDiffusionPAGPipeline
 from helpers import options, parse_config, short_options, train
 from PIL import Image
 
+from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.commands import posthoc_ema
 from difftrain_utils.commands.drawing import Loaded, Settings, check, own_precision
-from difftrain_utils.commands.generate import main
+from difftrain_utils.commands.generate import main, parse_arguments, settings_of
+from difftrain_utils.config import command_line
 from difftrain_utils.config.data import DataConfig
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.data.rows import map_rows, read_captions
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import describe_family, load_family
+from difftrain_utils.media import video
+from difftrain_utils.run.run_folder import CONFIG_FILE
 from difftrain_utils.run.source import Source, find_sources
 
 FEW = {"evaluation.num_inference_steps": 2, "evaluation.guidance_scale": 3.0, "optimizer.init_args.lr": 0.01}
@@ -366,3 +373,90 @@ def test_guidance_at_some_noise_levels_and_by_a_weaker_model(run, draw, tmp_path
         draw(run, prompt, "--guidance", 1, "--guidance-interval", 0, 1)
     with pytest.raises(InputError, match=r"^--guidance-interval: must be START STOP with 0 <= START < STOP <= 1, got"):
         draw(run, prompt, "--guidance-interval", 1, 0)
+
+
+CLIP = {"num_frames": 5, "height": 32, "width": 64}
+
+
+def test_clips_are_those_of_plain_diffusers(tmp_path, monkeypatch):
+    """And a file of them has their frames and says what they were drawn of, but for WebP."""
+    argv = ["builtin:tiny-ltx", "a red circle", "--steps", "2", "--guidance", "1", "--device", "cpu", "--fps", "8"]
+    argv += [str(word) for name, value in CLIP.items() for word in (f"--{name.replace('_', '-')}", value)]
+    plain = DiffusionPipeline.from_pretrained(builtin_checkpoint("builtin:tiny-ltx"))
+    plain.transformer = load_family(parse_video("builtin:tiny-ltx")).load_denoiser()
+    drawn, write = [], video.write_clip
+    monkeypatch.setattr(video, "write_clip", lambda clip, *rest: drawn.append(clip) or write(clip, *rest))
+    for name in ("clip.mp4", "clips.webp", "folder"):
+        main([*argv, "--output", str(tmp_path / name), *(["--seed", "0", "1"] if name != "clip.mp4" else [])])
+    one, both, first, second = drawn
+    asked = {"num_inference_steps": 2, "guidance_scale": 1.0, "frame_rate": 8, "output_type": "pil"}
+    for seed, clip in ((0, one), (0, first), (1, second)):
+        expected = plain("a red circle", **CLIP, **asked, generator=torch.Generator().manual_seed(seed)).frames[0]
+        assert clip.fps == 8 and [f.tobytes() for f in clip.frames] == [f.tobytes() for f in expected]
+    assert len(both.frames) == 5 and both.frames[0].width > 2 * 128
+    for path in (tmp_path / "clip.mp4", tmp_path / "folder/00001.mp4"):
+        row = video.Row(path.name, {"bytes": path.read_bytes(), "path": None}, "a red circle")
+        assert video.read_header(row)[1:3] == (32, 64) and len(list(video.read_frames(row, 0.0, 5, 8.0))) == 5
+    with av.open(str(tmp_path / "clip.mp4")) as file:
+        said = json.loads(file.metadata["comment"])
+    assert said["prompt"] == "a red circle" and said["seed"] == "0" and said["frames"] == "5"
+    with Image.open(tmp_path / "clips.webp") as grid:
+        assert grid.n_frames == 5
+    lines = [json.loads(line) for line in (tmp_path / "folder/metadata.jsonl").read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == ["00000.mp4", "00001.mp4"]
+
+
+def test_clips_are_of_the_runs_size(tmp_path):
+    config = parse_video("builtin:tiny-wan", {"data.fps": 12})
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    source = Source("pipeline", "builtin:tiny-wan", tmp_path)
+    settings = settings_of(parse_arguments(["RUN", "--height", "64"]), source)
+    assert {name: settings[name] for name in (*CLIP, "fps")} == CLIP | {"height": 64, "fps": 12}
+
+
+def parse_video(name: str, fields: dict | None = None) -> TextToVideoConfig:
+    size = {f"data.{field}": value for field, value in CLIP.items()}
+    argv = {"model.pretrained_model_name_or_path": name, "data.dataset": "builtin:moving-shapes"} | size
+    return command_line.parse_config(TextToVideoConfig, options(argv | (fields or {})))
+
+
+def test_an_image_that_a_pipeline_would_not_look_at_is_refused():
+    family = load_family(parse_video("builtin:tiny-ltx", {"noise.frame_correlation": "mixed"}))
+    loaded = Loaded(family, family.pipeline(family.load_denoiser()))
+    with pytest.raises(InputError, match=r"^--first-frame: a LTXImageToVideoPipeline takes none with the noise of"):
+        check(loaded, ["a"], Settings(first_frame=Image.new("RGB", (32, 32))))
+
+
+def test_a_clip_begins_with_the_image_that_is_given(tmp_path, monkeypatch):
+    image = Image.effect_noise((64, 32), 64).convert("RGB")
+    image.save(tmp_path / "first.png")
+    argv = ["builtin:tiny-ltx", "a red circle", "--steps", "2", "--guidance", "1", "--device", "cpu", "--fps", "8"]
+    argv += [str(word) for name, value in CLIP.items() for word in (f"--{name.replace('_', '-')}", value)]
+    drawn = []
+    monkeypatch.setattr(video, "write_clip", lambda clip, *rest: drawn.append(clip))
+    main([*argv, "--first-frame", str(tmp_path / "first.png"), "--output", str(tmp_path / "clip.mp4")])
+    plain = LTXImageToVideoPipeline.from_pretrained(builtin_checkpoint("builtin:tiny-ltx"))
+    plain.transformer = load_family(parse_video("builtin:tiny-ltx")).load_denoiser()
+    asked = {"num_inference_steps": 2, "guidance_scale": 1.0, "frame_rate": 8, "output_type": "pil"}
+    generator = torch.Generator().manual_seed(0)
+    expected = plain(image, "a red circle", **CLIP, **asked, generator=generator).frames[0]
+    assert [frame.tobytes() for frame in drawn[0].frames] == [frame.tobytes() for frame in expected]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["builtin:tiny-wan", "a", "--num-frames", "8"], r"--num-frames: .* takes 4 n \+ 1 frames, .*, got 8"),
+        (["builtin:tiny-wan", "a", "--output", "a.png"], "--output: must end in .mp4 or .webp or be a folder"),
+        (["builtin:tiny-wan", "a", "--height", "32"], "--width: needed beside the other, no run says it"),
+        (["builtin:tiny-wan", "a", "--fps", "0"], "--fps: must be above 0 and at most 1000, got 0"),
+        (["builtin:tiny-wan-i2v", "a"], "--first-frame: a WanImageToVideoPipeline makes clips of an image: give one"),
+        (["builtin:tiny-wan", "a", "--first-frame", __file__], "--first-frame: .*: not an image that Pillow knows"),
+        (["builtin:tiny-dit", "a", "--num-frames", "5"], "--num-frames: builtin:tiny-dit draws pictures, which have"),
+    ],
+)
+def test_what_clips_cannot_be_is_refused(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        main([*argv, "--device", "cpu"])
+    assert not any(tmp_path.iterdir())

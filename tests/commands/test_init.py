@@ -47,7 +47,8 @@ def test_a_wheel_has_all_modules_and_the_scripts(installed):
     here |= {f"difftrain_utils/starter/{path.relative_to(ROOT)}" for path in starter}
     assert here - names == set()
     added = {name for name in names if name.startswith("difftrain_utils/") and name not in here}
-    assert all("/tiny_stable_diffusion/" in name or "/tiny_scenes/" in name for name in added)  # built-in checkpoints
+    shipped = ("/tiny_stable_diffusion/", "/tiny_scenes/", "/tiny_moving_shapes/")  # built-in checkpoints
+    assert all(any(folder in name for folder in shipped) for name in added)
 
 
 @pytest.mark.slow

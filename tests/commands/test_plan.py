@@ -10,7 +10,10 @@ import pytest
 from helpers import CACHES, ROOT, last_wins, launch, launch_several, options, parse_config
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
+from difftrain_utils.builtins.tiny.parts import WIDTH
 from difftrain_utils.commands import plan
+from difftrain_utils.config import command_line
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.run.estimate import Machines
 from difftrain_utils.run.gpus import GPUS
@@ -162,3 +165,33 @@ def test_the_memory_is_that_of_a_step(short_run, no_options, name, number, field
     (most,) = (int(line) for line in result.stdout.splitlines() if line.isdigit())
     found = plan_of([*argv, *H100, "--gpus", str(number)])
     assert found.estimate.total == pytest.approx(most, rel=0.1)
+
+
+def test_videos_that_are_not_here(tmp_path, no_options):
+    """In all the buckets that are asked for, of which the largest counts."""
+    folder = tmp_path / "configs alone"
+    shutil.copytree(builtin_checkpoint("builtin:tiny-wan"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    fields = {"model.pretrained_model_name_or_path": folder, "data.dataset": "somebody/videos", "train.batch_size": 2}
+    fields |= {"data.num_frames": 9, "data.height": 32, "data.width": 48, "train.precision": "bf16"}
+    fields |= {"data.cache_latents": True, "data.cache_text": True, "data.center_crop": True, "data.window": "middle"}
+
+    def plan_of_videos(**more):
+        args, argv = plan.parse_arguments([*options(fields | more), *H100, "--gpus", "1"])
+        return plan.make_plan(args, command_line.parse_config(TextToVideoConfig, argv))
+
+    planned = plan_of_videos()
+    found = planned.to_json()
+    vae = sum(4 * p.numel() for p in planned.planner.family.part("vae").parameters())  # in float32, always
+    latents, text = 2 * 4 * (4 * 3 * 4 * 6), (2 * WIDTH + 1) * planned.planner.family.text_length  # and the mask
+    assert found["data"]["rows"] is None and found["memory_while_caching"] > vae
+    assert planned.estimate.reading.cached == latents + text
+    assert "2 samples of 9 frames of 48x32 = 1 GPU" in " ".join(str(planned).split())
+    several = plan_of_videos(**{"data.buckets": [[1, 64, 64], [17, 32, 32]]})
+    assert "17 frames of 32x32, the largest bucket" in " ".join(str(several).split())
+    for more, message in (
+        ({"data.num_frames": 8}, r"data.num_frames: .* takes 4 n \+ 1 frames"),
+        ({"data.height": 40}, "data.height: .* needs a multiple of 16, got 40 x 48"),
+        ({"data.buckets": [[8, 32, 32]]}, r"data.buckets: .* takes 4 n \+ 1 frames"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan_of_videos(**more)

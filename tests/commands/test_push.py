@@ -15,7 +15,7 @@ import yaml
 from helpers import options, short_options, train
 
 from difftrain_utils.commands import export
-from difftrain_utils.commands.push import main
+from difftrain_utils.commands.push import KINDS, main
 from difftrain_utils.errors import InputError, RunError
 
 TOKEN = "hf_" + "Abcdefghij" * 3
@@ -282,3 +282,29 @@ def test_what_is_no_finished_run_is_refused(run, tmp_path):
     (unfinished / "run_manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"unfinished/run_manifest.json: "):
         main([str(unfinished), "me/shapes"])
+
+
+def test_the_card_of_videos(tmp_path):
+    evaluation = {"prompts": ["a red circle"], "first_frames": [], "num_inference_steps": 20, "guidance_scale": 3.0}
+    data = {"default_caption": None, "num_frames": 9, "height": 32, "width": 48, "fps": 8.0}
+    model = {"first_frame_probability": 0.0, "max_sequence_length": 16}
+    config = {"model": model, "data": data, "evaluation": evaluation}
+
+    def kind_of(*files: str):
+        return KINDS["train_text_to_video.py"](tmp_path, "me/clips", config, "a/base", dict.fromkeys(files, b""))
+
+    kind = kind_of()
+    assert kind.task == "text-to-video" and "load_lora_weights" in kind.usage[5]
+    asked = 'prompt="a red circle", num_inference_steps=20, guidance_scale=3.0, num_frames=9, height=32, width=48'
+    call = f"frames = pipeline({asked}, max_sequence_length=16).frames[0]"
+    assert kind.usage[-3:] == [call, 'export_to_video(frames, "clip.mp4", fps=8)', "```"]
+    evaluation["first_frames"] = ["first.png"]
+    kind, image = kind_of(), 'image=load_image("first_frame.png"), '
+    assert kind.task == "image-to-video" and kind.usage[-3] == call.replace("(", f"({image}", 1)
+    model["first_frame_probability"] = 0.5
+    assert kind_of().task == "text-to-video", "adapters of a base that does without, too"
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    kind = kind_of("model_index.json")
+    assert kind.task == "image-to-video" and "LTXImageToVideoPipeline.from_pretrained" in kind.usage[4]
+    assert "import export_to_video, load_image" in kind.usage[2] and "frame_rate=8)" in kind.usage[-3]

@@ -8,14 +8,15 @@ import threading
 from contextlib import contextmanager
 from hashlib import sha256
 from http.client import HTTPConnection
+from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from test_compare import seeds, write_run
 
 from difftrain_utils.commands import report
-from difftrain_utils.commands.compare import load_runs
+from difftrain_utils.commands.compare import last_sample, load_runs
 from difftrain_utils.commands.report import (
     MAX_NUMBERS,
     PAGE,
@@ -139,6 +140,31 @@ def test_grids_fit_the_page_and_the_first_and_last_are_there(tmp_path, monkeypat
     data = data_of(page)
     assert [grid["step"] for grid in data["grids"]] == [10, 40, 70, 100] and len(page) < size + 75_000
     assert data["grids_note"].startswith("4 of 10 grids are in this page; the others are in the runs' folders. 4 are")
+
+
+def test_grids_that_move_keep_moving_with_fewer_frames(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a")
+    (run / "samples").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 96, 3), np.uint8)
+    first, *others = (Image.fromarray(frame) for frame in noise)
+    for step in (20, 40):
+        path = run / "samples" / f"step-{step:06d}.webp"
+        first.save(path, save_all=True, append_images=others, duration=[62, 63] * 24, loop=0)
+        path.with_suffix(".mp4").write_bytes(b"the same for players")
+    size = len(static_page(load_runs([write_run(tmp_path / "b")])))
+    monkeypatch.setattr(report, "MAX_PAGE", size + 100_000)
+    runs = load_runs([run])
+    page = static_page(runs)
+    data = data_of(page)
+    assert [grid["step"] for grid in data["grids"]] == [20, 40] and len(page) < size + 105_000
+    assert data["grids_note"] == "2 are shown smaller, or with fewer frames, than they are there."
+    for source in (data["grids"][1]["source"], re.findall('src="(data:image/webp[^"]*)', last_sample(runs[0]))[0]):
+        with Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+            frames = ImageSequence.all_frames(picture)
+        assert len(frames) in (12, 48) and sum(frame.info["duration"] for frame in frames) == 3000
+    with served(run) as ask:
+        (_, grid) = json.loads(ask("/data.json")[1])["grids"]
+        assert ask("/" + grid["source"]) == (200, (run / "samples/step-000040.webp").read_bytes())
 
 
 def test_a_damaged_grid_is_named(tmp_path):

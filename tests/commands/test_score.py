@@ -54,7 +54,7 @@ def test_the_scores_of_a_folder(folders, networks_folder, tmp_path, capsys):
     assert scores["kid"] == pytest.approx(kernel_distance(*features), rel=1e-3)
     assert scores["coverage"] == neighbours(*features).coverage
     assert found["scores"]["fid"]["error"] > 0 and scores["fid_infinity"] < scores["fid"] and "cmmd" in scores
-    assert found["note"] == "fid and fid_infinity are unreliable: 18 images for 16 features, of which they need 32"
+    assert found["note"] == "fid and fid_infinity are unreliable: 18 images for 16 features; it takes 32"
     assert found["note"] in printed
     captions = [draw_scene(i, 32)[1] for i in range(18)]
     model, pixels = CLIPModel.from_pretrained(clip).eval(), processor(drawn, return_tensors="pt")["pixel_values"]

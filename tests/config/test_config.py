@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, options, parse_config, train, train_preference
+from helpers import ROOT, options, parse_config, train, train_preference, train_video
 
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import RENAMED, field_names
@@ -372,6 +372,8 @@ TINY = {
     "zimage_lora": "tiny-zimage",
     "qwen_image_lora": "tiny-qwen-image",
     "sd35_finetune": "tiny-sd3",
+    "wan21_lora": "tiny-wan",
+    "ltx_lora": "tiny-ltx",
     "emoji": "tiny-pixel",
     "quickstart_lora": "tiny-stable-diffusion",
     "quickstart_preference": "tiny-stable-diffusion",
@@ -404,9 +406,14 @@ def test_the_configs_of_checkpoints_that_are_not_built_in_run(name, image_folder
         "evaluation.num_inference_steps": 2,
     }
     sections = yaml.safe_load(config.read_text())
+    is_video = "num_frames" in sections["data"]
+    if is_video:
+        del fields["data.resolution"]
+        fields |= {"data.num_frames": 9, "data.height": 32, "data.width": 32}
     if not sections["data"].get("dataset", "builtin:").startswith("builtin:"):
-        fields["data.dataset"] = image_folder
-    start = train_preference if "preference" in sections else train
+        fields["data.dataset"] = "builtin:moving-shapes" if is_video else image_folder
+    start = train_video if is_video else train_preference if "preference" in sections else train
     run = start(["--config", str(config), *options(fields)])
     is_lora = "lora" in sections["model"]
-    assert (run / "samples/step-000002.png").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()
+    ending = "mp4" if is_video else "png"
+    assert (run / f"samples/step-000002.{ending}").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()

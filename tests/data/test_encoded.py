@@ -468,6 +468,7 @@ class TestKey:
             ("data.image_interpolation", "box", {"latents"}),
             ("train.channels_last", True, {"latents"}),
             ("model.vae_slicing", True, {"latents"}),
+            ("model.vae_tiling", True, {"latents"}),
         ],
     )
     def test_it_changes_with_transforms(self, cached_run, name, value, changed):

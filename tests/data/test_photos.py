@@ -234,7 +234,7 @@ class TestRepeats:
 
     def test_images_outside_are_refused(self, config):
         write(Path(config.dataset), {"sample/a.png": 1})
-        with pytest.raises(InputError, match=r"photos/sample/a.png: an image outside of the folders <repeats>_<words>"):
+        with pytest.raises(InputError, match=r"photos/sample/a.png: outside of the folders <repeats>_<words>"):
             map_rows(config)
 
     def test_no_repeats_are_refused(self, config):

@@ -38,7 +38,7 @@ def family_of(short_run: list[str], name: str, **fields):
 def draw(family, denoiser: torch.nn.Module, weaker: torch.nn.Module | None = None, **fields) -> np.ndarray:
     """The pixels of two pictures, two times: a pipeline may be called again."""
     config = EvaluationConfig(num_inference_steps=3, guidance_scale=4.0)
-    images = generate(family, denoiser, dataclasses.replace(config, **fields), 32, PROMPTS, [0, 1], weaker)
+    images = generate(family, denoiser, dataclasses.replace(config, **fields), (32, 32), PROMPTS, [0, 1], weaker)
     return np.stack([np.asarray(image, np.int32) for image in images])
 
 

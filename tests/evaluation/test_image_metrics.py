@@ -74,7 +74,7 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
     real = pt_to_pil(squares)
     assert np.array_equal(np.asarray(real[0]), ((squares[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
     captions = [row.captions for row in rows]
-    generated = generate(family, denoiser, config.evaluation, 32, captions, range(3))
+    generated = generate(family, denoiser, config.evaluation, (32, 32), captions, range(3))
     vit = ViTModel.from_pretrained(networks_folder / "vit").eval()
     processor = CLIPImageProcessor.from_pretrained(networks_folder / "vit")
     features = [vit(**processor(images, return_tensors="pt")).pooler_output.double() for images in (real, generated)]
@@ -95,7 +95,7 @@ def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
 
     assert got["clip_score"] == pytest.approx(clip_score(generated), rel=1e-4) and got["clip_score"] > 1
 
-    def perfect(denoiser, prompts, **_):  # draws the held-out images
+    def perfect(denoiser, prompts, *_, **__):  # draws the held-out images
         return [real[captions.index(prompt)] for prompt in prompts]
 
     with torch.autocast("cpu", torch.bfloat16):  # as in a bf16 run: the networks stay in float32
@@ -114,8 +114,8 @@ def test_a_run_logs_them_resumes_exactly_and_is_otherwise_the_same(measured_run,
     pipeline = DiffusionPipeline.from_pretrained(run / "pipeline")  # the EMA weights after the last step
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(denoiser, prompts, generators, **options):  # with plain diffusers
-        return pipeline(prompts, generator=generators, **options).images
+    def draw(denoiser, prompts, height, width, generators, **options):  # with plain diffusers
+        return pipeline(prompts, height, width, generator=generators, **options).images
 
     networks, family = load_metric_networks(config, held_out, torch.device("cpu")), SimpleNamespace(generate=draw)
     for name, value in image_metrics(Accelerator(), networks, family, None, held_out, config).items():
@@ -150,7 +150,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("field", ["fid_features", "clip_score_model"])
     def test_without_held_out_images(self, short_run, field):
-        with pytest.raises(InputError, match=rf"evaluation.{field}: needs held-out images: data.validation_split"):
+        with pytest.raises(InputError, match=rf"evaluation.{field}: needs held-out data: data.validation_split"):
             parse_config([*short_run, f"--evaluation.{field}", "some/network"])
 
     def test_one_image(self, measured_run):

@@ -30,7 +30,7 @@ def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(
     def pictures(**fields) -> list[np.ndarray]:
         torch.manual_seed(len(fields))
         config = EvaluationConfig(num_inference_steps=3, **fields)
-        return [np.asarray(image) for image in generate(family, denoiser, config, 32, prompts, range(3))]
+        return [np.asarray(image) for image in generate(family, denoiser, config, (32, 32), prompts, range(3))]
 
     together, apart = pictures(), pictures(batch_size=2)
     assert len(together) == 3 and together[0].shape == (32, 32, 3)
@@ -123,6 +123,19 @@ class TestValidationLoss:
             alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
             bins = (torch.atan2(sigmas, alphas) / (torch.pi / 2) * 8).floor()
             assert (bins == torch.arange(800) % 8).float().mean() > 0.97
+
+    @pytest.mark.parametrize("noise_range", [(0.9, 1.0), (0.0, 0.9)])
+    def test_they_are_those_that_the_model_is_used_at(self, noise_range):
+        """And as equally spread there."""
+        schedulers = (DDPMScheduler(beta_schedule="squaredcos_cap_v2"), FlowMatchEulerDiscreteScheduler())
+        for schedule in (*map(Schedule.of, schedulers), Schedule("cosine", "v_prediction")):
+            timesteps = validation_timesteps(EvaluationConfig(), schedule, range(800), noise_range)
+            low, high = (1000 * fraction for fraction in noise_range)
+            assert timesteps.min() >= low and timesteps.max() < high
+            alphas, sigmas = schedule.alphas_and_sigmas(timesteps)
+            angles = torch.atan2(sigmas, alphas).view(-1, 8).mean(0)
+            torch.testing.assert_close(angles.diff(), angles.diff().mean().expand(7), rtol=0.2, atol=0)
+            assert timesteps.min() < low + 20 and timesteps.max() > high - 20
 
     def test_masked_parts_do_not_count(self, checkpoint_folder, image_folder, tmp_path):
         """A model whose prediction is 0: the loss is that of the target, which a mask of the left half halves."""

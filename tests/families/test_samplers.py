@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -63,6 +65,7 @@ def exact_samples(schedule: Schedule, sampler, steps: int, mean: torch.Tensor, s
         ("linear", "sample", {"sampler": "UniPCMultistepScheduler"}),
         ("linear", "flow_prediction", {"flow_shift": 2.0}),
         ("cosine", "v_prediction", {"sampler": "DDIMScheduler"}),
+        ("cosine", "v_prediction", {"sampler": "CogVideoXDDIMScheduler"}),
         ("cosine", "epsilon", {"sampler": "EulerDiscreteScheduler"}),
         ("cosine", "sample", {"num_train_timesteps": 500}),
     ],
@@ -127,6 +130,15 @@ def test_more_inference_steps_than_there_are_timesteps_are_refused():
     with pytest.raises(InputError, match=message):
         build(num_train_timesteps=10, evaluation=evaluation)
     assert build(num_train_timesteps=25, evaluation=evaluation)
+
+
+def test_one_step_that_ends_where_it_begins_is_refused_in_one_line(recwarn):
+    own = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)  # LTX-Video's: of one step it makes 0 / 0
+    message = r"^evaluation.num_inference_steps: FlowMatchEulerDiscreteScheduler refuses 1: its timesteps are not fin"
+    with pytest.raises(InputError, match=message):
+        one = EvaluationConfig(prompts=["a"], num_inference_steps=1)
+        build(checkpoint=own, has_init_noise_sigma=False, evaluation=one)
+    assert not recwarn.list
 
 
 def test_the_checkpoints_schedule_is_kept():
@@ -282,3 +294,31 @@ def test_the_checkpoints_own_sampler_named_once_more_is_still_its_own(checkpoint
     assert type(sampler) is type(checkpoint)
     own, kept = ({k: v for k, v in s.config.items() if not k.startswith("_")} for s in (checkpoint, sampler))
     assert kept == own
+
+
+COGVIDEOX = (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)
+
+
+@pytest.mark.parametrize("own", COGVIDEOX)
+@pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
+def test_cogvideox_trains_on_the_noise_levels_of_its_samplers(own, snr_shift_scale):
+    """Which shift signal-to-noise ratios and then end in pure noise; exactly, and either of them samples it."""
+    checkpoint = own(
+        prediction_type="v_prediction",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=snr_shift_scale,
+    )
+    schedule, sampler = build(checkpoint=checkpoint)
+    assert type(sampler) is own and sampler.to_json_string() == checkpoint.to_json_string()
+    assert torch.equal(schedule.alphas_cumprod, checkpoint.alphas_cumprod.float()) and schedule.has_zero_terminal_snr
+    latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
+    assert torch.equal(schedule.add_noise(latents, noise, timesteps), checkpoint.add_noise(latents, noise, timesteps))
+    assert torch.equal(schedule.target(latents, noise, timesteps), checkpoint.get_velocity(latents, noise, timesteps))
+    for other in COGVIDEOX:
+        again, sampler = build(checkpoint=checkpoint, sampler=other.__name__)
+        assert type(sampler) is other and torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
+    if snr_shift_scale != 1:
+        with pytest.raises(InputError, match=r"DDIMScheduler does not know .*; try CogVideoXDDIMScheduler$"):
+            build(checkpoint=checkpoint, sampler="DDIMScheduler")

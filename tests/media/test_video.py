@@ -14,6 +14,7 @@ from difftrain_utils.errors import RowError
 from difftrain_utils.media import image
 from difftrain_utils.media.video import (
     FOR_BROWSERS,
+    FROM_RGB,
     LOSSLESS,
     MIDDLE,
     Clip,
@@ -21,6 +22,7 @@ from difftrain_utils.media.video import (
     Row,
     check,
     find_problems,
+    no_mp4,
     place,
     read,
     read_frames,
@@ -30,6 +32,7 @@ from difftrain_utils.media.video import (
 )
 
 FILM = Fraction(24000, 1001)
+OPEN_GROUPS = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0"}
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 48}
 CONFIG = VideoDataConfig("memory", **FIELDS)
 
@@ -59,19 +62,24 @@ def numbers(row: Row, start: float, num_frames: int, fps: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("format", "codec", "pix_fmt"),
+    ("format", "codec", "pix_fmt", "options"),
     [
-        ("mp4", "libx264", "yuv420p"),
-        ("matroska", "libx264", "yuv420p"),
-        ("webm", "libvpx-vp9", "yuv420p"),
-        ("mpegts", "libx264", "yuv420p"),
-        ("avi", "ffv1", "bgr0"),
+        ("mp4", "libx264", "yuv420p", {}),
+        ("mp4", "libx264", "yuv420p", OPEN_GROUPS),
+        ("matroska", "libx264", "yuv420p", {}),
+        ("webm", "libvpx-vp9", "yuv420p", {}),
+        ("mpegts", "libx264", "yuv420p", {}),
+        ("flv", "libx264", "yuv420p", {}),
+        ("avi", "ffv1", "bgr0", {}),
+        ("avi", "mpeg4", "yuv420p", {"bf": "2", "qmin": "1", "qmax": "1"}),
+        ("avi", "libx264", "yuv420p", {}),
     ],
 )
-def test_windows_are_exact_to_the_frame(format, codec, pix_fmt):
-    """Also where times are rounded, keyframes are few, or an index leads to one that is too late."""
+def test_windows_are_exact_to_the_frame(format, codec, pix_fmt, options):
+    """Also where times are rounded, keyframes are few, an index leads to one that is too late or begins after the first
+    frame, and frames are stored in another order."""
     frames = [numbered(number) for number in range(50)]
-    content = video(frames, FILM, format=format, codec=codec, pix_fmt=pix_fmt, options={"g": "12"})
+    content = video(frames, FILM, format=format, codec=codec, pix_fmt=pix_fmt, options={"g": "12"} | options)
     row = row_of(content)
     assert read_header(row).num_frames(float(FILM)) == 50
     found = [numbers(row, start, 5, float(FILM)) for start in (0.0, 0.5, 0.999)]
@@ -79,6 +87,22 @@ def test_windows_are_exact_to_the_frame(format, codec, pix_fmt):
     assert numbers(row, 0.0, 5, float(FILM) / 2) == [0, 2, 4, 6, 8]
     assert numbers(row, 0.0, 6, float(FILM) * 2) == [0, 0, 1, 1, 2, 2]
     assert numbers(row._replace(window=3), 0.7, 5, float(FILM)) == [15, 16, 17, 18, 19]
+
+
+def test_a_clip_at_the_end_is_read_from_the_keyframe_before_it(monkeypatch):
+    """And not the whole file."""
+    rng, read = np.random.default_rng(0), []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1):
+            read.append(len(block := super().read(size)))
+            return block
+
+    frames = [Image.fromarray(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)) for _ in range(100)]
+    content = video(frames, **FOR_BROWSERS | {"options": {"preset": "ultrafast", "crf": "1", "g": "10"}})
+    monkeypatch.setattr("difftrain_utils.media.video.io.BytesIO", Counted)
+    assert len(list(read_frames(row_of(content), 0.999, 5, 12))) == 5
+    assert len(content) > 8e6 and sum(read) < len(content) / 3
 
 
 def test_a_frame_is_the_one_that_a_player_shows_at_its_time(tmp_path):
@@ -107,8 +131,9 @@ def test_frames_are_cropped_and_mirrored_alike():
     sample = read(row_of(video(frames)), at, (5, 32, 48), CONFIG)
     crop = image.crop_of(frames[0], (32, 48), 0.3, 0.6, True)
     expected = [image.resize_and_crop(frame, crop, CONFIG, True) for frame in frames[:5]]
-    assert torch.equal(sample["pixel_values"], torch.stack(expected, 1))
-    assert sample["sizes"].tolist() == list(crop.sizes) and sample["pixel_values"].dtype == torch.float32
+    assert sample["pixel_values"].dtype == torch.uint8
+    assert torch.equal(image.scale_bytes(sample["pixel_values"]), torch.stack(expected, 1)), "to the bit"
+    assert sample["sizes"].tolist() == list(crop.sizes)
 
 
 def test_an_image_is_a_clip_of_one_frame():
@@ -116,10 +141,11 @@ def test_an_image_is_a_clip_of_one_frame():
     row = Row("a.png", {"bytes": encode(still), "path": "a.png"}, "a caption")
     sample = read(row, MIDDLE, (1, 32, 48), CONFIG)
     crop = image.crop_of(still, (32, 48))
-    assert torch.equal(sample["pixel_values"][:, 0], image.resize_and_crop(still, crop, CONFIG))
-    assert read_header(row).num_frames(12) == 1 and check(row, 0, CONFIG)
-    with pytest.raises(RowError, match=r"^a.png: an image, which is one frame and no 5$"):
-        read(row, MIDDLE, (5, 32, 48), CONFIG)
+    assert torch.equal(image.scale_bytes(sample["pixel_values"])[:, 0], image.resize_and_crop(still, crop, CONFIG))
+    assert read_header(row).num_frames(12) == 1 and check(row, 0, VideoDataConfig("memory", num_frames=1))
+    for use in (lambda: read(row, MIDDLE, (5, 32, 48), CONFIG), lambda: check(row, 0, CONFIG)):
+        with pytest.raises(RowError, match=r"^a.png: an image, which is one frame and no 5$"):
+            use()
 
 
 def test_windows_are_a_function_of_the_seed_and_the_sample():
@@ -152,6 +178,75 @@ def film() -> bytes:
 def test_what_is_damaged_is_a_bad_row(film, damage, message):
     with pytest.raises(RowError, match=f"^b.mp4: {message}"):
         read(row_of(damage(film), "b.mp4"), Place(0.999), (5, 32, 48), CONFIG)
+
+
+def test_damage_before_a_clip_is_a_bad_row():
+    """In a frame that those of the clip are made of, since the keyframe."""
+    rng = np.random.default_rng(0)
+    texture = Image.fromarray(rng.integers(0, 256, (20, 40, 3), dtype=np.uint8)).resize((400, 200))
+    frames = [texture.crop((2 * number, number, 2 * number + 128, number + 96)) for number in range(120)]
+    film = video(frames, **FOR_BROWSERS | {"options": {"g": "60", "keyint_min": "60", "sc_threshold": "0"}})
+    with av.open(io.BytesIO(film)) as container:
+        packets = [packet for packet in container.demux() if packet.pts is not None]
+    clips = [[frame.tobytes() for frame in read_frames(row_of(film, window=n), 0, 5, 12)] for n in (10, 15)]
+    refused = 0
+    for packet in packets[2:40:4]:
+        damaged = bytearray(film)
+        middle = packet.pos + packet.size // 2
+        damaged[middle : middle + 8] = rng.bytes(8)
+        later = [frame.tobytes() for frame in read_frames(row_of(bytes(damaged), window=15), 0, 5, 12)]
+        assert later == clips[1], "from the next keyframe on it is whole"
+        try:
+            found = [frame.tobytes() for frame in read_frames(row_of(bytes(damaged), window=10), 0, 5, 12)]
+            assert found == clips[0], "trained on in silence"
+        except RowError as error:
+            assert str(error).startswith("a.mp4: damaged at ")
+            refused += 1
+    assert refused > 5
+
+
+def test_matroska_that_is_cut_off_is_no_shorter_video(tmp_path):
+    """By what its header says of all that is in it, where the sound may be longer."""
+    path = tmp_path / "a.mkv"
+    with av.open(path, "w") as container:
+        stream, sound = container.add_stream("libx264", rate=12), container.add_stream("aac", rate=8000)
+        stream.width, stream.height, stream.pix_fmt, sound.layout = 64, 48, "yuv420p", "mono"
+        for number in range(36):  # 3 s, and 5 s
+            container.mux(stream.encode(av.VideoFrame.from_image(numbered(number))))
+        container.mux(stream.encode(None))
+        for _ in range(40):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    film = path.read_bytes()
+    assert read_header(row_of(film)).num_frames(12) == 36
+    with pytest.raises(RowError, match=r"^b.mkv: cut off, it ends at [\d.]+ of its 5.\d\d s$"):
+        read(row_of(film[: len(film) // 2], "b.mkv"), Place(0.0), (5, 32, 48), CONFIG)
+
+
+def test_a_webp_that_moves_is_a_bad_row(tmp_path):
+    """GIF is read, of the same frames."""
+    frames = [numbered(number) for number in range(6)]
+    for ending in ("gif", "webp"):
+        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], duration=100)
+    assert read_header(row_of((tmp_path / "a.gif").read_bytes())).num_frames(10) == 6
+    message = r"^b.webp: an animated WebP, which FFmpeg cannot read: make it a GIF or MP4$"
+    with pytest.raises(RowError, match=message):
+        read_header(row_of((tmp_path / "a.webp").read_bytes(), "b.webp"))
+
+
+def test_the_cover_of_a_sound_is_no_video(tmp_path):
+    with av.open(tmp_path / "song.mp4", "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        sound.layout, cover.width, cover.height, cover.pix_fmt = "mono", 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        container.mux([*sound.encode(silence), *cover.encode(av.VideoFrame.from_image(numbered(1)))])
+        container.mux([*sound.encode(None), *cover.encode(None)])
+    with pytest.raises(RowError, match=r"^b.mp4: a file without moving pictures$"):
+        read_header(row_of((tmp_path / "song.mp4").read_bytes(), "b.mp4"))
 
 
 def test_a_row_cannot_name_another_file(film, tmp_path, monkeypatch):
@@ -217,5 +312,18 @@ def test_clips_are_saved_side_by_side_for_browsers(tmp_path):
     assert read_header(row).num_frames(12) == 5
     with Image.open(tmp_path / "step-1.webp") as moving:
         assert moving.n_frames == 5 and Path(moving.filename).suffix == ".webp"
+    content = (tmp_path / "step-1.mp4").read_bytes()
+    assert 0 < content.find(b"moov") < content.find(b"mdat"), "a page plays it before it has all of it"
+    with av.open(tmp_path / "step-1.mp4") as container:
+        said = container.streams.video[0].codec_context
+        assert (said.name, said.pix_fmt) == ("h264", "yuv420p")
+        assert {name: getattr(said, name) for name in FROM_RGB} == FROM_RGB
     first = next(iter(read_frames(row, 0, 1, 12)))
-    assert [number_of(first.crop((left, 20, left + 40, 60))) for left in (20, 160)] == [0, 20]
+    assert [number_of(first.crop((left, 20, left + 40, 60))) for left in (20, 220)] == [0, 20]
+
+
+def test_without_the_codec_there_is_no_mp4(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"ffv1"})
+    assert no_mp4() == "the FFmpeg of PyAV here has no libx264"
+    save([Clip([numbered(0)], 12)], ["a red circle"], tmp_path / "step-1.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1.webp"]

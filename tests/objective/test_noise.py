@@ -6,15 +6,24 @@ import pytest
 import torch
 
 from difftrain_utils.config.objective import NoiseConfig
+from difftrain_utils.config.text_to_video import VideoNoiseConfig
 from difftrain_utils.keyed_random import keyed_randn
-from difftrain_utils.objective.noise import _variance_of_enlarged, pair, perturb_input, sample_noise
+from difftrain_utils.objective.noise import (
+    _variance_of_enlarged,
+    correlate_frames,
+    pair,
+    perturb_input,
+    sample_noise,
+    unit_noise,
+)
 
 SHAPES = [(8, 4, 17), (8, 4, 16, 16), (8, 4, 3, 8, 8)]
 
 
 def draw(shape=(8, 4, 16, 16), keys=None, seed=0, conditions=None, group_size=None, **fields) -> torch.Tensor:
     keys, latents = keys or list(range(shape[0])), keyed_randn(9, "latents", range(shape[0]), shape[1:])
-    return sample_noise(NoiseConfig(**fields), seed, keys, latents, conditions or [None] * len(keys), group_size)
+    config = VideoNoiseConfig if "frame_correlation" in fields else NoiseConfig
+    return sample_noise(config(**fields), seed, keys, latents, conditions or [None] * len(keys), group_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -38,6 +47,12 @@ def test_offset_shifts_each_channel_by_a_normal_number():
     torch.testing.assert_close(shift, shift[..., :1, :1].expand(shape), rtol=0, atol=1e-6)
     assert abs(shift[..., 0, 0].std() - 0.5) < 0.02
     assert abs((shift[:, 0, 0, 0] * shift[:, 1, 0, 0]).mean()) < 0.03  # the channels are independent
+
+
+def test_a_clips_offset_is_one_for_all_its_frames():
+    shape = (8, 4, 3, 4, 4)
+    shift = draw(shape, offset=0.5) - draw(shape)
+    torch.testing.assert_close(shift, shift[:, :, :1, :1, :1].expand(shape), rtol=0, atol=1e-6)
 
 
 def test_pyramid_noise_has_unit_variance_and_more_of_the_low_frequencies():
@@ -64,12 +79,66 @@ def test_pyramid_levels_weigh_as_in_the_original():
     assert mean == pytest.approx((2 / 4 + 0.25) / (2 + 0.25), rel=0.05)
 
 
+def test_a_stills_pyramid_noise_is_an_images_and_a_clips_is_slow_where_it_is_coarse():
+    image, still = (draw(shape, pyramid_discount=0.8) for shape in ((8, 4, 16, 16), (8, 4, 1, 16, 16)))
+    torch.testing.assert_close(still[:, :, 0], image, rtol=1e-5, atol=1e-5)
+    many = draw((2000, 1, 3, 6, 10), pyramid_discount=0.9)
+    assert (many.square().mean(0) - 1).abs().max() < 6 * (2 / 2000) ** 0.5
+    of_means, of_places = torch.corrcoef(many.mean((3, 4))[:, 0].T), torch.corrcoef(many[:, 0, :, 2, 2].T)
+    assert of_means.min() > 0.5 and of_means[0, 2] > 1.5 * of_places[0, 2]  # its frames have what is coarse in common
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["mixed", "progressive"])
+def test_frames_have_noise_in_common_as_pyoco_has_it(kind, strength):
+    """Of unit variance at each place, correlated as far as the formula says, and by a computation of our own."""
+    config, count = VideoNoiseConfig(frame_correlation=kind, frame_correlation_strength=strength), 4000
+    noise = draw((count, 1, 4, 1, 2), frame_correlation=kind, frame_correlation_strength=strength)
+    shared, frames = strength**2 / (1 + strength**2), torch.arange(4)
+    apart = (frames[:, None] - frames).abs()
+    expected = torch.where(apart == 0, 1.0, shared) if kind == "mixed" else shared ** (apart / 2)
+    for place in range(2):
+        covariance = noise[:, 0, :, 0, place].T @ noise[:, 0, :, 0, place] / count
+        torch.testing.assert_close(covariance, expected, rtol=0, atol=5 * (2 / count) ** 0.5)
+    between_places = noise[:, 0, :, 0, 0].T @ noise[:, 0, :, 0, 1] / count
+    assert between_places.abs().max() < 5 / count**0.5
+
+    drawn = keyed_randn(0, "noise", range(2), (4, 6, 3, 5)).double()
+    common, own = drawn[:, :, 0], drawn[:, :, 1:]
+    if kind == "mixed":  # the shares of the variance, as in the paper
+        made = [shared**0.5 * common + (1 / (1 + strength**2)) ** 0.5 * own[:, :, i] for i in range(5)]
+    else:
+        rho = strength / (1 + strength**2) ** 0.5
+        made = [
+            rho ** (i + 1) * common + sum((1 - rho**2) ** 0.5 * rho ** (i - j) * own[:, :, j] for j in range(i + 1))
+            for i in range(5)
+        ]
+    ours = draw((2, 4, 5, 3, 5), frame_correlation=kind, frame_correlation_strength=strength)
+    torch.testing.assert_close(ours.double(), torch.stack(made, 2), rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours, correlate_frames(config, drawn.float()))
+    assert torch.equal(unit_noise(config, 0, "noise", [1], (4, 5, 3, 5)), ours[1:])  # whatever is beside it
+
+
+def test_the_nearest_of_correlated_noise():
+    fields = {"frame_correlation": "mixed", "pairing": "knn", "knn_candidates": 3}
+    shape = (5, 4, 3, 2, 2)
+    assert torch.equal(draw((2, *shape[1:]), **fields), draw(shape, **fields)[:2])
+    assert not torch.equal(draw(shape, **fields), draw(shape, frame_correlation="mixed"))
+
+
 def test_input_perturbation_adds_independent_noise():
     noise = draw((500, 4, 8, 8))
     perturbed = perturb_input(NoiseConfig(input_perturbation=0.1), 0, range(500), noise)
     extra = (perturbed - noise) / 0.1
     assert abs(extra.std() - 1) < 0.02 and abs((extra * noise).mean()) < 0.02
     assert perturb_input(NoiseConfig(), 0, range(500), noise) is noise
+
+
+def test_input_perturbation_is_noise_of_the_same_kind():
+    config = VideoNoiseConfig(frame_correlation="mixed", input_perturbation=0.1)
+    noise = torch.zeros(500, 4, 3, 4, 4)
+    first, second, _ = (perturb_input(config, 0, range(500), noise) / 0.1).unbind(2)
+    assert abs(first.std() - 1) < 0.02 and (first * second).mean() == pytest.approx(0.5, abs=0.02)
 
 
 def cheapest(latents: torch.Tensor, noise: torch.Tensor, cost: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -10,16 +10,30 @@ from helpers import last_wins, options, parse_config
 from torch.profiler import ProfilerActivity, profile
 
 from difftrain_utils.commands import validate_config
+from difftrain_utils.config import command_line
+from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.families.load import load_family, trained_models
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.optimization.averages import build_averages
 from difftrain_utils.optimization.optimizers import build_optimizer
 from difftrain_utils.optimization.trained import round_frozen, trained_parameters
-from difftrain_utils.run.memory import Planner, plan_memory, price_of, state_per_element
+from difftrain_utils.run.activations import peak_bytes
+from difftrain_utils.run.memory import Planner, _latents_of, plan_memory, price_of, state_per_element
 
 SHORT = {"model.max_sequence_length": 24}
 FAMILIES = {"tiny-stable-diffusion": {}, "tiny-sdxl": {}, "tiny-sd3": SHORT, "tiny-flux": SHORT}
+
+
+SIZE = 9, 32, 32  # of clips
+
+
+def video_config(name: str, **fields) -> TextToVideoConfig:
+    """`fields` have __ for the dots of their names."""
+    own = {field.replace("__", "."): value for field, value in fields.items()}
+    size = dict(zip(("data.num_frames", "data.height", "data.width"), SIZE, strict=True))
+    model = {"model.pretrained_model_name_or_path": f"builtin:{name}", "data.dataset": "builtin:moving-shapes"}
+    return command_line.parse_config(TextToVideoConfig, options(model | size | own))
 
 
 def config_of(short_run, name: str, **fields):
@@ -262,3 +276,44 @@ def test_what_cannot_be_counted_is_said(short_run, tmp_path, capsys, monkeypatch
         validate_config.main(last_wins([*short_run, "--output-dir", str(tmp_path / "all")]))
     out = capsys.readouterr().out
     assert "Memory of a step: cannot be counted (division by zero)" in out and "is fine" in out
+
+
+def test_what_the_vae_holds_while_it_encodes(short_run):
+    """Against a real one, but for what a CPU's convolution of clips unfolds, which is a kernel's workspace; of a long
+    clip by shorter ones, and of tiles by one."""
+    config = config_of(short_run, "tiny-stable-diffusion")
+    family, images = load_family(config), torch.zeros(4, 3, 32, 32)
+    _, most = allocated(lambda: family.encode_images(images))
+    assert Planner(*run_of(config)).encoding(config) == pytest.approx(most + images.nbytes, rel=0.1)
+
+    config = video_config("tiny-wan", train__batch_size=2)
+    family, planner = load_family(config), Planner(*run_of(config))
+    clips = torch.zeros(1, 3, *SIZE)
+    _, most = allocated(lambda: family.encode_images(clips))
+    of_one = planner._encoding_of(SIZE, torch.float32)
+    assert 4 * clips.nbytes < of_one < most + clips.nbytes
+    long = peak_bytes(planner.shapes, _latents_of, planner._family_of(torch.float32), (33, 32, 32))
+    assert planner._encoding_of((33, 32, 32), torch.float32) == long > of_one
+    assert planner.encoding(config) == 2 * of_one
+    config.model.vae_slicing = True
+    assert planner.encoding(config) == of_one + clips.nbytes
+
+    config = video_config("tiny-wan", data__height=512, data__width=512)
+    held, tiled = planner.held(config), dict(planner.options(config))["model.vae_tiling"]
+    assert planner.encoding(tiled) < planner.encoding(config) / 3
+    beyond = "VAE's activations beyond them"
+    assert held[beyond] - planner.held(tiled)[beyond] > 0
+    cached = video_config("tiny-wan", data__cache_latents=True, data__center_crop=True, data__window="middle")
+    vae = planner.frozen(cached, cached=True)["vae"]
+    text = planner.frozen(cached, cached=False)["text_encoder"]
+    assert beyond not in planner.held(cached) and planner.while_caching(cached) == vae + text + of_one
+
+
+def test_what_encodes_the_first_frame_is_there_beside_the_vae_while_caching():
+    fields = {"data__cache_latents": True, "data__center_crop": True, "data__window": "middle"}
+    config = video_config("tiny-wan-i2v", **fields)
+    planner = Planner(*run_of(config))
+    cached, others = (planner.frozen(config, cached=cached) for cached in (True, False))
+    assert cached.keys() == {"vae", "image_encoder"} and others.keys() == {"text_encoder"}
+    expected = sum(cached.values()) + sum(others.values()) + planner.encoding(config)
+    assert planner.while_caching(config) == expected

@@ -53,7 +53,7 @@ def test_of_adapters_parts_caches_and_buckets(describe, short_run, tmp_path):
         [*short_run, *options(fields | CACHES | {"data.buckets": [[32, 32]]})], checkpoint=tmp_path / "checkpoint-4"
     )
     assert said["model"].endswith(": 4.61 k of 266 k parameters of unet are trained, adapters of rank 2")
-    assert " held out, 1 sizes of about 32x32 pixels; cached: latents and text" in said["data"]
+    assert " held out, 1 size of about 32x32 pixels; cached: latents and text" in said["data"]
     assert said["batch"] == "4 samples = 2 parts x 2"
     assert said["steps"].startswith("4 to 6, ")
 

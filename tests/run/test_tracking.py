@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -10,9 +11,11 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import EXTRAS, InputError, not_installed
+from difftrain_utils.media import video
 from difftrain_utils.run.checkpoints import delete_run
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.tracking import Metrics, check_trackers, log_images
+from difftrain_utils.run.run_folder import SAMPLES, step_file
+from difftrain_utils.run.tracking import Metrics, check_trackers, log_samples
 
 
 def start(output_dir, global_step: int) -> Metrics:
@@ -64,7 +67,7 @@ def test_a_package_of_an_extra_is_named_with_it():
 
 # ── Each tracker really run, where it is installed ───────────────────────────────────────────────────────────
 def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
-    """Two lines of metrics and two pictures, as a run logs them."""
+    """Two lines of metrics, two pictures and two clips, as runs log them."""
     train = TrainConfig(output_dir=str(output_dir), report_to=tracker, **train)
     config = TextToImageConfig(ModelConfig("model"), DataConfig("data"), train)
     output_dir.mkdir(exist_ok=True)
@@ -72,7 +75,10 @@ def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
     metrics = Metrics(accelerator, config, global_step)
     for step in (global_step + 1, global_step + 2):
         pictures = [Image.new("RGB", (40, 24), color) for color in ("red", "blue")]
-        log_images(accelerator, step, "samples", pictures)
+        log_samples(accelerator, step, "samples", pictures, output_dir / "none")
+        clips, path = [video.Clip(pictures, 8)], step_file(output_dir, SAMPLES, step, ".mp4")
+        video.save(clips, ["a label"], path)
+        log_samples(accelerator, step, "clips", clips, path)
         metrics.log(step, {"loss": 1 / step, "validation_loss_bins": [0.25, 0.75]})
     assert [one.name for one in accelerator.trackers] == [tracker]  # not dropped for an error
     metrics.close()
@@ -87,6 +93,10 @@ def test_tensorboard_shows_all(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
     assert events.Scalars("validation_loss_bins/2")[0].value == 0.75
     assert [event.step for event in events.Images("samples")] == [1, 2]
+    moving = events.Images("clips")[1]
+    with Image.open(io.BytesIO(moving.encoded_image_string)) as picture:
+        assert (picture.format, picture.n_frames, picture.info["duration"]) == ("GIF", 2, 120)
+        assert picture.size == (moving.width, moving.height)
 
 
 def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monkeypatch, capsys):
@@ -99,6 +109,7 @@ def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monk
     for text in (b"a project", b"a run", b"validation_loss_bins/2"):
         assert text in written
     assert len(list(folder.glob("files/media/images/samples_*.png"))) == 4
+    assert len(list(folder.glob("files/media/videos/clips_*.mp4"))) == 2
     delete_run(tmp_path)
     assert list(tmp_path.iterdir()) == [] and "stay" not in capsys.readouterr().err
 
@@ -112,7 +123,7 @@ def test_trackio_goes_on_in_its_run(tmp_path, monkeypatch):
     assert run.name == "quick"  # as its folder
     logs = trackio.sqlite_storage.SQLiteStorage.get_logs("a-project", "quick")
     assert [line["loss"] for line in logs if "loss" in line] == [1, 0.5, 1 / 3, 0.25]
-    assert sum("samples/2" in line for line in logs) == 4
+    assert sum("samples/2" in line for line in logs) == sum("clips" in line for line in logs) == 4
 
 
 def test_mlflow_shows_all(tmp_path, monkeypatch):
@@ -127,3 +138,6 @@ def test_mlflow_shows_all(tmp_path, monkeypatch):
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
     assert run.data.metrics["validation_loss_bins/2"] == 0.75
     assert len([f for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]) == 4
+    assert [f.path for f in client.list_artifacts(run.info.run_id, "clips")] == [
+        f"clips/step-00000{i}.mp4" for i in (1, 2)
+    ]

@@ -120,9 +120,9 @@ def t5_text_encoder(width: int = WIDTH, tokenizer: PreTrainedTokenizerFast | Non
     return T5EncoderModel(config).eval()
 
 
-def umt5_text_encoder(width: int = WIDTH) -> UMT5EncoderModel:
-    """For `t5_tokenizer`."""
-    size = len(t5_tokenizer())
+def umt5_text_encoder(width: int = WIDTH, tokenizer: PreTrainedTokenizerFast | None = None) -> UMT5EncoderModel:
+    """For a tokenizer, by default `t5_tokenizer`."""
+    size = len(tokenizer or t5_tokenizer())
     config = UMT5Config(vocab_size=size, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4)
     return UMT5EncoderModel(config).eval()
 

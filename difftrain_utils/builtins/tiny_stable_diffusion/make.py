@@ -50,10 +50,7 @@ def train_vae(
         # Indices far above those of the data set: the VAE never sees an image that it will encode.
         indices = keyed_randint(0, "vae", range(step * batch_size, (step + 1) * batch_size), 10**6, 10**9)
         pixel_values = torch.stack([to_pixel_values(draw(i, IMAGE_SIZE)[0]) for i in indices.tolist()])
-        posterior = vae.encode(pixel_values).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        reconstruction = F.mse_loss(decoded, pixel_values) + F.l1_loss(decoded, pixel_values)
-        loss = reconstruction + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        reconstruction, loss = vae_losses(vae, pixel_values)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -65,6 +62,14 @@ def train_vae(
         pixel_values = torch.stack([to_pixel_values(draw(i, IMAGE_SIZE)[0]) for i in range(1800)])
         vae.register_to_config(scaling_factor=round(1 / vae.encode(pixel_values).latent_dist.mode().std().item(), 4))
     return vae.eval()
+
+
+def vae_losses(vae, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the reconstruction, and with a little of the KL divergence, which is what is trained."""
+    posterior = vae.encode(pixel_values).latent_dist
+    decoded = vae.decode(posterior.sample()).sample
+    reconstruction = F.mse_loss(decoded, pixel_values) + F.l1_loss(decoded, pixel_values)
+    return reconstruction, reconstruction + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
 def make_tokenizer(words: Iterable[str] = (*COLORS, *SHAPES)) -> CLIPTokenizer:
