@@ -217,7 +217,7 @@ class TestImageSizes:
         (folder / "metadata.jsonl").write_text("\n".join(lines))
         config = DataConfig(str(folder), cache_dir=str(tmp_path / "cache"))
         sizes = image_sizes(map_rows(config), config)
-        assert sizes.dtype == np.int32 and sizes.tolist() == [list(size) for size in expected]
+        assert sizes.dtype == np.int64 and sizes.tolist() == [list(size) for size in expected]
         monkeypatch.setattr(Image, "open", None)  # from the cache
         assert image_sizes(map_rows(config), config).tolist() == sizes.tolist()
 
