@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import datasets
 import pytest
@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from warm import ROOT, Run
 
+from difftrain_utils.commands import reproduce as reproduce_command
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import SourceConfig
@@ -235,6 +236,14 @@ def difftrain(*arguments: str) -> subprocess.CompletedProcess:
     return Run(ROOT / "difftrain_utils/__main__.py", arguments, launch_environment()).completed()
 
 
+def reproduce(run: Path, again: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`difftrain reproduce` of a run that this process made; returns its exit code."""
+    warm = SimpleNamespace(Popen=lambda command, env: Run(Path(command[1]), command[2:], env))
+    monkeypatch.setattr("difftrain_utils.commands.reproduce.subprocess", warm)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return reproduce_command.main([str(run), "--output-dir", str(again)])
+
+
 def launch_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -244,9 +253,36 @@ def metrics_without_times(output_dir: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
+def losses_of(output_dir: Path, *names: str) -> list[float]:
+    """The losses of a run's steps, each with what else its metrics have under these names."""
+    metrics = metrics_without_times(output_dir)
+    return [entry[name] for entry in metrics for name in ("loss", *names) if name in entry]
+
+
 def pipeline_bytes(output_dir: Path) -> dict[str, bytes]:
     folder = output_dir / "pipeline"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights_of(output_dir: Path) -> dict[str, bytes]:
+    """What a run exports."""
+    adapters = output_dir / "lora/pytorch_lora_weights.safetensors"
+    return pipeline_bytes(output_dir) | ({"lora": adapters.read_bytes()} if adapters.exists() else {})
+
+
+def assert_resumes(train: Callable[[list[str]], Path], argv: list[str], unbroken: Path) -> None:
+    """A run of four steps goes on from its checkpoint in the middle to the same bytes and metrics."""
+    resumed = train([*argv, "--output-dir", f"{unbroken}-resumed", "--resume-from", str(unbroken / "checkpoint-2")])
+    assert weights_of(resumed) == weights_of(unbroken)
+    assert metrics_without_times(resumed) == metrics_without_times(unbroken)[2:]
+
+
+def assert_splits(train: Callable[[list[str]], Path], argv: list[str], unbroken: Path, *parts: int) -> None:
+    """A run whose batches are in so many parts has the same losses."""
+    for number in parts:
+        split = {"train.gradient_accumulation_steps": number, "train.output_dir": f"{unbroken}-{number}"}
+        losses = losses_of(train([*argv, *options(split | {"train.save_every": 0})]))
+        assert losses == pytest.approx(losses_of(unbroken), rel=1e-5)
 
 
 def without_dropout(short_run, tmp_path) -> Path:

@@ -59,6 +59,12 @@ def test_what_scripts_share_is_the_same_text():
         assert len({parts_of(script)[title] for script in SCRIPTS}) == 1, title
 
 
+def test_sounds_are_trained_as_images_are():
+    """By the same text between the rulers: the two differ in their config, of which docs/modalities.md makes much."""
+    images, sounds = (parts_of(ROOT / f"train_text_to_{name}.py") for name in ("image", "audio"))
+    assert sounds == images
+
+
 def test_the_docs_name_tests_that_there_are():
     paths = list((ROOT / "tests").rglob("*.py"))
     files, source = {path.name for path in paths}, "\n".join(path.read_text() for path in paths)

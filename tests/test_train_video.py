@@ -4,7 +4,6 @@ import functools
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,24 +13,27 @@ from diffusers import DiffusionPipeline
 from helpers import (
     ROOT,
     VIDEO_SCRIPT,
+    assert_resumes,
+    assert_splits,
     encode,
     forget_accelerator,
     last_step,
     last_wins,
     launch,
     launch_two,
+    losses_of,
     metrics_without_times,
     options,
     pipeline_bytes,
+    reproduce,
     start,
     train_video,
     wait_for,
+    weights_of,
 )
 from PIL import Image
 from safetensors.torch import load_file
-from warm import Run
 
-from difftrain_utils.commands import reproduce
 from difftrain_utils.config import command_line
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
@@ -109,33 +111,6 @@ def short_options(video_folder: Path, output_dir: Path) -> list[str]:
     )
 
 
-def losses(run: Path, *names: str) -> list[float]:
-    return [entry[name] for entry in metrics_without_times(run) for name in ("loss", *names) if name in entry]
-
-
-def assert_resumes(argv: list[str], unbroken: Path) -> None:
-    """From the checkpoint in the middle to the same bytes and metrics."""
-    resumed = train_video(
-        [*argv, "--output-dir", f"{unbroken}-resumed", "--resume-from", str(unbroken / "checkpoint-2")]
-    )
-    assert weights_of(resumed) == weights_of(unbroken)
-    assert metrics_without_times(resumed) == metrics_without_times(unbroken)[2:]
-
-
-def weights_of(run: Path) -> dict[str, bytes]:
-    """What a run exports."""
-    adapters = run / "lora/pytorch_lora_weights.safetensors"
-    return pipeline_bytes(run) | ({"lora": adapters.read_bytes()} if adapters.exists() else {})
-
-
-def assert_splits(argv: list[str], unbroken: Path, *parts: int) -> None:
-    for number in parts:
-        split = {"train.gradient_accumulation_steps": number, "train.output_dir": f"{unbroken}-{number}"}
-        assert losses(train_video([*argv, *options(split | {"train.save_every": 0})])) == pytest.approx(
-            losses(unbroken), rel=1e-5
-        )
-
-
 def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     """With windows at random; evaluating changes nothing, and plain diffusers loads what is exported."""
     evaluated = options({"train.eval_every": 4, "evaluation.prompts": ["a red circle moving left"]})
@@ -147,8 +122,8 @@ def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     assert metrics_without_times(again) == metrics
     assert 0 < evaluations[3]["validation_loss_ema"] < 10 and len(evaluations[3]["validation_loss_bins"]) == 8
     assert {path.suffix for path in (unbroken / "samples").iterdir()} == {".mp4", ".webp"}
-    assert_resumes([*video_run, *evaluated], unbroken)
-    assert_splits(video_run, unbroken, 4)
+    assert_resumes(train_video, [*video_run, *evaluated], unbroken)
+    assert_splits(train_video, video_run, unbroken, 4)
     ema, pipeline = load_file(unbroken / "checkpoint-4/ema.safetensors"), unbroken / "pipeline"
     trained = DiffusionPipeline.from_pretrained(pipeline).transformer.parameters()
     assert all(parameter.equal(ema[str(i)]) for i, parameter in enumerate(trained))
@@ -174,8 +149,8 @@ def argv_of(video_run: list[str], fields: dict, mixed_videos: Path) -> list[str]
 def test_so_are_other_runs(video_run, mixed_videos, fields):
     argv = argv_of(video_run, fields, mixed_videos)
     unbroken = train_video(argv)
-    assert_resumes(argv, unbroken)
-    assert_splits(argv, unbroken, 4)
+    assert_resumes(train_video, argv, unbroken)
+    assert_splits(train_video, argv, unbroken, 4)
 
 
 @pytest.mark.slow
@@ -185,7 +160,7 @@ def test_caches_change_nothing(video_run, tmp_path, fields):
     fields, runs = fields | {"train.max_steps": 2, "train.eval_every": 2, "train.save_every": 0}, []
     for name, caches in (("plain", ONE_CLIP), ("cached", CACHES)):
         runs.append(train_video([*video_run, *options(fields | caches | {"train.output_dir": tmp_path / name})]))
-    plain, cached = (losses(run, "validation_loss", "validation_loss_ema") for run in runs)
+    plain, cached = (losses_of(run, "validation_loss", "validation_loss_ema") for run in runs)
     assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-6)
 
 
@@ -195,7 +170,7 @@ def test_two_processes_train_as_one(video_run, mixed_videos, tmp_path, fields):
     argv = argv_of(video_run, fields | {"train.max_steps": 3, "train.save_every": 0}, mixed_videos)
     launch_two(argv, script=VIDEO_SCRIPT).check_returncode()
     alone = train_video([*argv, "--output-dir", str(tmp_path / "alone")])
-    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-5)
+    assert losses_of(tmp_path / "run", "grad_norm") == pytest.approx(losses_of(alone, "grad_norm"), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -205,12 +180,12 @@ def test_what_two_processes_share_out_they_resume_and_so_does_one(video_run, tmp
     launch_two(argv, script=VIDEO_SCRIPT).check_returncode()
     two, alone = tmp_path / "run", train_video([*argv, "--output-dir", str(tmp_path / "alone")])
     names = ("grad_norm", "validation_loss", "validation_loss_ema")
-    assert losses(two, *names) == pytest.approx(losses(alone, *names), rel=1e-5)
+    assert losses_of(two, *names) == pytest.approx(losses_of(alone, *names), rel=1e-5)
     resume = ["--resume-from", str(two / "checkpoint-2"), "--output-dir"]
     launch_two([*argv, *resume, str(tmp_path / "resumed")], script=VIDEO_SCRIPT).check_returncode()
     assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(two)
     by_one = train_video([*argv, *resume, str(tmp_path / "one"), "--train.shard", "none"])
-    assert losses(by_one) == pytest.approx(losses(alone)[2:], rel=1e-5)
+    assert losses_of(by_one) == pytest.approx(losses_of(alone)[2:], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -229,11 +204,8 @@ def test_a_killed_run_ends_with_the_same_bytes(video_run, tmp_path):
 @pytest.mark.slow
 def test_reproduce_finds_the_same_bits(video_run, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", [str(VIDEO_SCRIPT)])  # what runs in this process record as their command
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    warm = SimpleNamespace(Popen=lambda command, env: Run(Path(command[1]), command[2:], env))
-    monkeypatch.setattr("difftrain_utils.commands.reproduce.subprocess", warm)
     run = train_video([*video_run, "--train.eval_every", "4"])
-    assert reproduce.main([str(run), "--output-dir", str(tmp_path / "again")]) == 0
+    assert reproduce(run, tmp_path / "again", monkeypatch) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith("bit-identical: ")
 
 
@@ -335,7 +307,7 @@ def plain_losses(video_folder, tmp_path_factory):
     @functools.cache
     def of_model(name: str) -> list[float]:
         argv = short_options(video_folder, tmp_path_factory.mktemp("runs") / "plain")
-        return losses(train_video([*argv, "--model.pretrained_model_name_or_path", name, "--train.save_every", "0"]))
+        return losses_of(train_video([*argv, "--model.pretrained_model_name_or_path", name, "--train.save_every", "0"]))
 
     return lambda fields: of_model((WAN | fields)["model.pretrained_model_name_or_path"])
 
@@ -344,9 +316,9 @@ def plain_losses(video_folder, tmp_path_factory):
 def test_strategies_train_resume_and_split_exactly(video_run, plain_losses, name):
     argv = [*video_run, *options(COVERING[name])]
     unbroken = train_video(argv)
-    assert losses(unbroken) != plain_losses(COVERING[name])  # the options do something
-    assert_resumes(argv, unbroken)
-    assert_splits(argv, unbroken, 2)
+    assert losses_of(unbroken) != plain_losses(COVERING[name])  # the options do something
+    assert_resumes(train_video, argv, unbroken)
+    assert_splits(train_video, argv, unbroken, 2)
 
 
 def test_validation_mixes_with_noise_as_training_does(video_run, monkeypatch):

@@ -88,6 +88,17 @@ def test_a_stills_pyramid_noise_is_an_images_and_a_clips_is_slow_where_it_is_coa
     assert of_means.min() > 0.5 and of_means[0, 2] > 1.5 * of_places[0, 2]  # its frames have what is coarse in common
 
 
+def test_a_signals_pyramid_noise_is_slow_where_it_is_coarse():
+    """That of sounds' latents, (channels, length)."""
+    many = draw((4000, 1, 24), pyramid_discount=0.9)[:, 0]
+    covariance = many.T @ many / len(many)
+    assert (covariance.diagonal() - 1).abs().max() < 6 * (2 / len(many)) ** 0.5  # at each place
+    near, farther, far = (covariance.diagonal(apart).mean() for apart in (1, 4, 23))
+    assert near > 1.3 * farther > 1.5 * far > 0.05
+    two = draw((20_000, 1, 2), pyramid_discount=0.5)[:, 0]  # 2 parts of full size, and discount² of the mean
+    assert (two[:, 0] * two[:, 1]).mean() == pytest.approx(0.25 / (2 + 0.25), abs=0.02)
+
+
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 @pytest.mark.parametrize("kind", ["mixed", "progressive"])
 def test_frames_have_noise_in_common_as_pyoco_has_it(kind, strength):
