@@ -4,19 +4,18 @@ import copy
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from calls import Calls, generators
+from calls import Calls, audio_config, generators
 from diffusers import AutoencoderOobleck, CosineDPMSolverMultistepScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from helpers import options, parse_config
+from helpers import parse_config
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tones import TONES, count_right, make_tone
-from difftrain_utils.config import command_line
-from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import load_family
 from difftrain_utils.media.audio import Sound
@@ -25,19 +24,12 @@ from difftrain_utils.objective.schedule import append_dims
 NAME, RATE, LENGTH, HOP = "builtin:tiny-stable-audio", 4000, 4096, 64
 PROMPTS = ["a low tone", "a rising tone"]
 SHAPE = HOP, LENGTH // HOP  # of latents
-
-
-def audio_config(**fields) -> TextToAudioConfig:
-    """Of mono windows of 1.024 s; `fields` have __ for the dots of their names."""
-    own = {"model.pretrained_model_name_or_path": NAME, "data.dataset": "builtin:tones"}
-    own |= {"data.waveform_length": LENGTH, "data.sampling_rate": RATE, "data.audio_channels": 1}
-    own |= {field.replace("__", "."): value for field, value in fields.items()}
-    return command_line.parse_config(TextToAudioConfig, options(own))
+config_of = partial(audio_config, NAME)
 
 
 @pytest.fixture(scope="module")
 def family():
-    return load_family(audio_config())
+    return load_family(config_of())
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +168,7 @@ def test_the_autoencoder_is_a_transform_that_loses_nothing(family, tmp_path):
 
 def test_what_is_saved_is_its_own_pipeline_of_the_runs_length(tmp_path):
     """Plain diffusers makes of it the sounds that the family makes."""
-    half = load_family(audio_config(data__waveform_length=LENGTH // 2))
+    half = load_family(config_of(data__waveform_length=LENGTH // 2))
     denoiser = half.load_denoiser().eval()
     half.save_pipeline(tmp_path, denoiser)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
@@ -203,7 +195,7 @@ def test_what_is_saved_is_its_own_pipeline_of_the_runs_length(tmp_path):
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_take_is_refused(fields, message):
-    config = audio_config(**fields)
+    config = config_of(**fields)
     with pytest.raises(InputError, match=message):
         load_family(config).check_waveforms(config.data)
 
@@ -217,7 +209,7 @@ def test_a_checkpoint_of_the_other_sampler_is_told_the_noise_as_that_tells_it(tm
     index["scheduler"] = ["diffusers", "CosineDPMSolverMultistepScheduler"]
     (tmp_path / "model/model_index.json").write_text(json.dumps(index))
     fields = {"model__pretrained_model_name_or_path": tmp_path / "model", "model__train_from_scratch": True}
-    family, calls = load_family(audio_config(**fields)), Calls(denoiser)
+    family, calls = load_family(config_of(**fields)), Calls(denoiser)
     timesteps = torch.tensor([0.0, 250.0, 999.0])
     family.predict(denoiser, torch.randn(3, *SHAPE), timesteps, family.encode_prompts([*PROMPTS, None]))
     ((given, _),) = calls.pop()
