@@ -10,10 +10,8 @@ import torch
 from diffusers import AceStepPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch.distributed.fsdp import FSDPModule
 
-from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
-from difftrain_utils.errors import InputError
-from difftrain_utils.families.diffusers_family import DiffusersFamily
+from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.audio import Sound
 from difftrain_utils.objective.schedule import Schedule
@@ -25,7 +23,7 @@ UNUSED_PARTS = ("audio_tokenizer", "audio_token_detokenizer")  # of the pipeline
 
 
 @dataclass
-class AceStep(DiffusersFamily):
+class AceStep(DiffusersAudioFamily):
     """See `AudioFamily`; ACE-Step 1.5 (ACE-Step Team 2026, arXiv:2602.00744). Conditioning: "prompt_embeds", the states
     of the lyrics, the timbre and the caption, (batch, tokens, width), and "prompt_embeds_mask", (batch, tokens).
 
@@ -41,15 +39,10 @@ class AceStep(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = AceStepPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    content: ClassVar[str] = "waveforms"
-
-    waveform_length: int = 0
-    """Samples of all windows."""
 
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: TextToAudioConfig, weights: Weights) -> "AceStep":
         family = super().load(source, model_index, config, weights)
-        family.waveform_length = config.data.waveform_length
         family.cached += UNUSED_PARTS
         family.free_cached()
         return family
@@ -70,45 +63,30 @@ class AceStep(DiffusersFamily):
         for field in ("num_train_timesteps", "shift"):
             if own.get(field) != 1:
                 raise ValueError(f"scheduler: {field} must be 1 for an AceStepPipeline, got {own.get(field)}")
-        fixed = {"path": "linear", "sampler": name, "num_train_timesteps": 1}
-        asked = {f"scheduler.{field}": (value, fixed.get(field)) for field, value in vars(config.scheduler).items()}
-        asked["model.prediction_type"] = config.model.prediction_type, "flow_prediction"
-        del asked["scheduler.flow_shift"]
-        for field, (value, allowed) in asked.items():
-            if value not in (None, allowed):
-                rule = f"must be {allowed}, or null" if allowed else "must be null"
-                raise InputError(f"{field}: {rule} for an AceStepPipeline, got {value}")
+        allowed = {"path": "linear", "sampler": name, "num_train_timesteps": 1}
+        cls.check_scheduler(config, "flow_prediction", allowed | {"flow_shift": config.scheduler.flow_shift})
         shift = config.scheduler.flow_shift or SHIFT
         return Schedule("linear", "flow_prediction", 1, shift=shift), sampler_class.from_config(own)
 
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def hop_length(self) -> int:
-        """How many samples are one of latents."""
         return math.prod(self.config_of("vae").downsampling_ratios)
 
     @property
-    def sampling_rate(self) -> int:
-        return self.config_of("vae").sampling_rate
+    def max_length_in_s(self) -> float:
+        """As long as the silence that comes with it."""
+        return self.part("condition_encoder").silence_latent.shape[1] * self.hop_length / self.sampling_rate
+
+    @property
+    def size_multiple(self) -> int:
+        """The transformer fills up what is not a multiple of its patches."""
+        return self.hop_length
 
     @property
     def is_distilled(self) -> bool:
         config = self.config_of("transformer")
         return config.is_turbo or config.model_version == "turbo"
-
-    def check_waveforms(self, data: AudioDataConfig) -> None:
-        """See `AudioFamily`."""
-        for name in ("sampling_rate", "audio_channels"):
-            needed, got = self.config_of("vae")[name], getattr(data, name)
-            if got != needed:
-                raise InputError(f"data.{name}: {self.source} needs {needed}, got {got}")
-        hop, length = self.hop_length, data.waveform_length
-        if length % hop:
-            below = length // hop * hop
-            near = f"{below} or {below + hop}" if below else str(hop)
-            raise InputError(
-                f"data.waveform_length: {self.source} needs a multiple of {hop}, such as {near}, got {length}"
-            )
 
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -192,6 +170,12 @@ class AceStep(DiffusersFamily):
         order = [row for rows in alike.values() for row in rows]
         return torch.cat(outputs)[[order.index(row) for row in range(len(order))]]
 
+    def length_options(
+        self, pipeline: DiffusionPipeline, waveform_length: int, generators: Sequence[torch.Generator]
+    ) -> dict[str, Any]:
+        """With the shift that training has."""
+        return {"audio_duration": waveform_length / self.sampling_rate, "shift": self.schedule.shift}
+
     def generate(
         self,
         denoiser: torch.nn.Module,
@@ -202,14 +186,10 @@ class AceStep(DiffusersFamily):
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Sound]:
-        """See `AudioFamily`. Each prompt by itself, for the pipeline pads them. What it rounds up to one of latents
-        more is cut off."""
-        pipeline, sounds = self.pipeline(denoiser), []
+        """See `AudioFamily`. Each prompt by itself, for the pipeline pads them; of what it rounds up to one of latents
+        more, as many samples as are asked for."""
+        sounds, more = [], (waveform_length, num_inference_steps, guidance_scale, guidance_rescale)
         for prompt, generator in zip(prompts, generators, strict=True):
-            options = self.picture_options(
-                pipeline, [prompt], num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-            )
-            options |= {"audio_duration": waveform_length / self.sampling_rate, "shift": self.schedule.shift}
-            (waveform,) = pipeline(**options, generator=generator).audios
-            sounds.append(Sound(waveform[:, :waveform_length].float().cpu().numpy(), self.sampling_rate))
+            (sound,) = super().generate(denoiser, [prompt], *more, [generator])
+            sounds.append(Sound(sound.samples[:, :waveform_length], sound.sampling_rate))
         return sounds
