@@ -105,6 +105,12 @@ class AceStep(DiffusersAudioFamily):
         """Of a window, in seconds."""
         return self.waveform_length / self.sampling_rate
 
+    @property
+    def text_length(self) -> int:
+        """Those of no lyrics, one of the timbre, and the most that a caption has."""
+        _, lyrics = AceStepPipeline._format_prompt(AceStepPipeline, "")
+        return len(self.part("tokenizer")(lyrics).input_ids) + 1 + TEXT_LENGTH
+
     def encode_texts(self, texts: list[str]) -> Conditioning:
         pipeline = self._pipeline_of((*self.text_parts, "condition_encoder"), None)
         pipeline.tokenizer.padding_side = "right"  # where an encoder that looks back alone does not see it
@@ -121,17 +127,15 @@ class AceStep(DiffusersAudioFamily):
             refer_audio_acoustic_hidden_states_packed=encoder.silence_latent[:, :frames].expand(number, -1, -1),
             refer_audio_order_mask=torch.arange(number, device=self.device),
         )
-        rest = TEXT_LENGTH - states.shape[1]
+        rest = self.text_length - embeds.shape[1]
         embeds = torch.nn.functional.pad(embeds * embeds_mask[:, :, None], (0, 0, 0, rest))
         return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.nn.functional.pad(embeds_mask, (0, rest))}
 
     def encode_nothing(self) -> Conditioning:
-        """The first token of as many as a caption may have."""
-        shapes = {name: value[:1] for name, value in self.encode_texts([""]).items()}
-        nothing = {name: torch.zeros_like(value) for name, value in shapes.items()}
-        nothing["prompt_embeds"][:, :1] = self.part("condition_encoder").null_condition_emb
-        nothing["prompt_embeds_mask"][:, 0] = True
-        return nothing
+        null = self.part("condition_encoder").null_condition_emb
+        embeds = torch.nn.functional.pad(null, (0, 0, 0, self.text_length - 1))
+        mask = torch.arange(self.text_length, device=self.device)[None] == 0
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
     # ── The transformer ──────────────────────────────────────────────────────────────────────────────────────
     def context_latents(self, latents: torch.Tensor) -> torch.Tensor:
