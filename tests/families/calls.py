@@ -3,7 +3,10 @@
 import inspect
 
 import torch
+from helpers import options
 
+from difftrain_utils.config import command_line
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.keyed_random import torch_generator_for
 
 
@@ -49,3 +52,11 @@ def assert_same(ours, theirs, name: str = "output") -> None:
         )
     else:
         assert ours == theirs, name
+
+
+def audio_config(model: str, **fields) -> TextToAudioConfig:
+    """Of a tiny model and mono windows of 1.024 s; `fields` have __ for the dots of their names."""
+    own = {"model.pretrained_model_name_or_path": model, "data.dataset": "builtin:tones"}
+    own |= {"data.waveform_length": 4096, "data.sampling_rate": 4000, "data.audio_channels": 1}
+    own |= {field.replace("__", "."): value for field, value in fields.items()}
+    return command_line.parse_config(TextToAudioConfig, options(own))
