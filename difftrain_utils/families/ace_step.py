@@ -40,10 +40,14 @@ class AceStep(DiffusersAudioFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = AceStepPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
 
+    silence: torch.Tensor | None = None
+    """Its latents, (1, length, channels), which come with the condition encoder."""
+
     @classmethod
     def load(cls, source: str, model_index: dict[str, Any], config: TextToAudioConfig, weights: Weights) -> "AceStep":
         family = super().load(source, model_index, config, weights)
-        family.cached += UNUSED_PARTS
+        family.silence = family.part("condition_encoder").silence_latent.clone()
+        family.cached += UNUSED_PARTS + (("condition_encoder",) if config.data.cache_text else ())
         family.free_cached()
         return family
 
@@ -76,7 +80,7 @@ class AceStep(DiffusersAudioFamily):
     @property
     def max_length_in_s(self) -> float:
         """As long as the silence that comes with it."""
-        return self.part("condition_encoder").silence_latent.shape[1] * self.hop_length / self.sampling_rate
+        return self.silence.shape[1] * self.hop_length / self.sampling_rate
 
     @property
     def size_multiple(self) -> int:
@@ -141,7 +145,7 @@ class AceStep(DiffusersAudioFamily):
     def context_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """What the transformer is told of a sound to begin with, where there is none: the latents of silence, and ones,
         for all is to be made; (1, length, 2·channels) for latents (batch, channels, length)."""
-        parts = SimpleNamespace(condition_encoder=self.part("condition_encoder"))
+        parts = SimpleNamespace(condition_encoder=SimpleNamespace(silence_latent=self.silence))
         silence, _ = AceStepPipeline.prepare_src_latents(
             parts, latents.device, latents.dtype, latent_length=latents.shape[2]
         )

@@ -177,9 +177,7 @@ def test_what_the_pipeline_has_not_is_refused(fields, message):
 
 def test_windows_are_of_whole_latents_and_no_longer_than_the_silence(family):
     family.check_waveforms(config_of(data__waveform_length=LENGTH + 64).data)
-    with pytest.raises(
-        InputError, match=r"^data.waveform_length: .* a multiple of 64, such as 4096 or 4160, got "
-    ):
+    with pytest.raises(InputError, match=r"^data.waveform_length: .* a multiple of 64, such as 4096 or 4160, got "):
         family.check_waveforms(config_of(data__waveform_length=4100).data)
     with pytest.raises(InputError, match=r"^data.waveform_length: .* takes 960000 at most, got 1000000$"):
         family.check_waveforms(config_of(data__waveform_length=1000000).data)
@@ -211,7 +209,7 @@ def test_it_trains_resumes_and_splits(tmp_path):
     train |= {"save_every": 2, "eval_every": 4, "keep_checkpoints": 0}
     data = {"dataset": sounds_folder, "waveform_length": LENGTH, "sampling_rate": 4000, "audio_channels": 1}
     data |= {"validation_dataset": sounds_folder, "caption_dropout": 0.2, "cache_dir": tmp_path / "cache"}
-    evaluation = {"prompts": PROMPTS, "num_inference_steps": 2, "num_validation_samples": 4}
+    evaluation = {"prompts": PROMPTS, "num_inference_steps": 2, "num_validation_samples": 8}
     sections = {"model": {"pretrained_model_name_or_path": NAME}, "data": data, "train": train}
     sections |= {"evaluation": evaluation}
     argv = options({f"{section}.{name}": value for section, of in sections.items() for name, value in of.items()})
