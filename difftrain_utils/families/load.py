@@ -21,6 +21,7 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.model import TextModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.errors import LOAD_ERRORS, InputError, blame, one_line
+from difftrain_utils.families.ace_step import AceStep
 from difftrain_utils.families.chroma import Chroma
 from difftrain_utils.families.cogvideox import CogVideoX
 from difftrain_utils.families.ddpm import DDPM
@@ -78,6 +79,7 @@ VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {
 AUDIO_FAMILIES: dict[str, type[AudioFamily]] = {
     "StableAudioPipeline": StableAudio,
     "StableAudio3Pipeline": StableAudio3,
+    "AceStepPipeline": AceStep,
 }
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,

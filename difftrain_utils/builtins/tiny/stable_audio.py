@@ -22,9 +22,6 @@ MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:
-    """The latents of `builtin:tones` are of standard deviation 1 in each of their 64 channels."""
-    tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
-    coefficients = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP)
     tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=32)
     add_words(tokenizer, " ".join(TONES))
     transformer = StableAudioDiTModel(
@@ -48,13 +45,20 @@ def make() -> StableAudioPipeline:
         prediction_type="v_prediction",
     )
     return StableAudioPipeline(
-        vae=mdct_autoencoder(coefficients.std((0, 2)), LEAST_RATE),
+        vae=tones_autoencoder(),
         text_encoder=t5_text_encoder(tokenizer=tokenizer),
         projection_model=StableAudioProjectionModel(WIDTH, WIDTH, min_value=0, max_value=4),
         tokenizer=tokenizer,
         transformer=transformer,
         scheduler=scheduler,
     )
+
+
+def tones_autoencoder() -> AutoencoderOobleck:
+    """The latents of `builtin:tones` are of standard deviation 1 in each of their 64 channels."""
+    tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
+    coefficients = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP)
+    return mdct_autoencoder(coefficients.std((0, 2)), LEAST_RATE)
 
 
 def mdct_autoencoder(std: torch.Tensor, sampling_rate: int) -> AutoencoderOobleck:
