@@ -40,6 +40,7 @@ from difftrain_utils.families.prx_pixel import PRXPixel
 from difftrain_utils.families.qwen_image import QwenImage
 from difftrain_utils.families.sana import Sana
 from difftrain_utils.families.stable_audio import StableAudio
+from difftrain_utils.families.stable_audio_3 import StableAudio3
 from difftrain_utils.families.stable_diffusion import StableDiffusion
 from difftrain_utils.families.stable_diffusion_3 import StableDiffusion3
 from difftrain_utils.families.stable_diffusion_xl import StableDiffusionXL
@@ -74,7 +75,10 @@ VIDEO_FAMILIES: dict[str, type[VideoFamily]] = {
     "LTXPipeline": LTX,
     "CogVideoXPipeline": CogVideoX,
 }
-AUDIO_FAMILIES: dict[str, type[AudioFamily]] = {"StableAudioPipeline": StableAudio}
+AUDIO_FAMILIES: dict[str, type[AudioFamily]] = {
+    "StableAudioPipeline": StableAudio,
+    "StableAudio3Pipeline": StableAudio3,
+}
 TEXT_FAMILIES: dict[str, type[TextFamily]] = {
     "ModernBertForMaskedLM": MaskedLM,
     "BertForMaskedLM": MaskedLM,

@@ -17,12 +17,9 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
-from difftrain_utils.errors import InputError
-from difftrain_utils.families.diffusers_family import DiffusersFamily
-from difftrain_utils.families.family import Conditioning, Weights
-from difftrain_utils.media.audio import Sound
+from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
+from difftrain_utils.families.family import Conditioning
 from difftrain_utils.objective.schedule import Schedule
 
 warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")  # diffusers' autoencoder is made of it
@@ -31,7 +28,7 @@ LEAST = 1e-6  # of a and s of x_t = a·x_0 + s·ε, where their ratio is told
 
 
 @dataclass
-class StableAudio(DiffusersFamily):
+class StableAudio(DiffusersAudioFamily):
     """See `AudioFamily`; Evans et al. 2024, arXiv:2407.14358. Conditioning: "prompt_embeds", the T5's last states,
     projected, (batch, tokens, width), zeros where there is no token; "prompt_embeds_mask", (batch, tokens); and
     "seconds_embeds", (batch, 2, width), of where in its sound a window begins and how long all of that is; without them
@@ -46,18 +43,6 @@ class StableAudio(DiffusersFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableAudioPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    content: ClassVar[str] = "waveforms"
-
-    waveform_length: int = 0
-    """Samples of all windows."""
-
-    @classmethod
-    def load(
-        cls, source: str, model_index: dict[str, Any], config: TextToAudioConfig, weights: Weights
-    ) -> "StableAudio":
-        family = super().load(source, model_index, config, weights)
-        family.waveform_length = config.data.waveform_length
-        return family
 
     @classmethod
     def build_schedule(
@@ -75,44 +60,17 @@ class StableAudio(DiffusersFamily):
         for field, needed in {"sigma_data": 1.0, "prediction_type": predicted}.items():
             if own.get(field) != needed:
                 raise ValueError(f"scheduler: {field} must be {needed} for a StableAudioPipeline, got {own.get(field)}")
-        if config.model.prediction_type not in (None, predicted):
-            got = config.model.prediction_type
-            raise InputError(
-                f"model.prediction_type: must be {predicted} for a StableAudioPipeline, or null, got {got}"
-            )
-        for field, value in vars(config.scheduler).items():
-            allowed = {"path": path, "sampler": name}.get(field)
-            if value not in (None, allowed):
-                rule = f"must be {allowed}, or null" if allowed else "must be null"
-                raise InputError(f"scheduler.{field}: {rule} for a StableAudioPipeline of {name}, got {value}")
+        cls.check_scheduler(config, predicted, {"path": path, "sampler": name})
         return Schedule(path, predicted, own["num_train_timesteps"]), sampler_class.from_config(own)
 
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def hop_length(self) -> int:
-        """How many samples are one of latents."""
         return math.prod(self.config_of("vae").downsampling_ratios)
 
     @property
-    def sampling_rate(self) -> int:
-        return self.config_of("vae").sampling_rate
-
-    def check_waveforms(self, data: AudioDataConfig) -> None:
-        """See `AudioFamily`."""
-        for name in ("sampling_rate", "audio_channels"):
-            needed, got = self.config_of("vae")[name], getattr(data, name)
-            if got != needed:
-                raise InputError(f"data.{name}: {self.source} needs {needed}, got {got}")
-        hop, length = self.hop_length, data.waveform_length
-        if length % hop:
-            below = length // hop * hop
-            near = f"{below} or {below + hop}" if below else str(hop)
-            raise InputError(
-                f"data.waveform_length: {self.source} needs a multiple of {hop}, such as {near}, got {length}"
-            )
-        longest = int(self.config_of("projection_model").max_value * self.sampling_rate)
-        if length > longest:
-            raise InputError(f"data.waveform_length: {self.source} takes {longest} at most, got {length}")
+    def max_length_in_s(self) -> float:
+        return self.config_of("projection_model").max_value
 
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -193,26 +151,11 @@ class StableAudio(DiffusersFamily):
             return_dict=False,
         )[0].float()
 
-    def generate(
-        self,
-        denoiser: torch.nn.Module,
-        prompts: Sequence[str],
-        waveform_length: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_rescale: float,
-        generators: Sequence[torch.Generator],
-    ) -> list[Sound]:
-        """See `AudioFamily`. The pipeline makes as many latents as the denoiser's `sample_size`, and cuts what they are
-        off at the end that it is told."""
-        pipeline, seconds = self.pipeline(denoiser), waveform_length / self.sampling_rate
-        options = self.picture_options(
-            pipeline,
-            list(prompts),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-        )
-        end = {} if waveform_length == self.waveform_length else {"audio_end_in_s": seconds}
-        waveforms = pipeline(**options, **end, generator=list(generators)).audios
-        return [Sound(waveform.float().cpu().numpy(), self.sampling_rate) for waveform in waveforms]
+    def length_options(
+        self, pipeline: DiffusionPipeline, waveform_length: int, generators: Sequence[torch.Generator]
+    ) -> dict[str, Any]:
+        """The pipeline makes as many latents as the denoiser's `sample_size`, and cuts what they are off at the end
+        that it is told."""
+        if waveform_length == self.waveform_length:
+            return {}
+        return {"audio_end_in_s": waveform_length / self.sampling_rate}

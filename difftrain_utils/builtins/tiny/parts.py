@@ -23,6 +23,9 @@ from transformers import (
     Qwen3VLTextModel,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaEncoderModel,
+    T5GemmaModuleConfig,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -190,8 +193,8 @@ def qwen2_5_vl_text_encoder(width: int = WIDTH) -> Qwen2_5_VLForConditionalGener
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer(eos="<eos>", pad="<pad>", bos="<bos>", adds=("<bos>",))
+def gemma_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(eos="<eos>", pad="<pad>", bos="<bos>", adds=("<bos>",), max_length=max_length)
 
 
 def gemma2_text_encoder(width: int = WIDTH) -> Gemma2Model:
@@ -207,6 +210,22 @@ def gemma2_text_encoder(width: int = WIDTH) -> Gemma2Model:
         query_pre_attn_scalar=16,
     )
     return Gemma2Model(config).eval()
+
+
+def t5gemma_text_encoder(width: int = WIDTH) -> T5GemmaEncoderModel:
+    """For `gemma_tokenizer`."""
+    module = T5GemmaModuleConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+    )
+    config = T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
+    return T5GemmaEncoderModel(config).eval()
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
