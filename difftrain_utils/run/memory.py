@@ -441,27 +441,27 @@ class Planner:
             return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
 
     def encoding(self, config: Config) -> int:
-        """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values among
-        them; 0, and `uncounted` says why, where they cannot be counted. Of tiles, one counts."""
+        """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values or
+        waveforms among them; 0, and `uncounted` says why, where they cannot be counted. Of tiles, one counts."""
         if self.family.image_part is None:
             return 0
-        *frames, height, width = size = self.size(config)
-        tile = size
+        size = tile = self.size(config)
         if config.model.vae_tiling:
-            tile = (*frames, *map(min, (height, width), self.family.tile_size))
+            sides = self.family.tile_size  # the last ones
+            tile = (*size[: -len(sides)], *map(min, size[-len(sides) :], sides))
         try:
             of_tile = self._encoding_of(tile, self.dtype(config))
         except Exception as error:  # whatever libraries raise on tensors that have no values
             self.uncounted = shorten(one_line(error), 100)
             return 0
-        pixels, of_pixels = 4 * 3 * math.prod(size), 4 * 3 * math.prod(tile)
+        given, of_given = (4 * _channels_of(self.family, of) * math.prod(of) for of in (size, tile))
         number = self.num_images(config)
         if config.data.cache_latents:
-            number = 1 if frames else ENTRIES_PER_BATCH
-        return number * pixels + (1 if config.model.vae_slicing else number) * (of_tile - of_pixels)
+            number = ENTRIES_PER_BATCH if len(size) == 2 else 1
+        return number * given + (1 if config.model.vae_slicing else number) * (of_tile - of_given)
 
     def _encoding_of(self, size: tuple[int, ...], dtype: torch.dtype) -> int:
-        """The same of one image, or of one clip: of a long one by shorter ones, since each frame more takes as much as
+        """The same of one image, sound or clip: of a long clip by shorter ones, since each frame more takes as much as
         the one before it."""
         family = self._family_of(dtype)
         if len(size) == 3 and size[0] > (longer := 4 * family.frame_multiple + 1):
@@ -535,10 +535,14 @@ class Planner:
             yield
 
 
+def _channels_of(family: ImageFamily, size: tuple[int, ...]) -> int:
+    """Of an image, a video or a sound of this size."""
+    return family.config_of(family.image_part).audio_channels if len(size) == 1 else 3
+
+
 def _latents_of(family: ImageFamily, size: tuple[int, ...]) -> torch.Tensor:
     """Those of an image, a video or a sound without values."""
-    channels = family.config_of("vae").audio_channels if len(size) == 1 else 3
-    moments = family.encode_images(torch.empty(1, channels, *size))
+    moments = family.encode_images(torch.empty(1, _channels_of(family, size), *size))
     return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
 
 
