@@ -81,9 +81,9 @@ class Reading:
     """Of the data."""
 
     rows: int | None
-    """How many images, pairs, videos or texts there are; None: the data is not here."""
+    """How many images, pairs, videos, sounds or texts there are; None: the data is not here."""
     mean_bytes: float | None
-    """Of an image, a pair or a video; None: not known, or texts, which are small."""
+    """Of an image, a pair, a video or a sound; None: not known, or texts, which are small."""
     cached: int
     """Bytes of a sample that come from caches, at most."""
 
