@@ -360,10 +360,10 @@ class Planner:
         return max(sizes, key=math.prod)
 
     def describe_size(self, config: Config) -> str:
-        """The same in words."""
+        """The same in words; of sounds in seconds."""
         size = self.size(config)
         if len(size) == 1:
-            return f"{size[0]} {'tokens' if self.is_text else 'samples'}"
+            return f"{size[0]} tokens" if self.is_text else f"{size[0] / config.data.sampling_rate:.3g} s"
         frames = f"{size[0]} frames of " if len(size) == 3 else ""
         return f"{frames}{size[-1]}x{size[-2]}"
 
@@ -438,7 +438,7 @@ class Planner:
 
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> Activations:
         with self._shapes_in(dtype):
-            return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
+            return count_activations(denoiser, self._predict_in(dtype), *self.inputs(batch, size, dtype))
 
     def encoding(self, config: Config) -> int:
         """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values or
@@ -477,7 +477,8 @@ class Planner:
         size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
         denoiser = self._denoiser_of(config.model.lora is not None and not self.has_lora, dtype)
         images = self.num_images(config)
-        inputs, predict = self.inputs(images, size, dtype), partial(self.family.predict, denoiser)
+        inputs = self.inputs(images, size, dtype)
+        predict = partial(self._predict_in(dtype), denoiser)
         with without_checkpointing(denoiser):
             with torch.enable_grad():
                 flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
@@ -525,8 +526,12 @@ class Planner:
             given = family.null_first_frames(*size) if len(size) == 3 else {}
             return _latents_of(family, size), family.null_conditioning() | given
 
-    def _family_of(self, dtype: torch.dtype) -> Family:
-        return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))
+    def _predict_in(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """The family's, which may ask frozen parts beside the denoiser."""
+        return (self.family if self.is_text else self._family_of(dtype, self.device)).predict
+
+    def _family_of(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Family:
+        return self.family.of_shapes(dtype, partial(without_values, device=device, shapes=self.shapes))
 
     @contextmanager
     def _shapes_in(self, dtype: torch.dtype) -> Iterator[None]:
