@@ -62,6 +62,7 @@ Z_IMAGE = {
     **{"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
     **{"in_channels": 16, "axes_dims": [32, 48, 48], "axes_lens": [1024, 512, 512]},
 }
+TEXT_LENGTHS = {"tiny-stable-audio": 128}  # tokens, where the pipeline takes the tokenizer's own number of them
 TEXT_WIDTHS = {"tiny-flux2-klein": 7680, "tiny-zimage": 2560}
 PLANS = {  # config: the built-in checkpoint of its family, and the numbers of its parts
     "photos_8gb": ("tiny-stable-diffusion", {"unet": SD15_UNET, "vae": KL_VAE, "text_encoder": CLIP_L}),
@@ -88,8 +89,8 @@ def checkpoint_of_shapes(builtin: str, parts: dict[str, dict], folder: Path) -> 
         vae.save_pretrained(folder / "vae")
     for path in folder.glob("tokenizer*/tokenizer_config.json"):
         known = json.loads(path.read_text())
-        if "CLIP" in known["tokenizer_class"]:
-            path.write_text(json.dumps(known | {"model_max_length": 77}))
+        if length := TEXT_LENGTHS.get(builtin, 77 if "CLIP" in known["tokenizer_class"] else None):
+            path.write_text(json.dumps(known | {"model_max_length": length}))
 
 
 def plan(name: str, builtin: str, parts: dict[str, dict], folder: Path):

@@ -18,9 +18,9 @@ from plan_memory import checkpoint_of_shapes
 
 from difftrain_utils.commands import plan
 from difftrain_utils.config.command_line import parse_config
-from difftrain_utils.config.text_to_video import TextToVideoConfig
+from difftrain_utils.config.scripts import SCRIPTS, script_for
 
-CONFIG = str(Path(__file__).parent.parent / "configs/wan21_lora.yaml")
+CONFIG = Path(__file__).parent.parent / "configs/wan21_lora.yaml"
 WAN = {"attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256}
 WAN_1_3B = WAN | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "rope_max_seq_len": 1024}
 WAN_14B = WAN | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "rope_max_seq_len": 1024}
@@ -60,24 +60,28 @@ PLANS = [  # model, what is trained, GPUs, their name, options of the config
 ]
 
 
-def plan_of(folder: Path, number: int, gpu: str, options: list[str]) -> dict:
+def plan_of(config_file: Path, folder: Path, number: int, gpu: str, options: list[str]) -> dict:
     """What `difftrain plan --json` prints of the config."""
-    args, argv = plan.parse_arguments([CONFIG, "--gpus", str(number), "--gpu", gpu, *options])
-    config = parse_config(TextToVideoConfig, [*argv, "--model.pretrained_model_name_or_path", str(folder)])
+    args, argv = plan.parse_arguments([str(config_file), "--gpus", str(number), "--gpu", gpu, *options])
+    argv += ["--model.pretrained_model_name_or_path", str(folder)]
+    config = parse_config(SCRIPTS[script_for(argv)], argv)
     plan.check_split(args.gpus, config)
     with contextlib.redirect_stdout(sys.stderr):
         return plan.make_plan(args, config).to_json()
 
 
-def main() -> None:
+def print_plans(
+    config_file: Path, builtin: str, models: dict[str, dict], plans: list[tuple[str, str, int, str, list[str]]]
+) -> None:
+    """A table of plans of a config with models of other sizes than the built-in one's."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
-        for name, parts in MODELS.items():
-            checkpoint_of_shapes("tiny-wan", parts, folder / name)
+        for name, parts in models.items():
+            checkpoint_of_shapes(builtin, parts, folder / name)
         print("| model | trained | on | sum | activations | while caching | fits | a step | what makes it fit |")
         print(f"|{' --- |' * 9}")
-        for name, what, number, gpu, options in PLANS:
-            began, found = time.perf_counter(), plan_of(folder / name, number, gpu, options)
+        for name, what, number, gpu, options in plans:
+            began, found = time.perf_counter(), plan_of(config_file, folder / name, number, gpu, options)
             sizes = found["memory_total"], found["memory"].get("activations", 0), found["memory_while_caching"]
             low, high = found["seconds_of_step"]
             way = ", then ".join(f"`{step['option']}` {step['memory_total'] / 1e9:.3g}" for step in found["way_to_fit"])
@@ -88,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_plans(CONFIG, "tiny-wan", MODELS, PLANS)

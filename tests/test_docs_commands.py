@@ -50,7 +50,7 @@ RUN_BY = {  # the tests that run a program, or a command of it, as the docs say 
 }
 NEEDED = {  # of what is run by none, or not whole
     r"\b(facebook|openai|stabilityai|stable-diffusion-v1-5|Salesforce)/": "the hub; tests run it with tiny models",
-    r"configs/(photos|sd|sdxl|flux|zimage|qwen|wan|ltx)\w+\.yaml": "a GPU and a checkpoint; tests run tiny ones",
+    r"configs/(photos|sd|sdxl|flux|zimage|qwen|wan|ltx|stable)\w+\.yaml": "a GPU and a checkpoint; tests run tiny ones",
     r"FIRST_MACHINE|--nproc-per-node 8": "many GPUs; tests run it with two processes of a CPU",
     r"^difftrain push (?!.*--dry-run)": "an account of the hub",
     r"^bash benchmarks/gpu_lane.sh|^nvidia-smi|^pytest .*cuda": "an NVIDIA GPU",

@@ -15,21 +15,26 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from difftrain_utils.builtins.checkpoints import BUILTINS, VIDEO_BUILTINS
+from difftrain_utils.builtins import tones
+from difftrain_utils.builtins.checkpoints import AUDIO_BUILTINS, BUILTINS, VIDEO_BUILTINS
 from difftrain_utils.commands.posthoc_ema import average_of_width, check_same_parameters
+from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import MIXED_PRECISION, Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig, VideoModelConfig
 from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.devices import weight_dtype
 from difftrain_utils.errors import LOAD_ERRORS, InputError, RowError, blame, check_installed, some, warn
 from difftrain_utils.evaluation.guidance import GuidedDenoiser, check_guidance, load_weaker
+from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.diffusers_family import DiffusersFamily, move_part
 from difftrain_utils.families.diffusers_video_family import DiffusersVideoFamily
 from difftrain_utils.families.family import Family
 from difftrain_utils.families.load import describe_family, load_family, trained_models
+from difftrain_utils.media.audio import Sound
 from difftrain_utils.media.image import read_image_file
 from difftrain_utils.media.video import Clip
 from difftrain_utils.optimization.trained import is_trained_whole, saved_state, trained_parameters, trained_weights
@@ -47,12 +52,14 @@ TOLD_GUIDANCE = "time_cond_proj_dim"  # of a UNet's config: its pipeline tells i
 
 @dataclass
 class Settings:
-    """Of each picture. What is None, the pipeline has a default for."""
+    """Of each picture, clip or sound. What is None, the pipeline has a default for."""
 
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    seconds: float | None = None
+    """Of a sound, which may be longer by what the model makes at once."""
     first_frame: Image.Image | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -128,6 +135,9 @@ def load(
         config = TextToImageConfig(ModelConfig(source.path), DataConfig("builtin:shapes"))
     if source.path in VIDEO_BUILTINS:
         config = TextToVideoConfig(VideoModelConfig(source.path), VideoDataConfig("builtin:moving-shapes"))
+    if source.path in AUDIO_BUILTINS:
+        sizes = {"waveform_length": 4096, "sampling_rate": tones.LEAST_RATE, "audio_channels": 1}
+        config = TextToAudioConfig(ModelConfig(source.path), AudioDataConfig("builtin:tones", **sizes))
     if config is None:
         family = describe_family(source.path)
         family.tells_gap = source.tells_gap
@@ -271,6 +281,8 @@ def check(loaded: Loaded, prompts: list[str], settings: Settings) -> None:
         family.check_size(settings.height, settings.width, "--height and --width")
     if settings.num_frames is not None and is_known:
         family.check_frames(settings.num_frames, "--num-frames")
+    if settings.seconds is not None and is_known and settings.seconds > family.max_length_in_s:
+        raise InputError(f"--seconds: a {name} takes {family.max_length_in_s:g} at most, got {settings.seconds:g}")
     gives = getattr(family, "first_frames", "none")
     if settings.first_frame is not None and gives == "none":
         raise InputError(f"--first-frame: a {name} is given none")
@@ -330,15 +342,15 @@ def guide(loaded: Loaded, settings: Settings, device: torch.device, precision: s
 
 def draw_all(
     loaded: Loaded, pictures: Iterable, settings: Settings, config: TextToImageConfig | None
-) -> Iterator[tuple[Any, Image.Image | Clip]]:
-    """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image or clip; those of one source, and of one
-    scale, one after the other."""
+) -> Iterator[tuple[Any, Image.Image | Clip | Sound]]:
+    """Pictures (`prompt`, `source`, `scale`, `seed`), each with its image, clip or sound; those of one source, and of
+    one scale, one after the other."""
     scale = None
     if settings.fps is not None:
         loaded.family.fps = settings.fps
     if settings.first_frame is not None:
         loaded.pipeline = loaded.family.image_pipeline(loaded.pipeline)
-    for picture in tqdm(pictures, unit="picture", leave=False, disable=None):
+    for picture in tqdm(pictures, unit="sample", leave=False, disable=None):
         if loaded.models:
             use(loaded, picture.source, config)
         if picture.scale != scale:
@@ -347,9 +359,9 @@ def draw_all(
         yield picture, draw(loaded, picture.prompt, picture.seed, settings)
 
 
-def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image | Clip:
-    """The picture, or the clip, that plain diffusers draws with `torch.Generator().manual_seed(seed)`, or where a run's
-    noise has `frame_correlation`, of such noise."""
+def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Image | Clip | Sound:
+    """The picture, clip or sound that plain diffusers makes with `torch.Generator().manual_seed(seed)`, or where a
+    run's noise has `frame_correlation`, of such noise."""
     generators = [torch.Generator().manual_seed(seed)]
     options = loaded.family.picture_options(
         loaded.pipeline,
@@ -366,16 +378,29 @@ def draw(loaded: Loaded, prompt: str, seed: int, settings: Settings) -> Image.Im
         options |= loaded.family.first_noise(settings.num_frames, settings.height, settings.width, generators)
         options |= {} if settings.first_frame is None else {"image": settings.first_frame}
         options["output_type"] = "pil"
+    if is_sound := isinstance(loaded.family, DiffusersAudioFamily):
+        length = waveform_length(loaded.family, settings.seconds)
+        options |= {} if length is None else loaded.family.length_options(loaded.pipeline, length, generators)
     if unknown := [name for name in options if name not in loaded.arguments]:
         raise InputError(f"a {type(loaded.pipeline).__name__} takes no {some(unknown)}")
     with blame(f"{loaded.pipeline.name_or_path or loaded.family.source}", ValueError, TypeError):
         made = loaded.pipeline(**options, generator=generators)
+    if is_sound:
+        return Sound(made.audios[0].float().cpu().numpy(), loaded.family.sampling_rate)
     return Clip(made.frames[0], loaded.family.fps) if is_video else made.images[0]
+
+
+def waveform_length(family: DiffusersAudioFamily, seconds: float | None) -> int | None:
+    """Samples of a sound of so many seconds, as whole latents; None: the pipeline has a default."""
+    if seconds is None:
+        return None
+    return -(-round(seconds * family.sampling_rate) // family.size_multiple) * family.size_multiple
 
 
 def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
     """Sampler and settings, by name, as far as they are known before drawing."""
     default = loaded.arguments.get("num_inference_steps")
+    length = waveform_length(loaded.family, settings.seconds)
     found = {
         "sampler": type(loaded.pipeline.scheduler).__name__,
         "steps": default.default if settings.steps is None and default else settings.steps,
@@ -383,6 +408,7 @@ def describe(loaded: Loaded, settings: Settings) -> dict[str, Any]:
         "size": None if settings.height is None else f"{settings.height} x {settings.width}",
         "frames": settings.num_frames,
         "fps": settings.fps,
+        "seconds": None if length is None else f"{length / loaded.family.sampling_rate:.6g}",
         "negative_prompt": settings.negative_prompt,
         "guidance_interval": settings.guidance_interval and "{} to {}".format(*settings.guidance_interval),
         "autoguidance": settings.autoguidance,

@@ -5,12 +5,14 @@
     difftrain generate runs/my-lora "a photo of sks dog" --lora-scale 0 0.5 1
     difftrain generate stable-diffusion-v1-5/stable-diffusion-v1-5 "a dog" --num-images 200 --output data/dogs
     difftrain generate runs/my-videos "a red circle moving left" --num-frames 33 --output circle.mp4
+    difftrain generate runs/my-sounds "a low tone" "a rising tone" --seconds 1 --output tones.wav
     difftrain generate runs/quickstart-text --num-texts 100 --sampler confidence --output written.jsonl
 
 Several values of --checkpoint, --lora-scale and --seed make a grid with labelled rows and columns, and with more than
 two of them (or several prompts) one grid for each value of the others. A picture is that which plain diffusers draws
 with torch.Generator().manual_seed(SEED), whatever else is asked for beside it. A model of videos draws clips, in .mp4
-or .webp instead of .png.
+or .webp instead of .png. One of sounds makes a .wav: of several NAME-00.wav, NAME-01.wav and so on, with their
+spectrograms in NAME.png.
 
 A model of text writes to the terminal, to a page (.txt) or to a data set (.jsonl), each text below what tells it from
 the others. A prompt is what a text begins with; none is needed.
@@ -45,12 +47,18 @@ from difftrain_utils.terminal import printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from difftrain_utils.media.audio import Sound
     from difftrain_utils.media.video import Clip
 
-# Options of pictures alone, and of texts
-OF_PICTURES = ("negative_prompt", "guidance", "guidance_interval", "autoguidance", "height", "width", "offload")
-OF_VIDEOS = ("num_frames", "fps", "first_frame")
-OF_TEXTS = ("sampler", "temperature", "length", "block_length")
+GUIDED = ("negative_prompt", "guidance", "guidance_interval", "autoguidance", "offload")
+OPTIONS = {  # by what a source makes, of those that not all have
+    "pictures": (*GUIDED, "height", "width"),
+    "videos": (*GUIDED, "height", "width", "num_frames", "fps", "first_frame"),
+    "sounds": (*GUIDED, "seconds"),
+    "texts": ("sampler", "temperature", "length", "block_length"),
+}
+ENDINGS = {"pictures": (".png",), "videos": (".mp4", ".webp"), "sounds": (".wav",)}
+WRITTEN_BY = {".mp4": "av", ".wav": "soundfile"}  # packages that are extras
 TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "sampler": "sampler",
     "steps": "num_inference_steps",
@@ -58,8 +66,7 @@ TEXT_SETTINGS = {  # options, and the fields of `evaluation` that they are
     "length": "length",
     "block_length": "block_length",
 }
-VIDEO_ENDINGS = (".mp4", ".webp")
-METADATA_FILE = "metadata.jsonl"  # of a folder of images
+METADATA_FILE = "metadata.jsonl"  # of a folder of images, clips or sounds
 MAX_SEED = 2**32  # a generator of torch keeps no more of it
 
 
@@ -92,21 +99,19 @@ def main(argv: list[str] | None = None) -> None:
         use_cache_without_network([sources[0].path])
     if args.guidance is not None and sources[0].tells_gap:
         raise InputError(f"--guidance: {sources[0].path} is told by it how far a step goes, which --steps says")
-    writes = sources[0].is_of_text
-    if writes:
-        refuse_options(args, (*OF_PICTURES, *OF_VIDEOS), "writes texts")
+    makes = sources[0].makes
+    refuse_options(args, makes)
+    if makes == "texts":
         write(args, prompts, sources)
-        return
-    films = sources[0].is_of_video
-    refuse_options(args, OF_TEXTS if films else (*OF_TEXTS, *OF_VIDEOS), f"draws {'videos' if films else 'pictures'}")
-    draw(args, prompts, sources, VIDEO_ENDINGS if films else (".png",))
+    else:
+        draw(args, prompts, sources, makes)
 
 
-def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], endings: tuple[str, ...]) -> None:
-    samples = samples_of(args, prompts, sources)
+def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], makes: str) -> None:
+    samples, endings = samples_of(args, prompts, sources), ENDINGS[makes]
     output = find_output(args.output, (*endings, ""))
-    if (output.suffix or endings[0]) == ".mp4":
-        check_installed({f"--output {output}": "av"})
+    if package := WRITTEN_BY.get(output.suffix or endings[0]):
+        check_installed({f"--output {output}": package})
     grids = arrange(samples, output) if output.suffix else None
     options = settings_of(args, sources[0])
     config = None if sources[0].kind == "pipeline" else run_config(sources[0])
@@ -132,8 +137,8 @@ def draw(args: argparse.Namespace, prompts: list[str], sources: list[Source], en
     check(loaded, prompts, settings)
     facts = describe(loaded, settings) | ({} if args.first_frame is None else {"first_frame": args.first_frame})
     settings = guide(loaded, settings, device, precision)
-    noun = "picture" if endings == (".png",) else "clip"
-    announce_samples("Drawing", noun, samples, f"{device} in {precision}", facts, args)
+    doing, noun = {"videos": ("Drawing", "clip"), "sounds": ("Making", "sound")}.get(makes, ("Drawing", "picture"))
+    announce_samples(doing, noun, samples, f"{device} in {precision}", facts, args)
 
     # ── The pictures ─────────────────────────────────────────────────────────────────────────────────────────
     drawn = draw_all(loaded, samples, settings, config)
@@ -182,13 +187,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "in transformers' format, or a builtin: name",
     )
     parser.add_argument(
-        "prompts", metavar="PROMPT", nargs="*", help="a picture or a text of each; of a DiT names of classes"
+        "prompts", metavar="PROMPT", nargs="*", help="a picture, sound or text of each; of a DiT names of classes"
     )
     parser.add_argument("--prompts", metavar="FILE", dest="prompts_file", type=Path, help="more prompts, one a line")
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="a new .png, or a folder for a file each and metadata.jsonl; of texts a new .txt or .jsonl",
+        help="a new .png, .mp4, .webp or .wav, or a folder for a file each and metadata.jsonl; of texts a new .txt or "
+        ".jsonl",
     )
 
     weights = parser.add_argument_group("which weights of a run")
@@ -218,8 +224,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, …; default: a GPU, if there is one")
     sampling.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: the run's")
 
-    pictures = parser.add_argument_group("of pictures alone")
-    pictures.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures shall be guided away from")
+    pictures = parser.add_argument_group("of pictures, videos and sounds alone")
+    pictures.add_argument("--negative-prompt", metavar="TEXT", help="what they shall be guided away from")
     pictures.add_argument("--guidance", metavar="X", type=finite, help="classifier-free guidance; 1: none")
     pictures.add_argument(
         "--guidance-interval",
@@ -233,6 +239,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pictures.add_argument("--width", metavar="N", type=positive, help="default: as --height; of videos the run's")
     pictures.add_argument("--num-frames", metavar="N", type=positive, help="of a clip; default: the run's")
     pictures.add_argument("--fps", metavar="X", type=finite, help="frames a second of a clip; default: the run's")
+    pictures.add_argument("--seconds", metavar="X", type=finite, help="of a sound; default: the run's")
     pictures.add_argument("--first-frame", metavar="FILE", help="image that clips begin with, of models that take one")
     pictures.add_argument(
         "--offload", action="store_true", help="keep on the GPU only the part that computes: less memory, slower"
@@ -258,6 +265,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--guidance: must be at least 1, got {args.guidance:g}")
     if args.fps is not None and not 0 < args.fps <= MAX_FPS:
         raise InputError(f"--fps: must be above 0 and at most {MAX_FPS:.0f}, got {args.fps:g}")
+    if args.seconds is not None and args.seconds <= 0:
+        raise InputError(f"--seconds: must be above 0, got {args.seconds:g}")
     if args.guidance_interval is not None and not 0 <= args.guidance_interval[0] < args.guidance_interval[1] <= 1:
         got = " ".join(f"{end:g}" for end in args.guidance_interval)
         raise InputError(f"--guidance-interval: must be START STOP with 0 <= START < STOP <= 1, got {got}")
@@ -266,11 +275,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def refuse_options(args: argparse.Namespace, names: Iterable[str], what: str) -> None:
-    """Raise InputError if one of these options is given, which the source, that does `what`, has not."""
-    for name in names:
-        if getattr(args, name) not in (None, False):
-            raise InputError(f"--{name.replace('_', '-')}: {args.source} {what}, which have none")
+def refuse_options(args: argparse.Namespace, makes: str) -> None:
+    """Raise InputError if an option is given that what the source `makes` has not."""
+    does = {"texts": "writes", "sounds": "makes"}.get(makes, "draws")
+    for name in itertools.chain.from_iterable(OPTIONS.values()):
+        if name not in OPTIONS[makes] and getattr(args, name) not in (None, False):
+            raise InputError(f"--{name.replace('_', '-')}: {args.source} {does} {makes}, which have none")
 
 
 def samples_of(args: argparse.Namespace, prompts: list[str], sources: list[Source]) -> list[Sample]:
@@ -280,7 +290,7 @@ def samples_of(args: argparse.Namespace, prompts: list[str], sources: list[Sourc
 
 def refuse_twice(option: str, values: list) -> None:
     if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
-        raise InputError(f"{option}: {twice[0]!r:.60} is there twice, which would be the same picture")
+        raise InputError(f"{option}: {twice[0]!r:.60} is there twice, which would be the same")
 
 
 def whole(text: str) -> int:
@@ -327,7 +337,8 @@ def find_output(name: str | None, endings: tuple[str, ...] = (".png", "")) -> Pa
     """A file that is not there with one of these endings, or (without one) a folder that is not there or empty; by
     default a new file with the first of them, generated.png."""
     names = (f"generated{'' if number == 1 else f'-{number}'}{endings[0]}" for number in itertools.count(1))
-    output = next(path for path in map(Path, names) if not os.path.lexists(path)) if name is None else local_path(name)
+    free = (path for path in map(Path, names) if not os.path.lexists(path) and not any(Path().glob(f"{path.stem}.*")))
+    output = next(free) if name is None else local_path(name)
     if output.suffix and output.suffix in endings and os.path.lexists(output):
         raise InputError(f"--output: {output} is there already")
     if output.suffix not in endings:
@@ -343,13 +354,14 @@ def find_output(name: str | None, endings: tuple[str, ...] = (".png", "")) -> Pa
 
 def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """Those of the command line, else of the run."""
-    films, height, width = source.is_of_video, args.height, args.width
-    if films and source.record is None and (height is None) != (width is None):
+    makes, height, width = source.makes, args.height, args.width
+    if makes == "videos" and source.record is None and (height is None) != (width is None):
         raise InputError(f"--{'height' if height is None else 'width'}: needed beside the other, no run says it")
-    if not films:
+    if makes == "pictures":
         height, width = height or width, width or height
     settings = {"height": height, "width": width, "steps": args.steps, "guidance": args.guidance}
     settings |= {"negative_prompt": args.negative_prompt, "num_frames": args.num_frames, "fps": args.fps}
+    settings |= {"seconds": args.seconds}
     settings |= {"guidance_interval": args.guidance_interval, "autoguidance": args.autoguidance}
     if source.record is None:
         return settings
@@ -359,8 +371,10 @@ def settings_of(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         evaluation = EvaluationConfig(**{k: v for k, v in config["evaluation"].items() if k in known})
         evaluation.check(require_of(evaluation, "evaluation"))
         data, own = config["data"], {"steps": evaluation.num_inference_steps}
-        if films:
+        if makes == "videos":
             own |= {name: data[name] for name in ("num_frames", "height", "width", "fps")}
+        elif makes == "sounds":
+            own |= {"seconds": data["waveform_length"] / data["sampling_rate"]}
         else:
             own |= {"height": data["resolution"], "width": data["resolution"]}
         own |= {"guidance": evaluation.guidance_scale, "guidance_rescale": evaluation.guidance_rescale}
@@ -417,10 +431,18 @@ class Grid:
     rows: list[str]
     columns: list[str]
 
+    @property
+    def paths(self) -> list[Path]:
+        """Its files: of several sounds one of each, and then one of their spectrograms."""
+        if self.path.suffix != ".wav" or len(self.pictures) == 1:
+            return [self.path]
+        numbered = (f"{self.path.stem}-{number:02d}" for number in range(len(self.pictures)))
+        return [*map(self.path.with_stem, numbered), self.path.with_suffix(".png")]
+
 
 def arrange(pictures: list[Sample], output: Path) -> list[Grid]:
     """The last two of the axes that have several values are the rows and columns of a grid; each value of the others
-    has one of its own, `NAME-1.png`, `NAME-2.png` and so on. Raises InputError if such a file is there."""
+    has one of its own, `NAME-1.png`, `NAME-2.png` and so on. Raises InputError if a file of theirs is there."""
     values = {axis: list(dict.fromkeys(p.labels[axis] for p in pictures)) for axis in pictures[0].labels}
     axes = [axis for axis, labels in values.items() if len(labels) > 1]
     grids: dict[tuple[str, ...], list[Sample]] = {}
@@ -430,27 +452,34 @@ def arrange(pictures: list[Sample], output: Path) -> list[Grid]:
     paths = [output]
     if len(grids) > 1:
         paths = [output.with_stem(f"{output.stem}-{number}") for number in range(1, len(grids) + 1)]
-        if there := next(filter(os.path.lexists, paths), None):
-            raise InputError(f"--output: {there} is there already")
     order = [*values]  # of the axes: rows come one after the other
     arranged = []
     for path, of_grid in zip(paths, grids.values(), strict=True):
         of_grid = sorted(of_grid, key=lambda p: [values[axis].index(p.labels[axis]) for axis in order])
         arranged.append(Grid(path, of_grid, rows, columns))
+    if there := next(filter(os.path.lexists, (path for grid in arranged for path in grid.paths)), None):
+        raise InputError(f"--output: {there} is there already")
     return arranged
 
 
-def save_grids(drawn: dict[Sample, "Image | Clip"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
+def save_grids(drawn: dict[Sample, "Image | Clip | Sound"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
+    from difftrain_utils.media.audio import spectrogram
     from difftrain_utils.media.video import side_by_side
 
     for grid in grids:
         made = [drawn[picture] for picture in grid.pictures]
         if grid.path.suffix == ".png":
             save(lay_out(grid, made), grid.path, grid.pictures, facts)
+        elif grid.path.suffix == ".wav":
+            *sounds, last = grid.paths
+            for sound, picture, path in zip(made, grid.pictures, sounds or [last], strict=True):
+                save(sound, path, [picture], facts)
+            if sounds:
+                save(lay_out(grid, [*map(spectrogram, made)]), last, grid.pictures, facts)
         else:
             save(side_by_side(made, partial(lay_out, grid)), grid.path, grid.pictures, facts)
-    return [grid.path for grid in grids]
+    return [path for grid in grids for path in grid.paths]
 
 
 def lay_out(grid: Grid, images: list["Image"]) -> "Image":
@@ -464,11 +493,15 @@ def lay_out(grid: Grid, images: list["Image"]) -> "Image":
     return labelled_grid(images, grid.columns) if grid.columns else images[0]
 
 
-def save(made: "Image | Clip", path: Path, pictures: list[Sample], facts: dict[str, Any]) -> None:
-    """Write an image or a clip that says what it was drawn of, which WebP does not."""
+def save(made: "Image | Clip | Sound", path: Path, pictures: list[Sample], facts: dict[str, Any]) -> None:
+    """Write an image, a clip or a sound that says what it was made of, which WebP does not."""
+    from difftrain_utils.media.audio import write_sound
     from difftrain_utils.media.video import write_clip
 
     said = text_of(pictures, facts)
+    if path.suffix == ".wav":
+        write_sound(made, path, json.dumps(said, ensure_ascii=False))
+        return
     if path.suffix != ".png":
         write_clip(made, path, json.dumps(said, ensure_ascii=False))
         return
@@ -482,7 +515,7 @@ def save(made: "Image | Clip", path: Path, pictures: list[Sample], facts: dict[s
 
 
 def save_folder(
-    drawn: Iterable[tuple[Sample, "Image | Clip"]], facts: dict[str, Any], output: Path, ending: str
+    drawn: Iterable[tuple[Sample, "Image | Clip | Sound"]], facts: dict[str, Any], output: Path, ending: str
 ) -> list[Path]:
     """Write a file of each as they are drawn, and a metadata.jsonl, by which the folder is a data set; return its path.
 

@@ -195,7 +195,7 @@ def data_of_shapes(family, config: Config):
     from difftrain_utils.data.clips import ClipBuckets, check_buckets
     from difftrain_utils.data.load import Data
 
-    sizes = None if isinstance(config.model, TextModelConfig) else config.data.buckets
+    sizes = getattr(config.data, "buckets", None)
     if sizes == "auto":
         sizes = generate_aspect_ratio_buckets(config.data.resolution, divisibility=family.size_multiple)
     if not sizes:

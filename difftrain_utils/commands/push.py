@@ -52,6 +52,11 @@ IMAGE_PIPELINES = {  # of models that do with a first frame and without: those t
     "LTXPipeline": "LTXImageToVideoPipeline",
     "WanPipeline": "WanImageToVideoPipeline",
 }
+SECONDS = {  # what pipelines call how long a sound is to be, in seconds
+    "StableAudioPipeline": "audio_end_in_s",
+    "StableAudio3Pipeline": "duration",
+    "AceStepPipeline": "audio_duration",
+}
 FIXED_SIZE = ("DDPMPipeline", "DiTPipeline")
 Files = dict[str, Path | bytes]  # by their paths in the repository: files as they are, or contents
 
@@ -118,6 +123,8 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
     for name in (GRID, PAGE, FILM):
         if samples := sorted((run / SAMPLES).glob(f"step-*{Path(name).suffix}")):
             files[name] = samples[-1]
+    for path in sorted((run / SAMPLES).glob(f"{files[GRID].stem}-*.wav")) if GRID in files else ():
+        files[path.name.replace(files[GRID].stem, Path(GRID).stem)] = path
     config = public(read_mapping(run / CONFIG_FILE))
     files[CONFIG] = redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).encode()
     metrics = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else []
@@ -226,6 +233,9 @@ def make_card(
     data, prompts = config["data"], config["evaluation"]["prompts"]
     sources = [source["dataset"] for source in data.get("sources") or []] or [data["dataset"]]
     kind = KINDS[script_of(flatten(config))](run, repo, config, base, files)
+    wavs = [name for name in files if name.endswith(".wav")]
+    sounds = [f"[{prompt}]({name})" for prompt, name in zip(prompts, wavs, strict=False)]
+    pictures = "Spectrograms" if sounds else "Pictures"
     header = ModelCardData(
         license=license,
         base_model=base if _is_on_hub(base) else None,
@@ -243,7 +253,8 @@ def make_card(
             f"---\n{header.to_yaml()}\n---",
             f"\n# {repo.split('/')[1]}\n",
             f"{kind.what}, trained with difftrain from {_named(base)} on {', '.join(map(_named, sources))}: {steps}.\n",
-            *([f"![Pictures of prompts of the evaluation]({GRID})\n"] if GRID in files else []),
+            *([f"![{pictures} of prompts of the evaluation]({GRID})\n"] if GRID in files else []),
+            *([f"Sounds of these: {', '.join(sounds)}\n"] if sounds else []),
             *([f"![Clips of prompts of the evaluation]({FILM})\n"] if FILM in files else []),
             *([f"[Texts of the evaluation]({PAGE})\n"] if PAGE in files else []),
             "## Use\n",
@@ -312,6 +323,23 @@ def _of_videos(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", task, usage)
 
 
+def _of_sounds(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
+    data, evaluation, is_lora = config["data"], config["evaluation"], INDEX_FILE not in files
+    pipeline_class = None if is_lora else read_mapping(run / PIPELINE / INDEX_FILE).get("_class_name")
+    prompt, rate = data.get("default_caption") or next(iter(evaluation["prompts"]), "…"), data["sampling_rate"]
+    options = {"prompt": json.dumps(prompt, ensure_ascii=False)}
+    options |= {name: evaluation[name] for name in ("num_inference_steps", "guidance_scale")}
+    if pipeline_class in SECONDS:
+        options[SECONDS[pipeline_class]] = data["waveform_length"] / rate
+    call = ", ".join(f"{name}={value}" for name, value in options.items())
+    usage = ["```python", "import soundfile", "from diffusers import DiffusionPipeline", ""]
+    usage += [f'pipeline = DiffusionPipeline.from_pretrained("{base if is_lora else repo}")']
+    usage += [f'pipeline.load_lora_weights("{repo}")'] if is_lora else []
+    usage += [f"sound = pipeline({call}).audios[0]"]
+    usage += [f'soundfile.write("sound.wav", sound.T.float().cpu().numpy(), {rate})', "```"]
+    return Kind("LoRA adapters" if is_lora else f"A `{pipeline_class}`", "diffusers", "text-to-audio", usage)
+
+
 def _of_text(run: Path, repo: str, config: Mapping[str, Any], base: str, files: Files) -> Kind:
     """A model for plain transformers, with which difftrain writes, or adapters for peft."""
     if MODEL_FILE not in files:
@@ -332,6 +360,7 @@ KINDS = {
     "train_few_step.py": _of_images,
     "train_preference.py": _of_images,
     "train_text_to_video.py": _of_videos,
+    "train_text_to_audio.py": _of_sounds,
     "train_text.py": _of_text,
 }
 

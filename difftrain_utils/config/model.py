@@ -90,7 +90,7 @@ class ModelConfig(CheckpointConfig):
     """Leave the text encoders' weights on the disk, from which each layer's come to the device when it computes: for
     encoders that are larger than memory. Slower, and with `data.cache_text` only."""
     vae_slicing: bool = False
-    """Encode and decode one image, or one clip, at a time: less memory, slower."""
+    """Encode and decode one image, clip or sound at a time: less memory, slower."""
     vae_tiling: bool = False
     """Encode and decode what is larger than a tile, whose size is the VAE's own, in tiles that overlap: less memory,
     slower, and not quite the same latents."""

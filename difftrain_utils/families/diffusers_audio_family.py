@@ -46,7 +46,24 @@ class DiffusersAudioFamily(DiffusersFamily):
                 rule = f"must be {allowed[field]}, or null" if field in allowed else "must be null"
                 raise InputError(f"scheduler.{field}: {rule} for a {name}, got {value}")
 
+    def _cut_up(self, vae: torch.nn.Module) -> None:
+        """See `DiffusersFamily`. Tiles and what they have in common are of whole latents: else those of one would lie
+        between the other's."""
+        super()._cut_up(vae)
+        for name in ("tile_sample_min_length", "tile_sample_overlap") if self.vae_tiling else ():
+            setattr(vae, name, self._whole_latents(getattr(vae, name)))
+
+    def _whole_latents(self, length: int) -> int:
+        """Of so many samples those that make whole latents."""
+        return length // self.hop_length * self.hop_length
+
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def tile_size(self) -> tuple[int] | None:
+        """Samples of the longest tile of `model.vae_tiling`; None of an autoencoder without."""
+        length = getattr(self._on_meta("vae"), "tile_sample_min_length", None)
+        return None if length is None else (self._whole_latents(length),)
+
     @property
     def hop_length(self) -> int:
         """How many samples are one of latents."""

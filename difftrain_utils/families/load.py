@@ -170,7 +170,8 @@ def describe_family(name: str) -> DiffusersFamily:
     """
     with blame(name, *LOAD_ERRORS):
         source, model_index = read_index(name, None)
-        family_class = (FAMILIES | VIDEO_FAMILIES).get(model_index["_class_name"], DiffusersFamily)
+        known = FAMILIES | VIDEO_FAMILIES | AUDIO_FAMILIES
+        family_class = known.get(model_index["_class_name"], DiffusersFamily)
         return family_class(source, None, None, model_index, schedule=None, sampler=None, name=name)
 
 
@@ -184,10 +185,10 @@ def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]
     """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
     source, model_index = read_index(name, revision)
     class_name = model_index["_class_name"]
-    if class_name not in families and class_name in FAMILIES | VIDEO_FAMILIES:
-        script = "train_text_to_video.py" if class_name in VIDEO_FAMILIES else "train_text_to_image.py"
-        raise ValueError(f"it is of {class_name}: train it with {script}")
     if class_name not in families:
+        for medium, known in (("image", FAMILIES), ("video", VIDEO_FAMILIES), ("audio", AUDIO_FAMILIES)):
+            if class_name in known:
+                raise ValueError(f"it is of {class_name}: train it with train_text_to_{medium}.py")
         raise ValueError(f"it is of {class_name}; known is {', '.join(families)}")
     return source, model_index
 

@@ -177,13 +177,22 @@ class Sound(NamedTuple):
 def save(made: list[Sound], labels: list[str], path: Path) -> None:
     """Write sounds as a WAV file each, `path` with their numbers, and their spectrograms with their labels as one PNG
     file, `path` with that ending. Raises RunError if it cannot."""
-    import soundfile  # an extra
-
-    for number, (samples, sampling_rate) in enumerate(made):
-        with new_file(path.with_name(f"{path.stem}-{number:02d}.wav")) as partial:
-            soundfile.write(partial, samples.T, sampling_rate, format="WAV", subtype="PCM_16")
+    for number, sound in enumerate(made):
+        write_sound(sound, path.with_name(f"{path.stem}-{number:02d}.wav"))
     with new_file(path.with_suffix(".png")) as partial:
         labelled_grid([spectrogram(sound) for sound in made], labels).save(partial, "PNG")
+
+
+def write_sound(sound: Sound, path: Path, comment: str | None = None) -> None:
+    """Write a sound as a WAV file, of 16 bits a sample, that may have a comment. Raises RunError if it cannot."""
+    import soundfile  # an extra
+
+    samples, sampling_rate = sound
+    kind = {"format": "WAV", "subtype": "PCM_16"}
+    with new_file(path) as partial, soundfile.SoundFile(partial, "w", sampling_rate, len(samples), **kind) as file:
+        if comment is not None:
+            file.comment = comment
+        file.write(samples.T)
 
 
 # ── Files of sounds ──────────────────────────────────────────────────────────────────────────────────────────

@@ -71,7 +71,7 @@ def _places(index: torch.Tensor | None) -> Iterable[torch.Tensor | None]:
 
 
 def without_values(
-    module: torch.nn.Module, device: torch.device, shapes: AbstractContextManager | None = None
+    module: torch.nn.Module, device: torch.device | str, shapes: AbstractContextManager | None = None
 ) -> torch.nn.Module:
     """A copy whose parameters and buffers are empty, on the device; with `Shapes`, shapes alone."""
     emptied = {}

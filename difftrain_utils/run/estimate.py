@@ -11,7 +11,7 @@ from difftrain_utils.data.load import Data
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
-from difftrain_utils.media import pairs, video
+from difftrain_utils.media import audio, pairs, video
 from difftrain_utils.media.image import read_bytes
 from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
@@ -81,9 +81,9 @@ class Reading:
     """Of the data."""
 
     rows: int | None
-    """How many images, pairs, videos or texts there are; None: the data is not here."""
+    """How many images, pairs, videos, sounds or texts there are; None: the data is not here."""
     mean_bytes: float | None
-    """Of an image, a pair or a video; None: not known, or texts, which are small."""
+    """Of an image, a pair, a video or a sound; None: not known, or texts, which are small."""
     cached: int
     """Bytes of a sample that come from caches, at most."""
 
@@ -217,8 +217,9 @@ def mean_row_bytes(rows) -> float | None:
 
 def _row_bytes(row) -> int:
     """Of a row's files. Raises RowError if one cannot be read."""
-    if isinstance(row, video.Row):
-        with video.open_file(row.video, row.name) as file:
+    if isinstance(row, (video.Row, audio.Row)):
+        content, noun = (row.video, "video") if isinstance(row, video.Row) else (row.audio, "sound")
+        with video.open_file(content, row.name, noun) as file:
             return file.seek(0, os.SEEK_END)
     images = [row.image, row.rejected] if isinstance(row, pairs.Row) else [row.image]
     return sum(len(read_bytes(image, row.name)) for image in images)

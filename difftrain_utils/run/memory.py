@@ -360,10 +360,10 @@ class Planner:
         return max(sizes, key=math.prod)
 
     def describe_size(self, config: Config) -> str:
-        """The same in words."""
+        """The same in words; of sounds in seconds."""
         size = self.size(config)
         if len(size) == 1:
-            return f"{size[0]} {'tokens' if self.is_text else 'samples'}"
+            return f"{size[0]} tokens" if self.is_text else f"{size[0] / config.data.sampling_rate:.3g} s"
         frames = f"{size[0]} frames of " if len(size) == 3 else ""
         return f"{frames}{size[-1]}x{size[-2]}"
 
@@ -438,30 +438,30 @@ class Planner:
 
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> Activations:
         with self._shapes_in(dtype):
-            return count_activations(denoiser, self.family.predict, *self.inputs(batch, size, dtype))
+            return count_activations(denoiser, self._predict_in(dtype), *self.inputs(batch, size, dtype))
 
     def encoding(self, config: Config) -> int:
-        """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values among
-        them; 0, and `uncounted` says why, where they cannot be counted. Of tiles, one counts."""
+        """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values or
+        waveforms among them; 0, and `uncounted` says why, where they cannot be counted. Of tiles, one counts."""
         if self.family.image_part is None:
             return 0
-        *frames, height, width = size = self.size(config)
-        tile = size
+        size = tile = self.size(config)
         if config.model.vae_tiling:
-            tile = (*frames, *map(min, (height, width), self.family.tile_size))
+            sides = self.family.tile_size  # the last ones
+            tile = (*size[: -len(sides)], *map(min, size[-len(sides) :], sides))
         try:
             of_tile = self._encoding_of(tile, self.dtype(config))
         except Exception as error:  # whatever libraries raise on tensors that have no values
             self.uncounted = shorten(one_line(error), 100)
             return 0
-        pixels, of_pixels = 4 * 3 * math.prod(size), 4 * 3 * math.prod(tile)
+        given, of_given = (4 * _channels_of(self.family, of) * math.prod(of) for of in (size, tile))
         number = self.num_images(config)
         if config.data.cache_latents:
-            number = 1 if frames else ENTRIES_PER_BATCH
-        return number * pixels + (1 if config.model.vae_slicing else number) * (of_tile - of_pixels)
+            number = ENTRIES_PER_BATCH if len(size) == 2 else 1
+        return number * given + (1 if config.model.vae_slicing else number) * (of_tile - of_given)
 
     def _encoding_of(self, size: tuple[int, ...], dtype: torch.dtype) -> int:
-        """The same of one image, or of one clip: of a long one by shorter ones, since each frame more takes as much as
+        """The same of one image, sound or clip: of a long clip by shorter ones, since each frame more takes as much as
         the one before it."""
         family = self._family_of(dtype)
         if len(size) == 3 and size[0] > (longer := 4 * family.frame_multiple + 1):
@@ -477,7 +477,8 @@ class Planner:
         size, dtype, batch = self.size(config), torch.float32, self.micro_batch(config)  # counted the same in any
         denoiser = self._denoiser_of(config.model.lora is not None and not self.has_lora, dtype)
         images = self.num_images(config)
-        inputs, predict = self.inputs(images, size, dtype), partial(self.family.predict, denoiser)
+        inputs = self.inputs(images, size, dtype)
+        predict = partial(self._predict_in(dtype), denoiser)
         with without_checkpointing(denoiser):
             with torch.enable_grad():
                 flops = {"forward and backward pass": flops_of_shapes(self.shapes, predict, *inputs)}
@@ -525,8 +526,12 @@ class Planner:
             given = family.null_first_frames(*size) if len(size) == 3 else {}
             return _latents_of(family, size), family.null_conditioning() | given
 
-    def _family_of(self, dtype: torch.dtype) -> Family:
-        return self.family.of_shapes(dtype, partial(without_values, device=torch.device("cpu"), shapes=self.shapes))
+    def _predict_in(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """The family's, which may ask frozen parts beside the denoiser."""
+        return (self.family if self.is_text else self._family_of(dtype, self.device)).predict
+
+    def _family_of(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Family:
+        return self.family.of_shapes(dtype, partial(without_values, device=device, shapes=self.shapes))
 
     @contextmanager
     def _shapes_in(self, dtype: torch.dtype) -> Iterator[None]:
@@ -535,10 +540,14 @@ class Planner:
             yield
 
 
+def _channels_of(family: ImageFamily, size: tuple[int, ...]) -> int:
+    """Of an image, a video or a sound of this size."""
+    return family.config_of(family.image_part).audio_channels if len(size) == 1 else 3
+
+
 def _latents_of(family: ImageFamily, size: tuple[int, ...]) -> torch.Tensor:
     """Those of an image, a video or a sound without values."""
-    channels = family.config_of("vae").audio_channels if len(size) == 1 else 3
-    moments = family.encode_images(torch.empty(1, channels, *size))
+    moments = family.encode_images(torch.empty(1, _channels_of(family, size), *size))
     return family.sample_latents(moments, torch.empty_like(moments[:, 0]))
 
 

@@ -23,7 +23,7 @@ KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
-    SAMPLES: tuple(f"step-*.{kind}" for kind in ("png", "txt", "mp4", "webp")),
+    SAMPLES: tuple(f"step-*.{kind}" for kind in ("png", "txt", "mp4", "webp", "wav")),
     VALIDATION: ("step-*.safetensors",),
     TRACKERS: (
         *(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),

@@ -28,6 +28,7 @@ from difftrain_utils.run.run_folder import (
 INDEX_FILE = "model_index.json"  # of a pipeline's folder
 MODEL_FILE = "config.json"  # of a text model's, in transformers' format
 RAW, EMA, BEST = "raw", "ema", "best"
+MAKES = {"train_text_to_video.py": "videos", "train_text_to_audio.py": "sounds", "train_text.py": "texts"}
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,20 @@ class Source:
         return {} if self.record is None else read_mapping(self.record / CONFIG_FILE)
 
     @property
-    def is_of_text(self) -> bool:
-        """Whether they are those of a text model. Of a name on the hub, the hub says it by its files."""
+    def makes(self) -> Literal["pictures", "videos", "sounds", "texts"]:
+        """What they are for. Of a name on the hub, the hub says by its files whether it is a text model. Raises
+        InputError if a pipeline does not say what it is."""
         if self.record is not None:
-            return script_for(["--config", str(self.record / CONFIG_FILE)]) == "train_text.py"
-        if self.path.startswith("builtin:"):
-            from difftrain_utils.builtins.checkpoints import TEXT_BUILTINS
+            return MAKES.get(script_for(["--config", str(self.record / CONFIG_FILE)]), "pictures")
+        from difftrain_utils.builtins.checkpoints import TEXT_BUILTINS
 
-            return self.path in TEXT_BUILTINS
-        return not _has_file(self.path, INDEX_FILE) and _has_file(self.path, MODEL_FILE)
-
-    @property
-    def is_of_video(self) -> bool:
-        """Whether they make videos. Raises InputError if a pipeline does not say what it is."""
-        if self.record is not None:
-            return script_for(["--config", str(self.record / CONFIG_FILE)]) == "train_text_to_video.py"
-        from difftrain_utils.families.load import VIDEO_FAMILIES, read_index
+        if self.path in TEXT_BUILTINS or (not self.path.startswith("builtin:") and _is_text_model(self.path)):
+            return "texts"
+        from difftrain_utils.families.load import AUDIO_FAMILIES, VIDEO_FAMILIES, read_index
 
         with blame(self.path, *LOAD_ERRORS):
-            return read_index(self.path, None)[1]["_class_name"] in VIDEO_FAMILIES
+            class_name = read_index(self.path, None)[1]["_class_name"]
+        return "videos" if class_name in VIDEO_FAMILIES else "sounds" if class_name in AUDIO_FAMILIES else "pictures"
 
     @property
     def tells_gap(self) -> bool:
@@ -118,6 +114,10 @@ def find_sources(
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise InputError(f"{name}: no such folder")
     return [Source("pipeline", str(folder) if folder.exists() else name)]
+
+
+def _is_text_model(name: str) -> bool:
+    return not _has_file(name, INDEX_FILE) and _has_file(name, MODEL_FILE)
 
 
 def _has_file(name: str, file: str) -> bool:

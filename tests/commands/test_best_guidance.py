@@ -31,7 +31,7 @@ def drawn(monkeypatch, tmp_path):
             yield sample, draw_shape(PROMPTS.index(sample.prompt) + shift, 32)[0]
 
     monkeypatch.setattr(best_guidance, "find_sources", lambda run: [source])
-    monkeypatch.setattr(Source, "is_of_text", False)
+    monkeypatch.setattr(Source, "makes", "pictures")
     monkeypatch.setattr(Source, "tells_gap", False)
     monkeypatch.setattr(best_guidance, "run_config", lambda source: config)
     monkeypatch.setattr(best_guidance, "settings_of", lambda args, _: {"height": 32, "guidance": args.guidance})

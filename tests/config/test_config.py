@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import ROOT, options, parse_config, train, train_preference, train_video
+from helpers import ROOT, options, parse_config, train, train_audio, train_preference, train_video
 
 from difftrain_utils.config import command_line
 from difftrain_utils.config.config import RENAMED, field_names
@@ -374,6 +374,7 @@ TINY = {
     "sd35_finetune": "tiny-sd3",
     "wan21_lora": "tiny-wan",
     "ltx_lora": "tiny-ltx",
+    "stable_audio_lora": "tiny-stable-audio",
     "emoji": "tiny-pixel",
     "quickstart_lora": "tiny-stable-diffusion",
     "quickstart_preference": "tiny-stable-diffusion",
@@ -406,14 +407,19 @@ def test_the_configs_of_checkpoints_that_are_not_built_in_run(name, image_folder
         "evaluation.num_inference_steps": 2,
     }
     sections = yaml.safe_load(config.read_text())
-    is_video = "num_frames" in sections["data"]
-    if is_video:
+    start, folder, sample = train, image_folder, ".png"
+    if "num_frames" in sections["data"]:
+        start, folder, sample = train_video, "builtin:moving-shapes", ".mp4"
         del fields["data.resolution"]
         fields |= {"data.num_frames": 9, "data.height": 32, "data.width": 32}
+    elif "waveform_length" in sections["data"]:
+        start, folder, sample = train_audio, "builtin:tones", "-00.wav"
+        del fields["data.resolution"]
+        fields |= {"data.waveform_length": 4096, "data.sampling_rate": 4000, "data.audio_channels": 1}
+    elif "preference" in sections:
+        start = train_preference
     if not sections["data"].get("dataset", "builtin:").startswith("builtin:"):
-        fields["data.dataset"] = "builtin:moving-shapes" if is_video else image_folder
-    start = train_video if is_video else train_preference if "preference" in sections else train
-    run = start(["--config", str(config), *options(fields)])
-    is_lora = "lora" in sections["model"]
-    ending = "mp4" if is_video else "png"
-    assert (run / f"samples/step-000002.{ending}").is_file() and (run / ("lora" if is_lora else "pipeline")).is_dir()
+        fields["data.dataset"] = folder
+    run, lora = start(["--config", str(config), *options(fields)]), sections["model"].get("lora")
+    exported = "lora" if lora and not lora.get("merge") else "pipeline"
+    assert (run / f"samples/step-000002{sample}").is_file() and (run / exported).is_dir()

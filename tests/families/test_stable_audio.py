@@ -166,6 +166,20 @@ def test_the_autoencoder_is_a_transform_that_loses_nothing(family, tmp_path):
     assert count_right(sounds, TONES) == 9
 
 
+def test_the_autoencoder_encodes_in_tiles_of_whole_latents(family):
+    """In which a sound has the latents that it has in one piece."""
+    tiled = load_family(audio_config(model__vae_tiling=True))
+    assert tiled.tile_size == (30 * RATE // HOP * HOP,)
+    vae, waveforms = tiled.part("vae"), torch.from_numpy(make_tone(4, LENGTH, RATE)[0])[None, None].float()
+    vae.tile_sample_min_length, vae.tile_sample_overlap = 1000, 150  # as 30 and 2 seconds are to 2048 samples
+    whole, between = family.encode_images(waveforms), tiled.encode_images(waveforms)
+    tiled._cut_up(vae)
+    of_tiles = tiled.encode_images(waveforms)
+    assert vae.tile_sample_min_length == 960 and of_tiles.shape == whole.shape
+    assert (of_tiles - whole).abs().max() < 1e-5
+    assert between.shape != whole.shape or (between - whole).abs().max() > 0.1  # why they have to be
+
+
 def test_what_is_saved_is_its_own_pipeline_of_the_runs_length(tmp_path):
     """Plain diffusers makes of it the sounds that the family makes."""
     half = load_family(config_of(data__waveform_length=LENGTH // 2))

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from difftrain_utils.commands import validate_config
 from difftrain_utils.config import command_line
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.data.load import Data
 from difftrain_utils.families.load import load_family, trained_models
@@ -34,6 +35,14 @@ def video_config(name: str, **fields) -> TextToVideoConfig:
     size = dict(zip(("data.num_frames", "data.height", "data.width"), SIZE, strict=True))
     model = {"model.pretrained_model_name_or_path": f"builtin:{name}", "data.dataset": "builtin:moving-shapes"}
     return command_line.parse_config(TextToVideoConfig, options(model | size | own))
+
+
+def audio_config(**fields) -> TextToAudioConfig:
+    """The same, of mono sounds of 4096 samples."""
+    own = {field.replace("__", "."): value for field, value in fields.items()}
+    size = {"data.waveform_length": 4096, "data.sampling_rate": 4000, "data.audio_channels": 1}
+    model = {"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio", "data.dataset": "builtin:tones"}
+    return command_line.parse_config(TextToAudioConfig, options(model | size | own))
 
 
 def config_of(short_run, name: str, **fields):
@@ -307,6 +316,23 @@ def test_what_the_vae_holds_while_it_encodes(short_run):
     vae = planner.frozen(cached, cached=True)["vae"]
     text = planner.frozen(cached, cached=False)["text_encoder"]
     assert beyond not in planner.held(cached) and planner.while_caching(cached) == vae + text + of_one
+
+
+def test_what_the_vae_holds_while_it_encodes_sounds(monkeypatch):
+    """Against a real one; one by one, in tiles, and while caching one at a time."""
+    config, waveforms = audio_config(train__batch_size=2), torch.zeros(1, 1, 4096)
+    family, planner = load_family(config), Planner(*run_of(config))
+    _, most = allocated(lambda: family.encode_images(waveforms))
+    of_one = planner._encoding_of((4096,), torch.float32)
+    assert of_one == pytest.approx(most + waveforms.nbytes, rel=0.1)
+    assert planner.encoding(config) == 2 * of_one
+    monkeypatch.setattr(type(family), "tile_size", (1024,))
+    changed = dict(planner.options(config))
+    assert planner.encoding(changed["model.vae_slicing"]) == of_one + waveforms.nbytes
+    assert planner.encoding(changed["model.vae_tiling"]) < of_one
+    cached = changed["data.cache_latents and data.window middle"]
+    vae, *others = (sum(planner.frozen(cached, cached=is_cached).values()) for is_cached in (True, False))
+    assert planner.while_caching(cached) == vae + sum(others) + of_one
 
 
 def test_what_encodes_the_first_frame_is_there_beside_the_vae_while_caching():
