@@ -99,6 +99,7 @@ KINDS = {
     "train_few_step.py": Kind("noise level", "noise levels", "images", "diffusers"),
     "train_preference.py": Kind("noise level", "noise levels", "pairs", "diffusers"),
     "train_text_to_video.py": Kind("noise level", "noise levels", "videos", "diffusers", ("data.buckets",)),
+    "train_text_to_audio.py": Kind("noise level", "noise levels", "sounds", "diffusers"),
     "train_text.py": Kind("share of masked tokens", "shares of masked tokens", "texts", "transformers"),
 }
 
