@@ -94,8 +94,7 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                if media_of(self.config.data) is not audio:
-                    log_samples(self.accelerator, step, "samples", images, path)
+                log_samples(self.accelerator, step, "samples", images, evaluation.prompts, path)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:

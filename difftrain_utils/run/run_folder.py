@@ -23,7 +23,7 @@ KOHYA_FILE, SINGLE_FILE = "kohya.safetensors", "single_file.safetensors"  # of `
 
 
 WRITTEN = {  # what a run writes into its folders, as patterns of paths within them
-    SAMPLES: tuple(f"step-*.{kind}" for kind in ("png", "txt", "mp4", "webp")),
+    SAMPLES: tuple(f"step-*.{kind}" for kind in ("png", "txt", "mp4", "webp", "wav")),
     VALIDATION: ("step-*.safetensors",),
     TRACKERS: (
         *(f"{folder}/{name}" for folder in ("*", "*/*") for name in ("events.out.tfevents.*", "hparams.yml")),
@@ -61,6 +61,13 @@ def artefacts(output_dir: Path) -> list[str]:
 def step_file(output_dir: str | Path, folder: str, step: int, suffix: str) -> Path:
     """The file of a step in one of a run's folders."""
     return Path(output_dir) / folder / f"step-{step:06d}{suffix}"
+
+
+def sound_files(samples: Path) -> list[Path]:
+    """The sounds of a grid of spectrograms, in the order of their prompts: `step-000500-00.wav` and so on, beside
+    `step-000500.png`."""
+    found = samples.parent.glob(f"{samples.stem}-*.wav")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # more than 100 have longer names
 
 
 def checkpoint_name(step: int) -> str:
