@@ -49,6 +49,7 @@ from difftrain_utils.run.run_folder import (
     SAMPLES,
     VALIDATION,
     read_mapping,
+    sound_files,
     step_file,
 )
 from difftrain_utils.terminal import printable
@@ -767,12 +768,19 @@ def samples_of(run: Run) -> dict[int, Path]:
     return dict(sorted((int(path.stem[5:]), path) for path in paths if path.stem[5:].isdecimal()))
 
 
+def sounds_of(run: Run, samples: Path) -> list[tuple[str, Path]]:
+    """The sounds of a grid of spectrograms, with their prompts."""
+    files, prompts = sound_files(samples), run.config.get("evaluation.prompts")
+    labels = prompts if isinstance(prompts, list) and len(prompts) == len(files) else [path.name for path in files]
+    return list(zip(map(str, labels), files, strict=True))
+
+
 def last_sample(run: Run) -> str:
     """The newest samples as a figure."""
     found = samples_of(run)
     newest = max(found, default=None)
     caption = f"{run.name}, " + ("no samples" if newest is None else f"step {newest}")
-    return html.figure(caption, found.get(newest))
+    return html.figure(caption, found.get(newest), sounds_of(run, found[newest]) if found else [])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ They are also well-formed XML. What the report says, and in which order, is in c
 """
 
 import base64
+import importlib.util
 import math
 import statistics
 from html import escape
@@ -15,6 +16,8 @@ from difftrain_utils.terminal import printable
 
 MAX_TEXT = 20_000  # characters of a page of texts
 MAX_MOVING = 1_500_000  # bytes of a picture that moves
+MAX_SOUNDS = 1_500_000  # bytes of all sounds of a step
+SMALLER, SHORTEST = 0.8, 1.0  # of a sound that is made smaller: Vorbis' compression from 0 to 1, and seconds
 MAX_SIDE, FEWEST_FRAMES = 1600, 16  # of a picture that is made smaller: pixels, and frames of one that moves
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc3399", "#8c6d1f", "#56b4e9", "#222222", "#7b3fb5", "#e6a000", "#d62728")
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1000, 70, 740, 15, 300  # of a chart, in pixels; the legend is right of RIGHT
@@ -25,7 +28,7 @@ td:first-child, th:first-child, .values td, .values th { text-align: left } .num
 .unfair { color: #a11; font-weight: 600 } svg { font: 12px system-ui, sans-serif; max-width: 100%; height: auto }
 .samples { display: flex; flex-wrap: wrap; gap: 16px } figure { margin: 0; flex: 1 1 300px; max-width: 520px }
 img { width: 100% } pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30em; overflow-y: auto }
-figcaption { font-size: 13px; overflow-wrap: anywhere }"""
+figcaption, .sounds { font-size: 13px; overflow-wrap: anywhere } audio { display: block; width: 100%; height: 36px }"""
 
 
 def page(title: str, parts: list[str]) -> str:
@@ -49,11 +52,12 @@ def table(rows: list[list[str]], kind: str) -> str:
     return f'<div><table class="{kind}">' + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table></div>"
 
 
-def figure(caption: str, samples: Path | None) -> str:
-    """A PNG or WebP file, or the beginning of a page of texts, and its caption, or the caption alone.
+def figure(caption: str, samples: Path | None, sounds: list[tuple[str, Path]]) -> str:
+    """A PNG or WebP file, or the beginning of a page of texts, and its caption, or the caption alone; with players of
+    sounds, each below its label, so far as they have room (`shrink_sound`).
 
     Raises:
-        InputError: a WebP cannot be read.
+        InputError: a WebP or a sound cannot be read.
     """
     shown = ""
     if samples is not None and samples.suffix == ".txt":
@@ -63,7 +67,40 @@ def figure(caption: str, samples: Path | None) -> str:
         content = samples.read_bytes() if samples.suffix == ".png" else shrink(samples, MAX_MOVING, 1.0)[0]
         source = f"data:image/{samples.suffix[1:]};base64,{base64.b64encode(content).decode()}"
         shown = f'<img src="{source}" alt="{escape(caption)}"/>'
-    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+    players = []
+    for label, path in sounds:
+        content, kind, _ = shrink_sound(path, MAX_SOUNDS // len(sounds))
+        source = f'src="data:{kind};base64,{base64.b64encode(content).decode()}"'
+        player = f'<audio controls="controls" {source}></audio>' if content else ": not in this page"
+        players.append(f'<div class="sounds">{escape(label)}{player}</div>')
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption>{''.join(players)}</figure>"
+
+
+def shrink_sound(path: Path, size: int) -> tuple[bytes, str, bool]:
+    """A WAV file of at most `size` bytes, its media type, and whether it is as it was: else it is compressed, as Ogg
+    Vorbis, and if need be only its beginning. It is empty where less than a second of it has room, or soundfile, with
+    which it is made smaller, is not installed. Raises InputError if it cannot be read."""
+    with blame(str(path), OSError):
+        if path.stat().st_size <= size:
+            return path.read_bytes(), "audio/wav", True
+    if importlib.util.find_spec("soundfile") is None:
+        return b"", "audio/ogg", False
+    import soundfile  # an extra
+
+    with blame(str(path), OSError, soundfile.SoundFileError):
+        samples, rate = soundfile.read(path, dtype="int16", always_2d=True)
+    length = min(len(samples), 16 * size // samples.shape[1])  # it takes half a bit of a sample, or more
+    while length >= SHORTEST * rate:
+        buffer = BytesIO()
+        options = {"format": "OGG", "subtype": "VORBIS", "compression_level": SMALLER}
+        with soundfile.SoundFile(buffer, "w", rate, samples.shape[1], **options) as file:
+            for start in range(0, length, rate):  # libsndfile's encoder fails of too much at a time
+                file.write(samples[start : min(start + rate, length)])
+        content = buffer.getvalue()
+        if len(content) <= size:
+            return content, "audio/ogg", False
+        length = int(length * min(0.9, 0.95 * size / len(content)))
+    return b"", "audio/ogg", False
 
 
 def shrink(path: Path, size: int, scale: float) -> tuple[bytes, float, bool]:

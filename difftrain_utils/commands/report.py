@@ -13,6 +13,7 @@ machine alone, and keeps it up to date.
 import base64
 import json
 import math
+import re
 import time
 from hashlib import sha256
 from html import escape
@@ -23,7 +24,7 @@ from typing import Any
 
 from difftrain_utils.commands import compare
 from difftrain_utils.commands.compare import Run
-from difftrain_utils.commands.compare_html import shrink
+from difftrain_utils.commands.compare_html import shrink, shrink_sound
 from difftrain_utils.commands.parser import Parser
 from difftrain_utils.errors import InputError, blame, shorten
 from difftrain_utils.files import text_digest, write_file
@@ -35,6 +36,7 @@ from difftrain_utils.run.run_folder import (
     METRICS_FILE,
     SAMPLES,
     read_mapping,
+    sound_files,
 )
 
 PAGE = Path(__file__).parent / "report_page"
@@ -44,8 +46,9 @@ MAX_POINTS = 1000  # of a curve
 MAX_TEXT = 50_000  # characters of a page of samples
 PICTURE = 12_000  # bytes that a picture should have at least, if it is to be more than the first and last of a run
 MOVING = 100_000  # the same of one that moves
+SOUNDING = 400_000  # the same of all sounds beside one, unless they are smaller
 PORT = 8765
-KINDS = {"png": "image/png", "webp": "image/webp", "txt": "text/plain; charset=utf-8"}  # of samples
+KINDS = {"png": "image/png", "webp": "image/webp", "txt": "text/plain; charset=utf-8", "wav": "audio/wav"}  # of samples
 TITLES = {
     "loss": "Training loss",
     "validation_loss_ema": "Validation loss, EMA weights",
@@ -154,10 +157,17 @@ def some_samples(runs: list[Run], size: int) -> tuple[list[dict], str]:
     if not with_samples:
         return [], ""
     is_moving = any(path.suffix == ".webp" for of_run in samples for path in of_run.values())
-    each = max(2, size * 3 // 4 // with_samples // (MOVING if is_moving else PICTURE))
+    heard = max(
+        sum(file.stat().st_size for _, file in compare.sounds_of(run, path))
+        for run, of_run in zip(runs, samples, strict=True)
+        for path in of_run.values()
+    )
+    least = (MOVING if is_moving else PICTURE) + min(heard, SOUNDING)
+    each = max(2, size * 3 // 4 // with_samples // least)
     kept = [spread(list(of_run), each) for of_run in samples]
     count = sum(map(len, kept))
-    found, smaller, scale = [], 0, 1.0
+    room = size * 3 // 4 // count - 200  # of one, in bytes before they are written as base64
+    found, smaller, scale, changed, left_out = [], 0, 1.0, 0, 0
     for i, steps in enumerate(kept):
         for step in steps:
             path, shown = samples[i][step], {"run": i, "step": step}
@@ -166,16 +176,29 @@ def some_samples(runs: list[Run], size: int) -> tuple[list[dict], str]:
                 smaller += not is_whole
                 found.append(shown | {"text": text})
                 continue
-            content, scale, is_whole = shrink(path, size * 3 // 4 // count - 200, scale)  # base64
+            sounds, left = compare.sounds_of(runs[i], path), room
+            for label, file in sounds:
+                content, kind, is_whole = shrink_sound(file, room * 3 // 4 // len(sounds))
+                changed, left_out = changed + (bool(content) and not is_whole), left_out + (not content)
+                player = {"label": label, "source": data_url(kind, content) if content else None}
+                shown.setdefault("sounds", []).append(player)
+                left -= len(content) + 100
+            content, scale, is_whole = shrink(path, left, scale)
             smaller += not is_whole
-            found.append(shown | {"source": f"data:image/webp;base64,{base64.b64encode(content).decode()}"})
+            found.append(shown | {"source": data_url("image/webp", content)})
     total, what = sum(map(len, samples)), "pages" if any("text" in shown for shown in found) else "grids"
     said = (
         [f"{count} of {total} {what} are in this page; the others are in the runs' folders."] if count < total else []
     )
     how = "smaller, or with fewer frames," if is_moving else "smaller"
     said += [f"{smaller} are shown {how} than they are there."] if smaller else []
+    said += [f"{changed} sounds are compressed, or only their beginning is here."] if changed else []
+    said += [f"{left_out} sounds have no room here; difftrain report --serve plays them."] if left_out else []
     return found, " ".join(said)
+
+
+def data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def beginning(path: Path, size: int) -> tuple[str, bool]:
@@ -326,6 +349,9 @@ class Live:
         self.runs = [old.get(folder) or compare.load_run(folder, name) for folder, name in names]
         samples = [(i, step, path) for i, run in enumerate(self.runs) for step, path in compare.samples_of(run).items()]
         shown = [{"run": i, "step": step, "source": f"grids/{i}/{step}{path.suffix}"} for i, step, path in samples]
+        for grid, (i, step, path) in zip(shown, samples, strict=True):
+            sounds = enumerate(compare.sounds_of(self.runs[i], path))
+            grid["sounds"] = [{"label": label, "source": f"grids/{i}/{step}/{n}.wav"} for n, (label, _) in sounds]
         return content_of(self.runs) | {"grids": shown, "grids_note": ""}
 
     def _signature(self, folder: Path) -> tuple:
@@ -339,9 +365,11 @@ class Live:
                 found.append(None)
         return tuple(found)
 
-    def grid(self, run: str, step: str) -> bytes:
-        """Raises LookupError or ValueError if there is none, OSError if it cannot be read."""
-        return compare.samples_of(self.runs[int(run)])[int(step)].read_bytes()
+    def grid(self, run: str, step: str, sound: str | None = None) -> bytes:
+        """A grid, or one of its sounds. Raises LookupError or ValueError if there is none, OSError if it cannot be
+        read."""
+        path = compare.samples_of(self.runs[int(run)])[int(step)]
+        return (path if sound is None else sound_files(path)[int(sound)]).read_bytes()
 
 
 def server(live: Live, port: int) -> ThreadingHTTPServer:
@@ -372,8 +400,16 @@ def server(live: Live, port: int) -> ThreadingHTTPServer:
                 self.send_error(404)
 
         def _send(self, kind: str, body: bytes) -> None:
-            self.send_response(200)
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))  # players ask for parts
+            first = int(asked[1]) if asked else 0
+            if asked and first < len(body):
+                size, body = len(body), body[first : int(asked[2]) + 1 if asked[2] else None]
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{size}")
+            else:
+                self.send_response(200)
             self.send_header("Content-Type", kind)
+            self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-cache")
             self.end_headers()

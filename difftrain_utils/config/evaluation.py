@@ -11,10 +11,10 @@ MAX_PROMPTS, MAX_LENGTH = 1000, 2000  # one image each, every time
 
 @dataclass
 class EvaluationConfig:
-    """The grid of images, the validation loss and the image metrics that show the progress."""
+    """The grid, the validation loss and the metrics that show the progress, of any medium."""
 
-    networks: ClassVar[tuple[str, ...]] = ("fid_features", "clip_score_model")
-    """The fields that name one, of metrics that need held-out rows."""
+    networks: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The fields that name one, with its metrics, which need held-out rows."""
 
     prompts: list[str] = field(default_factory=list)
     """One image each."""
@@ -41,11 +41,6 @@ class EvaluationConfig:
     """Noise levels from low to high that the validation loss is reported for."""
     shapes_judge: bool = False
     """Count the images that show what their prompts ask for (for built-in data)."""
-    fid_features: str | None = None
-    """Network whose features FID and KID compare: an image model of transformers (a folder or hub name, such as
-    `facebook/dinov2-base`) or `inception`; null: no FID and KID."""
-    clip_score_model: str | None = None
-    """CLIP model of the CLIP score (a folder or hub name, such as `openai/clip-vit-base-patch16`); null: none."""
     num_metric_images: int = 1000
     """Images generated for these metrics, from the captions of as many held-out images."""
 
@@ -80,3 +75,19 @@ class EvaluationConfig:
         for name in self.networks:
             require(getattr(self, name) != "", name, "must not be empty")
         require(self.num_metric_images >= 2, "num_metric_images", "must be at least 2")
+
+
+@dataclass
+class ImageEvaluationConfig(EvaluationConfig):
+    """The grid of images, the validation loss and the image metrics that show the progress."""
+
+    networks: ClassVar[dict[str, tuple[str, ...]]] = {
+        "fid_features": ("fid", "kid"),
+        "clip_score_model": ("clip_score",),
+    }
+
+    fid_features: str | None = None
+    """Network whose features FID and KID compare: an image model of transformers (a folder or hub name, such as
+    `facebook/dinov2-base`) or `inception`; null: no FID and KID."""
+    clip_score_model: str | None = None
+    """CLIP model of the CLIP score (a folder or hub name, such as `openai/clip-vit-base-patch16`); null: none."""

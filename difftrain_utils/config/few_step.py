@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from difftrain_utils.config.config import Require
-from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.evaluation import ImageEvaluationConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 
 METHODS_OF_FIELDS = {
@@ -56,7 +56,7 @@ class FewStepMethodConfig:
 
 
 @dataclass
-class FewStepEvaluationConfig(EvaluationConfig):
+class FewStepEvaluationConfig(ImageEvaluationConfig):
     """The grid of images, the validation loss and the image metrics that show the progress."""
 
     num_inference_steps: int = 1

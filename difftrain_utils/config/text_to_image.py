@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from difftrain_utils.config.config import Config, Require
 from difftrain_utils.config.data import DataConfig
-from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.evaluation import ImageEvaluationConfig
 from difftrain_utils.config.fit import check_shared
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import LossConfig, NoiseConfig, SchedulerConfig, StrategyConfig, TimestepsConfig
@@ -31,7 +31,7 @@ class TextToImageConfig(Config):
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.train.max_steps is None and self.data.epochs is None:
@@ -77,9 +77,11 @@ class TextToImageConfig(Config):
         return {
             "validation_loss": (held_out, images),
             "validation_loss_ema": (held_out and self.ema.enabled, f"{images}, and ema.enabled"),
-            "fid": (evaluation.fid_features, "evaluation.fid_features"),
-            "kid": (evaluation.fid_features, "evaluation.fid_features"),
-            "clip_score": (evaluation.clip_score_model, "evaluation.clip_score_model"),
+            **{
+                metric: (getattr(evaluation, name), f"evaluation.{name}")
+                for name, of_network in evaluation.networks.items()
+                for metric in of_network
+            },
             **{
                 f"{name}_right": (judged and self.judge == name, f"{judge}, of {name.replace('_', ' ')}")
                 for name in self.judges
@@ -122,5 +124,6 @@ class TextToImageConfig(Config):
         lora, fields = self.model.lora, {"noise.pairing": ("scipy", self.noise.pairs_samples)}
         fields |= {"model.lora": ("peft", lora is not None)}
         fields |= {"model.lora.quantization": ("bitsandbytes", lora is not None and lora.quantization)}
-        fields |= {"evaluation.fid_features": ("torchmetrics", self.evaluation.fid_features == "inception")}
+        is_inception = getattr(self.evaluation, "fid_features", None) == "inception"  # sounds have none
+        fields |= {"evaluation.fid_features": ("torchmetrics", is_inception)}
         return {name: package for name, (package, is_used) in fields.items() if is_used}

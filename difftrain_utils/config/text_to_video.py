@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from difftrain_utils.config.config import Require, require_of
-from difftrain_utils.config.evaluation import EvaluationConfig
+from difftrain_utils.config.evaluation import ImageEvaluationConfig
 from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.objective import NoiseConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
@@ -28,10 +28,10 @@ class VideoModelConfig(ModelConfig):
 
 
 @dataclass
-class VideoEvaluationConfig(EvaluationConfig):
+class VideoEvaluationConfig(ImageEvaluationConfig):
     """The grid of clips, the validation loss and the metrics that show the progress."""
 
-    networks: ClassVar[tuple[str, ...]] = (*EvaluationConfig.networks, "fvd_features")
+    networks: ClassVar[dict[str, tuple[str, ...]]] = ImageEvaluationConfig.networks | {"fvd_features": ("fvd", "kvd")}
 
     prompts: list[str] = field(default_factory=list)
     """One clip each."""
@@ -111,11 +111,6 @@ class TextToVideoConfig(TextToImageConfig):
         for section, name in (("noise", "frame_correlation"), ("model", "first_frame_probability")):
             requires[section](not (self.data.are_stills and getattr(getattr(self, section), name)), name, rule)
         super().check_sections(requires)
-
-    @property
-    def metrics(self) -> dict[str, tuple[object, str]]:
-        needed = self.evaluation.fvd_features, "evaluation.fvd_features"
-        return super().metrics | {"fvd": needed, "kvd": needed}
 
     @property
     def judge(self) -> str:

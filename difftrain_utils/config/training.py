@@ -14,8 +14,8 @@ SOURCES = ("weights", "data", "noise")  # of what is random, each with its seed
 MAX_BATCH = 2**20  # samples of a step; more is a slip
 DEFAULT_STEPS = 1000
 BEST_IS = {  # of the metrics of an evaluation
-    **dict.fromkeys(("validation_loss", "validation_loss_ema", "fid", "kid", "fvd", "kvd"), "lowest"),
-    **dict.fromkeys(("clip_score", "shapes_preferred", "valid"), "highest"),
+    **dict.fromkeys(("validation_loss", "validation_loss_ema", "fid", "kid", "fvd", "kvd", "fad", "kad"), "lowest"),
+    **dict.fromkeys(("clip_score", "clap_score", "shapes_preferred", "valid"), "highest"),
     **dict.fromkeys(("shapes_right", "scenes_right", "moving_shapes_right", "tones_right"), "highest"),
     **dict.fromkeys(("validation_implicit_accuracy", "validation_implicit_accuracy_ema"), "highest"),
 }
@@ -129,7 +129,7 @@ class TrainConfig:
     """Keep the weights of the best evaluation as `weights/best.safetensors`: by `validation_loss` (of the raw weights),
     `validation_loss_ema`, `fid`, `kid`, `clip_score`, `shapes_right` or `scenes_right`, of pairs also
     `validation_implicit_accuracy`, the same with `_ema`, or `shapes_preferred`, of texts `valid`, of videos
-    `moving_shapes_right`, `fvd` or `kvd`, or of sounds `tones_right`; null: none."""
+    `moving_shapes_right`, `fvd` or `kvd`, or of sounds `tones_right`, `fad`, `kad` or `clap_score`; null: none."""
     record_diff: Literal["full", "redacted", "digest"] = "redacted"
     """What `run_manifest.json` records of changes that are not committed: all, or without what looks like a secret, or
     their SHA-256."""

@@ -16,27 +16,27 @@ from difftrain_utils.media.video import Clip
 
 
 def load_clip_networks(config: TextToVideoConfig, rows: MappedRows | None, device: torch.device) -> dict[str, Callable]:
-    """What `image_metrics` needs for the metrics asked for: {"features": (clips) -> (N, d), "clip_features": the same,
-    "clip_score": (clips, captions) -> (N,)}, float32, of N clips.
+    """What `image_metrics` needs for the metrics asked for: {"fid_features": (clips) -> (N, d), "fvd_features": the
+    same, "clip_score_model": (clips, captions) -> (N,)}, float32, of N clips.
 
-    "features" are of the middle frame of each, so that what FID and KID compare is drawn independently; the score is
-    the mean over all frames of a clip (CLIPSIM: Wu et al. 2021, arXiv:2104.14806); "clip_features" are those of FVD and
-    KVD (Unterthiner et al. 2018, arXiv:1812.01717). Warns of fewer clips than a Fréchet distance needs.
+    "fid_features" are of the middle frame of each, so that what FID and KID compare is drawn independently; the score
+    is the mean over all frames of a clip (CLIPSIM: Wu et al. 2021, arXiv:2104.14806); "fvd_features" are those of FVD
+    and KVD (Unterthiner et al. 2018, arXiv:1812.01717). Warns of fewer clips than a Fréchet distance needs.
 
     Raises:
         InputError: see `load_metric_networks`; or of the rows that are looked at, fewer than two have several frames.
     """
     evaluation, number, networks = config.evaluation, config.evaluation.num_metric_images, {}
     for name, network in load_metric_networks(config, rows, device).items():
-        networks[name] = _of_middle(network) if name == "features" else _of_all_frames(network)
+        networks[name] = _of_middle(network) if name == "fid_features" else _of_all_frames(network)
     if name := evaluation.fvd_features:
         moving = sum(held_out_size(rows, row, config.data)[0] > 1 for row in range(number))
         if moving < 2:
             raise InputError(f"evaluation.fvd_features: needs clips of several frames, which {moving} of {number} are")
         blank = Clip([Image.new("RGB", (config.data.width, config.data.height))], config.data.fps)
         with blame(f"evaluation.fvd_features: cannot use {name!r}", Exception):
-            networks["clip_features"] = load_clip_features(name, device)
-            width = networks["clip_features"]([blank]).shape[1]  # what the network cannot do shows now
+            networks["fvd_features"] = load_clip_features(name, device)
+            width = networks["fvd_features"]([blank]).shape[1]  # what the network cannot do shows now
         if note := unreliable("fvd is", "clips", moving, width):
             warn(f"evaluation.num_metric_images: {note}")
     return networks

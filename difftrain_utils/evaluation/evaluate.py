@@ -16,6 +16,7 @@ from difftrain_utils.evaluation.generate import generate, load_first_frames
 from difftrain_utils.evaluation.guidance import check_guidance, load_weaker
 from difftrain_utils.evaluation.image_metrics import image_metrics, load_metric_networks
 from difftrain_utils.evaluation.scores import JUDGES, check_captions
+from difftrain_utils.evaluation.sound_metrics import load_sound_networks
 from difftrain_utils.evaluation.validation import (
     by_noise_level,
     save_validation_losses,
@@ -57,7 +58,8 @@ class Evaluation:
         if is_video and config.evaluation.prompts and (why := video.no_mp4()):
             warn(f"evaluation.prompts: clips are shown as WebP alone, not as MP4, because {why}")
         with main_process_first(accelerator):
-            load = load_clip_networks if is_video else load_metric_networks
+            of_medium = {video: load_clip_networks, audio: load_sound_networks}
+            load = of_medium.get(media_of(config.data), load_metric_networks)
             self.networks = load(config, validation_rows, accelerator.device)
             check_guidance(family, config.evaluation)
             self.weaker = None
@@ -92,8 +94,7 @@ class Evaluation:
                 with go_on_without():
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                if media_of(self.config.data) is not audio:
-                    log_samples(self.accelerator, step, "samples", images, path)
+                log_samples(self.accelerator, step, "samples", images, evaluation.prompts, path)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:

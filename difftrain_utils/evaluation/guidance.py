@@ -13,7 +13,7 @@ from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame
 from difftrain_utils.families.diffusers_family import load_part, load_weights, move_part
 from difftrain_utils.families.load import read_index
 from difftrain_utils.families.samplers import path_and_prediction
-from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.objective.schedule import SIGMA_SCHEDULERS, Schedule
 from difftrain_utils.optimization.trained import saved_state, trained_parameters
 from difftrain_utils.run import weights
 from difftrain_utils.run.run_folder import CONFIG_FILE
@@ -57,7 +57,7 @@ class GuidedDenoiser(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         number = self._calls
         if number == 0:  # only now the sampler knows its steps
-            self._levels = noise_levels(self._schedule, self._sampler.timesteps)
+            self._levels = noise_levels(self._schedule, self._sampler)
         self._calls = (number + 1) % (len(self._levels) * self._calls_of_step)  # a pipeline may be called again
         start, stop = self._interval
         is_guided = start <= self._levels[number // self._calls_of_step] <= stop
@@ -89,9 +89,12 @@ def _change(function: Callable[..., Any], *outputs: Any) -> Any:
     return type(outputs[0])(sample=changed) if isinstance(outputs[0], BaseOutput) else (changed, *outputs[0][1:])
 
 
-def noise_levels(schedule: Schedule, timesteps: torch.Tensor) -> list[float]:
+def noise_levels(schedule: Schedule, sampler) -> list[float]:
     """The share of noise s / (a + s) at each of a sampler's timesteps."""
-    timesteps = timesteps.detach().cpu().float()
+    if isinstance(sampler, SIGMA_SCHEDULERS):
+        sigmas = sampler.sigmas[: len(sampler.timesteps)]  # s / a
+        return (sigmas / (1 + sigmas)).tolist()
+    timesteps = sampler.timesteps.detach().cpu().float()
     if not schedule.has_continuous_time:
         timesteps = timesteps.round().long().clamp(0, schedule.num_train_timesteps - 1)
     alphas, sigmas = schedule.alphas_and_sigmas(timesteps)

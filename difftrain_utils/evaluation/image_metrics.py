@@ -1,4 +1,5 @@
-"""FID, KID and CLIP score of images, and FVD and KVD of clips, that are generated from the captions of held-out ones.
+"""What compares generated images, clips and sounds with the held-out ones from whose captions they are made, by the
+features of networks: FID, KID, CLIP score, FVD, KVD, FAD, KAD and CLAP score.
 
 Feature networks are image models of transformers, by folder or hub name, with their own preprocessing (always Pillow's
 resizing, torchvision or not). The CLIP score is of transformers alone: torchmetrics 1.9's takes what transformers 5
@@ -8,6 +9,7 @@ returns for a tensor, and fails.
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,46 +20,57 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
 from difftrain_utils.config.config import Config
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import held_out_size
 from difftrain_utils.errors import InputError, blame
-from difftrain_utils.evaluation.distances import frechet_distance, kernel_distance
+from difftrain_utils.evaluation.distances import frechet_distance, kernel_audio_distance, kernel_distance
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.held_out import held_out_batches
+from difftrain_utils.media.audio import Sound
 from difftrain_utils.media.media import media_of
 from difftrain_utils.media.video import Clip
 from difftrain_utils.terminal import announce
 
-DISTANCES = {"features": ("fid", "kid"), "clip_features": ("fvd", "kvd")}
+DISTANCES = {  # of features; what else is measured scores pictures by their captions
+    **dict.fromkeys(("fid", "fvd", "fad"), frechet_distance),
+    **dict.fromkeys(("kid", "kvd"), kernel_distance),
+    "kad": kernel_audio_distance,
+}
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 
 
 def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.device) -> dict[str, Callable]:
-    """What `image_metrics` needs for the metrics asked for: {"features": (images) -> (N, d), "clip_score":
-    (images, captions) -> (N,)}, float32, of N RGB images.
+    """What `image_metrics` needs for the metrics asked for, by the fields that name the networks: {"fid_features":
+    (images) -> (N, d), "clip_score_model": (images, captions) -> (N,)}, float32, of N RGB images.
 
     Raises:
         InputError: a network cannot be loaded, or there are fewer `rows` than are to be generated.
     """
-    features, clip = config.evaluation.fid_features, config.evaluation.clip_score_model
-    wanted, networks, media = config.evaluation.num_metric_images, {}, media_of(config.data)
-    names = [getattr(config.evaluation, name) for name in config.evaluation.networks]
-    if any(names) and wanted > len(rows):
-        raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out {media.NOUN}, got {wanted}")
-    if any(names):
-        announce(f"Loading {' and '.join(filter(None, names))}, for the metrics of {media.NOUN}")
-        height, width = media.size_of(config.data)[-2:]
-        blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
+    begin_loading(config, rows)
+    features, clip, networks = config.evaluation.fid_features, config.evaluation.clip_score_model, {}
+    height, width = media_of(config.data).size_of(config.data)[-2:]
+    blank = [Image.new("RGB", (width, height))]  # what a network cannot do shows now
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
-            networks["features"] = load_features(features, device)
-            networks["features"](blank)
+            networks["fid_features"] = load_features(features, device)
+            networks["fid_features"](blank)
     if clip:
         with blame(f"evaluation.clip_score_model: cannot use {clip!r}", Exception):
             embed = load_clip(clip, device)
-            networks["clip_score"] = lambda images, captions: clip_score(*embed(images, captions))
-            networks["clip_score"](blank, [""])
+            networks["clip_score_model"] = lambda images, captions: clip_score(*embed(images, captions))
+            networks["clip_score_model"](blank, [""])
     return networks
+
+
+def begin_loading(config: Config, rows: MappedRows | None) -> None:
+    """Say which networks are loaded, if any. Raises InputError if there are fewer `rows` than they need."""
+    wanted, noun = config.evaluation.num_metric_images, media_of(config.data).NOUN
+    names = dict.fromkeys(filter(None, (getattr(config.evaluation, name) for name in config.evaluation.networks)))
+    if names and wanted > len(rows):
+        raise InputError(f"evaluation.num_metric_images: there are {len(rows)} held-out {noun}, got {wanted}")
+    if names:
+        announce(f"Loading {' and '.join(names)}, for the metrics of {noun}")
 
 
 def image_metrics(
@@ -69,9 +82,9 @@ def image_metrics(
     config: Config,
     weaker: torch.nn.Module | None = None,
 ) -> dict[str, float]:
-    """`fid`, `kid`, `fvd`, `kvd` and `clip_score`, those that there are networks for, of `evaluation.num_metric_images`
-    images or clips made from the first captions of the first `rows`, in their sizes; all but the last compare them with
-    these rows, FVD and KVD those of several frames.
+    """The metrics that there are networks for (`networks` of the section), of `evaluation.num_metric_images` images,
+    clips or sounds made from the first captions of the first `rows`, in their sizes; all but the scores compare them
+    with these rows, FVD and KVD those of several frames.
 
     Image i's noise depends on (evaluation.seed, i) alone. The processes share the images out; all return the metrics.
     """
@@ -82,29 +95,33 @@ def image_metrics(
         are_given = len(size) == 3 and family.first_frames == "all"
         first_frames = pt_to_pil(held_out["pixel_values"][:, :, 0]) if are_given else None
         made = generate(family, denoiser, evaluation, size, captions, keys, weaker, first_frames)
-        real, batch = as_shown(held_out["pixel_values"]) if networks.keys() & DISTANCES else None, {}
+        real, batch = as_shown(held_out, config.data), {}
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             for name, network in networks.items():
-                if name == "clip_score":
+                if evaluation.networks[name][0] not in DISTANCES:
                     batch[name] = network(made, captions)
-                elif name == "features" or size[0] > 1:  # a still is no video
+                elif name != "fvd_features" or size[0] > 1:  # a still is no video
                     batch[name] = torch.stack([network(real), network(made)], 1)
         batches.append({name: values[:num_kept].cpu() for name, values in batch.items()})
     metrics, batches = {}, gather_object(batches)
     for name in networks:
         values = torch.cat([batch[name] for batch in batches if name in batch]).double()
-        if name == "clip_score":
-            metrics[name] = values.mean().item()
-        else:
-            frechet, kernel = DISTANCES[name]
-            metrics[frechet] = frechet_distance(*values.unbind(1))
-            metrics[kernel] = kernel_distance(*values.unbind(1))
+        for metric in evaluation.networks[name]:
+            distance = DISTANCES.get(metric)
+            metrics[metric] = values.mean().item() if distance is None else distance(*values.unbind(1))
     return metrics
 
 
-def as_shown(pixel_values: torch.Tensor) -> list[Image.Image] | list[Clip]:
-    """Images (batch, 3, height, width), or clips (batch, 3, frames, height, width), in [-1, 1], as a model generates
-    them; clips of no rate."""
+def as_shown(batch: dict[str, Any], data: DataConfig) -> list[Image.Image] | list[Clip] | list[Sound]:
+    """The images, clips or sounds of a batch as a model generates them; clips of no rate, sounds without the padding
+    that is not trained on."""
+    if "waveforms" in batch:
+        waveforms = batch["waveforms"]
+        masks = batch.get("masks", torch.ones_like(waveforms[:, :1]))
+        lengths = (masks > 0).sum((1, 2)).tolist()
+        sounds = (waveform[:, :length] for waveform, length in zip(waveforms, lengths, strict=True))
+        return [Sound(sound.numpy(), data.sampling_rate) for sound in sounds]
+    pixel_values = batch["pixel_values"]
     if pixel_values.ndim == 4:
         return pt_to_pil(pixel_values)
     return [Clip(pt_to_pil(of_clip.transpose(0, 1)), 0.0) for of_clip in pixel_values]
@@ -123,8 +140,7 @@ def load_clip(name: str, device: torch.device) -> Callable:
     """(images, captions) -> the embeddings of both, (N, d) of length 1."""
     model, processor = load_network(CLIPModel, name, device)
     tokenizer, text_config = CLIPTokenizer.from_pretrained(name), model.config.text_config
-    if len(tokenizer) != text_config.vocab_size:  # transformers makes an empty one where files are missing
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its text model {text_config.vocab_size}")
+    check_vocabulary(tokenizer, text_config)
     cut = {"padding": True, "truncation": True, "max_length": text_config.max_position_embeddings}
 
     def embed(images: list[Image.Image], captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,15 +159,27 @@ def clip_score(of_images: torch.Tensor, of_captions: torch.Tensor) -> torch.Tens
 def load_network(
     model_class, name: str, device: torch.device, unused: str | None = None
 ) -> tuple[torch.nn.Module, Callable]:
-    """(model in float32, images -> its pixel values). Weights that are missing, but for those of an `unused` part,
-    transformers would draw at random."""
+    """(model, images -> its pixel values); see `load_weights`."""
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    model = load_weights(model_class, name, device, unused)
+    return model, lambda images: processor(images, return_tensors="pt")["pixel_values"].to(device)
+
+
+def load_weights(model_class, name: str, device: torch.device, unused: str | None = None) -> torch.nn.Module:
+    """A model in float32. Weights that are missing, but for those of an `unused` part, transformers would draw at
+    random."""
     model, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     missing = [key for key in sorted(info["missing_keys"]) if key.split(".")[0] != unused]
     if missing:
         raise ValueError(f"it has no weights for {', '.join(missing[:3])}, …")
-    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-    model = model.eval().requires_grad_(False).to(device)
-    return model, lambda images: processor(images, return_tensors="pt")["pixel_values"].to(device)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def check_vocabulary(tokenizer, text_config) -> None:
+    """Raise ValueError unless a tokenizer is that of its text model: transformers makes an empty one where files are
+    missing."""
+    if len(tokenizer) != text_config.vocab_size:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its text model {text_config.vocab_size}")
 
 
 def _load_inception(device: torch.device) -> Callable:

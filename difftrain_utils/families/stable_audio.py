@@ -8,22 +8,15 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    CosineDPMSolverMultistepScheduler,
-    DiffusionPipeline,
-    EDMDPMSolverMultistepScheduler,
-    SchedulerMixin,
-    StableAudioPipeline,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, StableAudioPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.family import Conditioning
-from difftrain_utils.objective.schedule import Schedule
+from difftrain_utils.objective.schedule import SIGMA_SCHEDULERS, Schedule
 
 warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")  # diffusers' autoencoder is made of it
-SAMPLERS = (EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
 LEAST = 1e-6  # of a and s of x_t = a·x_0 + s·ε, where their ratio is told
 
 
@@ -43,6 +36,7 @@ class StableAudio(DiffusersAudioFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableAudioPipeline
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    guidance_order: ClassVar[str] = "nothing first"
 
     @classmethod
     def build_schedule(
@@ -55,8 +49,9 @@ class StableAudio(DiffusersAudioFamily):
             InputError: the config asks for another.
         """
         name, path, predicted = sampler_class.__name__, "cosine", "v_prediction"
-        if not issubclass(sampler_class, SAMPLERS):
-            raise ValueError(f"scheduler: must be one of {', '.join(each.__name__ for each in SAMPLERS)}, got {name}")
+        if not issubclass(sampler_class, SIGMA_SCHEDULERS):
+            allowed = ", ".join(each.__name__ for each in SIGMA_SCHEDULERS)
+            raise ValueError(f"scheduler: must be one of {allowed}, got {name}")
         for field, needed in {"sigma_data": 1.0, "prediction_type": predicted}.items():
             if own.get(field) != needed:
                 raise ValueError(f"scheduler: {field} must be {needed} for a StableAudioPipeline, got {own.get(field)}")

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config.audio_data import AudioDataConfig, AudioSourceConfig
 from difftrain_utils.errors import RowError, one_line
@@ -338,22 +338,56 @@ def _decoded(sound, header: Header, name: str, first: int, length: int) -> np.nd
 
 
 # ── Pictures of sounds ───────────────────────────────────────────────────────────────────────────────────────
-WIDTH, HEIGHT, FLOOR = 256, 128, -80.0  # of a spectrogram in pixels, and what is black, in dB below a full sine
-FRAME = 0.046  # seconds that a column looks at
+WIDTH, HEIGHT, FLOOR = 320, 160, -80.0  # of a spectrogram in pixels, and what is black, in dB below a full sine
+LEFT, BELOW = 52, 20  # pixels beside it, for the frequencies and the time
+FRAME = 0.046  # seconds that are looked at at a time
 COLORS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # matplotlib's magma, in steps
+TICKS = {100: "100 Hz", 500: "500 Hz", 1000: "1 kHz", 2000: "2 kHz", 5000: "5 kHz", 10_000: "10 kHz", 20_000: "20 kHz"}
 
 
 def spectrogram(sound: Sound) -> Image.Image:
-    """The power of a sound's frequencies, from 0 at the bottom to half the rate at the top, over its time: black is
-    80 dB below a sine of full scale, and white that."""
-    samples, size = sound.samples.astype(np.float64), max(2, 2 ** round(math.log2(FRAME * sound.sampling_rate)))
-    padded = np.pad(samples, ((0, 0), (size // 2, size)))
-    window = np.hanning(size)
-    starts = np.linspace(0, samples.shape[1], WIDTH, endpoint=False).astype(int)
-    frames = np.stack([padded[:, start : start + size] for start in starts], 1) * window
-    power = (np.abs(np.fft.rfft(frames)) ** 2).mean(0) / (window.sum() / 2) ** 2  # (columns, frequencies)
-    level = (10 * np.log10(power + 1e-12) / -FLOOR + 1).clip(0, 1)
+    """The power of a sound's frequencies, from 0 at the bottom to half the rate at the top, over its time, with their
+    axes. Frequencies are on the mel scale, which is about even below 1 kHz and by octaves above; black is 80 dB below a
+    sine of full scale, and white that."""
+    length, nyquist = sound.samples.shape[1], sound.sampling_rate / 2
+    level = (10 * np.log10(_power(sound) + 1e-12) / -FLOOR + 1).clip(0, 1)
     at = np.linspace(0, 1, len(COLORS))
     pixels = np.stack([np.interp(level, at, channel) for channel in zip(*COLORS, strict=True)], -1)
-    picture = Image.fromarray(pixels.round().astype(np.uint8)[:, ::-1].transpose(1, 0, 2))
-    return picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX)
+    picture = Image.new("RGB", (LEFT + WIDTH, HEIGHT + BELOW), "white")
+    picture.paste(Image.fromarray(pixels.round().astype(np.uint8)[:, ::-1].transpose(1, 0, 2)), (LEFT, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    for frequency, label in TICKS.items():
+        y = HEIGHT * (1 - mel(frequency) / mel(nyquist))
+        if y >= 0:
+            draw.line((LEFT - 4, y, LEFT - 1, y), "black")
+            draw.text((LEFT - 7, max(y, 6)), label, "black", font, anchor="rm")
+    for share, anchor in ((0, "lt"), (0.5, "mt"), (1, "rt")):
+        seconds = f"{share * length / sound.sampling_rate:.3g}" + (" s" if share else "")
+        draw.text((LEFT + share * (WIDTH - 1), HEIGHT + 5), seconds, "black", font, anchor=anchor)
+    return picture
+
+
+def mel(frequency: np.ndarray | float) -> np.ndarray | float:
+    """The mels of a frequency in Hz (O'Shaughnessy 1987)."""
+    return 2595 * np.log10(1 + frequency / 700)
+
+
+def _power(sound: Sound) -> np.ndarray:
+    """The power in each column and row of a spectrogram, (WIDTH, HEIGHT), 1 of a sine of full scale: the mean over all
+    looks in a column, half a look apart at most, and the channels, and the largest of a row's frequencies."""
+    size = max(2, 2 ** round(math.log2(FRAME * sound.sampling_rate)))
+    samples, window = sound.samples.astype(np.float32), np.hanning(size).astype(np.float32)
+    padded = np.pad(samples, ((0, 0), (size // 2, size)))
+    looks = -(-2 * samples.shape[1] // (WIDTH * size))
+    starts = np.linspace(0, samples.shape[1], WIDTH * looks, endpoint=False).astype(int)
+    power = np.zeros((len(starts), size // 2 + 1))
+    for channel in padded:
+        frames = np.lib.stride_tricks.sliding_window_view(channel, size)[starts] * window
+        power += np.abs(np.fft.rfft(frames)) ** 2 / len(padded) / (window.sum() / 2) ** 2
+    power = power.reshape(WIDTH, looks, -1).mean(1)
+    highest = mel(sound.sampling_rate / 2)
+    edges = 700 * (10 ** (np.linspace(0, highest, HEIGHT + 1) / 2595) - 1) / sound.sampling_rate * size  # in bins
+    within = np.linspace(edges[:-1], edges[1:], math.ceil(edges[-1] - edges[-2]) + 1, axis=-1)  # (HEIGHT, places)
+    below = within.astype(int).clip(max=size // 2 - 1)
+    share = within - below
+    return (power[:, below] * (1 - share) + power[:, below + 1] * share).max(-1)

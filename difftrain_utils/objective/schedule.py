@@ -23,10 +23,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    CosineDPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+SIGMA_SCHEDULERS = (EDMDPMSolverMultistepScheduler, CosineDPMSolverMultistepScheduler)
+"""Their noise levels σ are those of x_0 + σ·ε, which the model is given divided by sqrt(1 + σ²), where their
+`sigma_data` is 1: the path `cosine`, σ = tan φ. Their timesteps are what the model is told of σ."""
 
 
 def append_dims(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -49,6 +58,8 @@ def path_of(scheduler_class: type, config: Mapping[str, Any]) -> str:
         return "linear"
     if config.get("prediction_type") == "flow_prediction":
         return "linear"
+    if issubclass(scheduler_class, SIGMA_SCHEDULERS) and config.get("sigma_data") == 1:
+        return "cosine"
     betas = config.get("trained_betas")
     if betas is None or not len(betas):
         return "ddpm"

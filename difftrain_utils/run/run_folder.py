@@ -63,6 +63,13 @@ def step_file(output_dir: str | Path, folder: str, step: int, suffix: str) -> Pa
     return Path(output_dir) / folder / f"step-{step:06d}{suffix}"
 
 
+def sound_files(samples: Path) -> list[Path]:
+    """The sounds of a grid of spectrograms, in the order of their prompts: `step-000500-00.wav` and so on, beside
+    `step-000500.png`."""
+    found = samples.parent.glob(f"{samples.stem}-*.wav")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # more than 100 have longer names
+
+
 def checkpoint_name(step: int) -> str:
     """The folder of a checkpoint in the run's."""
     return f"checkpoint-{step}"

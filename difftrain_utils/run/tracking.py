@@ -17,9 +17,10 @@ from PIL import Image, ImageSequence
 from difftrain_utils.config.config import Config
 from difftrain_utils.errors import InputError, not_installed, one_line, warn, writing
 from difftrain_utils.files import write_file
+from difftrain_utils.media.audio import Sound
 from difftrain_utils.media.video import Clip
 from difftrain_utils.run.metrics import read_metrics
-from difftrain_utils.run.run_folder import METRICS_FILE, TRACKERS
+from difftrain_utils.run.run_folder import METRICS_FILE, TRACKERS, sound_files
 
 LARGEST_GIF = 640  # pixels of its longer side: it takes much room
 
@@ -82,12 +83,19 @@ class Metrics:
 
 
 def log_samples(
-    accelerator: Accelerator, step: int, name: str, made: list[Image.Image] | list[Clip], path: Path
+    accelerator: Accelerator,
+    step: int,
+    name: str,
+    made: list[Image.Image] | list[Clip] | list[Sound],
+    labels: list[str],
+    path: Path,
 ) -> None:
-    """Show images of one size, or the files of clips that `media.video.save` has written at `path`, in the trackers
-    that show them. To be called by the main process alone."""
+    """Show images of one size, or the files of clips or sounds that `save` of their medium has written at `path`, in
+    the trackers that show them. To be called by the main process alone."""
     if isinstance(made[0], Clip):
         log_clips(accelerator, step, name, path)
+    elif isinstance(made[0], Sound):
+        log_sounds(accelerator, step, name, labels, path)
     else:
         log_images(accelerator, step, name, made)
 
@@ -138,6 +146,51 @@ def log_clips(accelerator: Accelerator, step: int, name: str, path: Path) -> Non
             tracker.log({name: trackio.Video(video)}, step=step)
         elif tracker.name == "mlflow":
             tracker.log_artifact(str(video), artifact_path=name)
+
+    _each_tracker(accelerator, show)
+
+
+def log_sounds(accelerator: Accelerator, step: int, name: str, labels: list[str], path: Path) -> None:
+    """Show sounds, and the grid of their spectrograms, that lie at `path` with the endings -00.wav and so on, and .png,
+    in the trackers that play sounds. Of a file none of them asks for another library."""
+    import soundfile  # an extra
+
+    files = sound_files(path)
+    if len(files) != len(labels):  # they could not be written
+        return
+    with Image.open(path.with_suffix(".png")) as picture:
+        log_images(accelerator, step, f"{name}/spectrograms", [picture.convert("RGB")])
+
+    def show(tracker: GeneralTracker) -> None:
+        if tracker.name == "tensorboard":  # its own function takes one channel
+            from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+            for i, (file, label) in enumerate(zip(files, labels, strict=True), 1):
+                about = soundfile.info(file)
+                audio = Summary.Audio(
+                    sample_rate=about.samplerate,
+                    num_channels=about.channels,
+                    length_frames=about.frames,
+                    encoded_audio_string=file.read_bytes(),
+                    content_type="audio/wav",
+                )
+                value = Summary.Value(
+                    tag=f"{name}/{i}", audio=audio, metadata=SummaryMetadata(summary_description=label)
+                )
+                tracker.writer.file_writer.add_summary(Summary(value=[value]), step)
+        elif tracker.name == "wandb":
+            import wandb
+
+            sounds = [wandb.Audio(str(file), caption=label) for file, label in zip(files, labels, strict=True)]
+            tracker.log({name: sounds}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            sounds = [trackio.Audio(file, caption=label) for file, label in zip(files, labels, strict=True)]
+            tracker.log({f"{name}/{i}": sound for i, sound in enumerate(sounds, 1)}, step=step)
+        elif tracker.name == "mlflow":
+            for file in files:
+                tracker.log_artifact(str(file), artifact_path=name)
 
     _each_tracker(accelerator, show)
 

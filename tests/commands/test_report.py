@@ -12,6 +12,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image, ImageSequence
 from test_compare import seeds, write_run
 
@@ -167,6 +168,50 @@ def test_grids_that_move_keep_moving_with_fewer_frames(tmp_path, monkeypatch):
         assert ask("/" + grid["source"]) == (200, (run / "samples/step-000040.webp").read_bytes())
 
 
+def test_sounds_are_played_with_their_prompts(tmp_path, monkeypatch):
+    """As they are where they have room, and else compressed, from their beginning on, or left out, as the page says; a
+    server gives players the parts that they ask for."""
+    prompts = ["a <low> tone", "noise"]
+    run = write_run(tmp_path / "a", config={"evaluation.prompts": prompts})
+    write_grids(run, 20)
+    noise = np.random.default_rng(0).integers(-9000, 9000, (40_000, 2), np.int16)
+    for number, length in enumerate((400, 40_000)):  # 5 s
+        soundfile.write(run / f"samples/step-000020-{number:02d}.wav", noise[:length], 8000)
+    runs, files = load_runs([run]), sorted((run / "samples").glob("*.wav"))
+    ((grid,), note) = (data_of(static_page(runs))[name] for name in ("grids", "grids_note"))
+    assert [sound["label"] for sound in grid["sounds"]] == prompts and note == ""
+    for sound, file in zip(grid["sounds"], files, strict=True):
+        assert decoded(sound["source"], "audio/wav") == file.read_bytes()
+
+    size = len(static_page(load_runs([write_run(tmp_path / "b")])))
+    for room, seconds, says in ((80_000, (1, 5), "1 sounds are compressed"), (12_000, None, "1 sounds have no room")):
+        monkeypatch.setattr(report, "MAX_PAGE", size + room)
+        page = static_page(runs)
+        data = data_of(page)
+        assert data["grids_note"].rpartition("there. ")[2].startswith(says) and len(page) < size + room
+        small, large = (sound["source"] for sound in data["grids"][0]["sounds"])
+        assert decoded(small, "audio/wav") == files[0].read_bytes() and (large is None) == (seconds is None)
+        if large:
+            about = soundfile.info(BytesIO(decoded(large, "audio/ogg")))
+            assert (about.channels, about.samplerate) == (2, 8000) and seconds[0] <= about.duration < seconds[1]
+
+    assert re.findall(r"<div[^>]*>([^<]+)<audio[^>]* src=\"data:audio/wav;", last_sample(runs[0])) == [
+        "a &lt;low&gt; tone",
+        "noise",
+    ]
+    with served(run) as ask:
+        (grid,) = json.loads(ask("/data.json")[1])["grids"]
+        source, content = "/" + grid["sounds"][1]["source"], files[1].read_bytes()
+        assert ask(source) == (200, content) and ask("/grids/0/20/2.wav")[0] == 404
+        assert ask(source, part="bytes=0-") == (206, content) and ask(source, part="bytes=7-9") == (206, content[7:10])
+
+
+def decoded(source: str, kind: str) -> bytes:
+    """What a data URL of this type holds."""
+    assert source.startswith(f"data:{kind};base64,")
+    return base64.b64decode(source.partition(",")[2])
+
+
 def test_a_damaged_grid_is_named(tmp_path):
     run = write_run(tmp_path / "a")
     write_grids(run, 20)
@@ -183,9 +228,10 @@ def served(*folders):
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
 
-        def ask(path: str, host: str | None = None) -> tuple[int, bytes]:
+        def ask(path: str, host: str | None = None, part: str | None = None) -> tuple[int, bytes]:
             connection = HTTPConnection("127.0.0.1", httpd.server_port)
-            connection.request("GET", path, headers={"Host": host or f"localhost:{httpd.server_port}"})
+            headers = {"Host": host or f"localhost:{httpd.server_port}"} | ({"Range": part} if part else {})
+            connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             return response.status, response.read()
 

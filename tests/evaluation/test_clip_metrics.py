@@ -129,13 +129,13 @@ def test_metrics_and_losses_of_held_out_clips_and_stills(run, capsys):
     clips = [clip for _, clip in read]
     pairs = clips, [Clip([change(frame) for frame in clip.frames], 8) for clip in clips]
     moving = [[clip for clip in of if len(clip.frames) > 1] for of in pairs]
-    features = [networks["clip_features"](of).double() for of in moving]
+    features = [networks["fvd_features"](of).double() for of in moving]
     assert found["fvd"] == pytest.approx(frechet_distance(*features), rel=1e-4) and found["fvd"] > 0
     assert found["kvd"] == pytest.approx(kernel_distance(*features), rel=1e-3)
-    middle = [networks["features"]([Clip([clip.frames[len(clip.frames) // 2]], 8) for clip in of]) for of in pairs]
+    middle = [networks["fid_features"]([Clip([clip.frames[len(clip.frames) // 2]], 8) for clip in of]) for of in pairs]
     assert found["fid"] == pytest.approx(frechet_distance(*(of.double() for of in middle)), rel=1e-4)
     of_frames = [
-        np.mean([networks["clip_score"]([Clip([frame], 8)], [caption]).item() for frame in clip.frames])
+        np.mean([networks["clip_score_model"]([Clip([frame], 8)], [caption]).item() for frame in clip.frames])
         for (caption, _), clip in zip(read, pairs[1], strict=True)
     ]
     assert found["clip_score"] == pytest.approx(np.mean(of_frames), rel=1e-4)

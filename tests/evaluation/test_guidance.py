@@ -66,7 +66,7 @@ def test_each_pipeline_guides_in_the_interval_and_by_the_weaker_model_alone(shor
     guided, unguided = draw(family, denoiser), draw(family, denoiser, guidance_scale=1.0)
     assert not is_same(guided, unguided)
     sampler = family.sampler
-    levels = noise_levels(family.schedule, sampler.timesteps)  # of the pictures before
+    levels = noise_levels(family.schedule, sampler)  # of the pictures before
     assert all(a > b for a, b in itertools.pairwise(levels)) and 0 <= levels[-1] < levels[0] <= 1
     assert np.array_equal(draw(family, denoiser, guidance_interval=[0.0, 1.0]), guided)
     nowhere = [(levels[0] + levels[1]) / 2, (levels[0] + levels[1]) / 2 + 1e-6]

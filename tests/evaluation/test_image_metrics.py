@@ -52,7 +52,7 @@ def test_the_features_are_the_pooled_output_of_each_kind_of_network(measured_run
     }
     for name, tower in towers.items():
         config = parse_config([*measured_run, "--evaluation.fid_features", str(networks_folder / name)])
-        features = load_metric_networks(config, range(3), torch.device("cpu"))["features"](images)
+        features = load_metric_networks(config, range(3), torch.device("cpu"))["fid_features"](images)
         assert features.shape == (2, 16) and torch.equal(features, tower.eval()(pixels).pooler_output)
         assert not torch.allclose(features[0], features[1])
 

@@ -1,6 +1,7 @@
 """Stable Audio against the real pipeline of its own, with tiny real parts: `builtin:tiny-stable-audio`."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -17,6 +18,8 @@ from helpers import parse_config
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tones import TONES, count_right, make_tone
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.generate import generate
+from difftrain_utils.evaluation.guidance import load_weaker, noise_levels
 from difftrain_utils.families.load import load_family
 from difftrain_utils.media.audio import Sound
 from difftrain_utils.objective.schedule import append_dims
@@ -234,3 +237,32 @@ def test_a_checkpoint_of_the_other_sampler_is_told_the_noise_as_that_tells_it(tm
 def test_it_is_of_sounds_alone(short_run):
     with pytest.raises(InputError, match=r"it is of StableAudioPipeline; known is StableDiffusionPipeline, "):
         load_family(parse_config([*short_run, "--model.pretrained_model_name_or_path", NAME]))
+
+
+@torch.no_grad()
+def test_it_guides_at_the_noise_levels_asked_for_and_by_a_weaker_model(family, denoiser, tmp_path):
+    """The interval is of the schedule's noise levels, whatever the sampler calls them."""
+    config = dataclasses.replace(audio_config().evaluation, num_inference_steps=4, guidance_scale=30.0)
+
+    def draw(weaker=None, **fields) -> np.ndarray:
+        made = generate(family, denoiser, dataclasses.replace(config, **fields), (LENGTH,), PROMPTS, [0, 1], weaker)
+        return np.stack([sound.samples for sound in made])
+
+    guided, unguided = draw(), draw(guidance_scale=1.0)
+    levels, schedule = noise_levels(family.schedule, family.sampler), family.schedule
+    alphas, sigmas = schedule.alphas_and_sigmas(times_of(schedule, family.sampler))
+    assert levels == pytest.approx((sigmas / (alphas + sigmas)).tolist(), abs=1e-6) and len(levels) == 4
+    assert np.array_equal(draw(guidance_interval=[0.0, 1.0]), guided), "everywhere is plain guidance, to the bit"
+    between = (levels[1] + levels[2]) / 2
+    intervals = [between, between + 1e-6], [between, 1], [0, between]
+    nowhere, noisy, rest = (draw(guidance_interval=interval) for interval in intervals)
+    np.testing.assert_allclose(nowhere, unguided, atol=1e-5)
+    assert all(np.abs(some - other).max() > 0.1 for some in (noisy, rest) for other in (guided, unguided))
+
+    family.save_pipeline(tmp_path, denoiser)
+    same = load_weaker(family, family.sampler, str(tmp_path), "cpu", torch.float32)
+    np.testing.assert_allclose(draw(same), unguided, atol=1e-5)
+    weaker = copy.deepcopy(same)
+    for parameter in weaker.parameters():
+        parameter.mul_(0.9)
+    assert np.abs(draw(weaker) - unguided).max() > 0.1

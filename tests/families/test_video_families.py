@@ -278,7 +278,7 @@ def test_guidance_at_some_noise_levels_and_by_a_weaker_model(name, family, denoi
         return np.stack([np.asarray(frame, np.int32) for frame in clip.frames])
 
     guided, unguided = draw(guidance_scale=4.0), draw(guidance_scale=1.0)
-    between = sum(noise_levels(family.schedule, family.sampler.timesteps)[:2]) / 2
+    between = sum(noise_levels(family.schedule, family.sampler)[:2]) / 2
     nowhere = draw(guidance_scale=4.0, guidance_interval=[between, between + 1e-6])
     assert np.abs(nowhere - unguided).max() <= 1 < np.abs(guided - unguided).max()  # of 255: two in a batch round
     assert np.array_equal(draw(denoiser, guidance_scale=4.0), unguided)

@@ -11,13 +11,16 @@ from PIL import Image
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.errors import RowError
 from difftrain_utils.media.audio import (
-    FLOOR,
+    HEIGHT,
+    LEFT,
     MIDDLE,
+    WIDTH,
     Place,
     Row,
     Sound,
     check,
     find_problems,
+    mel,
     place,
     read,
     read_header,
@@ -225,6 +228,8 @@ def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
         assert rate == 8000 and np.abs(samples.T - made.samples).max() < 1.01 * 2**-15
     with Image.open(tmp_path / "samples/step-4.png") as picture:
         assert picture.width > picture.height > 128
-    heights = [np.asarray(spectrogram(made).convert("L"))[:, 128].argmax() for made in sounds]
-    assert heights == pytest.approx([0.75 * 128, 0.25 * 128], abs=2), "from 0 at the bottom to 4000 Hz"
-    assert FLOOR == -80 and np.asarray(spectrogram(Sound(np.zeros((1, 800)), 8000))).max() <= 4
+    shown = [np.asarray(spectrogram(made).convert("L"))[:HEIGHT, LEFT + WIDTH // 2] for made in sounds]
+    heights = [HEIGHT * (1 - mel(hertz) / mel(4000)) for hertz in (1000, 3000)]
+    assert [column.argmax() for column in shown] == pytest.approx(heights, abs=2)
+    assert min(column.max() for column in shown) > 200, "a sine of full scale is white"
+    assert np.asarray(spectrogram(Sound(np.zeros((1, 800)), 8000)))[:HEIGHT, LEFT:].max() <= 4

@@ -1,7 +1,10 @@
 import io
 import json
 
+import numpy as np
 import pytest
+import soundfile
+import tomllib
 from accelerate import Accelerator
 from helpers import ROOT, metrics_without_times
 from PIL import Image
@@ -11,7 +14,7 @@ from difftrain_utils.config.model import ModelConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import TrainConfig
 from difftrain_utils.errors import EXTRAS, InputError, not_installed
-from difftrain_utils.media import video
+from difftrain_utils.media import audio, video
 from difftrain_utils.run.checkpoints import delete_run
 from difftrain_utils.run.metrics import read_metrics
 from difftrain_utils.run.run_folder import SAMPLES, step_file
@@ -61,13 +64,14 @@ def test_trackers_are_refused_rather_than_dropped():
 def test_a_package_of_an_extra_is_named_with_it():
     assert not_installed("aim") == "aim is not installed (pip install aim)"
     assert not_installed("scipy") == "scipy is not installed (pip install -c constraints.txt -e '.[pairing]')"
-    project = (ROOT / "pyproject.toml").read_text()
-    assert all(f'\n{extra} = ["{package}>' in project for package, extra in EXTRAS.items())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert [needed for needed in extras[extra] if needed.startswith(f"{package}>")], package
 
 
 # ── Each tracker really run, where it is installed ───────────────────────────────────────────────────────────
 def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
-    """Two lines of metrics, two pictures and two clips, as runs log them."""
+    """Two lines of metrics, two pictures, two clips and two sounds, as runs log them."""
     train = TrainConfig(output_dir=str(output_dir), report_to=tracker, **train)
     config = TextToImageConfig(ModelConfig("model"), DataConfig("data"), train)
     output_dir.mkdir(exist_ok=True)
@@ -75,10 +79,13 @@ def track(tracker: str, output_dir, global_step: int = 0, **train) -> None:
     metrics = Metrics(accelerator, config, global_step)
     for step in (global_step + 1, global_step + 2):
         pictures = [Image.new("RGB", (40, 24), color) for color in ("red", "blue")]
-        log_samples(accelerator, step, "samples", pictures, output_dir / "none")
+        log_samples(accelerator, step, "samples", pictures, ["red", "blue"], output_dir / "none")
         clips, path = [video.Clip(pictures, 8)], step_file(output_dir, SAMPLES, step, ".mp4")
         video.save(clips, ["a label"], path)
-        log_samples(accelerator, step, "clips", clips, path)
+        log_samples(accelerator, step, "clips", clips, ["a label"], path)
+        tones = [audio.Sound(np.full((2, 800), level, np.float32), 8000) for level in (0.25, 0.5)]
+        audio.save(tones, ["low", "high"], path := step_file(output_dir, SAMPLES, step + 100, ".png"))
+        log_samples(accelerator, step, "sounds", tones, ["low", "high"], path)
         metrics.log(step, {"loss": 1 / step, "validation_loss_bins": [0.25, 0.75]})
     assert [one.name for one in accelerator.trackers] == [tracker]  # not dropped for an error
     metrics.close()
@@ -97,6 +104,12 @@ def test_tensorboard_shows_all(tmp_path):
     with Image.open(io.BytesIO(moving.encoded_image_string)) as picture:
         assert (picture.format, picture.n_frames, picture.info["duration"]) == ("GIF", 2, 120)
         assert picture.size == (moving.width, moving.height)
+    first, second = events.Audio("sounds/2")
+    assert (first.step, second.step, second.sample_rate, second.length_frames) == (1, 2, 8000, 800)
+    samples, rate = soundfile.read(io.BytesIO(second.encoded_audio_string))
+    assert samples.shape == (800, 2) and rate == 8000 and samples.max() == 0.5
+    assert events.SummaryMetadata("sounds/2").summary_description == "high"
+    assert [event.step for event in events.Images("sounds/spectrograms")] == [1, 2]
 
 
 def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monkeypatch, capsys):
@@ -110,6 +123,7 @@ def test_wandb_writes_into_the_runs_folder_and_is_deleted_with_it(tmp_path, monk
         assert text in written
     assert len(list(folder.glob("files/media/images/samples_*.png"))) == 4
     assert len(list(folder.glob("files/media/videos/clips_*.mp4"))) == 2
+    assert len(list(folder.glob("files/media/audio/sounds_*.wav"))) == 4
     delete_run(tmp_path)
     assert list(tmp_path.iterdir()) == [] and "stay" not in capsys.readouterr().err
 
@@ -124,6 +138,7 @@ def test_trackio_goes_on_in_its_run(tmp_path, monkeypatch):
     logs = trackio.sqlite_storage.SQLiteStorage.get_logs("a-project", "quick")
     assert [line["loss"] for line in logs if "loss" in line] == [1, 0.5, 1 / 3, 0.25]
     assert sum("samples/2" in line for line in logs) == sum("clips" in line for line in logs) == 4
+    assert sum("sounds/2" in line for line in logs) == 4
 
 
 def test_mlflow_shows_all(tmp_path, monkeypatch):
@@ -141,3 +156,4 @@ def test_mlflow_shows_all(tmp_path, monkeypatch):
     assert [f.path for f in client.list_artifacts(run.info.run_id, "clips")] == [
         f"clips/step-00000{i}.mp4" for i in (1, 2)
     ]
+    assert len(client.list_artifacts(run.info.run_id, "sounds")) == 4

@@ -7,7 +7,7 @@ const WINDOWS = [0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16]; // of a curve's points
 const FEW = 6; // lines of which also is drawn what they were before they were smoothed or thinned
 const REFRESH = 5000; // milliseconds between two questions to the server
 const $ = (id) => document.getElementById(id);
-const state = { hidden: new Set(), wide: new Set(), zoom: {}, gridStep: null, levelRun: null };
+const state = { hidden: new Set(), wide: new Set(), zoom: {}, gridStep: null, grids: null, levelRun: null };
 let data = null, plots = [];
 
 const element = (tag, properties = {}, ...children) => {
@@ -295,13 +295,19 @@ function drawGrids(list) {
   slider.value = step;
   $("grid-value").textContent = steps[step];
   document.querySelector("#grids .hint").textContent = `Of each run the samples of this step, or of its nearest; a click enlarges them. ${data.grids_note}`;
-  const figures = data.runs.flatMap((run, i) => {
+  const shown = data.runs.flatMap((run, i) => {
     const own = data.grids.filter((grid) => grid.run === i);
     if (own.length === 0 || !list.some((entity) => isShown(entity) && entity.runs.includes(i))) return [];
-    const grid = own[nearest(own.map((one) => one.step), steps[step])], caption = `${run.name}, step ${grid.step}`;
+    return [own[nearest(own.map((one) => one.step), steps[step])]];
+  });
+  const key = shown.map((grid) => `${grid.run} ${grid.step}`).join();
+  if (key === state.grids) return; // a sound that is played goes on
+  state.grids = key;
+  const figures = shown.map((grid) => {
+    const caption = `${data.runs[grid.run].name}, step ${grid.step}`;
     const open = element("button", { title: "enlarge" }, samples(grid, caption));
     open.addEventListener("click", () => enlarge(grid));
-    return [element("figure", {}, open, element("figcaption", { textContent: caption }))];
+    return element("figure", {}, open, element("figcaption", { textContent: caption }), players(grid));
   });
   document.querySelector(".pictures").classList.toggle("many", figures.length > FEW);
   document.querySelector(".pictures").replaceChildren(...figures);
@@ -317,6 +323,14 @@ function samples(grid, caption) {
   return page;
 }
 
+// A player for each sound of a grid of spectrograms, below its prompt.
+function players(grid) {
+  return element("div", { className: "sounds" }, ...(grid.sounds ?? []).map(({ label, source }) => {
+    const player = source === null ? "not in this page" : element("audio", { controls: true, preload: live ? "none" : "metadata", src: source });
+    return element("div", {}, element("div", { textContent: label, title: label }), player);
+  }));
+}
+
 function nearest(steps, wanted) {
   return steps.reduce((best, step, i) => Math.abs(step - wanted) < Math.abs(steps[best] - wanted) ? i : best, 0);
 }
@@ -325,7 +339,9 @@ let enlarged = null;
 function enlarge(grid) {
   enlarged = grid;
   const dialog = $("enlarged"), caption = `${data.runs[grid.run].name}, step ${grid.step}`;
-  dialog.querySelector("div").replaceChildren(samples(grid, caption));
+  const sounds = players(grid);
+  sounds.addEventListener("click", (event) => event.stopPropagation()); // elsewhere a click closes
+  dialog.querySelector("div").replaceChildren(samples(grid, caption), sounds);
   dialog.querySelector("p").textContent = `${caption}  (← → other steps, ↑ ↓ other runs)`;
   if (!dialog.open) dialog.showModal();
 }
