@@ -1,8 +1,8 @@
-"""A folder of photos, or of videos and stills: with captions and masks in files beside them, as kohya's scripts,
-ai-toolkit, OneTrainer and diffusion-pipe know it.
+"""A folder of photos, of videos and stills, or of sounds: with captions and masks in files beside them, as kohya's
+scripts, ai-toolkit, OneTrainer and diffusion-pipe know it.
 
-Beside `cat.jpg` or `cat.mp4`, `cat.txt` (or `cat.caption`) has its caption, and `cat-masklabel.png` is an image's mask.
-Folders within are read, too; what is hidden, and all other files, are not looked at.
+Beside `cat.jpg`, `cat.mp4` or `cat.wav`, `cat.txt` (or `cat.caption`) has its caption, and `cat-masklabel.png` is an
+image's mask. Folders within are read, too; what is hidden, and all other files, are not looked at.
 """
 
 import os
@@ -14,19 +14,26 @@ from typing import NamedTuple
 
 import datasets
 
+from difftrain_utils.data.sounds import StoredAudio
 from difftrain_utils.errors import InputError
 
-# Also what Pillow needs a plugin for: such a photo is refused, and not left out without a word.
+# Also what Pillow needs a plugin for, or libsndfile does not know: such a file is refused, and not left out without a
+# word.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
-ENDINGS = {"image": IMAGE_ENDINGS, "video": VIDEO_ENDINGS + IMAGE_ENDINGS}  # by the kind of the folder
+SOUND_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64")
+SOUND_ENDINGS += (".m4a", ".aac", ".wma", ".mp2", ".ac3", ".ape", ".wv", ".mka")
+# By the kind of the folder, as `datasets` calls it
+ENDINGS = {"image": IMAGE_ENDINGS, "video": VIDEO_ENDINGS + IMAGE_ENDINGS, "audio": SOUND_ENDINGS}
+NOUNS = {"image": "images", "video": "videos", "audio": "sounds"}
+STORED = {"image": datasets.Image, "video": datasets.Video, "audio": StoredAudio}
 CAPTION_ENDINGS = (".txt", ".caption")
 MASK_ENDING = "-masklabel.png"
 REPEATS = re.compile(r"(\d+)_(.+)")
 
 
 class Photo(NamedTuple):
-    """An image or a video, and the files of its caption and of its mask where it has them."""
+    """An image, a video or a sound, and the files of its caption and of its mask where it has them."""
 
     path: Path
     caption: Path | None
@@ -59,12 +66,14 @@ def is_mask(path: Path) -> bool:
 
 
 def is_photo(path: Path, kind: str = "image") -> bool:
-    """Whether a file is a photo, or in a folder of the kind "video" that or a video, by its name."""
+    """Whether a file is a photo, in a folder of the kind "video" that or a video, or in one of "audio" a sound, by its
+    name."""
     return path.suffix.lower() in ENDINGS[kind] and not is_mask(path)
 
 
 def list_photos(folder: Path, kind: str = "image") -> list[Photo]:
-    """The photos (or videos) of a folder, sorted by their paths. Raises InputError if one has two files of captions."""
+    """The photos (or videos, sounds) of a folder, sorted by their paths. Raises InputError if one has two files of
+    captions."""
     files, captions, masks = list_files(folder), {}, {}
     for path in files:
         if path.suffix.lower() in CAPTION_ENDINGS:
@@ -97,18 +106,19 @@ def words_of(image: Path) -> str:
 
 def read_photos(folder: Path, kind: str = "image") -> datasets.Dataset:
     """The photos of a folder in the columns `image`, `text` (null without a file of captions), `file_name` (`words_of`)
-    and, where there are any, `mask`; of a folder of videos, also its stills, in `video`, and there are no masks.
+    and, where there are any, `mask`; of a folder of videos, also its stills, in `video`, and of one of sounds these in
+    `audio`, and there are no masks.
 
     Raises:
         InputError: a file of captions cannot be read, or an image has two.
     """
-    photos, feature = list_photos(folder, kind), datasets.Image() if kind == "image" else datasets.Video()
+    photos = list_photos(folder, kind)
     columns = {
         kind: [stored(photo.path) for photo in photos],
         "text": [photo.caption and read_caption(photo.caption) for photo in photos],
         "file_name": [words_of(photo.path) for photo in photos],
     }
-    features = {kind: feature, "text": datasets.Value("string"), "file_name": datasets.Value("string")}
+    features = {kind: STORED[kind](), "text": datasets.Value("string"), "file_name": datasets.Value("string")}
     if kind == "image" and any(photo.mask for photo in photos):
         columns["mask"] = [photo.mask and stored(photo.mask) for photo in photos]
         features["mask"] = datasets.Image()
@@ -116,12 +126,12 @@ def read_photos(folder: Path, kind: str = "image") -> datasets.Dataset:
 
 
 def stored(path: Path) -> dict[str, str | None]:
-    """A file as an undecoded `datasets.Image`, or `Video`."""
+    """A file as an undecoded `datasets.Image`, `Video` or `Audio`."""
     return {"bytes": None, "path": str(path.absolute())}
 
 
 def repeats_of(folder: Path, kind: str = "image") -> dict[Path, tuple[int, str, int]]:
-    """Of kohya's folders `<n>_words` with images (or videos) that lie in a folder: n, the words, and how many images.
+    """Of kohya's folders `<n>_words` with images (videos, sounds) in a folder: n, the words, and how many images.
 
     Raises:
         InputError: there are images beside them, or an n is 0.
@@ -132,7 +142,7 @@ def repeats_of(folder: Path, kind: str = "image") -> dict[Path, tuple[int, str, 
     found = {folder / name: (int(match[1]), match[2], counts[name]) for name, match in matches.items()}
     for path, (n, *_) in found.items():
         if n == 0:
-            raise InputError(f"{path}: its {kind}s would be repeated 0 times; the number must be at least 1")
+            raise InputError(f"{path}: its {NOUNS[kind]} would be repeated 0 times; the number must be at least 1")
     beside = [parts for parts in images if len(parts) == 1 or parts[0] not in matches]
     if found and beside:
         raise InputError(
@@ -143,7 +153,7 @@ def repeats_of(folder: Path, kind: str = "image") -> dict[Path, tuple[int, str, 
 
 
 def find_problems(folder: Path, kind: str = "image") -> Iterator[tuple[str, str]]:
-    """("error" or "warning", message) for what is wrong with the files beside a folder's images (or videos)."""
+    """("error" or "warning", message) for what is wrong with the files beside a folder's images (videos, sounds)."""
     try:
         photos = list_photos(folder, kind)
     except InputError as error:
@@ -152,9 +162,9 @@ def find_problems(folder: Path, kind: str = "image") -> Iterator[tuple[str, str]
     used = {path for photo in photos for path in (photo.caption, photo.mask)}
     for path in list_files(folder):
         if path not in used and (path.suffix.lower() in CAPTION_ENDINGS or is_mask(path)):
-            yield "warning", f"{path}: no {kind} of that name beside it"
-        elif kind == "video" and is_mask(path):
-            yield "warning", f"{path}: not used, videos have no masks"
+            yield "warning", f"{path}: no {NOUNS[kind][:-1]} of that name beside it"
+        elif kind != "image" and is_mask(path):
+            yield "warning", f"{path}: not used, {NOUNS[kind]} have no masks"
     for path in (photo.caption for photo in photos if photo.caption):
         try:
             read_caption(path)

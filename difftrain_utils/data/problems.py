@@ -13,6 +13,7 @@ from difftrain_utils.data.photos import find_problems
 from difftrain_utils.data.rows import map_in_threads, open_rows
 from difftrain_utils.data.sources import (
     FOLDERS,
+    WITH_CAPTIONS_BESIDE,
     file_key,
     files_of,
     find_metadata,
@@ -21,8 +22,8 @@ from difftrain_utils.data.sources import (
     photo_folder,
     read_metadata_line,
 )
-from difftrain_utils.errors import InputError, RowError
-from difftrain_utils.media import image, text, video
+from difftrain_utils.errors import InputError
+from difftrain_utils.media import audio, image, text, video
 from difftrain_utils.media.captions import follow, join_captions, label_text
 from difftrain_utils.media.media import Row, media_of
 from difftrain_utils.terminal import progress
@@ -39,11 +40,11 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
     path = find_metadata(source) if media is not text else None
     if path is None and config.streaming:
         raise InputError(
-            "data.streaming: check_data reads a data set as a whole, and an image folder without loading it"
+            "data.streaming: check_data reads a data set as a whole, and one with a metadata.jsonl without loading it"
         )
     if path is None:
         try:
-            if media in (image, video) and (photos := photo_folder(field, source)) is not None:
+            if media in WITH_CAPTIONS_BESIDE and (photos := photo_folder(field, source)) is not None:
                 problems = list(find_problems(photos, FOLDERS[media]))
                 config = dataclasses.replace(config, on_bad_row="skip")
             rows = open_rows([(field, source)], config)
@@ -68,7 +69,7 @@ def list_rows(field: str, source: SourceConfig, config: DataConfig) -> tuple[int
         name = f"{path} line {number}: {row[file_key(media.file_columns(source)[0][0])]}"
         images = tuple(file for column, file in files.items() if column != source.mask_column)
         if images in lines:
-            of_one = {image: "an image", video: "a video"}.get(media, "a pair")
+            of_one = {image: "an image", video: "a video", audio: "a sound"}.get(media, "a pair")
             several = f"several captions of {of_one} go into a list"
             same = "file" if len(images) == 1 else "files"
             problems.append(("error", f"{name}: the same {same} as in line {lines[images]}; {several}"))
@@ -96,30 +97,19 @@ def integers_of(values: Sequence[Any]) -> datasets.Value | None:
 
 
 def check_rows(
-    length: int, row_at: Callable[[int], Row], title: str, config: RowsConfig, tokenizer
+    length: int, row_at: Callable[[int], Row], title: str, config: RowsConfig, tokenizer, found: list[Any]
 ) -> Iterator[Problem]:
-    """Decode every row and count the tokens of its texts; the problems come in the order of the rows."""
+    """Decode every row and count the tokens of its texts; the problems come in the order of the rows. Puts what its
+    medium says of each row that can be read into `found`."""
     media = media_of(config)
 
-    def check_row(index: int) -> tuple[str, list[str], list[Problem]]:
+    def check_row(index: int) -> tuple[str, list[str], list[Problem], Any]:
         row = row_at(index)
         return row.name, *media.find_problems(row, config)
 
     checked = map_in_threads(check_row, range(length))
-    for name, texts, problems in progress(checked, length, f"Decoding the {media.NOUN} of {title}"):
+    for name, texts, problems, of_row in progress(checked, length, f"Decoding the {media.NOUN} of {title}"):
         yield from problems
+        found += [] if of_row is None else [of_row]
         if tokenizer is not None and texts:
             yield from media.token_problems(name, texts, tokenizer, config)
-
-
-def describe_videos(length: int, row_at: Callable[[int], Row]) -> str:
-    """Their number, lengths, rates and sizes, of those that can be read."""
-
-    def header_at(index: int) -> video.Header | None:
-        try:
-            return video.read_header(row_at(index))
-        except RowError:
-            return None
-
-    found = [header for header in map_in_threads(header_at, range(length)) if header is not None]
-    return video.describe_headers(found) if found else "no video that can be read"

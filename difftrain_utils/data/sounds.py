@@ -1,7 +1,5 @@
-"""Where sounds come from that `datasets` does not read without torchcodec: the built-in data set, folders with a
-metadata.jsonl, and tar files."""
+"""The built-in data set of sounds, and what `datasets` is told of those that it does not read without torchcodec."""
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +10,7 @@ from difftrain_utils.errors import InputError
 from difftrain_utils.terminal import progress
 
 TONES, NUM_TONES = "builtin:tones", 1440
+IN_FILES = (".webdataset", ".audiofolder")  # how the modules of `datasets` that encode sounds end
 
 
 class StoredAudio(datasets.Audio):
@@ -39,21 +38,11 @@ def builtin_sounds(name: str, field: str, config: AudioDataConfig) -> datasets.D
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def read_folder(metadata: Path, key: str, column: str) -> datasets.Dataset:
-    """The lines of a metadata.jsonl, of which `column` is the file that each calls `key`. Raises what `datasets` does,
-    where they are not of one kind."""
-    data = datasets.load_dataset("json", data_files=str(metadata), split="train")
-    paths = [name and str(metadata.parent / name) for name in data[key]]
-    features = datasets.Features({column: StoredAudio(decode=False)})
-    files = datasets.Dataset.from_dict({column: paths}, features=features)
-    others = data.remove_columns([name for name in (key, column) if name in data.column_names])
-    return datasets.concatenate_datasets([files, others], axis=1)
-
-
 def with_features(arguments: dict[str, Any], split: str) -> dict[str, Any]:
-    """What `datasets.load_dataset` is told of a data set, and of tar files also what their columns are."""
+    """What `datasets.load_dataset` is told of a data set, and of tar files and folders of sounds also what their
+    columns are."""
     builder = datasets.load_dataset_builder(**arguments)
-    if not type(builder).__module__.endswith(".webdataset"):
+    if not type(builder).__module__.endswith(IN_FILES):
         return arguments
     found = builder.as_streaming_dataset(split=split).features
     stored = {name: StoredAudio() if isinstance(kind, datasets.Audio) else kind for name, kind in found.items()}

@@ -19,7 +19,7 @@ from difftrain_utils.builtins import scenes, shapes
 from difftrain_utils.config.data import DataConfig, SourceConfig
 from difftrain_utils.config.rows import RowsSource
 from difftrain_utils.data import sounds, texts, videos
-from difftrain_utils.data.photos import ENDINGS, is_photo, list_files, read_photos, repeats_of
+from difftrain_utils.data.photos import ENDINGS, NOUNS, STORED, is_photo, list_files, read_photos, repeats_of
 from difftrain_utils.errors import InputError, RowError, RunError, blame
 from difftrain_utils.files import local_path
 from difftrain_utils.media import audio, image, pairs, text, video
@@ -44,6 +44,7 @@ FEATURES = {  # of the columns of files
 }
 # what `datasets` calls a folder, and its column
 FOLDERS = {image: "image", pairs: "image", video: "video", audio: "audio"}
+WITH_CAPTIONS_BESIDE = (image, video, audio)  # where there is no metadata.jsonl
 FILE_KINDS = ("tar", "parquet", "arrow")  # what datasets recognises in a local folder by itself
 
 
@@ -77,7 +78,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
         InputError: the data set, its split or a column is not there, or a line of metadata.jsonl is wrong.
     """
     name, media = source.dataset, media_of(source)
-    photos = photo_folder(field, source) if media in (image, video) else None
+    photos = photo_folder(field, source) if media in WITH_CAPTIONS_BESIDE else None
     if photos is not None:
         with blame(cannot_load(field, source), Exception):  # such as names that are no Unicode
             data = read_photos(photos, FOLDERS[media])
@@ -85,10 +86,8 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
         data = texts.builtin_texts(name, field_of(field, "dataset"))
     elif name.startswith("builtin:") and media is video:
         data = videos.builtin_videos(name, field_of(field, "dataset"), config)
-    elif name.startswith("builtin:") and media_of(source) is audio:
+    elif name.startswith("builtin:") and media is audio:
         data = sounds.builtin_sounds(name, field_of(field, "dataset"), config)
-    elif media_of(source) is audio and (metadata := find_metadata(source)):
-        data = open_sounds(metadata, field, source, config)
     elif name in BUILTIN_IMAGES:
         data = draw_builtin(name, config.resolution)
     elif name.startswith("builtin:"):
@@ -103,10 +102,7 @@ def open_source(field: str, source: SourceConfig, config: DataConfig) -> dataset
             elif (folder / "dataset_dict.json").is_file():
                 data = datasets.load_from_disk(str(folder / source.split))
             else:
-                arguments = load_arguments(field, source, config)
-                if media_of(source) is audio:
-                    arguments = sounds.with_features(arguments, source.split)
-                data = datasets.load_dataset(**arguments, split=source.split)
+                data = datasets.load_dataset(**load_arguments(field, source, config), split=source.split)
     check_columns(data, field, source)
     if len(data) == 0:
         raise InputError(f"{field_of(field, 'dataset')}: {name} has no {media.NOUN}")
@@ -143,8 +139,8 @@ def cannot_load(field: str, source: SourceConfig) -> str:
     )
 
 
-def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict[str, str]:
-    """How `datasets` is to load a source: an image folder, a folder with files that it knows, or a hub name.
+def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict[str, Any]:
+    """How `datasets` is to load a source: a folder with a metadata.jsonl, one with files that it knows, or a hub name.
 
     Raises:
         InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong; of texts see
@@ -156,37 +152,24 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     folder = local_path(source.dataset)
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
-        return {"path": f"{FOLDERS[media]}folder", "data_dir": str(folder)}
-    is_of_sounds = media is audio and folder.is_dir()
-    if is_of_sounds and not any(path.suffix[1:] in FILE_KINDS for path in list_files(folder)):
-        culprit = field_of(field, "dataset")
-        raise InputError(f"{culprit}: {folder} has no metadata.jsonl (and no parquet, arrow or tar files)")
-    if media is not audio and photo_folder(field, source) is not None:
+        arguments = {"path": f"{FOLDERS[media]}folder", "data_dir": str(folder)}
+    elif photo_folder(field, source) is not None:
         if media is pairs:
             names = " and ".join(f'"{file_key(column)}"' for column, _ in pairs.file_columns(source))
             raise InputError(
                 f"{field_of(field, 'dataset')}: {folder} is a folder of photos; of pairs it needs a metadata.jsonl, "
                 f"with {names}"
             )
-        what = "videos without a metadata.jsonl" if media is video else "photos"
+        what = "photos" if media is image else f"{media.NOUN} without a metadata.jsonl"
         raise InputError(f"data.streaming: {folder} is a folder of {what}, which is not read as a stream")
-    return {"path": str(folder) if folder.is_dir() else source.dataset}
-
-
-def open_sounds(metadata: Path, field: str, source: SourceConfig, config: DataConfig) -> datasets.Dataset:
-    """The rows of a folder of sounds. Raises InputError if a line of its metadata.jsonl is wrong, or there is no such
-    split."""
-    check_metadata(metadata, field, source, config)
-    if source.split != "train" and metadata.parent.name != source.split:
-        raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {metadata.parent}")
-    ((column, _),) = media_of(source).file_columns(source)
-    with _blame_cache(), blame(cannot_load(field, source), Exception):
-        return sounds.read_folder(metadata, file_key(column), column)
+    else:
+        arguments = {"path": str(folder) if folder.is_dir() else source.dataset}
+    return sounds.with_features(arguments, source.split) if media is audio else arguments
 
 
 def photo_folder(field: str, source: SourceConfig) -> Path | None:
-    """Where the photos, or videos, of a source lie: its folder, or the one in it that is called as the split. None if
-    it is none of them: it has a metadata.jsonl, or files that `datasets` knows.
+    """Where the photos, videos or sounds of a source lie: its folder, or the one in it that is called as the split.
+    None if it is none of them: it has a metadata.jsonl, or files that `datasets` knows.
 
     Raises:
         InputError: the folder has none of them and nothing else that could be read, or no such split.
@@ -201,7 +184,8 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
         if any(path.suffix[1:] in FILE_KINDS for path in files):
             return None
         if table := next((path for path in files if path.name == "metadata.csv"), None):
-            raise InputError(f"{table}: is not read; make it a metadata.jsonl, or write .txt files beside the {kind}s")
+            beside = f"write .txt files beside the {NOUNS[kind]}"
+            raise InputError(f"{table}: is not read; make it a metadata.jsonl, or {beside}")
         of_split = folder / source.split
         if of_split.is_dir():
             folder = of_split
@@ -209,10 +193,12 @@ def photo_folder(field: str, source: SourceConfig) -> Path | None:
             raise InputError(f"{field_of(field, 'split')}: no folder {source.split!r} in {folder}")
         if not any(is_photo(path, kind) and folder in path.parents for path in files):
             named = f"{field_of(field, 'dataset')}: {folder}"
-            if kind == "image" and any(is_photo(path, "video") and folder in path.parents for path in files):
-                raise InputError(f"{named} holds videos and no images: train with train_text_to_video.py")
+            for other in ENDINGS:
+                if any(is_photo(path, other) and folder in path.parents for path in files):
+                    holds = f"holds {NOUNS[other]} and no {NOUNS[kind]}"
+                    raise InputError(f"{named} {holds}: train with train_text_to_{other}.py")
             raise InputError(
-                f"{named} has no metadata.jsonl (and no parquet, arrow or tar files, and no {kind}s: "
+                f"{named} has no metadata.jsonl (and no parquet, arrow or tar files, and no {NOUNS[kind]}: "
                 f"{', '.join(ENDINGS[kind])})"
             )
     return folder
@@ -227,7 +213,7 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
         InputError: see `repeats_of`.
     """
     media = media_of(source)
-    photos = photo_folder(field, source) if media in (image, video) else None
+    photos = photo_folder(field, source) if media in WITH_CAPTIONS_BESIDE else None
     folders = {} if photos is None else repeats_of(photos, FOLDERS[media])
     if not folders:
         return [(source, 1)]
@@ -243,7 +229,8 @@ def split_by_repeats(field: str, source: SourceConfig) -> list[tuple[SourceConfi
 
 
 def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfig, config: DataConfig) -> None:
-    """Raise InputError if photos or videos have no caption, unless such rows are skipped and others have one."""
+    """Raise InputError if photos, videos or sounds have no caption, unless such rows are skipped and others have
+    one."""
     media = media_of(source)
     captions = zip(*(data[column] for column, _ in media.text_columns(source)), strict=True)
     missing = [i for i, of_row in enumerate(captions) if all(caption is None for caption in of_row)]
@@ -252,15 +239,16 @@ def check_photo_captions(data: datasets.Dataset, field: str, source: SourceConfi
         return
     path = Path(data.with_format("arrow")[missing[0]][FOLDERS[media]][0]["path"].as_py())
     default = f"--{d}" if (d := field_of(field, "default_caption")).startswith("data.d") else f"{d}:"
+    what = "a photo" if media is image else f"a {media.NOUN[:-1]}"
     by_model = f", or let difftrain caption {source.dataset} --model … write them" if media is image else ""
     raise InputError(
         f"{field_of(field, 'dataset')}: {path} has no caption ({len(missing)} of {len(data)} {media.NOUN} have none): "
-        f'write {path.stem}.txt beside it or a metadata.jsonl, or take {default} "a photo of …" for all{by_model}'
+        f'write {path.stem}.txt beside it or a metadata.jsonl, or take {default} "{what} of …" for all{by_model}'
     )
 
 
 def check_columns(data: datasets.Dataset | datasets.IterableDataset, field: str, source: SourceConfig) -> None:
-    """Raise InputError unless the columns are there, and those of images and masks hold images."""
+    """Raise InputError unless the columns are there, and those of files hold what they should."""
     name, columns = source.dataset, data.column_names
     media, of_files = media_of(source), media_of(source).file_columns(source)
     for column, asked_by in of_files + media.text_columns(source):
@@ -318,7 +306,7 @@ def used_columns(data, source: SourceConfig):
     used = dict.fromkeys([*of_files, *(path[0] for path, _ in text_features(data, source)), *weights])
     data = data.select_columns(list(used))
     for column in of_files:
-        data = data.cast_column(column, FEATURES[media_of(source)](decode=False))
+        data = data.cast_column(column, STORED[FOLDERS[media_of(source)]](decode=False))
     return data
 
 

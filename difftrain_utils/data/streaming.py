@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,9 +25,7 @@ from difftrain_utils.data.sources import (
     cannot_load,
     check_columns,
     field_of,
-    find_metadata,
     load_arguments,
-    open_sounds,
     sources_of,
     text_features,
     used_columns,
@@ -37,7 +34,6 @@ from difftrain_utils.data.sources import (
 )
 from difftrain_utils.data.units import FEATURE_FINDERS, FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
 from difftrain_utils.errors import InputError, RowError, blame
-from difftrain_utils.media import audio
 from difftrain_utils.media.media import Row, media_of
 
 END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
@@ -85,8 +81,6 @@ def open_stream(config: DataConfig) -> "StreamedRows":
 
 def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: Reader) -> StreamedSource:
     culprit = field_of(field, "dataset")
-    if media_of(source) is audio and (metadata := find_metadata(source)):
-        return _open_sounds(metadata, field, source, config, reader)
     with blame(cannot_load(field, source), Exception):  # whatever stops datasets
         if is_remote(source.dataset):
             paths, arguments = _urls(source, culprit)
@@ -102,7 +96,7 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
     check_columns(data, field, source)
     data = used_columns(data, source)
     with blame(culprit, OSError):
-        if kind in ("imagefolder", "videofolder"):
+        if kind in ("imagefolder", "videofolder", "audiofolder"):
             files = list(map_in_threads(find_file, paths))
             rows: FileRows | TableRows = _folder(data, source)
         elif kind in FINDERS:
@@ -129,21 +123,7 @@ def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]
     return urls, {"path": kind, "data_files": {source.split: urls[:1]}}
 
 
-def _open_sounds(
-    metadata: Path, field: str, source: SourceConfig, config: DataConfig, reader: Reader
-) -> StreamedSource:
-    """A folder of sounds, whose files are read one by one."""
-    data = open_sounds(metadata, field, source, config)
-    check_columns(data, field, source)
-    data, ((column, _),) = used_columns(data, source), audio.file_columns(source)
-    rows, paths = _folder(data, source), [row[column]["path"] for row in data]
-    with blame(field_of(field, "dataset"), OSError):
-        files = list(map_in_threads(find_file, [str(metadata), *filter(os.path.isfile, paths)]))
-    sha256 = files_digest(files, reader)
-    return StreamedSource(source, rows, text_features(data, source), weight_path(data, source), len(files), sha256)
-
-
-def _folder(data: datasets.IterableDataset | datasets.Dataset, source: SourceConfig) -> TableRows:
+def _folder(data: datasets.IterableDataset, source: SourceConfig) -> TableRows:
     """The lines of its metadata.jsonl: its images, videos or sounds are files, here or at a URL, read one by one."""
     return TableRows([row | {NAME: f"{source.dataset} row {i}"} for i, row in enumerate(data)])
 

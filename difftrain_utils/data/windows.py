@@ -6,7 +6,8 @@ from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.data.clips import spread
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.sizes import remembered_sizes
-from difftrain_utils.media.audio import Row, read_header
+from difftrain_utils.files import text_digest
+from difftrain_utils.media.audio import Row, library_versions, read_header
 
 
 def sound_lengths(rows: MappedRows, config: AudioDataConfig) -> np.ndarray:
@@ -22,7 +23,8 @@ def sound_lengths(rows: MappedRows, config: AudioDataConfig) -> np.ndarray:
     def length(row: Row) -> tuple[int]:
         return (read_header(row, config).length_at(config.sampling_rate),)
 
-    name = f"sounds-{config.sampling_rate}-{config.min_length_in_s:g}.npy"
+    reader = text_digest(f"{library_versions()}")[:8]  # another one may read what this one cannot
+    name = f"sounds-{config.sampling_rate}-{config.min_length_in_s:g}-{reader}.npy"
     return remembered_sizes(name, rows, length, 1, "Reading the sounds' lengths", config)[:, 0]
 
 

@@ -3,7 +3,9 @@ a model takes."""
 
 import contextlib
 import math
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,12 +20,25 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
-from difftrain_utils.media.video import STARTS, digest_of, open_file
+from difftrain_utils.media.video import STARTS, digest_of, least_to_most, open_file
 
 MARGIN = 2048  # samples at the lower rate on both sides of a window that is resampled: with them it is as of the whole
 LAST_PAGE = 2**20  # samples at the end of Vorbis, within which libvorbis misses the place that is sought
+# Samples before a window from which on it is decoded as it would be from the file's beginning: a frame of an MP3 may
+# take bits from 24 frames of 576 before it, and Opus remembers
+LEAD_IN = {"MPEG_LAYER_III": 32 * 576, "OPUS": 48000}
 TAG, FIRST_FRAME = 10, 4096  # bytes of ID3's header, and those after its tag in which an MP3 says how long it is
 LENGTHS = (b"Xing", b"Info")
+UNKNOWN = (1, 4)  # of libsndfile's errors: a format, and an encoding in one, that it does not know
+CUT_OFF = re.compile(r"(\d+) \(should be (\d+)\)|end-of-stream")  # in what libsndfile logs
+STREAMED = 2**31 - 2**16  # bytes, from which on a header says that its writer did not know how many
+BLOCK = 2**18  # samples that are decoded at once of a whole sound
+FULL_SCALE = 0.9999  # from here on an amplitude is as large as a file of 16 bits has them
+FAINT, LOUD, OFFSET = (
+    1e-3,
+    2.0,
+    0.05,
+)  # a largest amplitude below and above which, and a mean from which on, is a warning
 
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
@@ -144,22 +159,17 @@ def read(
     return sample | ({"mask": mask} if config.mask_padding else {})
 
 
-def find_problems(row: Row, config: AudioDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
-    """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
-    middle window is decoded for that."""
-    problems = []
+def find_problems(row: Row, config: AudioDataConfig) -> tuple[list[str], list[tuple[str, str]], "Heard | None"]:
+    """The captions as the model is told them, ("error" or "warning", message) for what is wrong with a row, all of
+    whose sound is decoded for that, and what its sound is, None if that cannot be read."""
+    problems, heard = [], None
     try:
-        header = read_header(row, config)
-        window = read_window(row, MIDDLE.start, config.waveform_length, config)
-        if header.sampling_rate < config.sampling_rate:
-            low = f"{row.name}: {header.sampling_rate} Hz, to be resampled to {config.sampling_rate} Hz"
-            problems.append(("warning", low))
-        if not window.samples.any():
-            problems.append(("warning", f"{row.name}: its middle is silent"))
+        heard = listen(row, config)
+        problems += [("warning", f"{row.name}: {message}") for message in _warnings(heard, config)]
     except RowError as error:
         problems.append(("error", str(error)))
     captions, of_captions = find_caption_problems(row.captions, row.name, config)
-    return captions, problems + of_captions
+    return captions, problems + of_captions, heard
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: AudioDataConfig) -> Iterator[tuple[str, str]]:
@@ -218,16 +228,22 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
         try:
             with soundfile.SoundFile(file) as sound:
                 header = Header(sound.frames, sound.samplerate, sound.channels)
-                if sound.format == "MP3" and not _says_length(file):
+                if sound.subtype.startswith("MPEG") and not _says_length(file):
                     raise RowError(
                         f"{row.name}: an MP3 that does not say how long it is; `ffmpeg -i old.mp3 -c copy new.mp3` "
                         "writes one that does"
                     )
+                if not sound.seekable():
+                    kind = f"{sound.subtype_info}, of which no part can be read alone"
+                    raise RowError(f"{row.name}: {kind}; `ffmpeg -i old new.flac` makes what can")
                 _check(header, row.name, config)
                 yield sound, header
         except (MemoryError, RowError):
             raise
         except Exception as error:  # soundfile's have what libsndfile says
+            if getattr(error, "code", None) in UNKNOWN:
+                known = "such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac` makes one"
+                raise RowError(f"{row.name}: not a sound that libsndfile knows, {known}") from None
             reason = getattr(error, "error_string", None) or one_line(error)
             raise RowError(f"{row.name}: cannot decode the sound: {reason}") from None
 
@@ -252,8 +268,9 @@ def _check(header: Header, name: str, config: AudioDataConfig) -> None:
     """Raise RowError unless a sound is one that can be trained on."""
     if header.channels > 2:
         raise RowError(f"{name}: {header.channels} channels, where there must be 1 or 2")
-    seconds = header.num_samples / header.sampling_rate
-    if header.length_at(config.sampling_rate) == 0 or seconds < config.min_length_in_s:
+    if header.length_at(config.sampling_rate) == 0:
+        raise RowError(f"{name}: it has no samples")
+    if (seconds := header.num_samples / header.sampling_rate) < config.min_length_in_s:
         raise RowError(f"{name}: {seconds:.3g} s, shorter than data.min_length_in_s, {config.min_length_in_s:g}")
 
 
@@ -328,13 +345,104 @@ def _resampled(sound, header: Header, name: str, first: int, length: int, sampli
 
 def _decoded(sound, header: Header, name: str, first: int, length: int) -> np.ndarray:
     """Samples from `first` on as they are in the file, (length, channels). Raises RowError if it ends before."""
-    begin = min(first, max(header.num_samples - LAST_PAGE, 0)) if sound.subtype == "VORBIS" else first
+    begin = max(first - LEAD_IN.get(sound.subtype, 0), 0)
+    if sound.subtype == "VORBIS":
+        begin = min(begin, max(header.num_samples - LAST_PAGE, 0))
     sound.seek(begin)
     samples = sound.read(first - begin + length, dtype="float32", always_2d=True)
     if len(samples) < first - begin + length:
-        ends, seconds = (count / header.sampling_rate for count in (begin + len(samples), header.num_samples))
-        raise RowError(f"{name}: cut off, it ends at {ends:.2f} of its {seconds:.2f} s")
+        raise _cut_off(name, begin + len(samples), header)
     return samples[first - begin :]
+
+
+def _cut_off(name: str, end: int, header: Header) -> RowError:
+    ends, seconds = (count / header.sampling_rate for count in (end, header.num_samples))
+    return RowError(f"{name}: cut off, it ends at {ends:.2f} of its {seconds:.2f} s")
+
+
+# ── What all sounds are ──────────────────────────────────────────────────────────────────────────────────────
+class Heard(NamedTuple):
+    """Of all of a sound: its header, the SHA-256 of its file, its largest amplitude and its power, the mean of the
+    squares, of which 1 is full scale, the largest mean of a channel, whether three samples of one after another are at
+    full scale, whether its file ends before its header says, and the share of its window that is padding."""
+
+    header: Header
+    digest: str
+    peak: float
+    power: float
+    offset: float
+    is_clipped: bool
+    is_cut_off: bool
+    padding: float
+
+
+def listen(row: Row, config: AudioDataConfig) -> Heard:
+    """Decode all of a row's sound. Raises RowError: see `read`."""
+    peak, power, sums, length, is_clipped = 0.0, 0.0, 0.0, 0, False
+    with open_sound(row, config) as (sound, header):
+        for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+            if not np.isfinite(block).all():
+                raise RowError(f"{row.name}: it has samples that are infinite or no number")
+            levels = np.abs(block)
+            peak, length = max(peak, float(levels.max())), length + len(block)
+            power, sums = power + np.square(block, dtype=np.float64).sum(), sums + block.sum(0, dtype=np.float64)
+            is_full = levels >= FULL_SCALE
+            is_clipped |= bool((is_full[2:] & is_full[1:-1] & is_full[:-2]).any())
+        if length < header.num_samples:
+            raise _cut_off(row.name, length, header)
+        is_cut_off = any(
+            match[1] is None or int(match[2]) < int(match[1]) < STREAMED for match in CUT_OFF.finditer(sound.extra_info)
+        )
+    padding = max(1 - header.length_at(config.sampling_rate) / config.waveform_length, 0.0)
+    power, offset = float(power) / (length * header.channels), float(np.abs(sums).max()) / length
+    return Heard(header, digest_of(row.audio, row.name, "sound"), peak, power, offset, is_clipped, is_cut_off, padding)
+
+
+def _warnings(heard: Heard, config: AudioDataConfig) -> Iterator[str]:
+    if heard.is_cut_off:
+        yield "cut off, it ends before its header says"
+    if heard.header.sampling_rate < config.sampling_rate:
+        yield f"{heard.header.sampling_rate} Hz, to be resampled to {config.sampling_rate} Hz"
+    if heard.peak == 0:
+        yield "silent"
+    elif heard.peak < FAINT:
+        yield f"almost silent, its largest amplitude is {_decibels(heard.peak**2):.0f} dB"
+    if heard.peak > LOUD:
+        yield f"its largest amplitude is {heard.peak:.3g} times full scale"
+    elif heard.is_clipped:
+        yield "clipped"
+    if heard.offset >= OFFSET:
+        yield f"not centred, a channel's mean is {heard.offset:.2f} of full scale"
+
+
+def describe_found(heard: Sequence[Heard]) -> str:
+    """What sounds are, in words, from the least to the most of each: "40 sounds of 2.1 to 30 s (median 8.4), …"."""
+    seconds = [each.header.num_samples / each.header.sampling_rate for each in heard]
+    total = f"{sum(seconds) / 3600:.1f} h" if sum(seconds) >= 3600 else f"{sum(seconds):.0f} s"
+    rates = least_to_most([each.header.sampling_rate / 1000 for each in heard])
+    number = Counter(each.header.channels for each in heard)
+    channels = " and ".join(f"{number[n]} {kind}" for n, kind in ((1, "mono"), (2, "stereo")) if number[n])
+    parts = [
+        f"{len(heard)} sound{'s' * (len(heard) > 1)} of {least_to_most(seconds)} s (median {np.median(seconds):.3g}, "
+        f"{total} in all), {rates} kHz, {channels}"
+    ]
+    if sounding := [each for each in heard if each.peak > 0]:
+        for what, powers in (
+            ("largest amplitudes", [each.peak**2 for each in sounding]),
+            ("mean levels", [each.power for each in sounding]),
+        ):
+            levels = [_decibels(power) for power in powers]
+            parts.append(f"{what} {least_to_most(levels)} dB (median {np.median(levels):.3g})")
+    if short := [each.padding for each in heard if each.padding]:
+        share = sum(short) / len(short)
+        parts.append(f"{len(short)} shorter than data.waveform_length, whose windows are {share:.0%} padding")
+    counts = {"silent": len(heard) - len(sounding), "clipped": sum(each.is_clipped for each in heard)}
+    counts["the same as others"] = len(heard) - len({each.digest for each in heard})
+    return "; ".join([*parts, *(f"{count} {what}" for what, count in counts.items() if count)])
+
+
+def _decibels(power: float) -> float:
+    return 10 * math.log10(power)
 
 
 # ── Pictures of sounds ───────────────────────────────────────────────────────────────────────────────────────

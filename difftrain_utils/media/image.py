@@ -147,12 +147,12 @@ def read(row: Row, place: Place, size: tuple[int, int], config: DataConfig, has_
     return sample
 
 
-def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]]]:
+def find_problems(row: Row, config: DataConfig) -> tuple[list[str], list[tuple[str, str]], None]:
     """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
     image is decoded for that."""
     problems = image_problems(row, config)
     captions, of_captions = find_caption_problems(row.captions, row.name, config)
-    return captions, problems + of_captions
+    return captions, problems + of_captions, None
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: DataConfig) -> Iterator[tuple[str, str]]:

@@ -68,8 +68,9 @@ class Media(Protocol):
     def read(self, row: Row, place: Any, size: tuple[int, ...], config: RowsConfig, has_masks: bool) -> dict[str, Any]:
         """The place in a row as tensors and facts of a sample of this size. Raises RowError if it cannot be read."""
 
-    def find_problems(self, row: Row, config: RowsConfig) -> tuple[list[str], list[tuple[str, str]]]:
-        """What of a row becomes tokens, and ("error" or "warning", message) for all that is wrong with it."""
+    def find_problems(self, row: Row, config: RowsConfig) -> tuple[list[str], list[tuple[str, str]], Any]:
+        """What of a row becomes tokens, ("error" or "warning", message) for all that is wrong with it, and what it is,
+        where the medium has words for what all are (`describe_found`), else None."""
 
     def token_problems(self, name: str, texts: list[str], tokenizer, config: RowsConfig) -> Iterator[tuple[str, str]]:
         """The same for what is wrong with the tokens of these texts, of the row `name`."""

@@ -80,23 +80,23 @@ def read(
     return {name: torch.stack([one[name] for one in both]) for name in both[0]}
 
 
-def find_problems(row: Row, config: PairDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
+def find_problems(row: Row, config: PairDataConfig) -> tuple[list[str], list[tuple[str, str]], None]:
     """The captions as the model is told them, and what is wrong with either image or both together."""
     chosen, rejected = images_of(row)
-    captions, problems = image.find_problems(chosen, config)
+    captions, problems, _ = image.find_problems(chosen, config)
     problems += image.image_problems(rejected, config)
     try:
         contents = [image.read_bytes(one.image, one.name) for one in (chosen, rejected)]
         headers = [image.open_image_header(io.BytesIO(content), row.name) for content in contents]
         (height, width), (other_height, other_width) = (image.upright_size(header, row.name) for header in headers)
     except RowError:
-        return captions, problems
+        return captions, problems, None
     if contents[0] == contents[1]:
         problems.append(("warning", f"{row.name}: the chosen and the rejected image are the same"))
     if abs(math.log(width * other_height / (height * other_width))) > math.log(RATIO):
         sizes = f"{width} × {height} and {other_width} × {other_height} pixels"
         problems.append(("warning", f"{row.name}: two images of other shapes, {sizes}, of which one is cropped more"))
-    return captions, problems
+    return captions, problems, None
 
 
 def refuse_equal(rows: Sequence[Row], name: str) -> None:

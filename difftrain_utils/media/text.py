@@ -121,13 +121,13 @@ def read(
     }
 
 
-def find_problems(row: Row, config: TextDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
+def find_problems(row: Row, config: TextDataConfig) -> tuple[list[str], list[tuple[str, str]], None]:
     """The text and its prompt, and ("error" or "warning", message) for what is wrong with them."""
     try:
         texts = texts_of(row)
     except RowError as error:
-        return [], [("error", str(error))]
-    return texts, [] if texts[0].strip() else [("warning", f"{row.name}: an empty text")]
+        return [], [("error", str(error))], None
+    return texts, [] if texts[0].strip() else [("warning", f"{row.name}: an empty text")], None
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: TextDataConfig) -> Iterator[tuple[str, str]]:

@@ -161,10 +161,10 @@ def read(
     return {"pixel_values": pixel_values, "sizes": torch.tensor(crop.sizes)}
 
 
-def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tuple[str, str]]]:
-    """The captions as the model is told them, and ("error" or "warning", message) for what is wrong with a row, whose
-    middle clip is decoded for that."""
-    problems = []
+def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tuple[str, str]], "Header | None"]:
+    """The captions as the model is told them, ("error" or "warning", message) for what is wrong with a row, whose
+    middle clip is decoded for that, and what its video is, None if that cannot be read."""
+    problems, header = [], None
     try:
         header = read_header(row)
         num_frames = check_length(header, row.name, config)
@@ -176,7 +176,7 @@ def find_problems(row: Row, config: VideoDataConfig) -> tuple[list[str], list[tu
     except RowError as error:
         problems.append(("error", str(error)))
     captions, of_captions = find_caption_problems(row.captions, row.name, config)
-    return captions, problems + of_captions
+    return captions, problems + of_captions, header
 
 
 def token_problems(name: str, texts: list[str], tokenizer, config: VideoDataConfig) -> Iterator[tuple[str, str]]:
@@ -305,7 +305,7 @@ def read_header(row: Row) -> Header:
             return Header(seconds, shown.height, shown.width, float(stream.guessed_rate or 0) or None)
 
 
-def describe_headers(headers: Sequence[Header]) -> str:
+def describe_found(headers: Sequence[Header]) -> str:
     """What videos are, in words, from the least to the most of each: "40 videos of 2.1 to 30 s (median 8.4), …"."""
     videos = [header for header in headers if header.seconds is not None]
     stills = len(headers) - len(videos)
@@ -313,16 +313,19 @@ def describe_headers(headers: Sequence[Header]) -> str:
     if videos:
         seconds, rates = [header.seconds for header in videos], [header.fps for header in videos if header.fps]
         least, *_, most = sorted([(header.height * header.width, header.width, header.height) for header in videos] * 2)
-        of_rates = f", {_range(rates)} frames a second" if rates else ""
+        of_rates = f", {least_to_most(rates)} frames a second" if rates else ""
         of_sizes = f"{least[1]}x{least[2]}" + (f" to {most[1]}x{most[2]}" if most != least else "")
         median = f"{np.median(seconds):.3g}"
-        found = f"{len(videos)} video{'s' * (len(videos) > 1)} of {_range(seconds)} s (median {median}){of_rates}"
+        found = (
+            f"{len(videos)} video{'s' * (len(videos) > 1)} of {least_to_most(seconds)} s (median {median}){of_rates}"
+        )
         found = f"{found}, {of_sizes} pixels"
         number = f"{found}; {number}" if number else found
     return number
 
 
-def _range(values: Sequence[float]) -> str:
+def least_to_most(values: Sequence[float]) -> str:
+    """Such as "2.1 to 30"."""
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low} to {high}"
 
