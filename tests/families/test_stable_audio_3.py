@@ -17,6 +17,7 @@ from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tones import TONES, count_right, make_tone
 from difftrain_utils.config.model import LoraConfig, ModelConfig
 from difftrain_utils.errors import InputError
+from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.families.load import load_family
 from difftrain_utils.families.lora import choose_trained
 from difftrain_utils.media.audio import Sound
@@ -78,6 +79,19 @@ def test_the_transformer_is_asked_as_its_pipeline_asks_it(family, denoiser, guid
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name].to(value.dtype), value, **exactly)
         torch.testing.assert_close(given, output, **exactly)
+
+
+def test_guidance_may_be_left_out_at_some_noise_levels(family, denoiser):
+    fields = {"evaluation__guidance_scale": 3.0, "evaluation__num_inference_steps": 3}
+    evaluations = [config_of(**fields, evaluation__guidance_interval=interval).evaluation for interval in
+                   ([0.0, 0.1], [0.0, 0.99], [0.0, 1.0])]  # fmt: skip
+    never, later, always = (
+        np.stack([sound.samples for sound in generate(family, denoiser, evaluation, (LENGTH,), PROMPTS, [0, 1])])
+        for evaluation in evaluations
+    )
+    np.testing.assert_allclose(never, sample(family, denoiser, PROMPTS, 3, 1.0), atol=1e-5)
+    np.testing.assert_allclose(always, sample(family, denoiser, PROMPTS, 3, 3.0), atol=1e-5)
+    assert not np.allclose(later, never, atol=1e-3) and not np.allclose(later, always, atol=1e-3)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
