@@ -45,9 +45,11 @@ def sounds(family, pipeline, guidance_scale: float = 1.0, steps: int = 2) -> np.
 
 
 @torch.no_grad()
-def test_the_transformer_is_asked_as_its_pipeline_asks_it(family, denoiser):
-    """Hooked on the pipeline's call: the same arguments and outputs to the bit."""
-    calls = Calls(denoiser)
+def test_the_transformer_is_asked_as_its_pipeline_asks_it(denoiser):
+    """Hooked on the pipeline's call: the same arguments and outputs to the bit. Here silence is not the same
+    throughout, so that which of it is told is seen."""
+    family, calls = load_family(config_of()), Calls(denoiser)
+    family.silence = family.part("condition_encoder").silence_latent.normal_(generator=generators(1)[0])
     sounds(family, denoiser)
     theirs = calls.pop()
     assert [len(call["encoder_hidden_states"][0]) for call, _ in theirs] == [67, 67, 68, 68]

@@ -36,7 +36,7 @@ def make() -> AceStepPipeline:
             text_hidden_dim=WIDTH,
             timbre_hidden_dim=HOP,
             num_lyric_encoder_hidden_layers=1,
-            num_timbre_encoder_hidden_layers=1,
+            num_timbre_encoder_hidden_layers=2,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
         audio_tokenizer=AceStepAudioTokenizer(**pooler, fsq_dim=96),
