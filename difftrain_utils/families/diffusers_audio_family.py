@@ -91,17 +91,17 @@ class DiffusersAudioFamily(DiffusersFamily):
         for name in ("sampling_rate", "audio_channels"):
             needed, got = self.config_of("vae")[name], getattr(data, name)
             if got != needed:
-                raise InputError(f"data.{name}: {self.source} needs {needed}, got {got}")
+                raise InputError(f"data.{name}: {self.name} needs {needed}, got {got}")
         multiple, length = self.size_multiple, data.waveform_length
         if length % multiple:
             below = length // multiple * multiple
             near = f"{below} or {below + multiple}" if below else str(multiple)
             raise InputError(
-                f"data.waveform_length: {self.source} needs a multiple of {multiple}, such as {near}, got {length}"
+                f"data.waveform_length: {self.name} needs a multiple of {multiple}, such as {near}, got {length}"
             )
         longest = int(self.max_length_in_s * self.sampling_rate)
         if length > longest:
-            raise InputError(f"data.waveform_length: {self.source} takes {longest} at most, got {length}")
+            raise InputError(f"data.waveform_length: {self.name} takes {longest} at most, got {length}")
 
     # ── Pipelines ────────────────────────────────────────────────────────────────────────────────────────────
     def length_options(

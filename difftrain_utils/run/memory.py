@@ -437,8 +437,9 @@ class Planner:
         return counted.kept
 
     def _count(self, denoiser: torch.nn.Module, batch: int, size: tuple[int, ...], dtype: torch.dtype) -> Activations:
+        predict = self._predict_in(dtype)
         with self._shapes_in(dtype):
-            return count_activations(denoiser, self._predict_in(dtype), *self.inputs(batch, size, dtype))
+            return count_activations(denoiser, predict, *self.inputs(batch, size, dtype))
 
     def encoding(self, config: Config) -> int:
         """Bytes that the VAE takes at most, besides its weights, for what it encodes at a time, pixel values or

@@ -79,7 +79,7 @@ def test_sounds_are_those_of_plain_diffusers(tmp_path):
         (["--num-frames", "5"], r"--num-frames: builtin:tiny-stable-audio makes sounds, which have none$"),
         (["--seconds", "0"], r"--seconds: must be above 0, got 0$"),
         (["--seconds", "4.1"], r"--seconds: a StableAudioPipeline takes 4 at most, got 4.1$"),
-        (["--seconds", "2"], r"builtin:tiny-stable-audio: .*longer than the model maximum possible length"),
+        (["--seconds", "2"], r"The total audio length requested \(2.0s\) is longer than the model"),
         (["--output", "a.png"], r"--output: must end in .wav or be a folder, got 'a.png'$"),
     ],
 )
@@ -130,10 +130,11 @@ def test_a_plan_of_sounds(tmp_path, capsys, monkeypatch):
     source = builtin_checkpoint("builtin:tiny-stable-audio")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     fields = {"model.pretrained_model_name_or_path": folder, "data.dataset": "somebody/sounds", "train.batch_size": 2}
+    fields |= {"evaluation.shapes_judge": False}
     monkeypatch.setattr("difftrain_utils.run.memory.Planner.options", lambda self, config: [])
     plan.main([str(SMOKE), "--gpus", "1", "--gpu", "h100", *options(fields), "--json"])
     found, family = json.loads(capsys.readouterr().out), describe_family(str(folder))
-    trained = sum(weight.numel() for weight in family.denoiser_on_meta().parameters())
+    trained = sum(weight.numel() for weight in family.denoiser_on_meta().parameters() if weight.requires_grad)
     assert found["memory"]["trained weights"] == 4 * trained and found["memory"]["activations"] > 0
     assert found["memory"]["VAE's activations beyond them"] >= 0 and found["flops"]["vae"] > 0
     assert found["data"]["rows"] is None and not found["not_counted"]
