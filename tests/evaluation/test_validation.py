@@ -102,10 +102,10 @@ def test_that_of_sounds_is_the_mean_over_what_is_not_padding(tmp_path):
             assert j / 8 <= time / family.schedule.num_train_timesteps <= (j + 1) / 8
     for parameter in trained_parameters(denoiser):
         parameter.mul_(0.9)
-    for config.evaluation.batch_size in (8, 3):
-        logs = evaluation.evaluate(denoiser, ema, 1)
-        assert logs["validation_loss_ema_bins"] == pytest.approx(expected.tolist(), rel=1e-5)
-        assert logs["validation_loss_ema"] != pytest.approx(logs["validation_loss"], rel=1e-4)
+    config.evaluation.batch_size = 3
+    logs = evaluation.evaluate(denoiser, ema, 1)
+    assert logs["validation_loss_ema_bins"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert logs["validation_loss_ema"] != pytest.approx(logs["validation_loss"], rel=1e-4)
 
 
 class TestValidationLoss:
