@@ -57,7 +57,8 @@ def load_sound_features(name: str, device: torch.device) -> Callable:
         output = network(**inputs)
         if (pooled := getattr(output, "pooler_output", None)) is not None:
             return pooled
-        states = output.last_hidden_state
+        if (states := getattr(output, "last_hidden_state", None)) is None:
+            raise ValueError("it puts out no hidden states")
         return states[:, : max(round(share * states.shape[1]), 1)].mean(1)
 
     return lambda sounds: torch.stack([of_pieces(*prepare(sound)).mean(0) for sound in sounds])

@@ -1,25 +1,34 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from helpers import options
 from PIL import Image
 
+from difftrain_utils.builtins.tones import make_tone
+from difftrain_utils.config import command_line
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.evaluation import EvaluationConfig
 from difftrain_utils.config.model import ModelConfig
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.config.text_to_image import TextToImageConfig
 from difftrain_utils.config.training import EmaConfig
+from difftrain_utils.data.load import load_data
 from difftrain_utils.data.rows import map_rows
+from difftrain_utils.evaluation.evaluate import Evaluation
 from difftrain_utils.evaluation.generate import generate
-from difftrain_utils.evaluation.validation import by_noise_level, validation_losses, validation_timesteps
+from difftrain_utils.evaluation.validation import by_noise_level, fixed_triples, validation_losses, validation_timesteps
 from difftrain_utils.families.load import load_family
 from difftrain_utils.files import weights_digest
 from difftrain_utils.media.grids import labelled_grid
 from difftrain_utils.objective.schedule import Schedule, append_dims
 from difftrain_utils.optimization.ema import EMA, evaluation_weights
+from difftrain_utils.optimization.trained import trained_parameters
 
 
 def test_a_prompts_picture_does_not_depend_on_its_batch_or_on_global_randomness(checkpoint_folder):
@@ -64,6 +73,39 @@ def test_the_grid_shows_each_picture_above_its_label():
     assert dark > 50  # the labels are there
     long = labelled_grid([Image.new("RGB", (512, 512))], ["a very long prompt " * 20])
     assert long.width < 540
+
+
+@torch.no_grad()
+def test_that_of_sounds_is_the_mean_over_what_is_not_padding(tmp_path):
+    """By noise level, whatever the batches, and of the EMA weights as well."""
+    lengths = [1024, 2048, 4096, 6000]  # of windows of 4096 samples, of which 64 are one of latents
+    with (tmp_path / "metadata.jsonl").open("w") as lines:
+        for i, length in enumerate(lengths):
+            samples, caption = make_tone(i, length, 4000)
+            soundfile.write(tmp_path / f"{i}.wav", samples, 4000)
+            lines.write(json.dumps({"file_name": f"{i}.wav", "text": caption}) + "\n")
+    fields = {"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio", "data.dataset": tmp_path}
+    fields |= {"data.validation_dataset": tmp_path, "data.cache_dir": tmp_path / "cache", "data.num_workers": 0}
+    fields |= {"data.waveform_length": 4096, "data.sampling_rate": 4000, "data.audio_channels": 1}
+    fields |= {"train.output_dir": tmp_path / "run", "evaluation.num_validation_samples": 8}
+    config = command_line.parse_config(TextToAudioConfig, options(fields))
+    family, accelerator = load_family(config), Accelerator()
+    rows, denoiser = load_data(accelerator, family, config).validation_rows, family.load_denoiser().eval()
+    evaluation = Evaluation(accelerator, family, rows, config)
+    ema = EMA(trained_parameters(denoiser), EmaConfig(decay=0.5))
+    expected = torch.zeros(8)
+    for triples in fixed_triples(accelerator, family, rows, config):
+        output = family.predict(denoiser, triples.noisy_latents, triples.times, triples.conditioning)
+        errors = (output - triples.target).square()  # of v, which the model predicts
+        for j, error, time in zip(triples.keys, errors, triples.timesteps.tolist(), strict=True):
+            expected[j] = error[:, : lengths[j % 4] // 64].mean()
+            assert j / 8 <= time / family.schedule.num_train_timesteps <= (j + 1) / 8
+    for parameter in trained_parameters(denoiser):
+        parameter.mul_(0.9)
+    config.evaluation.batch_size = 3
+    logs = evaluation.evaluate(denoiser, ema, 1)
+    assert logs["validation_loss_ema_bins"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert logs["validation_loss_ema"] != pytest.approx(logs["validation_loss"], rel=1e-4)
 
 
 class TestValidationLoss:

@@ -152,7 +152,7 @@ def test_mlflow_shows_all(tmp_path, monkeypatch):
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
     assert run.data.metrics["validation_loss_bins/2"] == 0.75
-    assert len([f for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]) == 4
+    assert len([f for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]) == 6
     assert [f.path for f in client.list_artifacts(run.info.run_id, "clips")] == [
         f"clips/step-00000{i}.mp4" for i in (1, 2)
     ]
