@@ -28,10 +28,10 @@ class AudioDataConfig(CaptionsConfig):
     SOURCE: ClassVar[type[CaptionsSource]] = AudioSourceConfig
 
     dataset: str | None = None
-    """A folder of sounds with a `metadata.jsonl`, of parquet, arrow or WebDataset tar files, a hub data set, or
-    `builtin:tones` (needs no download)."""
+    """A folder of sounds (`dog.wav` and its caption `dog.txt`), of sounds with a `metadata.jsonl`, of parquet, arrow or
+    WebDataset tar files, a hub data set, or `builtin:tones` (needs no download)."""
     audio_column: str = "audio"
-    """Column of the sounds (a folder with a `metadata.jsonl` calls it `audio`, tar files `wav`, `flac`, `mp3`, …)."""
+    """Column of the sounds (a folder of sounds calls it `audio`, tar files `wav`, `flac`, `mp3`, …)."""
     sources: list[AudioSourceConfig] | None = None
     """Several data sets instead of `dataset`: a list of {dataset: …, split: train, audio_column: audio, caption_column:
     text, default_caption: null, weight: null, loss_weight: 1.0}, the first five as the field of data of that name.

@@ -12,13 +12,17 @@ from accelerate import Accelerator
 from helpers import data_of, options
 
 from difftrain_utils.builtins.tones import TONES
+from difftrain_utils.commands import check_data
 from difftrain_utils.config import command_line
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.config import require_of
+from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
+from difftrain_utils.config.video_data import VideoDataConfig
 from difftrain_utils.data.caches import load_caches
 from difftrain_utils.data.fingerprint import inspect_splits
 from difftrain_utils.data.load import load_data
+from difftrain_utils.data.photos import find_problems
 from difftrain_utils.data.rows import MappedRows, map_rows
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.data.streaming import open_stream
@@ -98,21 +102,87 @@ def test_a_window_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
 def test_what_is_wrong_with_a_folder(folder, tmp_path):
     with pytest.raises(InputError, match=r'metadata.jsonl line 1: needs a "sound_file_name", got '):
         map_rows(config_of(folder, tmp_path, audio_column="sound"))
-    with pytest.raises(InputError, match=r"^data.split: no folder 'test' in "):
+    with pytest.raises(InputError, match=r"^data.dataset: cannot load .*: Bad split: test"):
         map_rows(config_of(folder, tmp_path, split="test"))
     (folder / "a.wav").unlink()
     with pytest.raises(InputError, match=r"metadata.jsonl line 1: no such file: a.wav$"):
-        map_rows(config_of(folder, tmp_path))
-    (folder / "metadata.jsonl").unlink()
-    with pytest.raises(
-        InputError, match=r"^data.dataset: .* has no metadata.jsonl \(and no parquet, arrow or tar files"
-    ):
         map_rows(config_of(folder, tmp_path))
     plain = tmp_path / "plain"
     plain.mkdir()
     datasets.Dataset.from_dict({"audio": [1], "text": ["x"]}).to_parquet(plain / "train.parquet")
     with pytest.raises(InputError, match=r"^data.audio_column: column 'audio' of .* does not hold sounds, but Value"):
         map_rows(config_of(plain, tmp_path))
+
+
+def test_captions_lie_beside_sounds(sounds, tmp_path):
+    """As beside photos, and kohya's folders repeat them; the scripts of images and videos say which takes them."""
+    folder = tmp_path / "sounds/2_of a dog"
+    for name, content in sounds.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text(f"caption of {name}\n")
+    config = config_of(tmp_path / "sounds", tmp_path)
+    (rows,) = map_rows(config).parts
+    assert [rows[i].captions for i in range(4)] == [f"caption of {name}" for name in sorted(LENGTHS)]
+    assert rows.repeats == 2 and rows[0].name == str(folder / "a.wav")
+    assert Samples(data_of(MappedRows([rows])), config, 0, 1)[0]["waveforms"].shape == (1, LENGTH)
+    (folder / "a.txt").rename(folder / "e.txt")
+    assert list(find_problems(folder, "audio")) == [("warning", f"{folder}/e.txt: no sound of that name beside it")]
+    assert captions(map_rows(config_of(tmp_path / "sounds", tmp_path, default_caption="a cat")))[0] == "a cat"
+    missing = r"a.wav has no caption \(1 of 4 sounds have none\): write a.txt .* \"a sound of …\" for all$"
+    for opening, message in (
+        (lambda: map_rows(config_of(folder, tmp_path)), missing),
+        (lambda: map_rows(DataConfig(str(folder))), "holds sounds and no images: train with train_text_to_audio.py$"),
+        (lambda: map_rows(VideoDataConfig(str(folder))), "holds sounds and no videos: train with train_text_to_audio"),
+        (
+            lambda: open_stream(config_of(folder, tmp_path, streaming=True)),
+            r"^data.streaming: .* is a folder of sounds without a metadata.jsonl, which is not read as a stream$",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            opening()
+    for ending, noun in ((".mp4", "videos"), (".png", "images"), (".md", None)):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / f"other/a{ending}").write_bytes(b"")
+        there = (
+            f"holds {noun} and no sounds: train with train_text_to_{noun[:-1]}.py" if noun else "and no sounds: .wav"
+        )
+        with pytest.raises(InputError, match=f"^data.dataset: .*{there}"):
+            map_rows(config_of(tmp_path / "other", tmp_path))
+        (tmp_path / f"other/a{ending}").unlink()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_set_that_is_a_folder_of_sounds(sounds, tmp_path, streaming, monkeypatch):
+    """`datasets` makes labels of its folders; it is not to ask for torchcodec."""
+    for name in ("cat/a.wav", "cat/b.flac", "dog/a.wav"):
+        (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hub" / name).write_bytes(sounds[name[4:]])
+    load = datasets.load_dataset_builder
+    of_hub = {"path": "audiofolder", "data_dir": str(tmp_path / "hub")}
+    for module, name in ((datasets, "load_dataset_builder"), (datasets.load, "load_dataset_builder")):
+        monkeypatch.setattr(module, name, lambda path, **others: load(**(others | of_hub)))
+    config = config_of("somebody/sounds", tmp_path, caption_column="label")
+    config.streaming, config.lanes, config.shuffle_buffer = streaming, 1 if streaming else None, 4
+    samples = Samples(data_of(open_stream(config) if streaming else map_rows(config)), config, 0, 3)
+    assert sorted(samples[k]["caption"] for k in range(3)) == ["cat", "cat", "dog"]
+    assert samples[0]["waveforms"].shape == (1, LENGTH)
+
+
+def test_check_data_says_what_is_wrong_and_what_sounds_are(folder, tmp_path, capsys):
+    (folder / "b.flac").write_bytes((folder / "a.wav").read_bytes())
+    (folder / "d.ogg").write_bytes(b"nothing")
+    fields = {f"data.{name}": value for name, value in (FIELDS | {"dataset": folder}).items()}
+    with pytest.raises(SystemExit) as stopped:
+        check_data.main(options(fields | {"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio"}))
+    *problems, described, total = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 2 and problems[-1].startswith(f"error: {folder}/metadata.jsonl line 4: d.ogg: not a s")
+    assert [line.rpartition(": ")[2][:18] for line in problems[:-1]] == ["not centred, a cha"] * 3, "ramps"
+    assert described.startswith(
+        f"{folder}: 3 sounds of 0.5 to 0.75 s (median 0.5, 2 s in all), 8 kHz, 3 mono; largest "
+    )
+    assert described.endswith("; 1 the same as others")
+    assert total == "4 sounds and their captions: 1 error and 3 warnings"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub's parquet", "tar"])
@@ -139,10 +209,13 @@ def test_parquet_and_tar_files(sounds, tmp_path, kind, streaming):
         with pytest.raises(InputError, match=r"cast it with datasets.Audio before it is written"):
             open_stream(config)
         return
-    samples = Samples(data_of(open_stream(config) if streaming else map_rows(config)), config, 0, 4)
+    samples, again = (
+        Samples(data_of(open_stream(config) if streaming else map_rows(config)), config, 0, 12) for _ in range(2)
+    )
     expected = [f"caption {number}" for number in range(4)] if kind == "tar" else sorted(sounds)
     assert sorted(samples[k]["caption"] for k in range(4)) == expected
     assert samples[0]["waveforms"].shape == (1, LENGTH)
+    assert torch.equal(again[9]["waveforms"], samples[9]["waveforms"]) and again[9]["caption"] == samples[9]["caption"]
 
 
 def test_a_stream_of_a_folder(folder, tmp_path):
