@@ -71,10 +71,11 @@ def load_clap(name: str, device: torch.device) -> Callable:
     tokenizer, text_config = AutoTokenizer.from_pretrained(name), model.config.text_config
     check_vocabulary(tokenizer, text_config)
     longest = text_config.max_position_embeddings - text_config.pad_token_id - 1  # RoBERTa counts from there
+    limits = {"padding": True, "truncation": True, "max_length": longest}
 
     def score(sounds: Sequence[Sound], captions: Sequence[str]) -> torch.Tensor:
-        text = tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        states = model.text_model(**text.to(device)).pooler_output
+        text = tokenizer(list(captions), return_tensors="pt", **limits).to(device)
+        states = model.text_model(input_ids=text.input_ids, attention_mask=text.attention_mask).pooler_output
         of_captions = torch.nn.functional.normalize(model.text_projection(states), dim=-1)
         of_sounds = [embed_sounds(model, prepare(sound)[0]) for sound in sounds]
         pairs = zip(of_sounds, of_captions, strict=True)

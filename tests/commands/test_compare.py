@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from difftrain_utils.commands.compare import (
+    KINDS,
     Contest,
     Metric,
     as_text,
@@ -36,6 +37,7 @@ from difftrain_utils.commands.compare import (
     unfair,
 )
 from difftrain_utils.commands.compare_html import BOTTOM, LEFT, RIGHT, TOP, smooth, ticks
+from difftrain_utils.config.scripts import SCRIPTS
 from difftrain_utils.errors import InputError
 
 CONFIG = {
@@ -104,6 +106,10 @@ def seeds(folder: Path, name: str, finals: list[float], **config) -> list[Path]:
         write_run(folder / f"{name}{seed}", (0.5, final), config | {"train.seed": seed})
         for seed, final in enumerate(finals)
     ]
+
+
+def test_runs_of_every_script_can_be_compared():
+    assert KINDS.keys() == SCRIPTS.keys()
 
 
 def pair(folder: Path, **second):
