@@ -171,7 +171,7 @@ def test_the_autoencoder_is_a_transform_that_loses_nothing(family, tmp_path):
 
 def test_the_autoencoder_encodes_in_tiles_of_whole_latents(family):
     """In which a sound has the latents that it has in one piece."""
-    tiled = load_family(audio_config(model__vae_tiling=True))
+    tiled = load_family(config_of(model__vae_tiling=True))
     assert tiled.tile_size == (30 * RATE // HOP * HOP,)
     vae, waveforms = tiled.part("vae"), torch.from_numpy(make_tone(4, LENGTH, RATE)[0])[None, None].float()
     vae.tile_sample_min_length, vae.tile_sample_overlap = 1000, 150  # as 30 and 2 seconds are to 2048 samples
@@ -235,14 +235,14 @@ def test_a_checkpoint_of_the_other_sampler_is_told_the_noise_as_that_tells_it(tm
 
 
 def test_it_is_of_sounds_alone(short_run):
-    with pytest.raises(InputError, match=r"it is of StableAudioPipeline; known is StableDiffusionPipeline, "):
+    with pytest.raises(InputError, match=r"it is of StableAudioPipeline: train it with train_text_to_audio.py"):
         load_family(parse_config([*short_run, "--model.pretrained_model_name_or_path", NAME]))
 
 
 @torch.no_grad()
 def test_it_guides_at_the_noise_levels_asked_for_and_by_a_weaker_model(family, denoiser, tmp_path):
     """The interval is of the schedule's noise levels, whatever the sampler calls them."""
-    config = dataclasses.replace(audio_config().evaluation, num_inference_steps=4, guidance_scale=30.0)
+    config = dataclasses.replace(config_of().evaluation, num_inference_steps=4, guidance_scale=30.0)
 
     def draw(weaker=None, **fields) -> np.ndarray:
         made = generate(family, denoiser, dataclasses.replace(config, **fields), (LENGTH,), PROMPTS, [0, 1], weaker)
