@@ -22,9 +22,9 @@ class TextToAudioConfig(TextToImageConfig):
         requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
         for name in ("fid_features", "clip_score_model"):
             requires["evaluation"](getattr(self.evaluation, name) is None, name, "is of images")
+        super().check_sections(requires)
         rule = "must be false: the convolutions of sounds have no such layout"
         requires["train"](not self.train.channels_last, "channels_last", rule)
-        super().check_sections(requires)
 
     @property
     def judge(self) -> str:
