@@ -181,8 +181,14 @@ class AceStep(DiffusersAudioFamily):
     def length_options(
         self, pipeline: DiffusionPipeline, waveform_length: int, generators: Sequence[torch.Generator]
     ) -> dict[str, Any]:
-        """With the shift that training has."""
-        return {"audio_duration": waveform_length / self.sampling_rate, "shift": self.schedule.shift}
+        """With the shift that training has, and the noise to begin with: of one length in sixteen the seconds times the
+        latents a second are not quite the latents, of which the pipeline would make one too many, or fail."""
+        seconds, length = waveform_length / self.sampling_rate, waveform_length // self.hop_length
+        if math.ceil(seconds * pipeline.latents_per_second) > length:
+            seconds = math.nextafter(seconds, 0)
+        dtype, surely = pipeline.transformer.dtype, (length - 0.5) / pipeline.latents_per_second
+        latents = pipeline.prepare_latents(len(generators), surely, dtype, self.device, list(generators))
+        return {"audio_duration": seconds, "shift": self.schedule.shift, "latents": latents}
 
     def generate(
         self,
@@ -194,10 +200,8 @@ class AceStep(DiffusersAudioFamily):
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Sound]:
-        """See `AudioFamily`. Each prompt by itself, for the pipeline pads them; of what it rounds up to one of latents
-        more, as many samples as are asked for."""
+        """See `AudioFamily`. Each prompt by itself, for the pipeline pads them."""
         sounds, more = [], (waveform_length, num_inference_steps, guidance_scale, guidance_rescale)
         for prompt, generator in zip(prompts, generators, strict=True):
-            (sound,) = super().generate(denoiser, [prompt], *more, [generator])
-            sounds.append(Sound(sound.samples[:, :waveform_length], sound.sampling_rate))
+            sounds += super().generate(denoiser, [prompt], *more, [generator])
         return sounds
