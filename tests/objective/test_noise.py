@@ -49,10 +49,12 @@ def test_offset_shifts_each_channel_by_a_normal_number():
     assert abs((shift[:, 0, 0, 0] * shift[:, 1, 0, 0]).mean()) < 0.03  # the channels are independent
 
 
-def test_a_clips_offset_is_one_for_all_its_frames():
-    shape = (8, 4, 3, 4, 4)
+@pytest.mark.parametrize("shape", [(8, 4, 17), (8, 4, 3, 4, 4)])
+def test_the_offset_of_a_sound_or_a_clip_is_one_for_all_of_it(shape):
     shift = draw(shape, offset=0.5) - draw(shape)
-    torch.testing.assert_close(shift, shift[:, :, :1, :1, :1].expand(shape), rtol=0, atol=1e-6)
+    of_channels = shift.flatten(2)[..., :1]
+    torch.testing.assert_close(shift.flatten(2), of_channels.expand(-1, -1, shift[0, 0].numel()), rtol=0, atol=1e-6)
+    assert of_channels.unique().numel() > 24
 
 
 def test_pyramid_noise_has_unit_variance_and_more_of_the_low_frequencies():
