@@ -38,6 +38,7 @@ from difftrain_utils.families.load import load_family
 from difftrain_utils.media.audio import Sound
 
 RATE, LENGTH, CPU = 4000, 4096, torch.device("cpu")
+FUSED = {"enable_fusion": True, "fusion_type": "aff_2d"}  # as laion/clap-htsat-fused
 
 
 def make_tokenizer():
@@ -46,8 +47,8 @@ def make_tokenizer():
 
 @pytest.fixture(scope="module")
 def sound_networks(tmp_path_factory):
-    """Random networks with their feature extractors: clap, of sounds of 1 s at 8 kHz at most; at 16 kHz wav2vec2,
-    whisper, of 2 s at most, and ast, of 0.64 s."""
+    """Random networks with their feature extractors: clap and fused, of sounds of 1 s at 8 kHz at most; at 16
+    kHz wav2vec2, whisper, of 2 s at most, and ast, of 0.64 s."""
     folder, tokenizer = tmp_path_factory.mktemp("networks"), make_tokenizer()
     torch.manual_seed(0)
     narrow = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -57,6 +58,7 @@ def sound_networks(tmp_path_factory):
     audio |= {"depths": [1, 1], "num_attention_heads": [1, 2], "num_hidden_layers": 2, "projection_dim": 8}
     clap = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=8))
     clap.text_model.embeddings.word_embeddings.weight.data.mul_(50)  # random embeddings are alike
+    fused = ClapModel(ClapConfig(text_config=text, audio_config=audio | FUSED, projection_dim=8))
     convs = {"conv_dim": [8, 8], "conv_stride": [10, 8], "conv_kernel": [20, 8], "num_feat_extract_layers": 2}
     convs |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 8}
     each = {"layers": 1, "ffn_dim": 32, "attention_heads": 2}
@@ -66,6 +68,7 @@ def sound_networks(tmp_path_factory):
     of_clap = {"hop_length": 80, "max_length_s": 1, "fft_window_size": 256, "frequency_max": 4000}
     networks = {
         "clap": (clap, ClapFeatureExtractor(8, 8000, truncation="rand_trunc", **of_clap)),
+        "fused": (fused, ClapFeatureExtractor(8, 8000, truncation="fusion", **of_clap)),
         "wav2vec2": (Wav2Vec2ForCTC(Wav2Vec2Config(**narrow, **convs)), Wav2Vec2FeatureExtractor()),
         "whisper": (WhisperModel(WhisperConfig(**sizes)), WhisperFeatureExtractor(8, chunk_length=2)),
         "ast": (ASTModel(ASTConfig(**narrow, max_length=64, num_mel_bins=16)), ASTFeatureExtractor(1, 16000, 16, 64)),
@@ -120,6 +123,16 @@ def test_the_features_are_what_each_kind_of_network_says_of_a_sound(sound_networ
         expected = torch.stack([forward(x).mean(0) for x in given(sounds, sound_networks / name, piece)])
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6, msg=name)
         assert not torch.allclose(features[0], features[1], rtol=1e-3), name
+
+
+@torch.no_grad()
+def test_nothing_is_drawn_of_a_sound_that_is_longer_than_clap_takes_and_of_one_that_is_not(sound_networks):
+    features, sounds = load_sound_features(str(sound_networks / "fused"), CPU), [sound(0), sound(6, length=2000)]
+    drawn = []
+    for seed in range(4):
+        np.random.seed(seed)
+        drawn.append(features(sounds if seed % 2 else sounds[::-1]).flip([0] * (1 - seed % 2)))
+    assert all(torch.equal(one, drawn[0]) for one in drawn) and not torch.allclose(*drawn[0])
 
 
 def test_pieces_are_of_one_length():
