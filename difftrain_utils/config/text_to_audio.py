@@ -51,6 +51,7 @@ class TextToAudioConfig(TextToImageConfig):
         requires["scheduler"](self.scheduler.flow_base_resolution is None, "flow_base_resolution", rule)
         rule = "must be false: the convolutions of sounds have no such layout"
         requires["train"](not self.train.channels_last, "channels_last", rule)
+        super().check_sections(requires)
 
     @property
     def judge(self) -> str:
