@@ -1,7 +1,7 @@
 """ACE-Step: a transformer on the latents of an autoencoder for waveforms, told the states of a Qwen3."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -96,6 +96,11 @@ class AceStep(DiffusersAudioFamily):
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         return (*super().frozen_parts, "condition_encoder", *filter(self.has_part, UNUSED_PARTS))
+
+    def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "AceStep":
+        family = super().of_shapes(dtype, empty)
+        family.silence = family.part("condition_encoder").silence_latent
+        return family
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
         """See `Family`. Captions go through the condition encoder, too, and say how long a window is."""
