@@ -80,7 +80,8 @@ class AceStep(DiffusersAudioFamily):
     @property
     def max_length_in_s(self) -> float:
         """As long as the silence that comes with it."""
-        return self.silence.shape[1] * self.hop_length / self.sampling_rate
+        silence = self._on_meta("condition_encoder").silence_latent
+        return silence.shape[1] * self.hop_length / self.sampling_rate
 
     @property
     def size_multiple(self) -> int:
@@ -193,7 +194,8 @@ class AceStep(DiffusersAudioFamily):
             seconds = math.nextafter(seconds, 0)
         dtype, surely = pipeline.transformer.dtype, (length - 0.5) / pipeline.latents_per_second
         latents = pipeline.prepare_latents(len(generators), surely, dtype, self.device, list(generators))
-        return {"audio_duration": seconds, "shift": self.schedule.shift, "latents": latents}
+        shift = self.schedule.shift if self.schedule else SHIFT
+        return {"audio_duration": seconds, "shift": shift, "latents": latents}
 
     def generate(
         self,
