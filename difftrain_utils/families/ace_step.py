@@ -11,6 +11,7 @@ from diffusers import AceStepPipeline, DiffusionPipeline, FlowMatchEulerDiscrete
 from torch.distributed.fsdp import FSDPModule
 
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.audio import Sound
@@ -71,6 +72,15 @@ class AceStep(DiffusersAudioFamily):
         cls.check_scheduler(config, "flow_prediction", allowed | {"flow_shift": config.scheduler.flow_shift})
         shift = config.scheduler.flow_shift or SHIFT
         return Schedule("linear", "flow_prediction", 1, shift=shift), sampler_class.from_config(own)
+
+    @classmethod
+    def _check_fields(cls, config: TextToAudioConfig, sampler: SchedulerMixin) -> None:
+        super()._check_fields(config, sampler)
+        if config.train.compile is not None:
+            raise InputError(
+                "train.compile: not for an AceStepPipeline, whose transformer would be compiled for captions of each "
+                f"length, got {config.train.compile}"
+            )
 
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
     @property
