@@ -1,7 +1,7 @@
 """ACE-Step: a transformer on the latents of an autoencoder for waveforms, told the states of a Qwen3."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from diffusers import AceStepPipeline, DiffusionPipeline, FlowMatchEulerDiscrete
 from torch.distributed.fsdp import FSDPModule
 
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
+from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.family import Conditioning, Weights
 from difftrain_utils.media.audio import Sound
@@ -72,6 +73,15 @@ class AceStep(DiffusersAudioFamily):
         shift = config.scheduler.flow_shift or SHIFT
         return Schedule("linear", "flow_prediction", 1, shift=shift), sampler_class.from_config(own)
 
+    @classmethod
+    def _check_fields(cls, config: TextToAudioConfig, sampler: SchedulerMixin) -> None:
+        super()._check_fields(config, sampler)
+        if config.train.compile is not None:
+            raise InputError(
+                "train.compile: not for an AceStepPipeline, whose transformer would be compiled for captions of each "
+                f"length, got {config.train.compile}"
+            )
+
     # ── What fits ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def hop_length(self) -> int:
@@ -80,7 +90,8 @@ class AceStep(DiffusersAudioFamily):
     @property
     def max_length_in_s(self) -> float:
         """As long as the silence that comes with it."""
-        return self.silence.shape[1] * self.hop_length / self.sampling_rate
+        silence = self._on_meta("condition_encoder").silence_latent
+        return silence.shape[1] * self.hop_length / self.sampling_rate
 
     @property
     def size_multiple(self) -> int:
@@ -96,6 +107,11 @@ class AceStep(DiffusersAudioFamily):
     @property
     def frozen_parts(self) -> tuple[str, ...]:
         return (*super().frozen_parts, "condition_encoder", *filter(self.has_part, UNUSED_PARTS))
+
+    def of_shapes(self, dtype: torch.dtype, empty: Callable[[torch.nn.Module], torch.nn.Module]) -> "AceStep":
+        family = super().of_shapes(dtype, empty)
+        family.silence = family.part("condition_encoder").silence_latent
+        return family
 
     def describe_parts(self, *parts: str) -> dict[str, str]:
         """See `Family`. Captions go through the condition encoder, too, and say how long a window is."""
@@ -188,7 +204,8 @@ class AceStep(DiffusersAudioFamily):
             seconds = math.nextafter(seconds, 0)
         dtype, surely = pipeline.transformer.dtype, (length - 0.5) / pipeline.latents_per_second
         latents = pipeline.prepare_latents(len(generators), surely, dtype, self.device, list(generators))
-        return {"audio_duration": seconds, "shift": self.schedule.shift, "latents": latents}
+        shift = self.schedule.shift if self.schedule else SHIFT
+        return {"audio_duration": seconds, "shift": shift, "latents": latents}
 
     def generate(
         self,

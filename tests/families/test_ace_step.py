@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tones import TONES, encode_tone
 from difftrain_utils.errors import InputError
-from difftrain_utils.families.load import load_family, trained_models
+from difftrain_utils.families.load import AUDIO_FAMILIES, load_family, read_index, trained_models
 
 NAME, LENGTH = "builtin:tiny-ace-step", 4096
 PROMPTS = ["a low tone", "low noise"]  # of 67 and 68 tokens, with all that is around them
@@ -141,6 +141,8 @@ def test_what_is_saved_is_its_own_pipeline(family, denoiser, tmp_path):
     ours = sounds(family, denoiser, 3.0)
     assert ours.shape == (2, 1, LENGTH) and np.array_equal(sounds(family, pipeline, 3.0), ours)
     assert np.abs(ours).max() == pytest.approx(10 ** (-1 / 20)), "the pipeline's loudness"
+    described = AUDIO_FAMILIES["AceStepPipeline"](tmp_path, None, None, read_index(str(tmp_path), None)[1], None, None)
+    assert described.max_length_in_s == 240 and described.length_options(pipeline, LENGTH, generators(1))["shift"] == 3
     own = {"transformer", "vae", "text_encoder", "condition_encoder", "audio_tokenizer", "audio_token_detokenizer"}
     assert family.digests(denoiser).keys() == own
     assert not {"audio_tokenizer", "audio_token_detokenizer"} & load_family(config_of())._parts.keys()
@@ -169,6 +171,7 @@ def test_plain_diffusers_loads_its_adapters(family, tmp_path):
         ({"scheduler__sampler": "UniPCMultistepScheduler"}, r"^scheduler.sampler: must be FlowMatchEulerDiscrete"),
         ({"scheduler__num_train_timesteps": 1000}, r"^scheduler.num_train_timesteps: must be 1, or null for a Ace"),
         ({"evaluation__guidance_rescale": 0.7}, r"^evaluation.guidance_rescale: a AceStepPipeline has none, got "),
+        ({"train__compile": "whole"}, r"^train.compile: not for an AceStepPipeline, whose transformer would be"),
         ({"model__max_sequence_length": 64}, r"^model.max_sequence_length: a AceStepPipeline has none, got 64$"),
     ],
 )  # fmt: skip
