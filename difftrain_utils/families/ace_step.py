@@ -217,7 +217,8 @@ class AceStep(DiffusersAudioFamily):
         guidance_rescale: float,
         generators: Sequence[torch.Generator],
     ) -> list[Sound]:
-        """See `AudioFamily`. Each prompt by itself, for the pipeline pads them."""
+        """See `AudioFamily`. Each prompt by itself: the pipeline pads them, and takes lists of them with lists of
+        lyrics alone."""
         sounds, more = [], (waveform_length, num_inference_steps, guidance_scale, guidance_rescale)
         for prompt, generator in zip(prompts, generators, strict=True):
             sounds += super().generate(denoiser, [prompt], *more, [generator])
