@@ -22,23 +22,27 @@ MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:
-    """The latents of `builtin:tones` are of standard deviation 1 in each of their 64 channels."""
+    return tones_pipeline(max_length=32, num_layers=3, attention_head_dim=24, cross_attention_dim=48)
+
+
+def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:
+    """For captions of at most `max_length` tokens, with fields of the transformer's config. Each word of the captions
+    of `builtin:tones` is a token, and the latents of its sounds have a standard deviation of 1 in each of 64 channels.
+    """
     tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
     coefficients = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP)
-    tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=32)
+    tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=max_length)
     add_words(tokenizer, " ".join(TONES))
-    transformer = StableAudioDiTModel(
+    denoiser = StableAudioDiTModel(
         sample_size=LENGTH // HOP,
         in_channels=HOP,
         out_channels=HOP,
-        num_layers=3,
-        attention_head_dim=24,
         num_attention_heads=4,
         num_key_value_attention_heads=2,
-        cross_attention_dim=48,
         time_proj_dim=64,
         global_states_input_dim=2 * WIDTH,
         cross_attention_input_dim=WIDTH,
+        **transformer,
     )
     scheduler = EDMDPMSolverMultistepScheduler(
         sigma_min=0.03,
@@ -52,7 +56,7 @@ def make() -> StableAudioPipeline:
         text_encoder=t5_text_encoder(tokenizer=tokenizer),
         projection_model=StableAudioProjectionModel(WIDTH, WIDTH, min_value=0, max_value=4),
         tokenizer=tokenizer,
-        transformer=transformer,
+        transformer=denoiser,
         scheduler=scheduler,
     )
 
