@@ -81,6 +81,12 @@ def go_on_without() -> Iterator[None]:
         warn(f"{error}; training goes on without it")
 
 
+def is_death_of_worker(error: Exception) -> bool:
+    """Whether a data-loading worker has died. Torch raises it from a signal handler: in whatever the main thread does,
+    not only where the next batch is asked for."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 def one_line(error: Exception) -> str:
     """An error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -163,8 +169,7 @@ def one_line_errors() -> Iterator[None]:
             _exit(_describe_out_of_memory(error), everywhere=True, code=1)
         if "DefaultCPUAllocator" in str(error):
             _exit(f"out of main memory: {one_line(error).rpartition('DefaultCPUAllocator: ')[2]}", True, code=1)
-        # Torch raises it from a signal handler: anywhere, not only where the next batch is asked for.
-        if not str(error).startswith("DataLoader worker (pid"):
+        if not is_death_of_worker(error):
             raise
         reason = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error).strip().rstrip(".")
         hint = ", most likely for want of memory: fewer data.num_workers need less" if "Killed" in reason else ""

@@ -59,8 +59,8 @@ def files(part) -> Iterator[tuple[list[str | None], np.ndarray]]:
     return image.paths_in(part, part.source.audio_column)
 
 
-def limits() -> tuple[Any, ...]:
-    return ()
+def limits(config: AudioDataConfig) -> tuple[Any, ...]:
+    return config.sampling_rate, config.min_length_in_s
 
 
 def lasting_names(part) -> Iterator[list[str]]:

@@ -26,7 +26,17 @@ from safetensors.torch import save_file
 
 from difftrain_utils.config.config import Config, rename_fields
 from difftrain_utils.config.training import EmaConfig, TrainConfig
-from difftrain_utils.errors import LOAD_ERRORS, InputError, RunError, blame, one_line, shorten, some, warn
+from difftrain_utils.errors import (
+    LOAD_ERRORS,
+    InputError,
+    RunError,
+    blame,
+    is_death_of_worker,
+    one_line,
+    shorten,
+    some,
+    warn,
+)
 from difftrain_utils.files import (
     DIGESTS_FILE,
     PARTIAL,
@@ -100,6 +110,13 @@ FREE_FIELDS = {
 }
 
 
+def _failure(error: Exception) -> str:
+    """What stopped a write, on one line. A worker's death, which torch may raise just then, is no such thing."""
+    if is_death_of_worker(error):
+        raise error
+    return one_line(error)
+
+
 class Checkpoint:
     """`output_dir/checkpoint-{step}` that is being written: by a thread in each process, with all that processes do
     together when it is made and in `finish`, which all processes call.
@@ -128,12 +145,12 @@ class Checkpoint:
         try:
             accelerator.save_state(str(self.partial))
         except WRITE_ERRORS as error:
-            self.failure = one_line(error)
+            self.failure = _failure(error)
         files, self.index = {}, None
         try:
             files, self.index = files_to_write(accelerator, parts, copy=in_background)
         except (*WRITE_ERRORS, MemoryError) as error:
-            self.failure = self.failure or f"{type(error).__name__}: {one_line(error)}"
+            self.failure = self.failure or f"{type(error).__name__}: {_failure(error)}"
         self.thread = threading.Thread(
             target=self._write, args=(files, documents if accelerator.is_main_process else {})
         )
@@ -170,7 +187,7 @@ class Checkpoint:
                 digests = {name: digest for _, of_process, _ in written for name, digest in of_process.items()}
                 self._commit(digests, [index for _, _, index in written])
             except (*WRITE_ERRORS, ValueError) as error:
-                failures = [one_line(error)]
+                failures = [_failure(error)]
         failures = broadcast_object_list([failures])[0]
         if failures:
             if accelerator.is_main_process:

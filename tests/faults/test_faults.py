@@ -54,9 +54,11 @@ def kill(runs: list[Run]) -> None:
     """SIGKILL for all that are left, and their workers."""
     for run in runs:
         if run.poll() is None:
-            for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has ended by itself
-                    process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                for worker in psutil.Process(run.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        worker.kill()
+            run.kill()
             run.wait()
 
 

@@ -328,3 +328,15 @@ def test_a_background_save_that_fails_is_reported_and_training_goes_on(
     assert "checkpoint-2: no such thing; training goes on" in capsys.readouterr().err
     assert [step for step, _ in list_checkpoints(run)] == [4, 6]
     assert not list(run.glob("*.partial"))
+
+
+def test_the_death_of_a_worker_during_a_save_is_no_failed_write(short_run, monkeypatch, capsys):
+    """Torch raises it from a signal handler, in whatever the main thread is just doing."""
+
+    def die(self, folder):
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", die)
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        train(short_run)
+    assert "cannot save" not in capsys.readouterr().err
