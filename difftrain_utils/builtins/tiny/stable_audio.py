@@ -32,7 +32,8 @@ def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:
     tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
     coefficients = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP)
     tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=max_length)
-    add_words(tokenizer, " ".join(TONES))
+    for caption in TONES:  # one by one, for the first word of each has no space before it
+        add_words(tokenizer, caption)
     denoiser = StableAudioDiTModel(
         sample_size=LENGTH // HOP,
         in_channels=HOP,
