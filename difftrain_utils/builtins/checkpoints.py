@@ -21,7 +21,7 @@ MADE = (
 """By `make` of the module in tiny/ that is called so."""
 MADE_FOR_TEXT = ("tiny-modernbert", "tiny-bert", "tiny-llada")
 MADE_FOR_VIDEO = ("tiny-wan", "tiny-wan-i2v", "tiny-ltx", "tiny-cogvideox", "tiny-moving-shapes")
-MADE_FOR_AUDIO = ("tiny-stable-audio", "tiny-stable-audio-3", "tiny-ace-step")
+MADE_FOR_AUDIO = ("tiny-stable-audio", "tiny-tones", "tiny-stable-audio-3", "tiny-ace-step")
 BUILTINS = tuple(f"builtin:{name}" for name in (*SHIPPED, *MADE))
 TEXT_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_TEXT)
 VIDEO_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_VIDEO)

@@ -3,7 +3,10 @@ import io
 import numpy as np
 import pytest
 import soundfile
+from helpers import ROOT, metrics_without_times, options, train_audio
+from transformers import AutoTokenizer
 
+from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.builtins.tones import LONGER, TONES, count_right, encode_tone, judge_tone, make_tone
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.media.audio import Row, Sound, read_window
@@ -69,3 +72,23 @@ def test_the_judge_hears_what_is_early_and_what_is_late(tones):
 def test_a_prompt_that_is_no_caption_is_refused(tones):
     with pytest.raises(ValueError, match="'a song' is no caption of builtin:tones, such as 'a low tone'"):
         count_right([Sound(tones[0][0], RATE)], ["a song"])
+
+
+def test_the_checkpoint_tells_all_captions_apart():
+    """Each word is a token, and none is cut off."""
+    tokenizer = AutoTokenizer.from_pretrained(builtin_checkpoint("builtin:tiny-tones"), subfolder="tokenizer")
+    tokens = [tuple(tokenizer(caption).input_ids) for caption in TONES]
+    assert len(set(tokens)) == len(TONES)
+    assert all(len(ids) == len(caption.split()) + 1 for ids, caption in zip(tokens, TONES, strict=True))
+    assert max(map(len, tokens)) <= tokenizer.model_max_length
+
+
+@pytest.mark.slow
+def test_a_shorter_quickstart_learns(tmp_path, monkeypatch):
+    """By its loss on sounds that it is not trained on, which is 1 where nothing is known."""
+    monkeypatch.setattr("difftrain_utils.data.sounds.NUM_TONES", 360)
+    fields = {"train.max_steps": 200, "train.eval_every": 200, "train.save_every": 0, "train.cpu_threads": 1}
+    fields |= {"train.output_dir": tmp_path / "run", "data.cache_dir": tmp_path / "cache", "evaluation.prompts": []}
+    fields |= {"evaluation.shapes_judge": False, "evaluation.num_validation_samples": 64}
+    run = train_audio(["--config", str(ROOT / "configs/quickstart_audio.yaml"), *options(fields)])
+    assert metrics_without_times(run)[-1]["validation_loss"] < 0.9

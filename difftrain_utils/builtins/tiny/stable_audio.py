@@ -22,20 +22,25 @@ MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:
-    tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=32)
-    add_words(tokenizer, " ".join(TONES))
-    transformer = StableAudioDiTModel(
+    return tones_pipeline(max_length=32, num_layers=3, attention_head_dim=24, cross_attention_dim=48)
+
+
+def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:
+    """For captions of at most `max_length` tokens, of which each word is one; with fields of the transformer's
+    config."""
+    tokenizer = byte_tokenizer(eos="</s>", pad="<pad>", adds=("</s>",), max_length=max_length)
+    for caption in TONES:  # one by one, for the first word of each has no space before it
+        add_words(tokenizer, caption)
+    denoiser = StableAudioDiTModel(
         sample_size=LENGTH // HOP,
         in_channels=HOP,
         out_channels=HOP,
-        num_layers=3,
-        attention_head_dim=24,
         num_attention_heads=4,
         num_key_value_attention_heads=2,
-        cross_attention_dim=48,
         time_proj_dim=64,
         global_states_input_dim=2 * WIDTH,
         cross_attention_input_dim=WIDTH,
+        **transformer,
     )
     scheduler = EDMDPMSolverMultistepScheduler(
         sigma_min=0.03,
@@ -49,24 +54,26 @@ def make() -> StableAudioPipeline:
         text_encoder=t5_text_encoder(tokenizer=tokenizer),
         projection_model=StableAudioProjectionModel(WIDTH, WIDTH, min_value=0, max_value=4),
         tokenizer=tokenizer,
-        transformer=transformer,
+        transformer=denoiser,
         scheduler=scheduler,
     )
 
 
 def tones_autoencoder() -> AutoencoderOobleck:
-    """The latents of `builtin:tones` are of standard deviation 1 in each of their 64 channels."""
+    """The latents of `builtin:tones` have a variance of 1, but not in each of their 64 channels: loud frequencies are
+    made less loud, and not as quiet as the others. Were they, the least noise that is left in them would drown what is
+    quiet."""
     tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
-    coefficients = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP)
-    return mdct_autoencoder(coefficients.std((0, 2)), LEAST_RATE)
+    std = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP).std((0, 2))
+    return mdct_autoencoder((std * std.mean()).sqrt(), LEAST_RATE)
 
 
-def mdct_autoencoder(std: torch.Tensor, sampling_rate: int) -> AutoencoderOobleck:
+def mdct_autoencoder(scale: torch.Tensor, sampling_rate: int) -> AutoencoderOobleck:
     """An autoencoder whose latents are the coefficients of an orthonormal MDCT (Princen and Bradley 1986), each divided
-    by its `std`, (hop,): a strided convolution is that transform, and the transposed one with the same weights its
+    by its `scale`, (hop,): a strided convolution is that transform, and the transposed one with the same weights its
     inverse; the others pass on what they get, of which half a window at both ends has no neighbour and is not
     restored."""
-    hop = len(std)
+    hop = len(scale)
     vae = AutoencoderOobleck(
         encoder_hidden_size=2 * hop,
         downsampling_ratios=[hop],
@@ -84,9 +91,9 @@ def mdct_autoencoder(std: torch.Tensor, sampling_rate: int) -> AutoencoderOoblec
     encoder, decoder, each, basis = vae.encoder, vae.decoder, torch.arange(hop), mdct_basis(hop)
     set_weights(encoder.conv1, placed((2 * hop, 1, 7), (0, 0, 3), 1.0))  # the waveform in channel 0
     set_weights(encoder.block[0].conv1, placed((2 * hop, 2 * hop, 2 * hop), (each, 0), basis))
-    set_weights(encoder.conv2, placed((2 * hop, 2 * hop, 3), (each, each, 1), 1 / std))
+    set_weights(encoder.conv2, placed((2 * hop, 2 * hop, 3), (each, each, 1), 1 / scale))
     encoder.conv2.bias.data[hop:] = -20.0  # of the posterior's scale: as small as there is, 1e-4
-    set_weights(decoder.conv1, placed((hop, hop, 7), (each, each, 3), std))
+    set_weights(decoder.conv1, placed((hop, hop, 7), (each, each, 3), scale))
     set_weights(decoder.block[0].conv_t1, placed((hop, hop, 2 * hop), (each, 0), basis))
     set_weights(decoder.conv2, placed((1, hop, 7), (0, 0, 3), 1.0))
     return vae.eval()

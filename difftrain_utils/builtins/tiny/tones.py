@@ -1,0 +1,10 @@
+"""`builtin:tiny-tones`: a small Stable Audio for `builtin:tones`, with the autoencoder of `builtin:tiny-stable-audio`
+and a transformer of 1.3 million weights."""
+
+from diffusers import StableAudioPipeline
+
+from difftrain_utils.builtins.tiny.stable_audio import tones_pipeline
+
+
+def make() -> StableAudioPipeline:
+    return tones_pipeline(max_length=8, num_layers=4, attention_head_dim=32, cross_attention_dim=64)
