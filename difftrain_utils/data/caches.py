@@ -280,8 +280,8 @@ def describe_crops(
     """What decides the content of a cache of `CroppedImages`, clips or windows but for rounding: the pixels or samples,
     of the data that has this digest, and the `encoder`."""
     if media_of(config) is audio:
-        names = ("waveform_length", "sampling_rate", "audio_channels", "window", "peak", "mask_padding")
-        key = {name: getattr(config, name) for name in (*names, "min_length_in_s", "on_bad_row")}
+        names = ("waveform_length", "sampling_rate", "audio_channels", "window", "seconds_of", "peak")
+        key = {name: getattr(config, name) for name in (*names, "mask_padding", "min_length_in_s", "on_bad_row")}
         return key | encoder | {"data": sha256} | audio.library_versions()
     is_video = media_of(config) is video
     names = ("num_frames", "fps", "height", "width", "window") if is_video else ("resolution",)

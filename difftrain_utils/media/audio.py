@@ -139,7 +139,7 @@ def read(
 ) -> dict[str, torch.Tensor]:
     """The place in a row's sound as a sample of `size` (samples,) has it: "waveforms", (channels, samples) float32, 0
     after the end of a sound that is shorter; where in it the window begins, "seconds_start", and how long all of it is,
-    "seconds_total"; and with `data.mask_padding` the "mask", (1, samples), 0 after that end, and else what makes a mean
+    "seconds_total" (or what `data.seconds_of` says); and with `data.mask_padding` the "mask", (1, samples), 0 after that end, and else what makes a mean
     of 1: a loss times the mask has the mean of the loss of the sound alone.
 
     Raises:
@@ -151,11 +151,10 @@ def read(
     length = window.samples.shape[1]
     waveforms[:, :length] = torch.from_numpy(window.samples)
     mask[:, :length] = size[0] / length
-    seconds = {
-        "seconds_start": window.first / config.sampling_rate,
-        "seconds_total": window.total / config.sampling_rate,
-    }
-    sample = {"waveforms": waveforms} | {name: torch.tensor(value) for name, value in seconds.items()}
+    first, total = (window.first, window.total) if config.seconds_of == "sound" else (0, length)
+    told = {"seconds_start": first, "seconds_total": total}
+    seconds = {name: torch.tensor(number / config.sampling_rate) for name, number in told.items()}
+    sample = {"waveforms": waveforms} | seconds
     return sample | ({"mask": mask} if config.mask_padding else {})
 
 

@@ -22,7 +22,9 @@ MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:
-    return tones_pipeline(max_length=32, num_layers=3, attention_head_dim=24, cross_attention_dim=48)
+    return tones_pipeline(
+        max_length=32, num_layers=3, num_attention_heads=4, attention_head_dim=24, cross_attention_dim=48
+    )
 
 
 def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:
@@ -35,7 +37,6 @@ def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:
         sample_size=LENGTH // HOP,
         in_channels=HOP,
         out_channels=HOP,
-        num_attention_heads=4,
         num_key_value_attention_heads=2,
         time_proj_dim=64,
         global_states_input_dim=2 * WIDTH,

@@ -7,4 +7,6 @@ from difftrain_utils.builtins.tiny.stable_audio import tones_pipeline
 
 
 def make() -> StableAudioPipeline:
-    return tones_pipeline(max_length=8, num_layers=4, attention_head_dim=32, cross_attention_dim=64)
+    return tones_pipeline(
+        max_length=8, num_layers=4, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=64
+    )
