@@ -51,9 +51,9 @@ class AudioDataConfig(CaptionsConfig):
     min_length_in_s: float = 0.0
     """A sound that is shorter, in seconds, is a bad row, as one without any sample is in any case."""
     seconds_of: Literal["sound", "window"] = "sound"
-    """What a model that is told seconds is told of a window: where in its `sound` it begins, and how long all of that is,
-    as Stable Audio was trained; or that the `window` is all there is, from 0 to its end, or to that of a sound that is
-    shorter, as its pipeline is told where nothing else is said."""
+    """What a model that is told seconds is told of a window: where in its `sound` it begins, and how long all of that
+    is, as Stable Audio was trained; or that the `window` is all there is, from 0 to its end, or to that of a sound that
+    is shorter, as its pipeline is told where nothing else is said."""
     peak: float | None = None
     """Scale each window so that its largest amplitude is this, of at most 1 (silence stays silence); null: as loud as
     its file."""

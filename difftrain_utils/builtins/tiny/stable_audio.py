@@ -22,9 +22,7 @@ MEASURED = 270  # tones
 
 
 def make() -> StableAudioPipeline:
-    return tones_pipeline(
-        max_length=32, num_layers=3, num_attention_heads=4, attention_head_dim=24, cross_attention_dim=48
-    )
+    return tones_pipeline(32, num_layers=3, num_attention_heads=4, attention_head_dim=24, cross_attention_dim=48)
 
 
 def tones_pipeline(max_length: int, **transformer) -> StableAudioPipeline:

@@ -7,6 +7,5 @@ from difftrain_utils.builtins.tiny.stable_audio import tones_pipeline
 
 
 def make() -> StableAudioPipeline:
-    return tones_pipeline(
-        max_length=8, num_layers=4, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=64
-    )
+    # wide heads, for their rotary positions tell places in time apart: how a tone rises, and when a beep is silent
+    return tones_pipeline(8, num_layers=4, num_attention_heads=2, attention_head_dim=64, cross_attention_dim=64)
