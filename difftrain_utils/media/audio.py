@@ -139,8 +139,8 @@ def read(
 ) -> dict[str, torch.Tensor]:
     """The place in a row's sound as a sample of `size` (samples,) has it: "waveforms", (channels, samples) float32, 0
     after the end of a sound that is shorter; where in it the window begins, "seconds_start", and how long all of it is,
-    "seconds_total" (see `data.seconds_of`); and with `data.mask_padding` the "mask", (1, samples), 0 after that end, and
-    else what makes a mean of 1: a loss times the mask has the mean of the loss of the sound alone.
+    "seconds_total" (see `data.seconds_of`); and with `data.mask_padding` the "mask", (1, samples), 0 after that end,
+    and else what makes a mean of 1: a loss times the mask has the mean of the loss of the sound alone.
 
     Raises:
         RowError: the sound is missing, damaged, cut off before the window ends, too short, of more than two channels,
