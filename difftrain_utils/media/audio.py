@@ -380,7 +380,10 @@ def listen(row: Row, config: AudioDataConfig) -> Heard:
     """Decode all of a row's sound. Raises RowError: see `read`."""
     peak, power, sums, length, is_clipped = 0.0, 0.0, 0.0, 0, False
     with open_sound(row, config) as (sound, header):
-        for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+        while length < header.num_samples:
+            block = sound.read(BLOCK, dtype="float32", always_2d=True)  # its `blocks` makes up what the file lacks
+            if len(block) == 0:
+                raise _cut_off(row.name, length, header)
             if not np.isfinite(block).all():
                 raise RowError(f"{row.name}: it has samples that are infinite or no number")
             levels = np.abs(block)
@@ -388,8 +391,6 @@ def listen(row: Row, config: AudioDataConfig) -> Heard:
             power, sums = power + np.square(block, dtype=np.float64).sum(), sums + block.sum(0, dtype=np.float64)
             is_full = levels >= FULL_SCALE
             is_clipped |= bool((is_full[2:] & is_full[1:-1] & is_full[:-2]).any())
-        if length < header.num_samples:
-            raise _cut_off(row.name, length, header)
         is_cut_off = any(
             match[1] is None or int(match[2]) < int(match[1]) < STREAMED for match in CUT_OFF.finditer(sound.extra_info)
         )

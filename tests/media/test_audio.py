@@ -257,6 +257,9 @@ def test_what_is_worth_a_warning():
         captions, problems, heard = find_problems(row_of(content), CONFIG)
         assert captions == ["a caption"] and problems == [("warning", message)]
         assert heard.is_clipped == ("clipped" in message or "100 times" in message)
+    mp3 = foreign(samples_of(4))
+    shorter = [("error", "a.wav: cut off, it ends at 1.99 of its 4.02 s")]
+    assert find_problems(row_of(mp3[: len(mp3) // 2]), CONFIG)[1] == shorter
     vorbis = sound(samples_of(4), RATE, "OGG", "VORBIS")
     assert find_problems(row_of(vorbis[: len(vorbis) // 2]), CONFIG)[1][0][1].startswith("a.wav: cut off")
     assert find_problems(row_of(vorbis), CONFIG)[1] == [] == find_problems(row_of(sound(samples)), CONFIG)[1]
