@@ -237,7 +237,12 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
                     kind = f"{sound.subtype_info}, of which no part can be read alone"
                     raise RowError(f"{row.name}: {kind}; `ffmpeg -i old new.flac` makes what can")
                 _check(header, row.name, config)
-                yield sound, header
+                try:
+                    yield sound, header
+                except soundfile.LibsndfileError as error:
+                    at = sound.tell() / header.sampling_rate  # below 0 if libsndfile does not know
+                    where = f" at {at:.2f} s" if at >= 0 else ""
+                    raise RowError(f"{row.name}: cannot decode the sound{where}: {error.error_string}") from None
         except (MemoryError, RowError):
             raise
         except Exception as error:  # soundfile's have what libsndfile says

@@ -205,7 +205,7 @@ def damaged(content: bytes) -> bytes:
         (lambda: foreign(samples_of(0), "aac", quality={}), "not a sound that libsndfile knows, such as FLAC"),
         (lambda: sound(samples_of(0)[:0]), "it has no samples"),
         (lambda: sound(samples_of(0, 1), RATE, "WAV", "GSM610"), "GSM 6.10, of which no part can be read alone; `ffmp"),
-        (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound: "),
+        (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound at 1.95 s: "),
         (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, *KINDS[4]))[: len(c) * 2 // 3], "cut off, it ends at .* of its 4.02"),
         (lambda: foreign(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
