@@ -247,6 +247,8 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
             raise
         except Exception as error:  # soundfile's have what libsndfile says
             if getattr(error, "code", None) in UNKNOWN:
+                if file.seek(0, 2) == 0:
+                    raise RowError(f"{row.name}: an empty file, of 0 bytes") from None
                 known = "such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac` makes one"
                 raise RowError(f"{row.name}: not a sound that libsndfile knows, {known}") from None
             reason = getattr(error, "error_string", None) or one_line(error)

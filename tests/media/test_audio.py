@@ -201,8 +201,11 @@ def damaged(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: b"", "not a sound that libsndfile knows, such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac`"),
-        (lambda: foreign(samples_of(0), "aac", quality={}), "not a sound that libsndfile knows, such as FLAC"),
+        (lambda: b"", "an empty file, of 0 bytes$"),
+        (
+            lambda: foreign(samples_of(0), "aac", quality={}),
+            "not a sound that libsndfile knows, such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac`",
+        ),
         (lambda: sound(samples_of(0)[:0]), "it has no samples"),
         (lambda: sound(samples_of(0, 1), RATE, "WAV", "GSM610"), "GSM 6.10, of which no part can be read alone; `ffmp"),
         (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound at 1.95 s: "),
