@@ -278,7 +278,9 @@ def _check(header: Header, name: str, config: AudioDataConfig) -> None:
     if header.length_at(config.sampling_rate) == 0:
         raise RowError(f"{name}: it has no samples")
     if (seconds := header.num_samples / header.sampling_rate) < config.min_length_in_s:
-        raise RowError(f"{name}: {seconds:.3g} s, shorter than data.min_length_in_s, {config.min_length_in_s:g}")
+        least = f"data.min_length_in_s, {config.min_length_in_s:g}"
+        remedy = " (data.on_bad_row skip leaves such out)" if config.on_bad_row == "stop" else ""
+        raise RowError(f"{name}: {seconds:.3g} s, shorter than {least}{remedy}")
 
 
 def read_header(row: Row, config: AudioDataConfig) -> Header:

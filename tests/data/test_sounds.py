@@ -263,7 +263,7 @@ def test_windows_one_after_another_are_rows(folder, tmp_path):
     for k in range(len(rows)):
         assert round(samples[k]["seconds_start"].item() * RATE) == LENGTH * expected[samples.order[k]][1]
     assert rows.inspect(config)["num_sounds"] == len(rows) == 11
-    with pytest.raises(RowError, match=r"d.ogg: 0.1 s, shorter than data.min_length_in_s, 0.2$"):
+    with pytest.raises(RowError, match=r"d.ogg: 0.1 s, shorter than data.min_length_in_s, 0.2 "):
         spread_windows(map_rows(config), config_of(folder, tmp_path, window="all", min_length_in_s=0.2))
 
 
