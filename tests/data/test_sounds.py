@@ -107,6 +107,9 @@ def test_what_is_wrong_with_a_folder(folder, tmp_path):
         map_rows(config_of(folder, tmp_path, audio_column="sound"))
     with pytest.raises(InputError, match=r"^data.dataset: cannot load .*: Bad split: test"):
         map_rows(config_of(folder, tmp_path, split="test"))
+    for opening, fields in ((map_rows, {}), (open_stream, {"streaming": True, "lanes": 1})):
+        with pytest.raises(InputError, match=r"^data.dataset: .*a.wav is a file, where a folder is needed$"):
+            opening(config_of(folder / "a.wav", tmp_path, **fields))
     (folder / "a.wav").unlink()
     with pytest.raises(InputError, match=r"metadata.jsonl line 1: no such file: a.wav$"):
         map_rows(config_of(folder, tmp_path))
