@@ -64,7 +64,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         if media is video and config.data.window == "all":
             rows = spread_clips(rows, config.data)
         elif media is audio and config.data.window == "all":
-            rows = spread_windows(rows, config.data)
+            rows = spread_windows(accelerator, rows, config.data)
     if media is text:
         rows, validation_rows = load_tokens(accelerator, family, rows, validation_rows, config)
     elif media in (image, pairs):

@@ -268,7 +268,8 @@ def split_rows(rows: Rows, config: DataConfig) -> tuple[Rows, MappedRows | None]
     if not len(training) or not len(validation):
         raise InputError(
             f"data.validation_split: {config.validation_split} of {len(rows)} {media_of(config).NOUN} leaves "
-            f"{len(training)} to train on and {len(validation)} to validate on"
+            f"{len(training)} to train on and {len(validation)} to validate on, as the digests of their names choose: "
+            f"take a {'smaller' if len(validation) else 'larger'} share, 0, or a data.validation_dataset"
         )
     return training, validation
 

@@ -143,13 +143,15 @@ def load_arguments(field: str, source: SourceConfig, config: DataConfig) -> dict
     """How `datasets` is to load a source: a folder with a metadata.jsonl, one with files that it knows, or a hub name.
 
     Raises:
-        InputError: the folder is none of these, or of photos, or a line of its metadata.jsonl is wrong; of texts see
-            `texts.load_arguments`.
+        InputError: it is a file, or a folder that is none of these, or of photos, or a line of its metadata.jsonl is
+            wrong; of texts see `texts.load_arguments`.
     """
     media = media_of(source)
     if media is text:
         return texts.load_arguments(source, field_of(field, "dataset"))
     folder = local_path(source.dataset)
+    if os.path.isfile(folder):
+        raise InputError(f"{field_of(field, 'dataset')}: {folder} is a file, where a folder is needed")
     if metadata := find_metadata(source):
         check_metadata(metadata, field, source, config)
         arguments = {"path": f"{FOLDERS[media]}folder", "data_dir": str(folder)}

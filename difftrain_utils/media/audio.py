@@ -236,11 +236,18 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
                     kind = f"{sound.subtype_info}, of which no part can be read alone"
                     raise RowError(f"{row.name}: {kind}; `ffmpeg -i old new.flac` makes what can")
                 _check(header, row.name, config)
-                yield sound, header
+                try:
+                    yield sound, header
+                except soundfile.LibsndfileError as error:
+                    at = sound.tell() / header.sampling_rate  # below 0 if libsndfile does not know
+                    where = f" at {at:.2f} s" if at >= 0 else ""
+                    raise RowError(f"{row.name}: cannot decode the sound{where}: {error.error_string}") from None
         except (MemoryError, RowError):
             raise
         except Exception as error:  # soundfile's have what libsndfile says
             if getattr(error, "code", None) in UNKNOWN:
+                if file.seek(0, 2) == 0:
+                    raise RowError(f"{row.name}: an empty file, of 0 bytes") from None
                 known = "such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac` makes one"
                 raise RowError(f"{row.name}: not a sound that libsndfile knows, {known}") from None
             reason = getattr(error, "error_string", None) or one_line(error)
@@ -270,7 +277,9 @@ def _check(header: Header, name: str, config: AudioDataConfig) -> None:
     if header.length_at(config.sampling_rate) == 0:
         raise RowError(f"{name}: it has no samples")
     if (seconds := header.num_samples / header.sampling_rate) < config.min_length_in_s:
-        raise RowError(f"{name}: {seconds:.3g} s, shorter than data.min_length_in_s, {config.min_length_in_s:g}")
+        least = f"data.min_length_in_s, {config.min_length_in_s:g}"
+        remedy = " (data.on_bad_row skip leaves such out)" if config.on_bad_row == "stop" else ""
+        raise RowError(f"{name}: {seconds:.3g} s, shorter than {least}{remedy}")
 
 
 def read_header(row: Row, config: AudioDataConfig) -> Header:
@@ -379,7 +388,10 @@ def listen(row: Row, config: AudioDataConfig) -> Heard:
     """Decode all of a row's sound. Raises RowError: see `read`."""
     peak, power, sums, length, is_clipped = 0.0, 0.0, 0.0, 0, False
     with open_sound(row, config) as (sound, header):
-        for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+        while length < header.num_samples:
+            block = sound.read(BLOCK, dtype="float32", always_2d=True)  # its `blocks` makes up what the file lacks
+            if len(block) == 0:
+                raise _cut_off(row.name, length, header)
             if not np.isfinite(block).all():
                 raise RowError(f"{row.name}: it has samples that are infinite or no number")
             levels = np.abs(block)
@@ -387,8 +399,6 @@ def listen(row: Row, config: AudioDataConfig) -> Heard:
             power, sums = power + np.square(block, dtype=np.float64).sum(), sums + block.sum(0, dtype=np.float64)
             is_full = levels >= FULL_SCALE
             is_clipped |= bool((is_full[2:] & is_full[1:-1] & is_full[:-2]).any())
-        if length < header.num_samples:
-            raise _cut_off(row.name, length, header)
         is_cut_off = any(
             match[1] is None or int(match[2]) < int(match[1]) < STREAMED for match in CUT_OFF.finditer(sound.extra_info)
         )

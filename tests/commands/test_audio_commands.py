@@ -14,6 +14,8 @@ from helpers import AUDIO_SCRIPT, ROOT, options, train_audio
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
 from difftrain_utils.commands import compare, export, generate, plan, push, score
 from difftrain_utils.config.audio_data import AudioDataConfig
+from difftrain_utils.config.command_line import parse_config
+from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.data.rows import map_rows
 from difftrain_utils.errors import InputError
 from difftrain_utils.families.load import describe_family
@@ -124,6 +126,12 @@ def test_a_folder_of_sounds_is_no_folder_of_pictures(tmp_path):
 
 
 # ── Before it ────────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_smoke_config_says_how_it_takes_sounds_of_ones_own():
+    (comment,) = (line for line in SMOKE.read_text().splitlines() if line.startswith("#   --data.dataset"))
+    config = parse_config(TextToAudioConfig, ["--config", str(SMOKE), *comment.removeprefix("#").split()])
+    assert config.data.dataset == "path/to/sounds" and config.data.validation_split == 0
+
+
 def test_a_plan_of_sounds(tmp_path, capsys, monkeypatch):
     """Of the checkpoint's configs alone, and of data that is not here."""
     folder = tmp_path / "configs"

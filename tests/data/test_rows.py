@@ -124,8 +124,10 @@ class TestSplit:
         assert split_rows(data, DataConfig("builtin:shapes"))[1] is None
 
     def test_an_empty_side_is_refused(self):
-        with pytest.raises(InputError, match=r"data.validation_split: 0.001 of 3 images leaves 3 to train on and 0 to"):
-            self.split(3, 0.001)
+        for share, leaves, remedy in ((0.001, "3 to train on and 0 to", "larger"), (0.999, "0 to", "smaller")):
+            message = f"data.validation_split: {share} of 3 images leaves {leaves} .*: take a {remedy} share, 0, or a "
+            with pytest.raises(InputError, match=message):
+                self.split(3, share)
 
 
 class TestFingerprint:

@@ -107,6 +107,9 @@ def test_what_is_wrong_with_a_folder(folder, tmp_path):
         map_rows(config_of(folder, tmp_path, audio_column="sound"))
     with pytest.raises(InputError, match=r"^data.dataset: cannot load .*: Bad split: test"):
         map_rows(config_of(folder, tmp_path, split="test"))
+    for opening, fields in ((map_rows, {}), (open_stream, {"streaming": True, "lanes": 1})):
+        with pytest.raises(InputError, match=r"^data.dataset: .*a.wav is a file, where a folder is needed$"):
+            opening(config_of(folder / "a.wav", tmp_path, **fields))
     (folder / "a.wav").unlink()
     with pytest.raises(InputError, match=r"metadata.jsonl line 1: no such file: a.wav$"):
         map_rows(config_of(folder, tmp_path))
@@ -253,18 +256,20 @@ def test_a_stream_of_a_folder(folder, tmp_path):
     assert open_stream(config).inspect(config)["sha256"] != found["sha256"]
 
 
-def test_windows_one_after_another_are_rows(folder, tmp_path):
-    """Each with all that fits of a sound; a short one is one row."""
-    config = config_of(folder, tmp_path, window="all")
-    rows = spread_windows(map_rows(config), config)
+def test_windows_one_after_another_are_rows(folder, tmp_path, capsys):
+    """Each with all that fits of a sound; a short one is one row. What is left out, 2000 of 18,800 samples, is said."""
+    config, accelerator = config_of(folder, tmp_path, window="all"), Accelerator(cpu=True)
+    rows = spread_windows(accelerator, map_rows(config), config)
+    told = "data.window all: 11 windows of 4 sounds; 11% of their length is left out, the rests after the last windows"
+    assert capsys.readouterr().out.strip() == told
     expected = [(name, window) for name, length in LENGTHS.items() for window in range(max(length // LENGTH, 1))]
     assert [(rows[i].captions[len("caption of ") :], rows[i].window) for i in range(len(rows))] == expected
     samples = Samples(data_of(rows), config, 0, len(rows))
     for k in range(len(rows)):
         assert round(samples[k]["seconds_start"].item() * RATE) == LENGTH * expected[samples.order[k]][1]
     assert rows.inspect(config)["num_sounds"] == len(rows) == 11
-    with pytest.raises(RowError, match=r"d.ogg: 0.1 s, shorter than data.min_length_in_s, 0.2$"):
-        spread_windows(map_rows(config), config_of(folder, tmp_path, window="all", min_length_in_s=0.2))
+    with pytest.raises(RowError, match=r"d.ogg: 0.1 s, shorter than data.min_length_in_s, 0.2 "):
+        spread_windows(accelerator, map_rows(config), config_of(folder, tmp_path, window="all", min_length_in_s=0.2))
 
 
 def test_the_builtin_set_is_made_at_the_runs_length(tmp_path, monkeypatch):

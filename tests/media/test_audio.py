@@ -201,11 +201,14 @@ def damaged(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: b"", "not a sound that libsndfile knows, such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac`"),
-        (lambda: foreign(samples_of(0), "aac", quality={}), "not a sound that libsndfile knows, such as FLAC"),
+        (lambda: b"", "an empty file, of 0 bytes$"),
+        (
+            lambda: foreign(samples_of(0), "aac", quality={}),
+            "not a sound that libsndfile knows, such as FLAC, WAV, Ogg and MP3; `ffmpeg -i old new.flac`",
+        ),
         (lambda: sound(samples_of(0)[:0]), "it has no samples"),
         (lambda: sound(samples_of(0, 1), RATE, "WAV", "GSM610"), "GSM 6.10, of which no part can be read alone; `ffmp"),
-        (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound: "),
+        (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound at 1.95 s: "),
         (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, *KINDS[4]))[: len(c) * 2 // 3], "cut off, it ends at .* of its 4.02"),
         (lambda: foreign(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
@@ -221,11 +224,12 @@ def test_what_is_damaged_is_a_bad_row(content, message):
 
 def test_what_is_short_or_missing_is_a_bad_row(tmp_path):
     config, row = config_of(min_length_in_s=0.5), row_of(sound(samples_of(0.2)), "b.wav")
-    short = r"^b.wav: 0.218 s, shorter than data.min_length_in_s, 0.5$"
+    short = r"^b.wav: 0.218 s, shorter than data.min_length_in_s, 0.5 \(data.on_bad_row skip leaves such out\)$"
     for reading in (lambda: read(row, MIDDLE, (LENGTH,), config), lambda: check(row, 0, config)):
         with pytest.raises(RowError, match=short):
             reading()
-    assert check(row, 0, config_of(min_length_in_s=0.5, on_bad_row="skip"))[0] == "b.wav"
+    skipping = config_of(min_length_in_s=0.5, on_bad_row="skip")
+    assert check(row, 0, skipping)[0] == "b.wav" and find_problems(row, skipping)[1][0][1].endswith("length_in_s, 0.5")
     assert find_problems(row, config)[1][0][0] == "error"
     for audio, message in ((None, "no sound"), ({"bytes": None, "path": str(tmp_path / "x.wav")}, "No such file")):
         with pytest.raises(RowError, match=f"^x: {message}"):
@@ -257,6 +261,9 @@ def test_what_is_worth_a_warning():
         captions, problems, heard = find_problems(row_of(content), CONFIG)
         assert captions == ["a caption"] and problems == [("warning", message)]
         assert heard.is_clipped == ("clipped" in message or "100 times" in message)
+    mp3 = foreign(samples_of(4))
+    shorter = [("error", "a.wav: cut off, it ends at 1.99 of its 4.02 s")]
+    assert find_problems(row_of(mp3[: len(mp3) // 2]), CONFIG)[1] == shorter
     vorbis = sound(samples_of(4), RATE, "OGG", "VORBIS")
     assert find_problems(row_of(vorbis[: len(vorbis) // 2]), CONFIG)[1][0][1].startswith("a.wav: cut off")
     assert find_problems(row_of(vorbis), CONFIG)[1] == [] == find_problems(row_of(sound(samples)), CONFIG)[1]
