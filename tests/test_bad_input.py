@@ -85,6 +85,7 @@ CONFIG = [
     ("--ema.power_sigma_rels [0.5]", "ema.power_sigma_rels: must be above 0 and at most 0.28"),
     ("--evaluation.num_validation_samples 9", "evaluation.num_validation_samples: must be a multiple of num_valid"),
     ("--evaluation.shapes_judge", "evaluation.shapes_judge: needs .* builtin:shape-pairs or builtin:scenes"),
+    ("--data.dataset builtin:shapes --evaluation.shapes_judge", "evaluation.shapes_judge: needs evaluation.prompts"),
     ("--config no-such.yaml", "--config no-such.yaml: No such file or directory"),
     ("--resume-from no/such/checkpoint", "train.resume_from: no checkpoint at no/such/checkpoint"),
     ("--data.dataset no/such/data", "data.dataset: cannot load 'no/such/data'"),

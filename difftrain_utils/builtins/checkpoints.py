@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -28,16 +29,16 @@ VIDEO_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_VIDEO)
 AUDIO_BUILTINS = tuple(f"builtin:{name}" for name in MADE_FOR_AUDIO)
 
 
-def builtin_checkpoint(name: str) -> Path:
+def builtin_checkpoint(name: str, of_kind: Sequence[str] = ()) -> Path:
     """The folder of the checkpoint `builtin:NAME`, in diffusers' or transformers' format. Those that are made
     are kept in the folder of Hugging Face's caches, for these versions of the libraries.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none of this name; it says those there are `of_kind`, or at all.
         RunError: it cannot be written.
     """
     if name not in (known := (*BUILTINS, *TEXT_BUILTINS, *VIDEO_BUILTINS, *AUDIO_BUILTINS)):
-        raise ValueError(f"no such builtin; there is {', '.join(known)}")
+        raise ValueError(f"no such builtin; there is {', '.join(of_kind or known)}")
     name = name.removeprefix("builtin:")
     if name in SHIPPED:
         return SHIPPED[name]

@@ -38,7 +38,9 @@ SCALES = (1, 1.5, 2, 3, 4, 6, 8)
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     source = find_sources(args.run)[0]
-    if source.record is None or source.makes != "pictures":
+    if source.makes != "pictures":
+        raise InputError(f"{args.run}: makes {source.makes}, and best-guidance is for images alone")
+    if source.record is None:
         raise InputError(f"{args.run}: no run of train_text_to_image.py, which says its prompts and its guidance")
     if source.tells_gap:
         raise InputError(f"{args.run}: is told by its guidance how far a step goes, so it has none to choose")

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if adapters.is_file():
         default = args.run / LORA / KOHYA_FILE
     elif (pipeline / INDEX_FILE).is_file():
-        default, pipeline_class = pipeline / SINGLE_FILE, _class_of(pipeline)
+        default, pipeline_class = pipeline / SINGLE_FILE, str(read_mapping(pipeline / INDEX_FILE).get("_class_name"))
         if pipeline is args.run and args.output is None:
             raise InputError(f"--output: needed, {args.run} is no run that it could be a part of")
     else:
@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{', '.join(LAYOUTS)}. The folder itself is for diffusers, and adapters (model.lora) for others, too"
         )
     else:
+        _warn_of_its_own(pipeline)
         exported = original_layout(pipeline, pipeline_class)
     if args.dtype is not None:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
@@ -95,9 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{output} holds {len(exported)} tensors")
 
 
-def _class_of(pipeline: Path) -> str:
-    """The class of a pipeline's folder; says what its weights alone do not."""
-    name = read_mapping(pipeline / INDEX_FILE).get("_class_name")
+def _warn_of_its_own(pipeline: Path) -> None:
+    """Say what the weights of a pipeline's folder alone do not."""
     path = pipeline / "scheduler/scheduler_config.json"
     scheduler = read_mapping(path) if path.is_file() else {}
     prediction = scheduler.get("prediction_type", "epsilon")
@@ -105,7 +105,6 @@ def _class_of(pipeline: Path) -> str:
         warn(f"{pipeline}: predicts {prediction}, which is not in the file: other programs have to be told")
     if scheduler.get("trained_betas") or (scheduler.get("use_flow_sigmas") and prediction != "flow_prediction"):
         warn(f"{pipeline}: its noise levels are its own, which are not in the file: other programs have to be told")
-    return str(name)
 
 
 def for_others(tensors: "dict[str, torch.Tensor]", config: dict[str, Any]) -> "dict[str, torch.Tensor]":

@@ -23,5 +23,6 @@ def check_shared(config: Config, requires: dict[str, Require]) -> None:
 def check_metric(config: Config, metric: str, require: Require, field: str) -> None:
     """Raise InputError about `field`, which names a metric, unless the run's evaluations have it."""
     known = config.metrics
-    is_there, what = known.get(metric, (False, f"another script: here it is one of {', '.join(known)}"))
+    require(metric in known, field, f"is another script's: here it is one of {', '.join(known)}")
+    is_there, what = known[metric]
     require(bool(is_there and config.train.eval_every), field, f"needs {what}, and train.eval_every above 0")

@@ -40,6 +40,8 @@ class TextToAudioConfig(TextToImageConfig):
     """One run of `train_text_to_audio.py`: of the same sections as images, but for the data and the
     evaluation."""
 
+    EXAMPLE: ClassVar[str] = "configs/quickstart_audio.yaml"
+
     judges: ClassVar[tuple[str, ...]] = ("tones",)
     judged_data: ClassVar[str] = "builtin:tones"
 

@@ -42,6 +42,8 @@ class TextToImageConfig(Config):
         are_builtin = all(str(name).startswith("builtin:") for name in self.datasets)
         rule = f"needs data.dataset {self.judged_data} (it is {', '.join(map(repr, self.datasets))})"
         require(not self.evaluation.shapes_judge or are_builtin, "shapes_judge", rule)
+        has_prompts = bool(self.evaluation.prompts)
+        require(not self.evaluation.shapes_judge or has_prompts, "shapes_judge", "needs evaluation.prompts")
         held_out = bool(data.validation_split or data.validation_dataset)
         for name in self.evaluation.networks:
             rule = "needs held-out data: data.validation_split or data.validation_dataset"

@@ -1,5 +1,6 @@
 """The families by what a checkpoint says that it is, in its model_index.json or config.json, and loading one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -183,10 +184,16 @@ def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
 
 def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:
     """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
-    source, model_index = read_index(name, revision)
+    of_media = {
+        "image": (FAMILIES, BUILTINS),
+        "video": (VIDEO_FAMILIES, VIDEO_BUILTINS),
+        "audio": (AUDIO_FAMILIES, AUDIO_BUILTINS),
+    }
+    builtins = next(names for known, names in of_media.values() if known is families)
+    source, model_index = read_index(name, revision, builtins)
     class_name = model_index["_class_name"]
     if class_name not in families:
-        for medium, known in (("image", FAMILIES), ("video", VIDEO_FAMILIES), ("audio", AUDIO_FAMILIES)):
+        for medium, (known, _) in of_media.items():
             if class_name in known:
                 raise ValueError(f"it is of {class_name}: train it with train_text_to_{medium}.py")
         raise ValueError(f"it is of {class_name}; known is {', '.join(families)}")
@@ -195,7 +202,7 @@ def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]
 
 def _find_text(name: str, revision: str | None) -> tuple[str, str]:
     """Folder or hub name, and the model's class, of a checkpoint in transformers' format of a known family."""
-    source = _source_of(name, revision)
+    source = _source_of(name, revision, TEXT_BUILTINS)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError("the folder has no config.json, so it is no text model of transformers")
     try:
@@ -210,9 +217,9 @@ def _find_text(name: str, revision: str | None) -> tuple[str, str]:
     return source, class_name
 
 
-def _source_of(name: str, revision: str | None) -> str:
-    """Folder or hub name."""
-    path = builtin_checkpoint(name) if name.startswith("builtin:") else local_path(name)
+def _source_of(name: str, revision: str | None, builtins: Sequence[str] = ()) -> str:
+    """Folder or hub name; `builtins` are those that a message names."""
+    path = builtin_checkpoint(name, builtins) if name.startswith("builtin:") else local_path(name)
     if path.is_file():
         raise ValueError("a file, where a folder or a hub name has to be")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
@@ -222,9 +229,9 @@ def _source_of(name: str, revision: str | None) -> str:
     return str(path) if path.is_dir() else name
 
 
-def read_index(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+def read_index(name: str, revision: str | None, builtins: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """The same as `_find` of a checkpoint of any family."""
-    source = _source_of(name, revision)
+    source = _source_of(name, revision, builtins)
     is_folder = Path(source).is_dir()
     if is_folder and not (Path(source) / "model_index.json").is_file():
         raise ValueError("the folder has no model_index.json, so it is no diffusers checkpoint")

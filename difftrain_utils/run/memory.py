@@ -164,6 +164,8 @@ class Planner:
         self.accelerator, self.family, self.optimizer, self.data = accelerator, family, optimizer, data
         self.models, self.has_lora, self.seed = models, config.model.lora is not None, config.train.seed_of("noise")
         self.shapes, self.device, self.uncounted = Shapes(), counted_on or accelerator.device, None
+        if self.device.type == "cpu":  # with several processes cpu:0, where no tensor that has values is
+            self.device = torch.device("cpu")
         self.class_path, self.is_text = config.optimizer.class_path, isinstance(config.model, TextModelConfig)
         self.are_pairs = isinstance(config, PreferenceConfig)
         # each once
@@ -511,8 +513,8 @@ class Planner:
         time = torch.float32 if self.family.schedule.has_continuous_time else torch.int64
 
         def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            shape, options = (batch, *tensor.shape[1:]), {"dtype": tensor.dtype, "device": self.device}
-            return torch.ones(shape, dtype=tensor.dtype) if name.endswith("_mask") else torch.empty(shape, **options)
+            make = torch.ones if name.endswith("_mask") else torch.empty
+            return make((batch, *tensor.shape[1:]), dtype=tensor.dtype, device=self.device)
 
         masks = {name: drawn(name, value) for name, value in conditioning.items() if name.endswith("_mask")}
         with self.shapes:

@@ -12,7 +12,7 @@ from diffusers import StableAudioPipeline
 from helpers import AUDIO_SCRIPT, ROOT, options, train_audio
 
 from difftrain_utils.builtins.checkpoints import builtin_checkpoint
-from difftrain_utils.commands import compare, export, generate, plan, push, score
+from difftrain_utils.commands import best_guidance, compare, export, generate, plan, push, score
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.config.command_line import parse_config
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
@@ -113,6 +113,9 @@ def test_its_card_and_its_record(run, tmp_path, capsys):
     assert call in card
     with pytest.raises(InputError, match=r"pipeline: of a StableAudioPipeline there is no file that diffusers reads"):
         export.main([str(run)])
+    assert "which is not in the file" not in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"^{run}: makes sounds, and best-guidance is for images alone$"):
+        best_guidance.main([str(run)])
     compare.main([str(run), str(shutil.copytree(run, tmp_path / "again")), "--output", str(tmp_path / "page.html")])
     assert "tones_right" in capsys.readouterr().out
     delete_run(tmp_path / "again")

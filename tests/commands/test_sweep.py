@@ -257,7 +257,7 @@ def test_files_that_are_not_there_or_are_others(sweep):
         ({}, {"data.validation_split": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
         ({}, {"train.eval_every": 0}, "metric: needs data.validation_split or .*, and train.eval_every above 0$"),
         ({"metric": "fid"}, {}, "metric: needs evaluation.fid_features, and train.eval_every above 0$"),
-        ({"metric": "valid"}, {}, "metric: needs another script: here it is one of validation_loss, .*$"),
+        ({"metric": "valid"}, {}, "metric: is another script's: here it is one of .*, scenes_right$"),
         ({}, {"loss.contrastive": 0.1, "train.group_size": 3}, "train.group_size: must divide a part of the batch"),
         ({}, {"config": "own.yaml"}, "train.overwrite: cannot go with train.resume_from"),
     ],

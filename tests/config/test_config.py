@@ -75,6 +75,8 @@ def test_more_samples_than_can_be_counted_are_refused():
 def test_no_argument_at_all_is_refused():
     with pytest.raises(InputError, match=r"^--config: needs a YAML file, such as configs/quickstart.yaml; --help "):
         parse_config([])
+    for script, config_class in SCRIPTS.items():
+        assert script_for(["--config", str(ROOT / config_class.EXAMPLE)]) == script
 
 
 def test_fields_have_their_names_of_before_with_a_warning(tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_what_it_prints_it_reads():
         ),
         (["--train.group_size", "4"], "train.group_size: is of images"),
         (["--train.keep_best", "valid"], "train.keep_best: needs evaluation.judge and evaluation.num_samples, and "),
-        (["--train.keep_best", "fid"], "train.keep_best: needs another script: here it is one of validation_loss, "),
+        (["--train.keep_best", "fid"], "train.keep_best: is another script's: here it is one of validation_loss, "),
         (["--train.max_steps", "5", "--data.epochs", "2"], "data.epochs: is train.max_steps in other words"),
         (["--data.resolution", "64"], "--data.resolution: no such field; it is one of train_text_to_image.py"),
         (["--noise", "1"], "--noise: no such field; it is one of train_text_to_image.py"),

@@ -206,7 +206,7 @@ def test_a_sound_is_compared_without_the_silence_after_it_that_is_not_learned():
         ({"data__validation_split": 0}, "evaluation.fad_features: needs held-out data: data.validation_split or"),
         (
             {"train__keep_best": "fid"},
-            "train.keep_best: needs another script: here it is one of .*, fad, kad, clap_score, ",
+            "train.keep_best: is another script's: here it is one of .*, fad, kad, clap_score, tones_right, got '?fid",
         ),
     ],
 )

@@ -205,6 +205,8 @@ def test_what_is_saved_is_its_own_pipeline_of_the_runs_length(tmp_path):
         ({"data__audio_channels": 2}, r"^data.audio_channels: .* needs 1, got 2$"),
         ({"data__waveform_length": 4000}, r"^data.waveform_length: .* a multiple of 64, such as 3968 or 4032, "),
         ({"data__waveform_length": 64000}, r"^data.waveform_length: .* takes 16000 at most, got 64000$"),
+        ({"model__pretrained_model_name_or_path": "builtin:tiny-audio"},
+         r"tiny-audio: no such builtin; there is builtin:tiny-stable-audio, .*, builtin:tiny-ace-step$"),
         ({"model__prediction_type": "epsilon"}, r"^model.prediction_type: must be v_prediction for a StableAudio"),
         ({"scheduler__sampler": "DDIMScheduler"}, r"^scheduler.sampler: must be EDMDPMSolverMultistepScheduler, "),
         ({"scheduler__beta_schedule": "linear"}, r"^scheduler.beta_schedule: must be null for a StableAudioPipeline"),

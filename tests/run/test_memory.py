@@ -112,6 +112,14 @@ def test_a_model_may_ask_for_lengths(short_run, name):
     assert held(config_of(short_run, name, **{"model.max_sequence_length": 80}))["activations"] > 0
 
 
+def test_of_several_processes_on_a_cpu_activations_are_counted(short_run):
+    """Whose device is cpu:0; with frozen parts that are asked beside the denoiser, and with masks."""
+    first = SimpleNamespace(num_processes=2, mixed_precision="no", device=torch.device("cpu:0"))
+    for config in (audio_config(), config_of(short_run, "tiny-lumina2", **{"model.max_sequence_length": 80})):
+        planner = Planner(first, *run_of(config)[1:])
+        assert planner.held(config).get("activations", 0) > 0, planner.uncounted
+
+
 def test_of_buckets_the_largest_counts(short_run):
     config = config_of(short_run, "tiny-stable-diffusion")
     buckets = SimpleNamespace(sizes=[(32, 32), (24, 64), (40, 24)])
