@@ -1,6 +1,8 @@
 """train_text_to_audio.py keeps the promises of the image script, and trains all strategies on sounds."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.data.load import load_data
 from difftrain_utils.data.samples import Samples, collate
 from difftrain_utils.families.load import load_family
+from difftrain_utils.media import audio
 from difftrain_utils.objective.loss import sample_losses
 from difftrain_utils.objective.noise import sample_noise
 from difftrain_utils.objective.timesteps import sample_timesteps
@@ -111,6 +114,19 @@ def test_a_run_is_the_same_twice_resumed_and_split(audio_run, tmp_path):
     parameters = DiffusionPipeline.from_pretrained(pipeline).transformer.parameters()
     trained = [parameter for parameter in parameters if parameter.requires_grad]  # all but the time's frequencies
     assert len(ema) == len(trained) and all(parameter.equal(ema[str(i)]) for i, parameter in enumerate(trained))
+
+
+def test_samples_that_cannot_be_written_end_no_run(audio_run, monkeypatch, capsys):
+    """Neither the sounds nor, after them, their picture."""
+    evaluated = options({"train.max_steps": 1, "train.eval_every": 1, "evaluation.prompts": ["a low tone"]})
+
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(audio, "labelled_grid", fail)
+    samples = train_audio([*audio_run, *evaluated]) / "samples"
+    assert [path.name for path in samples.iterdir()] == ["step-000001-00.wav"]
+    assert f"cannot write {samples}/step-000001.png: No space left on device; training goes" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -332,6 +332,8 @@ def _of_sounds(run: Path, repo: str, config: Mapping[str, Any], base: str, files
     options |= {name: evaluation[name] for name in ("num_inference_steps", "guidance_scale")}
     if pipeline_class in SECONDS:
         options[SECONDS[pipeline_class]] = data["waveform_length"] / rate
+    shift = config["scheduler"]["flow_shift"]  # of ACE-Step an argument of the call; Stable Audio 3 samples without
+    options |= {} if shift is None or pipeline_class == "StableAudio3Pipeline" else {"shift": shift}
     call = ", ".join(f"{name}={value}" for name, value in options.items())
     usage = ["```python", "import soundfile", "from diffusers import DiffusionPipeline", ""]
     usage += [f'pipeline = DiffusionPipeline.from_pretrained("{base if is_lora else repo}")']

@@ -91,10 +91,10 @@ class Evaluation:
             with evaluation_weights(ema, *models), self.accelerator.autocast():
                 images = self.generate_grid(denoiser)
             if self.accelerator.is_main_process:
-                with go_on_without():
+                with go_on_without():  # also without showing them, for trackers are given the files
                     path = step_file(self.config.train.output_dir, SAMPLES, step, ".png")
                     media_of(self.config.data).save(images, evaluation.prompts, path)
-                log_samples(self.accelerator, step, "samples", images, evaluation.prompts, path)
+                    log_samples(self.accelerator, step, "samples", images, evaluation.prompts, path)
             if evaluation.shapes_judge:
                 logs |= JUDGES[self.config.judge].share_right(images, evaluation.prompts)
                 if self.reference is not None:

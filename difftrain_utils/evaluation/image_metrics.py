@@ -96,6 +96,7 @@ def image_metrics(
         first_frames = pt_to_pil(held_out["pixel_values"][:, :, 0]) if are_given else None
         made = generate(family, denoiser, evaluation, size, captions, keys, weaker, first_frames)
         real, batch = as_shown(held_out, config.data), {}
+        made = as_long(made, real)
         with torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
             for name, network in networks.items():
                 if evaluation.networks[name][0] not in DISTANCES:
@@ -125,6 +126,14 @@ def as_shown(batch: dict[str, Any], data: DataConfig) -> list[Image.Image] | lis
     if pixel_values.ndim == 4:
         return pt_to_pil(pixel_values)
     return [Clip(pt_to_pil(of_clip.transpose(0, 1)), 0.0) for of_clip in pixel_values]
+
+
+def as_long(made: list, real: list) -> list:
+    """Generated sounds cut to the lengths of the real ones from whose captions they are made; all else as it is."""
+    if not isinstance(made[0], Sound):
+        return made
+    lengths = (sound.samples.shape[1] for sound in real)
+    return [sound._replace(samples=sound.samples[:, :length]) for sound, length in zip(made, lengths, strict=True)]
 
 
 def load_features(name: str, device: torch.device) -> Callable:

@@ -1,5 +1,6 @@
 """What all families of audio models in diffusers' format have in common."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -85,6 +86,13 @@ class DiffusersAudioFamily(DiffusersFamily):
     @property
     def size_multiple(self) -> int:
         return self.hop_length * self.patch_size
+
+    def seconds_of(self, waveform_length: int) -> float:
+        """How long so many samples are, so that the seconds times the rate, cut to a whole number as pipelines do it,
+        are the samples: of one length in fourteen at 44.1 kHz they are one less, unless the seconds are rounded up."""
+        seconds = waveform_length / self.sampling_rate
+        is_less = int(seconds * self.sampling_rate) < waveform_length
+        return math.nextafter(seconds, math.inf) if is_less else seconds
 
     def check_waveforms(self, data: AudioDataConfig) -> None:
         """See `AudioFamily`."""

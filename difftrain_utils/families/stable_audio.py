@@ -150,7 +150,7 @@ class StableAudio(DiffusersAudioFamily):
         self, pipeline: DiffusionPipeline, waveform_length: int, generators: Sequence[torch.Generator]
     ) -> dict[str, Any]:
         """The pipeline makes as many latents as the denoiser's `sample_size`, and cuts what they are off at the end
-        that it is told."""
-        if waveform_length == self.waveform_length:
-            return {}
-        return {"audio_end_in_s": waveform_length / self.sampling_rate}
+        that it is told. From where it begins that must not be more than they are, also where it is rounded up: it
+        begins that much later, which is no sample."""
+        end = self.seconds_of(waveform_length)
+        return {"audio_start_in_s": end - waveform_length / self.sampling_rate, "audio_end_in_s": end}

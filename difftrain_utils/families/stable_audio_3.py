@@ -79,6 +79,11 @@ class StableAudio3(DiffusersAudioFamily):
     def max_length_in_s(self) -> float:
         return self.config_of("duration_embedder").max_val
 
+    @property
+    def is_distilled(self) -> bool:
+        """The sampler of those that are draws between their few steps, which its pipeline makes unguided."""
+        return bool(self.sampler.config.stochastic_sampling)
+
     # ── The parts ────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def frozen_parts(self) -> tuple[str, ...]:
@@ -158,12 +163,9 @@ class StableAudio3(DiffusersAudioFamily):
     ) -> dict[str, Any]:
         """With the noise to begin with: of one length in six the seconds times the rate are not quite the samples, of
         which the pipeline would make one latent too many, or leave the last one out."""
-        seconds = waveform_length / self.sampling_rate
-        if int(seconds * self.sampling_rate) < waveform_length:
-            seconds = math.nextafter(seconds, math.inf)
         shape = len(generators), self.config_of("vae").latent_dim, waveform_length // self.hop_length
         dtype = pipeline.text_encoder.dtype
         return {
-            "duration": seconds,
+            "duration": self.seconds_of(waveform_length),
             "latents": pipeline.prepare_latents(*shape, dtype, self.device, list(generators)),
         }

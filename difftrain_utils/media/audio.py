@@ -2,6 +2,7 @@
 a model takes."""
 
 import contextlib
+import io
 import math
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config.audio_data import AudioDataConfig, AudioSourceConfig
 from difftrain_utils.errors import RowError, one_line
-from difftrain_utils.files import new_file
+from difftrain_utils.files import new_file, write_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
@@ -198,10 +199,12 @@ def write_sound(sound: Sound, path: Path, comment: str | None = None) -> None:
 
     samples, sampling_rate = sound
     kind = {"format": "WAV", "subtype": "PCM_16"}
-    with new_file(path) as partial, soundfile.SoundFile(partial, "w", sampling_rate, len(samples), **kind) as file:
+    buffer = io.BytesIO()  # of a full disk soundfile has an error of its own
+    with soundfile.SoundFile(buffer, "w", sampling_rate, len(samples), **kind) as file:
         if comment is not None:
             file.comment = comment
         file.write(samples.T)
+    write_file(path, buffer.getvalue())
 
 
 # ── Files of sounds ──────────────────────────────────────────────────────────────────────────────────────────

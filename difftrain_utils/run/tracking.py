@@ -155,9 +155,7 @@ def log_sounds(accelerator: Accelerator, step: int, name: str, labels: list[str]
     in the trackers that play sounds. Of a file none of them asks for another library."""
     import soundfile  # an extra
 
-    files = sound_files(path)
-    if len(files) != len(labels):  # they could not be written
-        return
+    files = sound_files(path)[: len(labels)]  # there may be more, of a run with more prompts that was resumed
     with Image.open(path.with_suffix(".png")) as picture:
         log_images(accelerator, step, f"{name}/spectrograms", [picture.convert("RGB")])
 

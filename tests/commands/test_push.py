@@ -308,3 +308,13 @@ def test_the_card_of_videos(tmp_path):
     kind = kind_of("model_index.json")
     assert kind.task == "image-to-video" and "LTXImageToVideoPipeline.from_pretrained" in kind.usage[4]
     assert "import export_to_video, load_image" in kind.usage[2] and "frame_rate=8)" in kind.usage[-3]
+
+
+def test_adapters_of_sounds_say_the_shift_that_they_were_trained_with(tmp_path):
+    """The pipeline of ACE-Step is called with it."""
+    data = {"default_caption": "rain", "sampling_rate": 48000, "waveform_length": 96000}
+    config = {"data": data, "evaluation": {"prompts": [], "num_inference_steps": 8, "guidance_scale": 1.0}}
+    for shift, said in ((None, ""), (1.5, ", shift=1.5")):
+        config["scheduler"] = {"flow_shift": shift}
+        usage = KINDS["train_text_to_audio.py"](tmp_path, "me/rain", config, "base", {}).usage
+        assert f'sound = pipeline(prompt="rain", num_inference_steps=8, guidance_scale=1.0{said}).audios[0]' in usage

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import soxr
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from difftrain_utils.builtins.tiny.parts import byte_tokenizer
-from difftrain_utils.builtins.tones import make_tone
+from difftrain_utils.builtins.tones import TONES, make_tone
 from difftrain_utils.config import command_line
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.data.load import load_data
@@ -195,6 +196,27 @@ def test_a_sound_is_compared_without_the_silence_after_it_that_is_not_learned():
     batch, data = {"waveforms": waveforms}, SimpleNamespace(sampling_rate=RATE)
     assert [sound.samples.shape for sound in as_shown(batch | {"masks": masks}, data)] == [(1, 8), (1, 3)]
     assert [sound.samples.shape for sound in as_shown(batch, data)] == [(1, 8), (1, 8)]
+
+
+def test_a_generated_sound_is_as_long_as_the_one_that_it_is_compared_with(tmp_path):
+    for index, length in enumerate((2000, LENGTH, 6000)):
+        soundfile.write(tmp_path / f"{index}.wav", make_tone(index, length, RATE)[0], RATE)
+        (tmp_path / f"{index}.txt").write_text(TONES[index])
+    own = {"dataset": tmp_path, "validation_dataset": tmp_path, "validation_split": 0.0}
+    fields = {f"data__{name}": value for name, value in own.items()} | {"evaluation__num_metric_images": 3}
+    config, accelerator, lengths = audio_config(tmp_path, tmp_path / "cache", **fields), Accelerator(), []
+    rows = load_data(accelerator, load_family(config), config).validation_rows
+
+    def features(sounds: list[Sound]) -> torch.Tensor:
+        lengths.append([sound.samples.shape[1] for sound in sounds])
+        return torch.randn(len(sounds), 2)
+
+    def draw(denoiser, prompts, *_, **__) -> list[Sound]:
+        return [sound(index) for index in range(len(prompts))]
+
+    networks = {"fad_features": features, "clap_score_model": lambda sounds, captions: features(sounds)[:, 0]}
+    image_metrics(accelerator, networks, SimpleNamespace(generate=draw), None, rows, config)
+    assert lengths[0] == lengths[1] == lengths[2] == [2000, LENGTH], "real, made, and made for the score"
 
 
 @pytest.mark.parametrize(

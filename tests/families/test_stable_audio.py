@@ -198,6 +198,24 @@ def test_what_is_saved_is_its_own_pipeline_of_the_runs_length(tmp_path):
     assert half.digests(denoiser).keys() == {"transformer", "vae", "text_encoder", "projection_model"}
 
 
+@torch.no_grad()
+def test_a_sound_has_all_its_samples_where_its_seconds_have_one_less(tmp_path):
+    """At 44.1 kHz those of 23 latents of 64 samples times the rate are 1471.99…, and so they are of plain diffusers."""
+    shutil.copytree(builtin_checkpoint(NAME), tmp_path / "model")
+    path = tmp_path / "model/vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sampling_rate": 44100}))
+    fields = {"model__pretrained_model_name_or_path": tmp_path / "model", "data__sampling_rate": 44100}
+    for whole in (23 * HOP, 24 * HOP):  # the most that the pipeline takes, and less
+        family = load_family(config_of(**fields, data__waveform_length=whole))
+        denoiser = family.load_denoiser().eval()
+        (ours,) = family.generate(denoiser, PROMPTS[:1], 23 * HOP, 2, 1.0, 0.0, generators(1))
+        pipeline, end = family.pipeline(denoiser), 23 * HOP / 44100
+        options = {"audio_end_in_s": end, "num_inference_steps": 2, "guidance_scale": 1.0}
+        theirs = pipeline(PROMPTS[:1], **options, generator=generators(1)).audios
+        assert theirs.shape == (1, 1, 23 * HOP - 1) and ours.samples.shape == (1, 23 * HOP)
+        assert np.array_equal(ours.samples[:, :-1], theirs[0].numpy())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -201,6 +201,7 @@ def test_another_checkpoint_samples_as_its_pipeline_at_any_length(other):
     fields = {"model__pretrained_model_name_or_path": other, "data__sampling_rate": 44100}
     family = load_family(config_of(**fields, model__train_from_scratch=True, scheduler__flow_shift=2.0))
     assert (family.hop_length, family.shift(256), family.sampler.config.shift) == (16, 2.0, 1.0)
+    assert family.is_distilled and not load_family(config_of()).is_distilled
     denoiser = family.load_denoiser().eval()
     pipeline, calls = family.pipeline(denoiser), Calls(denoiser)
     for length, samples, latents in [(LENGTH, LENGTH, LENGTH), (960, 959, 960), (1440, 1440, 1456)]:

@@ -1,4 +1,5 @@
 import io
+import resource
 
 import av
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from difftrain_utils.config.audio_data import AudioDataConfig
-from difftrain_utils.errors import RowError
+from difftrain_utils.errors import RowError, RunError
 from difftrain_utils.media.audio import (
     HEIGHT,
     LEFT,
@@ -169,6 +170,19 @@ def test_a_short_sound_is_padded_and_masked():
     assert long["seconds_start"].item() == pytest.approx(int(0.5 * (RATE + 777 - LENGTH + 1)) / RATE)
 
 
+@pytest.mark.parametrize(("start", "samples"), [(0.9, LENGTH), (0.0, LENGTH // 2)])
+def test_a_window_may_be_all_that_a_model_is_told_of(start, samples):
+    """Or its sound is: then where it begins, and how long that is; of what is shorter than a window they agree."""
+    content = samples_of(1.0)[: 20000 if samples == LENGTH else samples]
+    told = {}
+    for seconds_of in ("sound", "window"):
+        found = read(row_of(sound(content)), Place(start), (LENGTH,), config_of(seconds_of=seconds_of))
+        told[seconds_of] = found["seconds_start"].item(), found["seconds_total"].item()
+    first = int(start * (len(content) - LENGTH + 1)) if samples == LENGTH else 0
+    assert told["sound"] == pytest.approx((first / RATE, len(content) / RATE))
+    assert told["window"] == pytest.approx((0.0, samples / RATE))
+
+
 def test_channels_and_loudness():
     both = samples_of(0.2)
     mono, stereo = (read(row_of(sound(both)), Place(0.0), (LENGTH,), config_of(audio_channels=number))["waveforms"]
@@ -304,3 +318,15 @@ def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
     assert [column.argmax() for column in shown] == pytest.approx(heights, abs=2)
     assert min(column.max() for column in shown) > 200, "a sine of full scale is white"
     assert np.asarray(spectrogram(Sound(np.zeros((1, 800)), 8000)))[:HEIGHT, LEFT:].max() <= 4
+
+
+def test_a_sound_that_has_no_room_is_an_error_of_ours(tmp_path):
+    """soundfile has one of its own for a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(RunError, match=r"^cannot write .*/a-00\.wav: File too large$"):
+            save([Sound(np.zeros((1, 5000), np.float32), RATE)], ["silence"], tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [*tmp_path.iterdir()]
