@@ -127,6 +127,11 @@ def shorten(text: str, length: int = 300) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def counted(number: int, plural: str) -> str:
+    """Such as "1 sound" and "2 sounds"."""
+    return f"{number} {plural if number != 1 else plural.removesuffix('s')}"
+
+
 def some(names: Sequence[str]) -> str:
     """The first three of many names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -6,7 +6,7 @@ Takes the options of the training script. Decodes every image, sound or text, or
 of data.dataset (or of all data.sources) and of data.validation_dataset, and prints a line for each problem, with file
 and line:
 
-    error:    training stops at it, or with data.on_bad_row skip takes another row in its field; also an image that
+    error:    training stops at it, or with data.on_bad_row skip takes another row in its place; also an image that
               metadata.jsonl names twice, which training would see twice as often, and a text that holds the mask token
     warning:  training takes it: an empty caption or text, one that is cut off or has tokens that the tokenizer does not
               know, an image or a video that is enlarged, a sound that is silent, clipped or cut off
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from difftrain_utils.data.problems import check_rows, list_rows
     from difftrain_utils.data.sources import sources_of, validation_source
     from difftrain_utils.data.tokenizer import make_tokenizer
-    from difftrain_utils.errors import check_installed
+    from difftrain_utils.errors import check_installed, counted
     from difftrain_utils.families.load import load_tokenizer
     from difftrain_utils.media import audio, text, video
     from difftrain_utils.media.media import media_of
@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         if media in (audio, video):
             described = media.describe_found(found) if found else f"no {media.NOUN[:-1]} that can be read"
             print(f"{title}: {described}")
-    counts = [f"{n} {kind}{'s' * (n > 1)}" for kind in ("error", "warning") if (n := kinds.count(kind))]
-    what = f"{num_rows} {media.NOUN}{' and their captions' if media.HAS_CAPTIONS else ''}"
+    counts = [counted(n, f"{kind}s") for kind in ("error", "warning") if (n := kinds.count(kind))]
+    captions = " and its caption" if num_rows == 1 else " and their captions"
+    what = f"{counted(num_rows, media.NOUN)}{captions if media.HAS_CAPTIONS else ''}"
     print(f"{what}: {' and '.join(counts) or 'all fine'}")
     if "error" in kinds:
         sys.exit(2)

@@ -4,7 +4,7 @@
 
 A RUN is a run's output folder. Runs that differ only in their seeds form a setting, of which mean and sample standard
 deviation are shown. Settings are compared with a baseline, seed by seed. --output also writes one self-contained HTML
-file with curves and pictures.
+file with curves and samples.
 """
 
 import itertools
@@ -716,11 +716,24 @@ def text_table(rows: list[list[str]], width: int = 120) -> str:
     return "\n\n".join("\n".join(block) for block in lines)
 
 
+def short_verdicts(rows: list[list[str]], length: int = 40) -> tuple[list[list[str]], list[str]]:
+    """The table of verdicts, of which those that are longer have their first word there alone, and all of them, by
+    setting, in lines of their own."""
+    shown, reasons = [], []
+    for setting, *cells, said in rows:
+        if len(said) > length:
+            reasons.append(textwrap.fill(f"{setting}: {said}", 120, subsequent_indent="  "))
+            said = said.split(":")[0]
+        shown.append([setting, *cells, said])
+    return shown, reasons
+
+
 def text_report(runs: list[Run], found: Contest | None) -> str:
     bins, level = bins_table(runs), kind_of(runs).level
     parts = [text_table(summary_table(runs)), "\n".join(notes(runs))]
     if found:
-        parts += [textwrap.fill(found.introduction, 120), text_table(found.rows), "\n".join(found.sentences)]
+        rows, reasons = short_verdicts(found.rows)
+        parts += [textwrap.fill(found.introduction, 120), text_table(rows), "\n".join([*reasons, *found.sentences])]
         parts += [f"The difference by {level}:\n" + text_table(found.bins)] if found.bins else []
     elif len(runs) > 1:
         parts.append("All runs are one setting: nothing to compare.")
@@ -734,7 +747,7 @@ def text_report(runs: list[Run], found: Contest | None) -> str:
 
 # ── The report as HTML ───────────────────────────────────────────────────────────────────────────────────────
 def html_report(runs: list[Run], found: Contest | None) -> str:
-    """The same, with curves and pictures, as one file that needs no other."""
+    """The same, with curves and samples, as one file that needs no other."""
     title, bins = f"Comparison of {len(runs)} runs" if len(runs) > 1 else runs[0].name, bins_table(runs)
     parts = [html.table(summary_table(runs), "numbers"), *map(html.paragraph, notes(runs))]
     if found:
@@ -806,4 +819,4 @@ def main(argv: list[str] | None = None) -> None:
         with blame(f"--output {args.output}", OSError):
             args.output.parent.mkdir(parents=True, exist_ok=True)
             write_file(args.output, html_report(runs, found))
-        print(f"\n{args.output} shows it with curves and pictures")
+        print(f"\n{args.output} shows it with curves and samples")

@@ -1,7 +1,9 @@
 """Copy the training scripts, their configs and the launchers' into a folder, to use and to change.
 
-difftrain init my-project && cd my-project
-accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
+    difftrain init my-project && cd my-project
+    accelerate launch train_text_to_image.py --config configs/smoke_text2image.yaml
+
+Nothing that is there is written over.
 """
 
 import shutil

@@ -23,7 +23,7 @@ COMMANDS = {  # each is the function `main` of the module of that name
     "train": "start the training script on the GPUs of this machine, or CPU",
     "generate": "draw or write with a run, a checkpoint of it or any pipeline",
     "best-guidance": "find the guidance scale at which a run draws best",
-    "report": "show runs as a page with curves and pictures, also while they go on",
+    "report": "show runs as a page with curves and samples, also while they go on",
     "score": "say how good the pictures in a folder are",
     "compare": "compare runs: whether one won, and whether that is fair",
     "ranks": "say whether settings keep their order over steps or models",

@@ -313,6 +313,8 @@ def _gb(size: float) -> str:
 
 def _number(value: float) -> str:
     """Three digits, and none after the point of what is larger."""
+    if 0 < value < 1e-3:
+        return "<0.001"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 

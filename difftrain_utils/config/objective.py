@@ -98,11 +98,11 @@ class NoiseConfig:
     input_perturbation: float = 0.0
     """Add this much more noise to the input, but not to the target (0.1 is usual)."""
     pairing: Literal["nearest", "transport", "knn"] | None = None
-    """Which noise an image gets of that of a batch, or of `train.group_size` samples of it: `nearest`, the least sum of
-    distances (immiscible diffusion); `transport`, the least sum of squared ones among images of the same caption; or
-    `knn`, the nearest of several that are drawn for the image alone. null: any."""
+    """Which noise a sample gets of that of a batch, or of `train.group_size` samples of it: `nearest`, the least sum of
+    distances (immiscible diffusion); `transport`, the least sum of squared ones among samples of the same caption; or
+    `knn`, the nearest of several that are drawn for the sample alone. null: any."""
     knn_candidates: int = 4
-    """How many are drawn for an image, of `knn`; the more, the less noise the nearest is."""
+    """How many are drawn for a sample, of `knn`; the more, the less noise the nearest is."""
     frame_correlation: ClassVar[None] = None  # of videos: config/text_to_video.py
 
     def check(self, require: Require) -> None:

@@ -56,7 +56,7 @@ class RowsConfig:
     split: str = "train"
     """The split of the data set to train on."""
     weight_column: str | None = None
-    """Column of factors of each row's loss, numbers of 0 or more (of an image folder a field of metadata.jsonl); a
+    """Column of factors of each row's loss, numbers of 0 or more (of a folder of files a field of metadata.jsonl); a
     source's `loss_weight` comes on top. null: all rows count the same."""
     streaming: bool = False
     """Read the data set as a stream, for one that does not fit on the disk (also from a folder of tar files)."""

@@ -113,7 +113,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of metrics (the loss is the mean since the last line)."""
     eval_every: int = 500
-    """Steps between two evaluations: grids, validation loss and image metrics; 0: none."""
+    """Steps between two evaluations: grids, validation loss and metrics; 0: none."""
     save_every: int = 500
     """Steps between two checkpoints; 0: only at the end."""
     save_minutes: float | None = None

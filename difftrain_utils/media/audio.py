@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config.audio_data import AudioDataConfig, AudioSourceConfig
-from difftrain_utils.errors import RowError, one_line
+from difftrain_utils.errors import RowError, counted, one_line
 from difftrain_utils.files import new_file, write_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
@@ -126,7 +126,7 @@ def size_of(config: AudioDataConfig) -> tuple[int]:
 
 
 def describe(number: int, config: AudioDataConfig) -> str:
-    return f"{number} {'windows of ' if config.window == 'all' else ''}{NOUN}"
+    return f"{counted(number, 'windows')} of {NOUN}" if config.window == "all" else counted(number, NOUN)
 
 
 def describe_size(config: AudioDataConfig) -> str:

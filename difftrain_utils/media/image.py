@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
-from difftrain_utils.errors import RowError, one_line
+from difftrain_utils.errors import RowError, counted, one_line
 from difftrain_utils.files import local_path, new_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
@@ -125,7 +125,7 @@ def size_of(config: DataConfig) -> tuple[int, int]:
 
 
 def describe(number: int, config: DataConfig) -> str:
-    return f"{number} {NOUN}"
+    return counted(number, NOUN)
 
 
 def describe_size(config: DataConfig) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from difftrain_utils.config.pairs import PairDataConfig, PairSourceConfig
-from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.errors import InputError, RowError, counted
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in
 from difftrain_utils.media.image import Place
@@ -64,7 +64,7 @@ def check(row: Row, index: int, config: PairDataConfig) -> list[Any]:
 
 
 def describe(number: int, config: PairDataConfig) -> str:
-    return f"{number} {NOUN}"
+    return counted(number, NOUN)
 
 
 def read(

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from difftrain_utils.config.text_data import TextDataConfig, TextSourceConfig
-from difftrain_utils.errors import InputError, RowError
+from difftrain_utils.errors import InputError, RowError, counted
 from difftrain_utils.files import text_digest, write_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media.captions import follow
@@ -76,7 +76,7 @@ def size_of(config: TextDataConfig) -> tuple[int]:
 
 
 def describe(number: int, config: TextDataConfig) -> str:
-    return f"{number} {'blocks of ' if config.packing == 'pack' else ''}{NOUN}"
+    return f"{counted(number, 'blocks')} of {NOUN}" if config.packing == "pack" else counted(number, NOUN)
 
 
 def describe_size(config: TextDataConfig) -> str:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from difftrain_utils.config.video_data import VideoDataConfig, VideoSourceConfig
-from difftrain_utils.errors import RowError, one_line
+from difftrain_utils.errors import RowError, counted, one_line
 from difftrain_utils.files import new_file
 from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
@@ -132,7 +132,7 @@ def size_of(config: VideoDataConfig) -> tuple[int, int, int]:
 
 
 def describe(number: int, config: VideoDataConfig) -> str:
-    return f"{number} {'clips of ' if config.window == 'all' else ''}{NOUN}"
+    return f"{counted(number, 'clips')} of {NOUN}" if config.window == "all" else counted(number, NOUN)
 
 
 def describe_size(config: VideoDataConfig) -> str:

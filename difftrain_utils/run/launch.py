@@ -116,7 +116,7 @@ def prepare(accelerator: Accelerator, family, models, data: Data, checkpoint: Pa
         RunError: no pipeline of this family could have this denoiser.
     """
     media = media_of(config.data)
-    announce(f"Checking the {media.NOUN}{', the captions' if media.HAS_CAPTIONS else ''} and the weights")
+    announce(f"Checking the {media.NOUN}{', the captions' if media.HAS_CAPTIONS else ''} and the model")
     family.check_denoiser(models["denoiser"])
     if checkpoint is not None:
         check_weights(checkpoint, models, config.ema)

@@ -97,7 +97,8 @@ def price_of(option: str) -> int:
 
 
 def _row(name: str, size: int) -> str:
-    return f"  {name:<40} {size / 1e9:>8.3g}"
+    number = "<0.001" if 0 < size < 1e6 else f"{size / 1e9:.3g}"
+    return f"  {name:<40} {number:>8}"
 
 
 def describe_memory(*run: Any) -> str:

