@@ -27,18 +27,17 @@ LAST_PAGE = 2**20  # samples at the end of Vorbis, within which libvorbis misses
 # Samples before a window from which on it is decoded as it would be from the file's beginning: a frame of an MP3 may
 # take bits from 24 frames of 576 before it, and Opus remembers
 LEAD_IN = {"MPEG_LAYER_III": 32 * 576, "OPUS": 48000}
-TAG, FIRST_FRAME = 10, 4096  # bytes of ID3's header, and those after its tag in which an MP3 says how long it is
+TAG, FIRST_FRAME = 10, 4096  # bytes of ID3's header, and those after its tags in which an MP3's first frame begins
+SYNC, HEAD = re.compile(rb"\xff[\xe2-\xff]"), 42  # how a frame begins, and bytes of its longest head and what is sought
 LENGTHS = (b"Xing", b"Info")
 UNKNOWN = (1, 4)  # of libsndfile's errors: a format, and an encoding in one, that it does not know
 CUT_OFF = re.compile(r"(\d+) \(should be (\d+)\)|end-of-stream")  # in what libsndfile logs
 STREAMED = 2**31 - 2**16  # bytes, from which on a header says that its writer did not know how many
 BLOCK = 2**18  # samples that are decoded at once of a whole sound
 FULL_SCALE = 0.9999  # from here on an amplitude is as large as a file of 16 bits has them
-FAINT, LOUD, OFFSET = (
-    1e-3,
-    2.0,
-    0.05,
-)  # a largest amplitude below and above which, and a mean from which on, is a warning
+FAINT = 1e-3  # a sound whose largest amplitude is less is almost silent, which is a warning
+LOUD = 2.0  # and so is one that is more
+OFFSET = 0.05  # a mean from which on a sound is not centred
 
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
@@ -248,19 +247,21 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
 
 
 def _says_length(file: BinaryIO) -> bool:
-    """Whether the first frame of an MP3 counts the others: without that libsndfile guesses, and leaves out what is
-    beyond. Leaves the file where it was."""
-    place = file.tell()
+    """Whether the first frame of an MP3, which comes after tags, counts the others: without that libsndfile guesses,
+    and leaves out what is beyond (a frame with VBRI it does not read). Leaves the file where it was."""
+    was_at, start = file.tell(), 0
     file.seek(0)
-    tag = file.read(TAG)
-    if tag[:3] == b"ID3":
+    while (tag := file.read(TAG))[:3] == b"ID3":
         size = 0
         for byte in tag[6:]:
             size = size << 7 | byte & 0x7F
-        file.seek(TAG + size)
-    start = file.read(FIRST_FRAME)
-    file.seek(place)
-    return any(mark in start for mark in LENGTHS)
+        start += TAG + size
+        file.seek(start)
+    file.seek(start)
+    begin = file.read(FIRST_FRAME)
+    file.seek(was_at)
+    frame = SYNC.search(begin)
+    return frame is not None and any(mark in begin[frame.start() : frame.start() + HEAD] for mark in LENGTHS)
 
 
 def _check(header: Header, name: str, config: AudioDataConfig) -> None:

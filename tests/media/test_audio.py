@@ -77,15 +77,22 @@ def foreign(
     return buffer.getvalue()
 
 
-def with_picture(content: bytes) -> bytes:
-    """An MP3 with a tag of 100,000 bytes before it."""
-    size = bytes(100_000 >> shift & 0x7F for shift in (21, 14, 7, 0))
-    return b"ID3\3\0\0" + size + b"APIC" + np.random.default_rng(0).bytes(100_000 - 4) + content
+def with_picture(content: bytes, length: int = 100_000) -> bytes:
+    """An MP3 with a tag of so many bytes before it, and those that it had after that."""
+    size = bytes(length >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + size + b"APIC" + np.random.default_rng(0).bytes(length - 4) + content
+
+
+def without_length() -> bytes:
+    """An MP3 that has in a later frame what would say its length in the first."""
+    content = foreign(samples_of(4), write_xing="0")
+    return content[:2000] + b"Info" + content[2004:]
 
 
 FOREIGN = {
     "MP3 of a variable bit rate": lambda: foreign(samples_of(4)),
     "MP3 with a picture": lambda: with_picture(foreign(samples_of(4))),
+    "MP3 with two tags": lambda: with_picture(with_picture(foreign(samples_of(4)), 10_000)),
     "MP3 of 32 kbit/s": lambda: foreign(samples_of(4, 1), quality={"b": "32k"}),
     "MP3 of 8 kbit/s": lambda: foreign(samples_of(4, 1, 16000), rate=16000, quality={"b": "8k"}),
     "FLAC of blocks of 777": lambda: foreign(samples_of(4), "flac", quality={"frame_size": "777"}),
@@ -208,7 +215,7 @@ def damaged(content: bytes) -> bytes:
         (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, *KINDS[4]))[: len(c) * 2 // 3], "cut off, it ends at .* of its 4.02"),
-        (lambda: foreign(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
+        (without_length, "an MP3 that does not say how long it is; `ffmpeg -i"),
         (lambda: sound(np.full((9000, 1), np.nan, np.float32)), "it has samples that are infinite or no number"),
     ],
     ids=["empty", "M4A", "no samples", "GSM", "damaged FLAC", "cut FLAC", "cut MP3", "MP3 without a length", "NaN"],
