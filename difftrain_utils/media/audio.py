@@ -35,7 +35,7 @@ CUT_OFF = re.compile(r"(\d+) \(should be (\d+)\)|end-of-stream")  # in what libs
 STREAMED = 2**31 - 2**16  # bytes, from which on a header says that its writer did not know how many
 BLOCK = 2**18  # samples that are decoded at once of a whole sound
 FULL_SCALE = 0.9999  # from here on an amplitude is as large as a file of 16 bits has them
-FAINT = 1e-3  # a sound whose largest amplitude is less is almost silent, which is a warning
+FAINT = 1e-3  # a sound whose largest amplitude is less is almost silent, which is a warning, and stays so
 LOUD = 2.0  # and so is one that is more
 OFFSET = 0.05  # a mean from which on a sound is not centred
 
@@ -319,7 +319,7 @@ def read_window(row: Row, start: float, length: int, config: AudioDataConfig) ->
         raise RowError(f"{row.name}: it has samples that are infinite or no number")
     if config.audio_channels != samples.shape[1]:
         samples = samples.mean(1, keepdims=True) if config.audio_channels == 1 else samples.repeat(2, axis=1)
-    if config.peak is not None and (peak := np.abs(samples).max()) > 0:
+    if config.peak is not None and (peak := np.abs(samples).max()) >= FAINT:
         samples = samples * np.float32(config.peak / peak)
     return Window(np.ascontiguousarray(samples.T), first, total)
 

@@ -186,8 +186,9 @@ def test_channels_and_loudness():
     loud, quiet = (read(row_of(sound(scale * both)), Place(0.0), (LENGTH,), config_of(peak=0.9))["waveforms"]
                    for scale in (1, 0.01))  # fmt: skip
     assert loud.abs().max() == pytest.approx(0.9) and torch.allclose(loud, quiet, atol=1e-6)
-    silence = read(row_of(sound(0 * both)), MIDDLE, (LENGTH,), config_of(peak=0.9))["waveforms"]
-    assert not silence.any()
+    for faint in (0 * both, 1e-3 * both):
+        kept = read(row_of(sound(faint)), Place(0.0), (LENGTH,), config_of(peak=0.9))["waveforms"]
+        assert torch.equal(kept, torch.from_numpy(faint[:LENGTH].T))
     with pytest.raises(RowError, match=r"^a.wav: 3 channels, where there must be 1 or 2$"):
         read(row_of(sound(samples_of(0.1, 3))), MIDDLE, (LENGTH,), CONFIG)
 
