@@ -78,8 +78,9 @@ def judge_tone(sound: Sound) -> str | None:
     It is told by the power in looks of 64 ms, gaps left out; the strongest frequency of each is its pitch.
 
     - A steady tone has 77 % within 40 Hz (or 6 %) of its pitch, and of what is 2.5 times as far 81 %, where noise of
-      100 Hz mostly has less. One of 120 to 300 Hz is low, one of 600 to 1300 high. A square wave has it near the odd multiples of its pitch, at three
-      times that 3 to 30 % of what it has there; it is low as a tone is, or high, of 300 to 700 Hz.
+      100 Hz mostly has less. One of 120 to 300 Hz is low, one of 600 to 1300 high. A square wave has the 77 % near the
+      odd multiples of its pitch, at three times that 3 to 30 % of what it has there; it is low as a tone is, or high,
+      of 300 to 700 Hz.
     - A tone rises if each sixth of it is higher than the one before, none by more than 1.6 times, and the last one at
       least twice as high as the first.
     - A tone beeps if it is heard three times or more, at 300 to 700 Hz. All else is heard nine tenths of the time.

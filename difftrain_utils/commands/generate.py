@@ -464,7 +464,7 @@ def arrange(pictures: list[Sample], output: Path) -> list[Grid]:
 
 def save_grids(drawn: dict[Sample, "Image | Clip | Sound"], facts: dict[str, Any], grids: list[Grid]) -> list[Path]:
     """Write them, and return their paths. Raises RunError if they cannot be written."""
-    from difftrain_utils.media.audio import spectrogram
+    from difftrain_utils.media.spectrogram import spectrogram
     from difftrain_utils.media.video import side_by_side
 
     for grid in grids:
@@ -476,7 +476,7 @@ def save_grids(drawn: dict[Sample, "Image | Clip | Sound"], facts: dict[str, Any
             for sound, picture, path in zip(made, grid.pictures, sounds or [last], strict=True):
                 save(sound, path, [picture], facts)
             if sounds:
-                save(lay_out(grid, [*map(spectrogram, made)]), last, grid.pictures, facts)
+                save(lay_out(grid, [spectrogram(*sound) for sound in made]), last, grid.pictures, facts)
         else:
             save(side_by_side(made, partial(lay_out, grid)), grid.path, grid.pictures, facts)
     return [path for grid in grids for path in grid.paths]

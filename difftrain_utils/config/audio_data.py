@@ -55,8 +55,8 @@ class AudioDataConfig(CaptionsConfig):
     is, as Stable Audio was trained; or that the `window` is all there is, from 0 to its end, or to that of a sound that
     is shorter, as its pipeline is told where nothing else is said."""
     peak: float | None = None
-    """Scale each window so that its largest amplitude is this, of at most 1 (silence stays silence); null: as loud as
-    its file."""
+    """Scale each window so that its largest amplitude is this, of at most 1 (one that is almost silent, below -60 dB,
+    stays so); null: as loud as its file."""
     mask_padding: bool = True
     """Leave the silence that a short sound is padded with out of the loss, which is then the mean over the sound alone;
     false: it is learned."""

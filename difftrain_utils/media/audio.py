@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from difftrain_utils.config.audio_data import AudioDataConfig, AudioSourceConfig
 from difftrain_utils.errors import RowError, counted, one_line
@@ -21,6 +20,7 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
+from difftrain_utils.media.spectrogram import spectrogram
 from difftrain_utils.media.video import STARTS, digest_of, least_to_most, open_file
 
 MARGIN = 2048  # samples at the lower rate on both sides of a window that is resampled: with them it is as of the whole
@@ -28,18 +28,17 @@ LAST_PAGE = 2**20  # samples at the end of Vorbis, within which libvorbis misses
 # Samples before a window from which on it is decoded as it would be from the file's beginning: a frame of an MP3 may
 # take bits from 24 frames of 576 before it, and Opus remembers
 LEAD_IN = {"MPEG_LAYER_III": 32 * 576, "OPUS": 48000}
-TAG, FIRST_FRAME = 10, 4096  # bytes of ID3's header, and those after its tag in which an MP3 says how long it is
+TAG, FIRST_FRAME = 10, 4096  # bytes of ID3's header, and those after its tags in which an MP3's first frame begins
+SYNC, HEAD = re.compile(rb"\xff[\xe2-\xff]"), 42  # how a frame begins, and bytes of its longest head and what is sought
 LENGTHS = (b"Xing", b"Info")
 UNKNOWN = (1, 4)  # of libsndfile's errors: a format, and an encoding in one, that it does not know
 CUT_OFF = re.compile(r"(\d+) \(should be (\d+)\)|end-of-stream")  # in what libsndfile logs
 STREAMED = 2**31 - 2**16  # bytes, from which on a header says that its writer did not know how many
 BLOCK = 2**18  # samples that are decoded at once of a whole sound
 FULL_SCALE = 0.9999  # from here on an amplitude is as large as a file of 16 bits has them
-FAINT, LOUD, OFFSET = (
-    1e-3,
-    2.0,
-    0.05,
-)  # a largest amplitude below and above which, and a mean from which on, is a warning
+FAINT = 1e-3  # a sound whose largest amplitude is less is almost silent, which is a warning, and stays so
+LOUD = 2.0  # and so is one that is more
+OFFSET = 0.05  # a mean from which on a sound is not centred
 
 
 # ── What is asked of a medium (media.py) ─────────────────────────────────────────────────────────────────────
@@ -190,7 +189,7 @@ def save(made: list[Sound], labels: list[str], path: Path) -> None:
     for number, sound in enumerate(made):
         write_sound(sound, path.with_name(f"{path.stem}-{number:02d}.wav"))
     with new_file(path.with_suffix(".png")) as partial:
-        labelled_grid([spectrogram(sound) for sound in made], labels).save(partial, "PNG")
+        labelled_grid([spectrogram(*sound) for sound in made], labels).save(partial, "PNG")
 
 
 def write_sound(sound: Sound, path: Path, comment: str | None = None) -> None:
@@ -258,19 +257,21 @@ def open_sound(row: Row, config: AudioDataConfig) -> Iterator[tuple[Any, Header]
 
 
 def _says_length(file: BinaryIO) -> bool:
-    """Whether the first frame of an MP3 counts the others: without that libsndfile guesses, and leaves out what is
-    beyond. Leaves the file where it was."""
-    place = file.tell()
+    """Whether the first frame of an MP3, which comes after tags, counts the others: without that libsndfile guesses,
+    and leaves out what is beyond (a frame with VBRI it does not read). Leaves the file where it was."""
+    was_at, start = file.tell(), 0
     file.seek(0)
-    tag = file.read(TAG)
-    if tag[:3] == b"ID3":
+    while (tag := file.read(TAG))[:3] == b"ID3":
         size = 0
         for byte in tag[6:]:
             size = size << 7 | byte & 0x7F
-        file.seek(TAG + size)
-    start = file.read(FIRST_FRAME)
-    file.seek(place)
-    return any(mark in start for mark in LENGTHS)
+        start += TAG + size
+        file.seek(start)
+    file.seek(start)
+    begin = file.read(FIRST_FRAME)
+    file.seek(was_at)
+    frame = SYNC.search(begin)
+    return frame is not None and any(mark in begin[frame.start() : frame.start() + HEAD] for mark in LENGTHS)
 
 
 def _check(header: Header, name: str, config: AudioDataConfig) -> None:
@@ -330,7 +331,7 @@ def read_window(row: Row, start: float, length: int, config: AudioDataConfig) ->
         raise RowError(f"{row.name}: it has samples that are infinite or no number")
     if config.audio_channels != samples.shape[1]:
         samples = samples.mean(1, keepdims=True) if config.audio_channels == 1 else samples.repeat(2, axis=1)
-    if config.peak is not None and (peak := np.abs(samples).max()) > 0:
+    if config.peak is not None and (peak := np.abs(samples).max()) >= FAINT:
         samples = samples * np.float32(config.peak / peak)
     return Window(np.ascontiguousarray(samples.T), first, total)
 
@@ -348,7 +349,8 @@ def _resampled(sound, header: Header, name: str, first: int, length: int, sampli
     begin = max(first * down // up - margin, 0) // down * down
     end = min(-(-(first + length) * down // up) + margin, header.num_samples)
     decoded = _decoded(sound, header, name, begin, end - begin)
-    # of soxr's qualities the one whose window is that of the whole, but for the last bit of some samples
+    # of soxr's qualities the one whose window is that of the whole: but for the last bit of some samples between usual
+    # rates, and within 3e-5 between odd ones (44100 and 44099)
     resampled = soxr.resample(decoded, header.sampling_rate, sampling_rate, quality="VHQ")
     skipped = begin // down * up
     return resampled[first - skipped : first - skipped + length]
@@ -455,59 +457,3 @@ def describe_found(heard: Sequence[Heard]) -> str:
 
 def _decibels(power: float) -> float:
     return 10 * math.log10(power)
-
-
-# ── Pictures of sounds ───────────────────────────────────────────────────────────────────────────────────────
-WIDTH, HEIGHT, FLOOR = 320, 160, -80.0  # of a spectrogram in pixels, and what is black, in dB below a full sine
-LEFT, BELOW = 52, 20  # pixels beside it, for the frequencies and the time
-FRAME = 0.046  # seconds that are looked at at a time
-COLORS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # matplotlib's magma, in steps
-TICKS = {100: "100 Hz", 500: "500 Hz", 1000: "1 kHz", 2000: "2 kHz", 5000: "5 kHz", 10_000: "10 kHz", 20_000: "20 kHz"}
-
-
-def spectrogram(sound: Sound) -> Image.Image:
-    """The power of a sound's frequencies, from 0 at the bottom to half the rate at the top, over its time, with their
-    axes. Frequencies are on the mel scale, which is about even below 1 kHz and by octaves above; black is 80 dB below a
-    sine of full scale, and white that."""
-    length, nyquist = sound.samples.shape[1], sound.sampling_rate / 2
-    level = (10 * np.log10(_power(sound) + 1e-12) / -FLOOR + 1).clip(0, 1)
-    at = np.linspace(0, 1, len(COLORS))
-    pixels = np.stack([np.interp(level, at, channel) for channel in zip(*COLORS, strict=True)], -1)
-    picture = Image.new("RGB", (LEFT + WIDTH, HEIGHT + BELOW), "white")
-    picture.paste(Image.fromarray(pixels.round().astype(np.uint8)[:, ::-1].transpose(1, 0, 2)), (LEFT, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
-    for frequency, label in TICKS.items():
-        y = HEIGHT * (1 - mel(frequency) / mel(nyquist))
-        if y >= 0:
-            draw.line((LEFT - 4, y, LEFT - 1, y), "black")
-            draw.text((LEFT - 7, max(y, 6)), label, "black", font, anchor="rm")
-    for share, anchor in ((0, "lt"), (0.5, "mt"), (1, "rt")):
-        seconds = f"{share * length / sound.sampling_rate:.3g}" + (" s" if share else "")
-        draw.text((LEFT + share * (WIDTH - 1), HEIGHT + 5), seconds, "black", font, anchor=anchor)
-    return picture
-
-
-def mel(frequency: np.ndarray | float) -> np.ndarray | float:
-    """The mels of a frequency in Hz (O'Shaughnessy 1987)."""
-    return 2595 * np.log10(1 + frequency / 700)
-
-
-def _power(sound: Sound) -> np.ndarray:
-    """The power in each column and row of a spectrogram, (WIDTH, HEIGHT), 1 of a sine of full scale: the mean over all
-    looks in a column, half a look apart at most, and the channels, and the largest of a row's frequencies."""
-    size = max(2, 2 ** round(math.log2(FRAME * sound.sampling_rate)))
-    samples, window = sound.samples.astype(np.float32), np.hanning(size).astype(np.float32)
-    padded = np.pad(samples, ((0, 0), (size // 2, size)))
-    looks = -(-2 * samples.shape[1] // (WIDTH * size))
-    starts = np.linspace(0, samples.shape[1], WIDTH * looks, endpoint=False).astype(int)
-    power = np.zeros((len(starts), size // 2 + 1))
-    for channel in padded:
-        frames = np.lib.stride_tricks.sliding_window_view(channel, size)[starts] * window
-        power += np.abs(np.fft.rfft(frames)) ** 2 / len(padded) / (window.sum() / 2) ** 2
-    power = power.reshape(WIDTH, looks, -1).mean(1)
-    highest = mel(sound.sampling_rate / 2)
-    edges = 700 * (10 ** (np.linspace(0, highest, HEIGHT + 1) / 2595) - 1) / sound.sampling_rate * size  # in bins
-    within = np.linspace(edges[:-1], edges[1:], math.ceil(edges[-1] - edges[-2]) + 1, axis=-1)  # (HEIGHT, places)
-    below = within.astype(int).clip(max=size // 2 - 1)
-    share = within - below
-    return (power[:, below] * (1 - share) + power[:, below + 1] * share).max(-1)

@@ -12,23 +12,18 @@ from PIL import Image
 from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.errors import RowError, RunError
 from difftrain_utils.media.audio import (
-    HEIGHT,
-    LEFT,
     MIDDLE,
-    WIDTH,
     Place,
     Row,
     Sound,
     check,
     describe_found,
     find_problems,
-    mel,
     place,
     read,
     read_header,
     read_window,
     save,
-    spectrogram,
 )
 
 RATE, LENGTH = 44100, 5000
@@ -78,15 +73,22 @@ def foreign(
     return buffer.getvalue()
 
 
-def with_picture(content: bytes) -> bytes:
-    """An MP3 with a tag of 100,000 bytes before it."""
-    size = bytes(100_000 >> shift & 0x7F for shift in (21, 14, 7, 0))
-    return b"ID3\3\0\0" + size + b"APIC" + np.random.default_rng(0).bytes(100_000 - 4) + content
+def with_picture(content: bytes, length: int = 100_000) -> bytes:
+    """An MP3 with a tag of so many bytes before it, and those that it had after that."""
+    size = bytes(length >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + size + b"APIC" + np.random.default_rng(0).bytes(length - 4) + content
+
+
+def without_length() -> bytes:
+    """An MP3 that has in a later frame what would say its length in the first."""
+    content = foreign(samples_of(4), write_xing="0")
+    return content[:2000] + b"Info" + content[2004:]
 
 
 FOREIGN = {
     "MP3 of a variable bit rate": lambda: foreign(samples_of(4)),
     "MP3 with a picture": lambda: with_picture(foreign(samples_of(4))),
+    "MP3 with two tags": lambda: with_picture(with_picture(foreign(samples_of(4)), 10_000)),
     "MP3 of 32 kbit/s": lambda: foreign(samples_of(4, 1), quality={"b": "32k"}),
     "MP3 of 8 kbit/s": lambda: foreign(samples_of(4, 1, 16000), rate=16000, quality={"b": "8k"}),
     "FLAC of blocks of 777": lambda: foreign(samples_of(4), "flac", quality={"frame_size": "777"}),
@@ -193,8 +195,9 @@ def test_channels_and_loudness():
     loud, quiet = (read(row_of(sound(scale * both)), Place(0.0), (LENGTH,), config_of(peak=0.9))["waveforms"]
                    for scale in (1, 0.01))  # fmt: skip
     assert loud.abs().max() == pytest.approx(0.9) and torch.allclose(loud, quiet, atol=1e-6)
-    silence = read(row_of(sound(0 * both)), MIDDLE, (LENGTH,), config_of(peak=0.9))["waveforms"]
-    assert not silence.any()
+    for faint in (0 * both, 1e-3 * both):
+        kept = read(row_of(sound(faint)), Place(0.0), (LENGTH,), config_of(peak=0.9))["waveforms"]
+        assert torch.equal(kept, torch.from_numpy(faint[:LENGTH].T))
     with pytest.raises(RowError, match=r"^a.wav: 3 channels, where there must be 1 or 2$"):
         read(row_of(sound(samples_of(0.1, 3))), MIDDLE, (LENGTH,), CONFIG)
 
@@ -225,7 +228,7 @@ def damaged(content: bytes) -> bytes:
         (lambda: damaged(sound(samples_of(4), RATE, "FLAC", "PCM_16")), "cannot decode the sound at 1.95 s: "),
         (lambda: (c := sound(samples_of(4), RATE, "FLAC", "PCM_16"))[: len(c) * 2 // 3], "cannot decode the sound: "),
         (lambda: (c := sound(samples_of(4), RATE, *KINDS[4]))[: len(c) * 2 // 3], "cut off, it ends at .* of its 4.02"),
-        (lambda: foreign(samples_of(4), write_xing="0"), "an MP3 that does not say how long it is; `ffmpeg -i"),
+        (without_length, "an MP3 that does not say how long it is; `ffmpeg -i"),
         (lambda: sound(np.full((9000, 1), np.nan, np.float32)), "it has samples that are infinite or no number"),
     ],
     ids=["empty", "M4A", "no samples", "GSM", "damaged FLAC", "cut FLAC", "cut MP3", "MP3 without a length", "NaN"],
@@ -313,11 +316,6 @@ def test_made_sounds_are_wav_files_and_a_picture(tmp_path):
         assert rate == 8000 and np.abs(samples.T - made.samples).max() < 1.01 * 2**-15
     with Image.open(tmp_path / "samples/step-4.png") as picture:
         assert picture.width > picture.height > 128
-    shown = [np.asarray(spectrogram(made).convert("L"))[:HEIGHT, LEFT + WIDTH // 2] for made in sounds]
-    heights = [HEIGHT * (1 - mel(hertz) / mel(4000)) for hertz in (1000, 3000)]
-    assert [column.argmax() for column in shown] == pytest.approx(heights, abs=2)
-    assert min(column.max() for column in shown) > 200, "a sine of full scale is white"
-    assert np.asarray(spectrogram(Sound(np.zeros((1, 800)), 8000)))[:HEIGHT, LEFT:].max() <= 4
 
 
 def test_a_sound_that_has_no_room_is_an_error_of_ours(tmp_path):
