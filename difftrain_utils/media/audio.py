@@ -20,8 +20,8 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
+from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file
 from difftrain_utils.media.spectrogram import spectrogram
-from difftrain_utils.media.video import STARTS, digest_of, least_to_most, open_file
 
 MARGIN = 2048  # samples at the lower rate on both sides of a window that is resampled: with them it is as of the whole
 LAST_PAGE = 2**20  # samples at the end of Vorbis, within which libvorbis misses the place that is sought

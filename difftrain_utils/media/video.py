@@ -2,15 +2,12 @@
 image is a clip of one frame."""
 
 import contextlib
-import hashlib
-import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -22,8 +19,8 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
+from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file
 
-STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is the same each time
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
 SEEK_BACK = (0.0, 2.0, 10.0)  # seconds before a window at which a keyframe is looked for
@@ -93,7 +90,7 @@ def check(row: Row, index: int, config: VideoDataConfig) -> list[Any]:
     try:
         captions_of(captions, row.name)
         if not row.window:
-            digest = digest_of(row.video, row.name)
+            digest = digest_of(row.video, row.name, "video")
             check_length(read_header(row), row.name, config)
     except RowError:
         if config.on_bad_row == "stop":
@@ -232,35 +229,6 @@ def no_mp4() -> str | None:
 
 
 # ── Files of videos ──────────────────────────────────────────────────────────────────────────────────────────
-@contextlib.contextmanager
-def open_file(value: dict[str, Any] | None, name: str, noun: str = "video") -> Iterator[BinaryIO]:
-    """The content of an undecoded `datasets.Video`, or `Audio`, which is in the row, in a file or (of a stream) at a
-    URL, of which no more is read than is asked for.
-
-    Raises:
-        RowError: there is none, or its file cannot be read.
-    """
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise RowError(f"{name}: no {noun}")
-    if value["bytes"] is not None:
-        yield io.BytesIO(value["bytes"])
-        return
-    try:
-        with fsspec.open(value["path"], "rb") if "://" in value["path"] else Path(value["path"]).open("rb") as file:
-            yield file
-    except OSError as error:
-        raise RowError(f"{name}: {error.strerror or one_line(error)}") from None
-
-
-def digest_of(value: dict[str, Any] | None, name: str, noun: str = "video") -> str:
-    """SHA-256 of a row's file. Raises RowError if it cannot be read."""
-    digest = hashlib.sha256()
-    with open_file(value, name, noun) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_still(file: BinaryIO, name: str) -> Image.Image | None:
     """The image in a file; None if it has none or several, as a GIF may. Raises RowError if it is damaged, or a WebP
     that moves."""
@@ -296,7 +264,7 @@ class Header(NamedTuple):
 
 def read_header(row: Row) -> Header:
     """What a row's video is, of which the first frame alone is decoded. Raises RowError if it cannot be read."""
-    with open_file(row.video, row.name) as file:
+    with open_file(row.video, row.name, "video") as file:
         if (still := read_still(file, row.name)) is not None:
             return Header(None, still.height, still.width)
         with open_video(file, row.name) as (container, stream):
@@ -324,12 +292,6 @@ def describe_found(headers: Sequence[Header]) -> str:
     return number
 
 
-def least_to_most(values: Sequence[float]) -> str:
-    """Such as "2.1 to 30"."""
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return low if low == high else f"{low} to {high}"
-
-
 def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
@@ -355,7 +317,7 @@ def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator
     Raises:
         RowError: see `read`.
     """
-    with open_file(row.video, row.name) as file:
+    with open_file(row.video, row.name, "video") as file:
         if (still := read_still(file, row.name)) is not None:
             if num_frames > 1:
                 raise RowError(_too_short(row.name, None, num_frames, fps))

@@ -13,6 +13,7 @@ from difftrain_utils.errors import RowError, one_line, shorten
 from difftrain_utils.families.diffusers_family import ENCODED_AT_ONCE
 from difftrain_utils.media import audio, pairs, video
 from difftrain_utils.media.image import read_bytes
+from difftrain_utils.media.recordings import open_file
 from difftrain_utils.optimization.sharding import num_bytes
 from difftrain_utils.run.gpus import Gpu, peak_of
 from difftrain_utils.run.memory import Planner
@@ -219,7 +220,7 @@ def _row_bytes(row) -> int:
     """Of a row's files. Raises RowError if one cannot be read."""
     if isinstance(row, (video.Row, audio.Row)):
         content, noun = (row.video, "video") if isinstance(row, video.Row) else (row.audio, "sound")
-        with video.open_file(content, row.name, noun) as file:
+        with open_file(content, row.name, noun) as file:
             return file.seek(0, os.SEEK_END)
     images = [row.image, row.rejected] if isinstance(row, pairs.Row) else [row.image]
     return sum(len(read_bytes(image, row.name)) for image in images)

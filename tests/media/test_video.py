@@ -100,7 +100,7 @@ def test_a_clip_at_the_end_is_read_from_the_keyframe_before_it(monkeypatch):
 
     frames = [Image.fromarray(rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)) for _ in range(100)]
     content = video(frames, **FOR_BROWSERS | {"options": {"preset": "ultrafast", "crf": "1", "g": "10"}})
-    monkeypatch.setattr("difftrain_utils.media.video.io.BytesIO", Counted)
+    monkeypatch.setattr("difftrain_utils.media.recordings.io.BytesIO", Counted)
     assert len(list(read_frames(row_of(content), 0.999, 5, 12))) == 5
     assert len(content) > 8e6 and sum(read) < len(content) / 3
 
