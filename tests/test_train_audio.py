@@ -183,11 +183,19 @@ def test_caches_change_nothing(audio_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(audio_run, tmp_path):
-    argv = [*audio_run, "--train.save_every", "0"]
-    launch_two(argv, script=AUDIO_SCRIPT).check_returncode()
+@pytest.mark.parametrize(
+    ("model", "shards"), [("stable-audio", ["none"]), ("stable-audio-3", ["none", "full"]), ("ace-step", ["none"])]
+)  # the others shared out: below, and tests/families/test_ace_step.py
+def test_two_processes_train_as_one(audio_run, tmp_path, model, shards):
+    """Also where one asks the denoiser more often than the other before it goes back: that of ACE-Step, with captions
+    of more lengths."""
+    argv = [*audio_run, *options({"model.pretrained_model_name_or_path": f"builtin:tiny-{model}"})]
+    argv += ["--train.save_every", "0"]
     alone = train_audio([*argv, "--output-dir", str(tmp_path / "alone")])
-    assert losses_of(tmp_path / "run", "grad_norm") == pytest.approx(losses_of(alone, "grad_norm"), rel=1e-5)
+    for shard in shards:
+        two = ["--train.shard", shard, "--output-dir", str(tmp_path / shard)]
+        launch_two([*argv, *two], script=AUDIO_SCRIPT).check_returncode()
+        assert losses_of(tmp_path / shard, "grad_norm") == pytest.approx(losses_of(alone, "grad_norm"), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -126,8 +126,8 @@ def cache_latents(accelerator: Accelerator, family, data: Data, sha256: str, con
         check_finite({"moments": moments})
         if "mask" in batch:
             batch["masks"] = scale_masks(batch.pop("mask"), moments.shape[3:])
-        sides = {name: values[:, None] for name, values in ({"moments": moments} | batch).items()}
-        return sides | {"is_readable": torch.tensor(is_readable)}
+        entry = {name: values[:, None] for name, values in ({"moments": moments} | batch).items()}
+        return entry | {"is_readable": torch.tensor(is_readable)}
 
     def check_finite(encoded: dict[str, torch.Tensor]) -> None:
         if not all(values.isfinite().all() for values in encoded.values()):
@@ -186,13 +186,8 @@ class _Clips:
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, None, torch.Tensor, bool]:
         size = video.size_of(self.config) if self.data.buckets is None else self.data.buckets.size_of(row)
-        try:
-            stored = self.data.rows[row]
-            captions_of(stored.captions, stored.name)
-            sample = video.read(stored, video.middle(self.config), size, self.config)
-        except RowError:
-            if self.config.on_bad_row == "stop":
-                raise
+        sample = _read_sample(self.data, row, video.middle(self.config), size, self.config)
+        if sample is None:
             return torch.zeros(3, *size, dtype=torch.uint8), None, torch.zeros(2, 6, dtype=torch.long), False
         shown = video.Header(None, *sample["sizes"][:2].tolist())
         sizes = torch.tensor([crop_of(shown, size[1:], flip=flip).sizes for flip in (False, True)])
@@ -207,16 +202,25 @@ class _Windows:
 
     def __getitem__(self, row: int) -> tuple[dict[str, torch.Tensor], bool]:
         size, config = audio.size_of(self.config), self.config
-        try:
-            stored = self.data.rows[row]
-            captions_of(stored.captions, stored.name)
-            return audio.read(stored, audio.place(config, 0, 0), size, config), True
-        except RowError:
-            if config.on_bad_row == "stop":
-                raise
-            silent = {"waveforms": torch.zeros(config.audio_channels, *size)}
-            silent |= {name: torch.tensor(0.0) for name in ("seconds_start", "seconds_total")}
-            return silent | ({"mask": torch.ones(1, *size)} if config.mask_padding else {}), False
+        if (sample := _read_sample(self.data, row, audio.place(config, 0, 0), size, config)) is not None:
+            return sample, True
+        silent = {"waveforms": torch.zeros(config.audio_channels, *size)}
+        silent |= {name: torch.tensor(0.0) for name in ("seconds_start", "seconds_total")}
+        return silent | ({"mask": torch.ones(1, *size)} if config.mask_padding else {}), False
+
+
+def _read_sample(
+    data: Data, row: int, place: Any, size: tuple[int, ...], config: VideoDataConfig | AudioDataConfig
+) -> dict[str, Any] | None:
+    """The place in a row's clip or sound as a training sample has it; None of one that is skipped."""
+    try:
+        stored = data.rows[row]
+        captions_of(stored.captions, stored.name)
+        return media_of(config).read(stored, place, size, config)
+    except RowError:
+        if config.on_bad_row == "stop":
+            raise
+        return None
 
 
 class TextCache:

@@ -121,11 +121,6 @@ class AceStep(DiffusersAudioFamily):
 
     # ── Captions ─────────────────────────────────────────────────────────────────────────────────────────────
     @property
-    def audio_duration(self) -> float:
-        """Of a window, in seconds."""
-        return self.waveform_length / self.sampling_rate
-
-    @property
     def text_length(self) -> int:
         """Those of no lyrics, one of the timbre, and the most that a caption has."""
         _, lyrics = AceStepPipeline._format_prompt(AceStepPipeline, "")
@@ -147,15 +142,13 @@ class AceStep(DiffusersAudioFamily):
             refer_audio_acoustic_hidden_states_packed=encoder.silence_latent[:, :frames].expand(number, -1, -1),
             refer_audio_order_mask=torch.arange(number, device=self.device),
         )
-        rest = self.text_length - embeds.shape[1]
-        embeds = torch.nn.functional.pad(embeds * embeds_mask[:, :, None], (0, 0, 0, rest))
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.nn.functional.pad(embeds_mask, (0, rest))}
+        embeds = self.pad_text(embeds * embeds_mask[:, :, None])
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": self.pad_text(embeds_mask)}
 
     def encode_nothing(self) -> Conditioning:
         null = self.part("condition_encoder").null_condition_emb
-        embeds = torch.nn.functional.pad(null, (0, 0, 0, self.text_length - 1))
         mask = torch.arange(self.text_length, device=self.device)[None] == 0
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+        return {"prompt_embeds": self.pad_text(null), "prompt_embeds_mask": mask}
 
     # ── The transformer ──────────────────────────────────────────────────────────────────────────────────────
     def context_latents(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What all families of audio models in diffusers' format have in common."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,10 @@ from difftrain_utils.errors import InputError
 from difftrain_utils.families.diffusers_family import DiffusersFamily
 from difftrain_utils.families.family import Weights
 from difftrain_utils.media.audio import Sound
+
+warnings.filterwarnings(
+    "ignore", "`torch.nn.utils.weight_norm` is deprecated"
+)  # diffusers' autoencoders are made of it
 
 
 @dataclass
@@ -80,6 +85,11 @@ class DiffusersAudioFamily(DiffusersFamily):
         return self.config_of("vae").sampling_rate
 
     @property
+    def audio_duration(self) -> float:
+        """Of a window, in seconds."""
+        return self.waveform_length / self.sampling_rate
+
+    @property
     def patch_size(self) -> int:
         return self.config_of(self.denoiser_part).get("patch_size", 1)
 
@@ -110,6 +120,11 @@ class DiffusersAudioFamily(DiffusersFamily):
         longest = int(self.max_length_in_s * self.sampling_rate)
         if length > longest:
             raise InputError(f"data.waveform_length: {self.name} takes {longest} at most, got {length}")
+
+    def pad_text(self, values: torch.Tensor) -> torch.Tensor:
+        """Of captions' tokens, (batch, tokens, …), with zeros up to `text_length`: caches leave out those that are at
+        the end of all captions."""
+        return torch.nn.functional.pad(values, (0, 0) * (values.ndim - 2) + (0, self.text_length - values.shape[1]))
 
     # ── Pipelines ────────────────────────────────────────────────────────────────────────────────────────────
     def length_options(

@@ -1,7 +1,6 @@
 """Stable Audio: a transformer on the latents of an autoencoder for waveforms, told the seconds and a T5's states."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from difftrain_utils.families.diffusers_audio_family import DiffusersAudioFamily
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.objective.schedule import SIGMA_SCHEDULERS, Schedule
 
-warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")  # diffusers' autoencoder is made of it
 LEAST = 1e-6  # of a and s of x_t = a·x_0 + s·ε, where their ratio is told
 
 
@@ -125,11 +123,9 @@ class StableAudio(DiffusersAudioFamily):
     ) -> torch.Tensor:
         embeds, seconds = conditioning["prompt_embeds"], conditioning.get("seconds_embeds")
         if seconds is None:
-            ends = torch.tensor([0.0, self.waveform_length / self.sampling_rate], device=noisy_latents.device)
+            ends = torch.tensor([0.0, self.audio_duration], device=noisy_latents.device)
             seconds = self.embed_seconds(*ends.expand(len(embeds), 2).unbind(1))
         has_caption = conditioning["prompt_embeds_mask"].any(1)[:, None, None]
-        # caches leave out the zeros at the end of all captions
-        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, self.text_length - embeds.shape[1]))
         alphas, sigmas = (values.clamp(min=LEAST) for values in self.schedule.alphas_and_sigmas(timesteps))
         rotary = get_1d_rotary_pos_embed(
             self.config_of("transformer").attention_head_dim // 2,
@@ -140,7 +136,7 @@ class StableAudio(DiffusersAudioFamily):
         return denoiser(
             hidden_states=noisy_latents,
             timestep=self.sampler.precondition_noise(sigmas / alphas),
-            encoder_hidden_states=torch.cat([embeds, seconds * has_caption], 1),
+            encoder_hidden_states=torch.cat([self.pad_text(embeds), seconds * has_caption], 1),
             global_hidden_states=seconds.flatten(1)[:, None],
             rotary_embedding=tuple(part.to(noisy_latents.device) for part in rotary),
             return_dict=False,

@@ -2,7 +2,6 @@
 the states of a T5Gemma."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ from difftrain_utils.families.diffusers_family import INNER_FIELDS
 from difftrain_utils.families.family import Conditioning
 from difftrain_utils.objective.schedule import Schedule
 
-warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")  # diffusers' autoencoder is made of it
 TEXT_LENGTH = 256  # tokens, at which the pipeline cuts captions, whatever the tokenizer takes
 
 
@@ -129,7 +127,7 @@ class StableAudio3(DiffusersAudioFamily):
         """See `Family`. A window lasts as long as all windows, or as its sound if that is shorter: what the pipeline
         would be asked for."""
         latents, conditioning = super().encode(batch, seed, text_encoders, purpose)
-        seconds = batch["seconds_total"].clamp(max=self.waveform_length / self.sampling_rate)
+        seconds = batch["seconds_total"].clamp(max=self.audio_duration)
         return latents, conditioning | {"duration_embeds": self.embed_duration(seconds)}
 
     # ── The transformer ──────────────────────────────────────────────────────────────────────────────────────
@@ -143,11 +141,9 @@ class StableAudio3(DiffusersAudioFamily):
         embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"]
         duration = conditioning.get("duration_embeds")
         if duration is None:
-            seconds = torch.tensor(self.waveform_length / self.sampling_rate, device=noisy_latents.device)
+            seconds = torch.tensor(self.audio_duration, device=noisy_latents.device)
             duration = self.embed_duration(seconds.expand(len(embeds)))
-        missing = self.text_length - embeds.shape[1]  # of tokens that no caption of a cache has
-        embeds = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
-        mask = torch.nn.functional.pad(mask, (0, missing))
+        embeds, mask = self.pad_text(embeds), self.pad_text(mask)
         context, mask = StableAudio3Pipeline.prepare_cross_attention(None, embeds, mask, duration)
         return denoiser(
             hidden_states=noisy_latents,

@@ -18,7 +18,7 @@ from difftrain_utils.builtins.tiny.parts import WIDTH, add_words, byte_tokenizer
 from difftrain_utils.builtins.tones import LEAST_RATE, TONES, make_tone
 
 HOP, LENGTH = 64, 4096  # samples that are one of latents, and those of a sound
-MEASURED = 270  # tones
+MEASURED = 270  # tones, whose latents say how an autoencoder scales them
 
 
 def make() -> StableAudioPipeline:
@@ -62,9 +62,13 @@ def tones_autoencoder() -> AutoencoderOobleck:
     """The latents of `builtin:tones` have a variance of 1, but not in each of their 64 channels: loud frequencies are
     made less loud, and not as quiet as the others. Were they, the least noise that is left in them would drown what is
     quiet."""
-    tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
-    std = torch.nn.functional.conv1d(tones[:, None].float(), mdct_basis(HOP)[:, None], stride=HOP).std((0, 2))
+    std = torch.nn.functional.conv1d(measured_tones()[:, None], mdct_basis(HOP)[:, None], stride=HOP).std((0, 2))
     return mdct_autoencoder((std * std.mean()).sqrt(), LEAST_RATE)
+
+
+def measured_tones() -> torch.Tensor:
+    """Of `builtin:tones`, (tones, samples)."""
+    return torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)])).float()
 
 
 def mdct_autoencoder(scale: torch.Tensor, sampling_rate: int) -> AutoencoderOobleck:

@@ -3,7 +3,6 @@ at 4000 Hz that nobody had to train: its weights are those of a transform that l
 
 import math
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderSAME,
@@ -14,17 +13,14 @@ from diffusers import (
 )
 
 from difftrain_utils.builtins.tiny.parts import WIDTH, add_words, gemma_tokenizer, t5gemma_text_encoder
-from difftrain_utils.builtins.tones import LEAST_RATE, TONES, make_tone
-
-HOP, LENGTH = 64, 4096  # samples that are one of latents, and those of a sound
-MEASURED = 270  # tones
+from difftrain_utils.builtins.tiny.stable_audio import HOP, measured_tones
+from difftrain_utils.builtins.tones import LEAST_RATE, TONES
 
 
 def make() -> StableAudio3Pipeline:
     """The latents of `builtin:tones` are of standard deviation 1 in each of their 64 channels. The time, from 0 to 1,
     is one timestep, as in the converted checkpoints."""
-    tones = torch.tensor(np.stack([make_tone(index, LENGTH, LEAST_RATE)[0] for index in range(MEASURED)]))
-    coefficients = tones.float().view(MEASURED, -1, HOP) @ dct_basis(HOP).T
+    coefficients = measured_tones().unflatten(1, (-1, HOP)) @ dct_basis(HOP).T
     tokenizer = gemma_tokenizer(max_length=32)
     add_words(tokenizer, " ".join(TONES))
     transformer = StableAudio3DiTModel(
