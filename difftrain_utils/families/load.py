@@ -106,9 +106,7 @@ def load_family(config: Config, has_weights: bool = True, tokenizer: PreTrainedT
         if isinstance(config.model, TextModelConfig):
             source, class_name = _find_text(name, config.model.revision)
             return TEXT_FAMILIES[class_name].load(source, config, weights, tokenizer)
-        families = _families_for(config)
-        source, model_index = _find(name, config.model.revision, families)
-        family_class = families[model_index["_class_name"]]
+        source, model_index, family_class = _find(config)
         if config.data.cache_latents and family_class.image_part is None:
             raise InputError("data.cache_latents: this model trains on pixels, there is nothing to encode")
         family = family_class.load(source, model_index, config, weights)
@@ -155,9 +153,8 @@ def load_tokenizer(config: Config) -> Any:
         return load_family(config, has_weights=False).tokenizer
     name, revision = config.model.pretrained_model_name_or_path, config.model.revision
     with blame(f"model.pretrained_model_name_or_path: {name}", *LOAD_ERRORS):
-        families = _families_for(config)
-        source, model_index = _find(name, revision, families)
-        names = [name for name in families[model_index["_class_name"]].text_parts if name.startswith("tokenizer")]
+        source, model_index, family_class = _find(config)
+        names = [name for name in family_class.text_parts if name.startswith("tokenizer")]
         tokenizers = [load_part(source, model_index, name, revision=revision) for name in names]
         return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length, default=None)
 
@@ -176,28 +173,23 @@ def describe_family(name: str) -> DiffusersFamily:
         return family_class(source, None, None, model_index, schedule=None, sampler=None, name=name)
 
 
-def _families_for(config: Config) -> dict[str, type[ImageFamily]]:
-    """Those of what the script trains on."""
-    of_media = {VideoDataConfig: VIDEO_FAMILIES, AudioDataConfig: AUDIO_FAMILIES}
-    return of_media.get(type(config.data), FAMILIES)
-
-
-def _find(name: str, revision: str | None, families: dict[str, type[ImageFamily]]) -> tuple[str, dict[str, Any]]:
-    """Folder or hub name, and model_index.json, of a checkpoint of one of the families."""
-    of_media = {
-        "image": (FAMILIES, BUILTINS),
-        "video": (VIDEO_FAMILIES, VIDEO_BUILTINS),
-        "audio": (AUDIO_FAMILIES, AUDIO_BUILTINS),
+def _find(config: Config) -> tuple[str, dict[str, Any], type[ImageFamily]]:
+    """Folder or hub name, model_index.json and family of a config's checkpoint, one of those that its script trains."""
+    of_scripts = {
+        "train_text_to_image.py": (FAMILIES, BUILTINS),
+        "train_text_to_video.py": (VIDEO_FAMILIES, VIDEO_BUILTINS),
+        "train_text_to_audio.py": (AUDIO_FAMILIES, AUDIO_BUILTINS),
     }
-    builtins = next(names for known, names in of_media.values() if known is families)
-    source, model_index = read_index(name, revision, builtins)
+    of_data = {VideoDataConfig: "train_text_to_video.py", AudioDataConfig: "train_text_to_audio.py"}
+    families, builtins = of_scripts[of_data.get(type(config.data), "train_text_to_image.py")]
+    source, model_index = read_index(config.model.pretrained_model_name_or_path, config.model.revision, builtins)
     class_name = model_index["_class_name"]
     if class_name not in families:
-        for medium, (known, _) in of_media.items():
+        for script, (known, _) in of_scripts.items():
             if class_name in known:
-                raise ValueError(f"it is of {class_name}: train it with train_text_to_{medium}.py")
+                raise ValueError(f"it is of {class_name}: train it with {script}")
         raise ValueError(f"it is of {class_name}; known is {', '.join(families)}")
-    return source, model_index
+    return source, model_index, families[class_name]
 
 
 def _find_text(name: str, revision: str | None) -> tuple[str, str]:
@@ -230,7 +222,7 @@ def _source_of(name: str, revision: str | None, builtins: Sequence[str] = ()) ->
 
 
 def read_index(name: str, revision: str | None, builtins: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
-    """The same as `_find` of a checkpoint of any family."""
+    """Folder or hub name, and model_index.json, of a checkpoint of any family."""
     source = _source_of(name, revision, builtins)
     is_folder = Path(source).is_dir()
     if is_folder and not (Path(source) / "model_index.json").is_file():
