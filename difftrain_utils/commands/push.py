@@ -38,6 +38,7 @@ from difftrain_utils.run.run_folder import (
     WRITTEN,
     read_manifest,
     read_mapping,
+    sound_files,
 )
 from difftrain_utils.run.source import INDEX_FILE, MODEL_FILE
 
@@ -123,8 +124,7 @@ def collect(run: Path, repo: str, license: str | None) -> tuple[Files, list[str]
     for name in (GRID, PAGE, FILM):
         if samples := sorted((run / SAMPLES).glob(f"step-*{Path(name).suffix}")):
             files[name] = samples[-1]
-    sounds = (run / SAMPLES).glob(f"{files[GRID].stem}-*.wav") if GRID in files else ()
-    for path in sorted(sounds, key=lambda path: (len(path.name), path.name)):  # more than 100 have longer names
+    for path in sound_files(files[GRID]) if GRID in files else ():
         files[path.name.replace(files[GRID].stem, Path(GRID).stem)] = path
     config = public(read_mapping(run / CONFIG_FILE))
     files[CONFIG] = redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).encode()

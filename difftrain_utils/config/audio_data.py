@@ -75,8 +75,6 @@ class AudioDataConfig(CaptionsConfig):
         require(self.audio_channels in (1, 2), "audio_channels", "must be 1 or 2")
         require(0 <= self.min_length_in_s < math.inf, "min_length_in_s", "must be 0 or more")
         require(self.peak is None or 0 < self.peak <= 1, "peak", "must be above 0 and at most 1, or null")
-        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
-        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         rule = "needs a data.window that is not random (one window is kept)"
         require(not self.cache_latents or self.window != "random", "cache_latents", rule)
         if self.streaming:

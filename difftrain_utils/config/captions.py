@@ -51,6 +51,8 @@ class CaptionsConfig(RowsConfig):
         require(0 <= self.tag_dropout <= 1, "tag_dropout", "must be between 0 and 1")
         require(self.keep_tags >= 0, "keep_tags", "must be at least 0")
         require(self.tag_separator.strip() != "", "tag_separator", "must not be empty")
+        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
+        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         for name in ("keep_tags", "tag_separator"):
             is_default = getattr(self, name) == getattr(CaptionsConfig, name)
             require(is_default or self.changes_tags, name, "goes with data.shuffle_tags or data.tag_dropout")

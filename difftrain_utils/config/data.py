@@ -63,8 +63,6 @@ class DataConfig(CaptionsConfig):
     def check(self, require: Require) -> None:
         super().check(require)
         require(8 <= self.resolution <= MAX_SIDE, "resolution", f"must be from 8 to {MAX_SIDE} (MAX_SIDE in {HERE})")
-        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
-        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         has_one_crop = not self.cache_latents or self.center_crop
         require(has_one_crop, "cache_latents", "needs data.center_crop (one crop is kept)")
         sizes = self.buckets if isinstance(self.buckets, list) else [[8, 8]]

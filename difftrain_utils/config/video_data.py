@@ -83,8 +83,6 @@ class VideoDataConfig(CaptionsConfig):
         require(len(kinds) == len(sizes), "buckets", "must have different frames or aspect ratios")
         rule = "cannot go with data.window all, whose clips have num_frames"
         require(self.buckets is None or self.window != "all", "buckets", rule)
-        rule = "cannot go with data.shuffle_tags and data.tag_dropout, which make other captions each time"
-        require(not (self.cache_text and self.changes_tags), "cache_text", rule)
         missing = [] if self.center_crop else ["data.center_crop"]
         missing += ["a data.window that is not random"] if self.window == "random" else []
         rule = f"needs {' and '.join(missing)} (one clip is kept)"

@@ -36,12 +36,8 @@ BUILTIN_IMAGES = {  # how row (index, size in pixels) is drawn, with its caption
 VALIDATION = "data.validation_dataset"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `save_to_disk` wrote
-FEATURES = {  # of the columns of files
-    image: datasets.Image,
-    pairs: datasets.Image,
-    video: datasets.Video,
-    audio: datasets.Audio,
-}
+# Of the columns of files
+FEATURES = {image: datasets.Image, pairs: datasets.Image, video: datasets.Video, audio: datasets.Audio}
 # what `datasets` calls a folder, and its column
 FOLDERS = {image: "image", pairs: "image", video: "video", audio: "audio"}
 WITH_CAPTIONS_BESIDE = (image, video, audio)  # where there is no metadata.jsonl
