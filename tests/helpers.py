@@ -285,6 +285,36 @@ def assert_splits(train: Callable[[list[str]], Path], argv: list[str], unbroken:
         assert losses == pytest.approx(losses_of(unbroken), rel=1e-5)
 
 
+def assert_shared_out(train: Callable[[list[str]], Path], argv: list[str], script: Path, tmp_path: Path) -> None:
+    """Two processes that share out a run's weights (`train.shard` full) have the losses of one, resume to the same
+    bytes, and one resumes them to the same losses; evaluated, too."""
+    argv = [*argv, *options({"train.shard": "full", "train.eval_every": 4})]
+    launch_two(argv, script=script).check_returncode()
+    two, alone = tmp_path / "run", train([*argv, "--output-dir", str(tmp_path / "alone")])
+    names = ("grad_norm", "validation_loss", "validation_loss_ema")
+    assert losses_of(two, *names) == pytest.approx(losses_of(alone, *names), rel=1e-5)
+    resume = ["--resume-from", str(two / "checkpoint-2"), "--output-dir"]
+    launch_two([*argv, *resume, str(tmp_path / "resumed")], script=script).check_returncode()
+    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(two)
+    by_one = train([*argv, *resume, str(tmp_path / "one"), "--train.shard", "none"])
+    assert losses_of(by_one) == pytest.approx(losses_of(alone)[2:], rel=1e-5)
+
+
+def assert_survives_a_kill(
+    train: Callable[[list[str]], Path], argv: list[str], script: Path, tmp_path: Path, after: int
+) -> list[dict]:
+    """A run that is killed after so many steps is gone on with to the same bytes and metrics. Returns the segments of
+    its record."""
+    run = start([*argv, "--resume-from", "latest"], script=script)
+    wait_for(lambda: last_step(tmp_path / "run") >= after, run)
+    run.kill()
+    launch([*argv, "--resume-from", "latest"], script=script).check_returncode()
+    unbroken = train([*argv, "--output-dir", str(tmp_path / "unbroken")])
+    assert pipeline_bytes(tmp_path / "run") == pipeline_bytes(unbroken)
+    assert metrics_without_times(tmp_path / "run") == metrics_without_times(unbroken)
+    return json.loads((tmp_path / "run/run_manifest.json").read_text())["segments"]
+
+
 def without_dropout(short_run, tmp_path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(short_run[short_run.index("--model.pretrained_model_name_or_path") + 1], folder)

@@ -13,20 +13,17 @@ from diffusers import DiffusionPipeline
 from helpers import (
     AUDIO_SCRIPT,
     assert_resumes,
+    assert_shared_out,
     assert_splits,
+    assert_survives_a_kill,
     forget_accelerator,
-    last_step,
     last_wins,
-    launch,
     launch_two,
     losses_of,
     metrics_without_times,
     options,
-    pipeline_bytes,
     reproduce,
-    start,
     train_audio,
-    wait_for,
     weights_of,
 )
 from safetensors.torch import load_file
@@ -45,7 +42,6 @@ from difftrain_utils.objective.timesteps import sample_timesteps
 LENGTH, NUM_SOUNDS = 1024, 12
 WINDOWS = {"data.window": "all"}
 CACHES = WINDOWS | {"data.cache_latents": True, "data.cache_text": True}
-FULL = {"train.shard": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -200,30 +196,14 @@ def test_two_processes_train_as_one(audio_run, tmp_path, model, shards):
 
 @pytest.mark.slow
 def test_what_two_processes_share_out_they_resume_and_so_does_one(audio_run, tmp_path):
-    """To the same bytes, and to the same losses; evaluated, too."""
-    argv = [*audio_run, *options(FULL | {"train.eval_every": 4, "evaluation.prompts": ["a low tone", "low noise"]})]
-    launch_two(argv, script=AUDIO_SCRIPT).check_returncode()
-    two, alone = tmp_path / "run", train_audio([*argv, "--output-dir", str(tmp_path / "alone")])
-    names = ("grad_norm", "validation_loss", "validation_loss_ema")
-    assert losses_of(two, *names) == pytest.approx(losses_of(alone, *names), rel=1e-5)
-    resume = ["--resume-from", str(two / "checkpoint-2"), "--output-dir"]
-    launch_two([*argv, *resume, str(tmp_path / "resumed")], script=AUDIO_SCRIPT).check_returncode()
-    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(two)
-    by_one = train_audio([*argv, *resume, str(tmp_path / "one"), "--train.shard", "none"])
-    assert losses_of(by_one) == pytest.approx(losses_of(alone)[2:], rel=1e-5)
+    argv = [*audio_run, *options({"evaluation.prompts": ["a low tone", "low noise"]})]
+    assert_shared_out(train_audio, argv, AUDIO_SCRIPT, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(audio_run, tmp_path):
     argv = [*audio_run, *options({"train.max_steps": 20, "train.save_every": 4})]
-    run = start([*argv, "--resume-from", "latest"], script=AUDIO_SCRIPT)
-    wait_for(lambda: last_step(tmp_path / "run") >= 9, run)
-    run.kill()
-    launch([*argv, "--resume-from", "latest"], script=AUDIO_SCRIPT).check_returncode()
-    unbroken = train_audio([*argv, "--output-dir", str(tmp_path / "unbroken")])
-    assert pipeline_bytes(tmp_path / "run") == pipeline_bytes(unbroken)
-    assert metrics_without_times(tmp_path / "run") == metrics_without_times(unbroken)
-    assert len(json.loads((tmp_path / "run/run_manifest.json").read_text())["segments"]) == 2
+    assert len(assert_survives_a_kill(train_audio, argv, AUDIO_SCRIPT, tmp_path, after=9)) == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """train_text.py keeps the promises of the image script: it resumes with the same bytes, and only splits the batch."""
 
-import json
 import math
 
 import pytest
@@ -8,15 +7,13 @@ from helpers import (
     ROOT,
     TEXT_SCRIPT,
     assert_refused,
-    last_step,
+    assert_survives_a_kill,
     launch,
     launch_two,
     metrics_without_times,
     options,
     pipeline_bytes,
-    start,
     train_text,
-    wait_for,
 )
 from safetensors.torch import load_file
 
@@ -102,14 +99,7 @@ def test_two_processes_train_the_same(text_run, tmp_path, fields):
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(text_run, tmp_path):
     argv = [*text_run, *options({"train.max_steps": 30, "train.save_every": 5, "train.eval_every": 10})]
-    run = start([*argv, "--resume-from", "latest"], script=TEXT_SCRIPT)
-    wait_for(lambda: last_step(tmp_path / "run") >= 12, run)
-    run.kill()
-    launch([*argv, "--resume-from", "latest"], script=TEXT_SCRIPT).check_returncode()
-    unbroken = train_text([*argv, "--output-dir", str(tmp_path / "unbroken")])
-    assert pipeline_bytes(tmp_path / "run") == pipeline_bytes(unbroken)
-    assert metrics_without_times(tmp_path / "run") == metrics_without_times(unbroken)
-    segments = json.loads((tmp_path / "run/run_manifest.json").read_text())["segments"]
+    segments = assert_survives_a_kill(train_text, argv, TEXT_SCRIPT, tmp_path, after=12)
     assert [segment["from_step"] for segment in segments] == [0, 10]
 
 

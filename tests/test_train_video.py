@@ -14,21 +14,18 @@ from helpers import (
     ROOT,
     VIDEO_SCRIPT,
     assert_resumes,
+    assert_shared_out,
     assert_splits,
+    assert_survives_a_kill,
     encode,
     forget_accelerator,
-    last_step,
     last_wins,
-    launch,
     launch_two,
     losses_of,
     metrics_without_times,
     options,
-    pipeline_bytes,
     reproduce,
-    start,
     train_video,
-    wait_for,
     weights_of,
 )
 from PIL import Image
@@ -175,30 +172,14 @@ def test_two_processes_train_as_one(video_run, mixed_videos, tmp_path, fields):
 
 @pytest.mark.slow
 def test_what_two_processes_share_out_they_resume_and_so_does_one(video_run, tmp_path):
-    """To the same bytes, and to the same losses; evaluated, too."""
-    argv = [*video_run, *options(FULL | {"train.eval_every": 4, "evaluation.prompts": ["a", "b"]})]
-    launch_two(argv, script=VIDEO_SCRIPT).check_returncode()
-    two, alone = tmp_path / "run", train_video([*argv, "--output-dir", str(tmp_path / "alone")])
-    names = ("grad_norm", "validation_loss", "validation_loss_ema")
-    assert losses_of(two, *names) == pytest.approx(losses_of(alone, *names), rel=1e-5)
-    resume = ["--resume-from", str(two / "checkpoint-2"), "--output-dir"]
-    launch_two([*argv, *resume, str(tmp_path / "resumed")], script=VIDEO_SCRIPT).check_returncode()
-    assert pipeline_bytes(tmp_path / "resumed") == pipeline_bytes(two)
-    by_one = train_video([*argv, *resume, str(tmp_path / "one"), "--train.shard", "none"])
-    assert losses_of(by_one) == pytest.approx(losses_of(alone)[2:], rel=1e-5)
+    argv = [*video_run, *options({"evaluation.prompts": ["a", "b"]})]
+    assert_shared_out(train_video, argv, VIDEO_SCRIPT, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(video_run, tmp_path):
     argv = [*video_run, *options({"train.max_steps": 20, "train.save_every": 4})]
-    run = start([*argv, "--resume-from", "latest"], script=VIDEO_SCRIPT)
-    wait_for(lambda: last_step(tmp_path / "run") >= 9, run)
-    run.kill()
-    launch([*argv, "--resume-from", "latest"], script=VIDEO_SCRIPT).check_returncode()
-    unbroken = train_video([*argv, "--output-dir", str(tmp_path / "unbroken")])
-    assert pipeline_bytes(tmp_path / "run") == pipeline_bytes(unbroken)
-    assert metrics_without_times(tmp_path / "run") == metrics_without_times(unbroken)
-    assert len(json.loads((tmp_path / "run/run_manifest.json").read_text())["segments"]) == 2
+    assert len(assert_survives_a_kill(train_video, argv, VIDEO_SCRIPT, tmp_path, after=9)) == 2
 
 
 @pytest.mark.slow
