@@ -35,7 +35,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, state: TrainState, data: Data, config: Config):
         self.accelerator, self.state, self.config = accelerator, state, config
         self.samples_per_epoch, self.first_step_time = data.samples_per_epoch, None
-        self.slow_lines, self.said_busy = 0, False
+        self.slow_lines, self.said_busy, self.of_steps = 0, False, set()
         self.metrics = Metrics(accelerator, config, state.step)
         self.timer, self.limit = StepTimer(accelerator, state.plain["denoiser"], config.train), ExitStack()
 
@@ -90,6 +90,7 @@ class Meter:
             logs["flops"] = self.state.flops.total
         logs |= self.timer.take()
         self._show(logs)
+        self.of_steps = set(logs)
         return logs
 
     def _show(self, logs: dict[str, Any]) -> None:
@@ -117,7 +118,15 @@ class Meter:
             )
 
     def log(self, logs: dict[str, Any]) -> None:
-        """Write a line of metrics for this step, if there is anything in it."""
+        """Write a line of metrics for this step, if there is anything in it, and say what an evaluation found: of losses
+        with and without EMA those with it, of those by noise level the whole."""
+        if found := [
+            f"{name} {value:.3g}"
+            for name, value in logs.items()
+            if name not in self.of_steps and f"{name}_ema" not in logs and isinstance(value, int | float)
+        ]:
+            with tqdm.external_write_mode():
+                self.accelerator.print(f"step {self.state.step}: {', '.join(found)}", flush=True)
         if logs:
             self.metrics.log(self.state.step, logs)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from accelerate import Accelerator
-from helpers import CACHES, options, parse_config, train
+from helpers import CACHES, metrics_without_times, options, parse_config, train
 
 from difftrain_utils.data.load import load_data
 from difftrain_utils.families.load import load_family, trained_models
@@ -68,6 +68,15 @@ def test_before_the_first_step_and_no_stage_is_silent(short_run, capsys):
     assert lines.index(stages[-1]) < [line[:6] for line in lines].index("model ") < first_step
     assert lines[first_step].startswith("step 1/6, epoch 0.4, loss ")
     assert lines[first_step].endswith(" left") and " samples/s, " in lines[first_step]
+
+
+def test_what_an_evaluation_finds_is_said(short_run, capsys):
+    fields = {"data.validation_split": 0.2, "evaluation.num_validation_bins": 2, "train.eval_every": 3}
+    entries = metrics_without_times(train([*short_run, *options(fields), "--train.log_every", "2"]))
+    found = {entry["step"]: entry["validation_loss_ema"] for entry in entries if "validation_loss_ema" in entry}
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d+:", line)]
+    assert lines == [f"step {step}: validation_loss_ema {loss:.3g}" for step, loss in found.items()]
+    assert list(found) == [3, 6]
 
 
 @pytest.mark.parametrize(
