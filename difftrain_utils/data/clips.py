@@ -56,21 +56,28 @@ def count_short(rows: MappedRows, config: VideoDataConfig) -> int:
 
 
 # ── Clips one after another ──────────────────────────────────────────────────────────────────────────────────
-def spread_clips(rows: MappedRows, config: VideoDataConfig) -> MappedRows:
+def spread_clips(accelerator: Accelerator, rows: MappedRows, config: VideoDataConfig) -> MappedRows:
     """Each clip of the videos, one after another, as a row of its own (`data.window` all). A video that cannot be read,
-    or has none, stays one row, which is skipped. In a run of several processes call it on the main one first.
+    or has none, stays one row, which is skipped. Prints what is left out. In a run of several processes call it on the
+    main one first.
 
     Raises:
         RowError: a video cannot be read, or is too short for a clip, and `data.on_bad_row` is stop.
     """
     sizes = video_sizes(rows, config)
     refuse_short(rows, sizes, config)
-    return spread(rows, np.maximum(sizes[:, 0] // config.num_frames, 1))
+    return spread(accelerator, rows, sizes[:, 0], config.num_frames, "videos")
 
 
-def spread(rows: MappedRows, counts: np.ndarray) -> MappedRows:
-    """Each of so many windows of the rows, (len(rows),), as a row of its own."""
-    parts, end = [], 0
+def spread(accelerator: Accelerator, rows: MappedRows, lengths: np.ndarray, window: int, noun: str) -> MappedRows:
+    """Each window of the rows, which have these lengths, (len(rows),), as a row of its own; of one that is too short
+    for a window the row as it is."""
+    counts, parts, end = np.maximum(lengths // window, 1), [], 0
+    left_out = np.maximum(lengths - counts * window, 0).sum() / max(lengths.sum(), 1)
+    accelerator.print(
+        f"data.window all: {counts.sum()} windows of {len(rows)} {noun}; {left_out:.0%} of their length is left out, "
+        "the rests after the last windows"
+    )
     for part in rows.parts:
         start, end = end, end + len(part)
         indices = np.arange(len(part)) if part.indices is None else part.indices

@@ -62,7 +62,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
             why = f"unreadable or too short for {config.data.num_frames} frames at {config.data.fps:g} a second"
             accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
         if media is video and config.data.window == "all":
-            rows = spread_clips(rows, config.data)
+            rows = spread_clips(accelerator, rows, config.data)
         elif media is audio and config.data.window == "all":
             rows = spread_windows(accelerator, rows, config.data)
     if media is text:

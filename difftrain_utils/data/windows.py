@@ -33,11 +33,4 @@ def spread_windows(accelerator: Accelerator, rows: MappedRows, config: AudioData
     """Each window of the sounds, one after another, as a row of its own (`data.window` all). A sound that is shorter
     than one stays one row, and so does what cannot be read, which is skipped. Prints what is left out. In a run of
     several processes call it on the main one first. Raises RowError: see `sound_lengths`."""
-    lengths = sound_lengths(rows, config)
-    counts = np.maximum(lengths // config.waveform_length, 1)
-    left_out = np.maximum(lengths - counts * config.waveform_length, 0).sum() / max(lengths.sum(), 1)
-    accelerator.print(
-        f"data.window all: {counts.sum()} windows of {len(rows)} sounds; {left_out:.0%} of their length is left out, "
-        "the rests after the last windows"
-    )
-    return spread(rows, counts)
+    return spread(accelerator, rows, sound_lengths(rows, config), config.waveform_length, "sounds")

@@ -10,8 +10,8 @@ from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import held_out_size
 from difftrain_utils.errors import InputError, blame, warn
+from difftrain_utils.evaluation.distances import unreliable
 from difftrain_utils.evaluation.image_metrics import load_metric_networks, load_network
-from difftrain_utils.evaluation.scores import unreliable
 from difftrain_utils.media.video import Clip
 
 

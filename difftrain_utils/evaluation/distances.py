@@ -24,6 +24,14 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     return ((real.mean(0) - generated.mean(0)).square().sum() + spread - 2 * of_both).item()
 
 
+def unreliable(subject: str, what: str, number: int, width: int) -> str | None:
+    """What to say of Fréchet distances of fewer images, clips or sounds than they need for as many features; None of
+    enough."""
+    if number >= 2 * width:
+        return None
+    return f"{subject} unreliable: {number} {what} for {width} features; it takes {2 * width}"
+
+
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """KID: the unbiased estimate of the squared MMD with the kernel (x·y/d + 1)³, N and M at least 2 (Bińkowski et al.
     2018, arXiv:1801.01401, section 4). It is of all images at once: the usual mean over subsets has the same

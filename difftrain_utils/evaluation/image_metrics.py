@@ -23,8 +23,8 @@ from difftrain_utils.config.config import Config
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.samples import held_out_size
-from difftrain_utils.errors import InputError, blame
-from difftrain_utils.evaluation.distances import frechet_distance, kernel_audio_distance, kernel_distance
+from difftrain_utils.errors import InputError, blame, warn
+from difftrain_utils.evaluation.distances import frechet_distance, kernel_audio_distance, kernel_distance, unreliable
 from difftrain_utils.evaluation.generate import generate
 from difftrain_utils.evaluation.held_out import held_out_batches
 from difftrain_utils.media.audio import Sound
@@ -43,6 +43,7 @@ INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fide
 def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.device) -> dict[str, Callable]:
     """What `image_metrics` needs for the metrics asked for, by the fields that name the networks: {"fid_features":
     (images) -> (N, d), "clip_score_model": (images, captions) -> (N,)}, float32, of N RGB images.
+    Warns of fewer images than a Fréchet distance needs.
 
     Raises:
         InputError: a network cannot be loaded, or there are fewer `rows` than are to be generated.
@@ -54,7 +55,9 @@ def load_metric_networks(config: Config, rows: MappedRows | None, device: torch.
     if features:
         with blame(f"evaluation.fid_features: cannot use {features!r}", Exception):
             networks["fid_features"] = load_features(features, device)
-            networks["fid_features"](blank)
+            width = networks["fid_features"](blank).shape[1]
+        if note := unreliable("fid is", media_of(config.data).NOUN, config.evaluation.num_metric_images, width):
+            warn(f"evaluation.num_metric_images: {note}")
     if clip:
         with blame(f"evaluation.clip_score_model: cannot use {clip!r}", Exception):
             embed = load_clip(clip, device)

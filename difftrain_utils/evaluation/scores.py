@@ -17,6 +17,7 @@ from difftrain_utils.evaluation.distances import (
     kernel_distance,
     neighbours,
     over_halves,
+    unreliable,
 )
 from difftrain_utils.evaluation.image_metrics import clip_score, load_clip, load_features
 from difftrain_utils.terminal import progress
@@ -128,10 +129,3 @@ def too_few(real: dict[str, torch.Tensor], generated: dict[str, torch.Tensor]) -
         return None
     number, width = min(len(real["features"]), len(generated["features"])), generated["features"].shape[1]
     return unreliable("fid and fid_infinity are", "images", number, width)
-
-
-def unreliable(subject: str, what: str, number: int, width: int) -> str | None:
-    """What to say of Fréchet distances of fewer images, or clips, than they need for as many features."""
-    if number >= 2 * width:
-        return None
-    return f"{subject} unreliable: {number} {what} for {width} features; it takes {2 * width}"

@@ -9,8 +9,8 @@ from transformers import ASTFeatureExtractor, AutoFeatureExtractor, AutoModel, A
 from difftrain_utils.config.text_to_audio import TextToAudioConfig
 from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.errors import blame, warn
+from difftrain_utils.evaluation.distances import unreliable
 from difftrain_utils.evaluation.image_metrics import begin_loading, check_vocabulary, load_weights
-from difftrain_utils.evaluation.scores import unreliable
 from difftrain_utils.media.audio import Sound
 
 LEAST = 0.1  # seconds; a shorter sound is padded with silence, for networks have no features of a few samples

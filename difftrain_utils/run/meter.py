@@ -118,8 +118,8 @@ class Meter:
             )
 
     def log(self, logs: dict[str, Any]) -> None:
-        """Write a line of metrics for this step, if there is anything in it, and say what an evaluation found: of losses
-        with and without EMA those with it, of those by noise level the whole."""
+        """Write a line of metrics for this step, if there is anything in it, and say what an evaluation found: of
+        losses with and without EMA those with it, of those by noise level the whole."""
         if found := [
             f"{name} {value:.3g}"
             for name, value in logs.items()

@@ -240,10 +240,14 @@ def test_a_stream_of_a_folder_and_of_tar_files(films, folder, tmp_path):
     assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
 
 
-def test_clips_one_after_another_are_rows(folder, tmp_path):
-    """Each with all that fits of a video; a still, or what is too short, is a bad row once."""
+def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):
+    """Each with all that fits of a video; a still, or what is too short, is a bad row once. What is left out, 4 of 60
+    frames, is said."""
     config = config_of(folder, tmp_path, window="all", center_crop=True, on_bad_row="skip")
-    rows = spread_clips(map_rows(config), config)
+    accelerator = Accelerator(cpu=True)
+    rows = spread_clips(accelerator, map_rows(config), config)
+    told = "data.window all: 12 windows of 4 videos; 7% of their length is left out, the rests after the last windows"
+    assert capsys.readouterr().out.strip() == told
     assert [(rows[i].captions[-5:], rows[i].window) for i in range(len(rows))] == [
         *(("a.mp4", window) for window in range(12 // 5)),
         *((".webm", window) for window in range(30 // 5)),
@@ -255,7 +259,7 @@ def test_clips_one_after_another_are_rows(folder, tmp_path):
     assert sample["pixel_values"][0, :, 0, 0].tolist() == [80, 88, 96, 104, 112]
     assert rows.inspect(config)["num_videos"] == len(rows) == 12
     with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60$"):
-        spread_clips(map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
+        spread_clips(accelerator, map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
 
 
 def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_path):

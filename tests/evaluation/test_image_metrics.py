@@ -41,7 +41,7 @@ def measured_run(short_run, networks_folder) -> list[str]:
     ]
 
 
-def test_the_features_are_the_pooled_output_of_each_kind_of_network(measured_run, networks_folder):
+def test_the_features_are_the_pooled_output_of_each_kind_of_network(measured_run, networks_folder, capsys):
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)) for i in range(2)]
     pixels = CLIPImageProcessor.from_pretrained(networks_folder / "vit")(images, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (2, 3, 24, 24)
@@ -55,6 +55,7 @@ def test_the_features_are_the_pooled_output_of_each_kind_of_network(measured_run
         features = load_metric_networks(config, range(3), torch.device("cpu"))["fid_features"](images)
         assert features.shape == (2, 16) and torch.equal(features, tower.eval()(pixels).pooler_output)
         assert not torch.allclose(features[0], features[1])
+        assert "fid is unreliable: 3 images for 16 features; it takes 32" in capsys.readouterr().err
 
 
 def test_the_metrics_of_a_pipeline(measured_run, networks_folder, image_folder):
