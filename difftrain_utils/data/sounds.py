@@ -9,7 +9,7 @@ from difftrain_utils.config.audio_data import AudioDataConfig
 from difftrain_utils.errors import InputError
 from difftrain_utils.terminal import progress
 
-TONES, NUM_TONES = "builtin:tones", 1440
+TONES, NUM_TONES = "builtin:tones", 2880
 IN_FILES = (".webdataset", ".audiofolder")  # how the modules of `datasets` that encode sounds end
 
 
