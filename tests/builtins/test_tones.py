@@ -102,6 +102,7 @@ IMPOSTORS = {
     "low noise that beeps": noise(0, 500) * IS_ON,
     "high noise that beeps": noise(1100, 2000) * IS_ON,
     "a low tone that beeps": sine(200) * IS_ON,
+    "beeps of two pitches": sine(*[400, 480] * 7) * IS_ON,
     "a tone through all of low noise": 0.5 * np.sin(2 * np.pi * (10 * TIMES + 235 * TIMES**2)),
 }
 
