@@ -47,6 +47,17 @@ def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -
         raise RowError(f"{rows[int(index)].name}: {frames}, too short for {config.fewest_frames}")
 
 
+def tell_skipped(accelerator: Accelerator, rows: MappedRows, noun: str, config: VideoDataConfig) -> None:
+    """Print how many rows are skipped (`count_short`). In a run of several processes call it on the main one first.
+    Raises InputError if all are, which would else show when the first is due: of held-out ones after hours."""
+    if skipped := count_short(rows, config):
+        why = f"unreadable or too short for {config.num_frames} frames at {config.fps:g} a second"
+        told = f"data.on_bad_row: {skipped} of {len(rows)} {noun} are skipped, {why}"
+        if skipped == len(rows):
+            raise InputError(f"{told}; none is left")
+        accelerator.print(told)
+
+
 def count_short(rows: MappedRows, config: VideoDataConfig) -> int:
     """How many rows are skipped because their video cannot be read or has fewer frames than a clip. In a run of several
     processes call it on the main one first."""

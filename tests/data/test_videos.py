@@ -185,6 +185,27 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
     assert known <= count_short(rows, skipping) <= len(bad) and count_short(rows, config) == 0
 
 
+@pytest.mark.parametrize("noun", ["videos", "held-out videos"])
+def test_where_all_would_be_skipped_there_is_no_run(folder, films, tmp_path, capsys, noun):
+    """Which is said before anything is written, and not when the first of them is due."""
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.mp4").write_bytes(films["a.mp4"])
+    fields = {"dataset": folder, "validation_dataset": tmp_path / "short", "default_caption": "x"}
+    fields |= {"on_bad_row": "skip", "cache_dir": tmp_path / "cache", "fps": 12, "height": 32, "width": 32}
+    fields |= {"num_frames": 13} if noun == "held-out videos" else {"num_frames": 41}
+    model = {"model.pretrained_model_name_or_path": "builtin:tiny-wan", "model.max_sequence_length": 40}
+    argv = options(model | {f"data.{field}": value for field, value in fields.items()})
+    config, accelerator = command_line.parse_config(TextToVideoConfig, argv), Accelerator(cpu=True)
+    family, number = load_family(config), {"videos": 4, "held-out videos": 1}[noun]
+    why = f"unreadable or too short for {config.data.num_frames} frames at 12 a second; none is left"
+    with pytest.raises(InputError, match=f"^data.on_bad_row: {number} of {number} {noun} are skipped, {why}$"):
+        load_data(accelerator, family, config)
+    if noun == "held-out videos":
+        assert "data.on_bad_row: 2 of 4 videos are skipped, unreadable or too short for 13 f" in capsys.readouterr().out
+        config.train.eval_every = 0
+        assert len(load_data(accelerator, family, config).validation_rows) == 1, "what is not looked at may be short"
+
+
 def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.webm", "text": "x"}))
     config = config_of(folder, tmp_path, random_flip=True)
