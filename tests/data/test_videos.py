@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import tarfile
 import wave
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from helpers import data_of, encode, options
+from helpers import ROOT, data_of, encode, options
 from PIL import Image
 
 from difftrain_utils.commands import check_data, generate, plan
@@ -40,7 +42,15 @@ from difftrain_utils.data.samples import Samples, collate, scale_pixels
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_family
-from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, library_versions, write_video
+from difftrain_utils.media.video import (
+    FOR_BROWSERS,
+    LOSSLESS,
+    Header,
+    check_length,
+    lasting_names,
+    library_versions,
+    write_video,
+)
 
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
 LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
@@ -105,7 +115,7 @@ def test_a_folder_is_checked_again_for_longer_clips(films, tmp_path):
     found = map_rows(config := config_of(tmp_path / "films", tmp_path, default_caption="x")).inspect(config)
     for fields, short in (({"num_frames": 41}, "41 frames at 12 a"), ({"fps": 0.001}, "5 frames at 0.001 a")):
         longer = config_of(tmp_path / "films", tmp_path, default_caption="x", **fields)
-        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second$"):
+        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second, which take more t"):
             map_rows(longer).inspect(longer)
     assert map_rows(config).inspect(config) == found
 
@@ -279,7 +289,7 @@ def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):
     sample = next(samples[k] for k in range(24) if samples.order[k] == 10)  # the last of c.avi
     assert sample["pixel_values"][0, :, 0, 0].tolist() == [80, 88, 96, 104, 112]
     assert rows.inspect(config)["num_videos"] == len(rows) == 12
-    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60$"):
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60 \(data.on_bad_row skip"):
         spread_clips(accelerator, map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
 
 
@@ -310,7 +320,7 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     samples = Samples(data_of(kept, buckets=buckets), config, 0, 8)
     shapes = {samples.order[k]: tuple(samples[k]["pixel_values"].shape[1:]) for k in range(8)}
     assert shapes == dict(enumerate(sizes[:4]))
-    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13$"):
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13 \(data.on_bad_row skip"):
         config = config_of(folder, tmp_path, buckets=[[13, 32, 32]])
         refuse_short(rows, np.array([[12, 32, 48]]), config)
 
@@ -432,3 +442,15 @@ def test_check_data_says_what_is_wrong_and_what_videos_are(folder, tmp_path, cap
     assert f"error: {metadata} line 4: d.png: an image, which is one frame and no 5" in out
     assert f"warning: {metadata} line 1: a.mp4: 48 × 32 pixels, to be enlarged to 64 × 32" in out
     assert f"{folder}: 3 videos of 1 to 1.42 s (median 1), 12 frames a second, 48x32 pixels; 1 image\n" in out
+
+
+@pytest.mark.parametrize("name", ["wan21_lora", "ltx_lora"])
+def test_the_configs_say_how_long_videos_have_to_be(name):
+    """81 frames at 16 a second are more than 5 s: the last of them begins there."""
+    content = (ROOT / f"configs/{name}.yaml").read_text()
+    bound, seconds = re.search(r"(at least|more than)[\s#]+(\d+) seconds", content).groups()
+    config = VideoDataConfig(**yaml.safe_load(content)["data"])
+    check_length(Header(int(seconds) + 0.01 * (bound == "more than"), 480, 832), "a.mp4", config)
+    if bound == "more than":
+        with pytest.raises(RowError):
+            check_length(Header(float(seconds), 480, 832), "a.mp4", config)
