@@ -10,6 +10,7 @@ import wave
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -269,6 +270,38 @@ def test_a_stream_of_a_folder_and_of_tar_files(films, folder, tmp_path):
     of_folder = config_of(folder, tmp_path, **fields, num_frames=1)
     samples = Samples(data_of(open_stream(of_folder)), of_folder, 0, 4)
     assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "metadata.jsonl"])
+def test_a_stream_of_another_machine(films, tmp_path, kind):
+    """Of parquet and tar files; what a metadata.jsonl names there is refused."""
+    file, fields = tmp_path / kind, {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
+    if kind == "parquet":
+        columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
+        features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(columns, features).to_parquet(file)
+    elif kind == "tar":
+        with tarfile.open(file, "w") as tar:
+            for number, name in enumerate(films):
+                for ending, content in (("mp4", films["a.mp4"]), ("txt", name.encode())):
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        fields |= {"video_column": "mp4", "caption_column": "txt"}
+    else:
+        file.write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in films))
+    system = fsspec.filesystem("memory")
+    system.pipe(f"/videos-{kind}/{file.name if kind == 'metadata.jsonl' else f'train.{kind}'}", file.read_bytes())
+    config = config_of(f"memory://videos-{kind}", tmp_path, **fields)
+    if kind == "metadata.jsonl":
+        with pytest.raises(
+            InputError, match=r"^data.dataset: memory://.* has no files that end in .*; a folder with a met"
+        ):
+            open_stream(config)
+        return
+    samples = Samples(data_of(open_stream(config)), config, 0, 3)
+    assert sorted(samples[k]["caption"] for k in range(3)) == sorted(films)
+    assert samples[0]["pixel_values"].shape == (3, 5, 32, 32)
 
 
 def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):
