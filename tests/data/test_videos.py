@@ -25,7 +25,7 @@ from difftrain_utils.config.config import require_of
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
-from difftrain_utils.data.caches import load_caches
+from difftrain_utils.data.caches import describe_crops, load_caches
 from difftrain_utils.data.clips import (
     ClipBuckets,
     count_short,
@@ -424,6 +424,20 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
     assert embeds.shape[1] < 40 and torch.equal(embeds, theirs[:, : embeds.shape[1]])
     assert not theirs[:, embeds.shape[1] :].any()
     assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
+
+
+def test_the_name_of_a_cache_has_all_that_decides_its_clips(tmp_path, monkeypatch):
+    """The window, frames a second, size and FFmpeg's libraries."""
+
+    def key(**fields) -> str:
+        config = config_of("films", tmp_path, **{"window": "middle", "center_crop": True} | fields)
+        return json.dumps(describe_crops(SimpleNamespace(buckets=None), "of the data", config, {}))
+
+    others = ({"window": "start"}, {"fps": 8.0}, {"num_frames": 9}, {"height": 48}, {"width": 48})
+    found = [key(), *(key(**fields) for fields in others)]
+    newer = library_versions() | {"libavcodec": (999, 0, 0)}
+    monkeypatch.setattr("difftrain_utils.media.video.library_versions", lambda: newer)
+    assert len({*found, key()}) == len(found) + 1
 
 
 @pytest.mark.parametrize(
