@@ -126,7 +126,7 @@ def test_a_still_is_no_clip_of_several_frames(folder, tmp_path):
         config = config_of(folder, tmp_path, on_bad_row=policy)
         samples = Samples(data_of(map_rows(config)), config, 0, 4)
         if error:
-            with pytest.raises(error, match=r"d.png: an image, which is one frame and no 5$"):
+            with pytest.raises(error, match=r"d.png: an image, which is one frame and no 5; data.bu"):
                 [samples[k] for k in range(4)]
         else:
             assert [samples[k]["skipped"] for k in range(4)].count(True) == 1

@@ -144,7 +144,9 @@ def test_an_image_is_a_clip_of_one_frame():
     assert torch.equal(image.scale_bytes(sample["pixel_values"])[:, 0], image.resize_and_crop(still, crop, CONFIG))
     assert read_header(row).num_frames(12) == 1 and check(row, 0, VideoDataConfig("memory", num_frames=1))
     for use in (lambda: read(row, MIDDLE, (5, 32, 48), CONFIG), lambda: check(row, 0, CONFIG)):
-        with pytest.raises(RowError, match=r"^a.png: an image, which is one frame and no 5( \(data.on_bad_row .*\))?$"):
+        with pytest.raises(
+            RowError, match=r"^a.png: an image, which is one frame and no 5; data.buckets may have one of"
+        ):
             use()
 
 
