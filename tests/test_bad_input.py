@@ -51,7 +51,7 @@ CONFIG = [
     ("--data.buckets [[36,28]]", "data.buckets: .* needs a multiple of 8, got 36 x 28"),
     ("--data.buckets [[32,32],[64,64]]", "data.buckets: must have different aspect ratios, got"),
     ("--data.buckets [[32]]", "data.buckets: must be sizes .height, width. from 8 to 16384, or auto, got"),
-    ("--data.buckets auto --train.batch_size 16", "data.buckets: no bucket has the 16 images of a batch"),
+    ("--data.buckets auto --train.batch_size 16", "data.buckets: no bucket has the 16 samples of a batch"),
     ("--data.streaming --data.buckets auto", "data.buckets: cannot go with data.streaming, got 'auto'"),
     ("--data.streaming --data.cache_text", "data.cache_text: cannot go with data.streaming, got True"),
     (

@@ -120,7 +120,7 @@ def test_a_run_is_the_same_twice_resumed_and_split(video_run, tmp_path):
     assert 0 < evaluations[3]["validation_loss_ema"] < 10 and len(evaluations[3]["validation_loss_bins"]) == 8
     assert {path.suffix for path in (unbroken / "samples").iterdir()} == {".mp4", ".webp"}
     assert_resumes(train_video, [*video_run, *evaluated], unbroken)
-    assert_splits(train_video, video_run, unbroken, 4)
+    assert_splits(train_video, video_run, unbroken, 2, 4)
     ema, pipeline = load_file(unbroken / "checkpoint-4/ema.safetensors"), unbroken / "pipeline"
     trained = DiffusionPipeline.from_pretrained(pipeline).transformer.parameters()
     assert all(parameter.equal(ema[str(i)]) for i, parameter in enumerate(trained))
@@ -256,6 +256,14 @@ COVERING = {
         "loss.weighting": "min_snr",
         **LTX,
         **CACHES,
+    },
+    "dream-contrastive-first-frames": {
+        "model.first_frame_probability": 0.5,
+        "strategy.dream_training": True,
+        "loss.contrastive": 0.05,
+        "loss.weighting": "min_snr",
+        "train.group_size": 2,
+        **LTX,
     },
     "knn-mixed-offset": {
         "noise.pairing": "knn",

@@ -15,6 +15,7 @@ from difftrain_utils.data.rows import MappedRows
 from difftrain_utils.data.sizes import remembered_sizes
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.files import text_digest
+from difftrain_utils.media.recordings import remedy_for
 from difftrain_utils.media.video import Row, library_versions, read_header
 from difftrain_utils.processes import main_process_first
 
@@ -44,7 +45,18 @@ def refuse_short(rows: MappedRows, sizes: np.ndarray, config: VideoDataConfig) -
     short = np.flatnonzero(sizes[:, 0] < config.fewest_frames) if config.on_bad_row == "stop" else ()
     for index in short[:1]:
         frames = f"{sizes[index, 0]} frames at {config.fps:g} a second"
-        raise RowError(f"{rows[int(index)].name}: {frames}, too short for {config.fewest_frames}")
+        raise RowError(f"{rows[int(index)].name}: {frames}, too short for {config.fewest_frames}{remedy_for(config)}")
+
+
+def tell_skipped(accelerator: Accelerator, rows: MappedRows, noun: str, config: VideoDataConfig) -> None:
+    """Print how many rows are skipped (`count_short`). In a run of several processes call it on the main one first.
+    Raises InputError if all are, which would else show when the first is due: of held-out ones after hours."""
+    if skipped := count_short(rows, config):
+        why = f"unreadable or too short for {config.num_frames} frames at {config.fps:g} a second"
+        told = f"data.on_bad_row: {skipped} of {len(rows)} {noun} are skipped, {why}"
+        if skipped == len(rows):
+            raise InputError(f"{told}; none is left")
+        accelerator.print(told)
 
 
 def count_short(rows: MappedRows, config: VideoDataConfig) -> int:

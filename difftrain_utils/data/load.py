@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from difftrain_utils.config.config import Config
 from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.data.buckets import Buckets, fit_sizes
-from difftrain_utils.data.clips import ClipBuckets, count_short, fit_clips, fit_held_out, spread_clips
+from difftrain_utils.data.clips import ClipBuckets, fit_clips, fit_held_out, spread_clips, tell_skipped
 from difftrain_utils.data.lanes import Lanes
 from difftrain_utils.data.order import Order
 from difftrain_utils.data.rows import Rows, map_rows, split_rows
@@ -44,7 +44,7 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
         InputError: a data set, its split or a column is not there, a line of metadata.jsonl is wrong, a split is empty,
             all pairs of a data set that is no stream have the same image twice, a stream has fewer rows than a batch,
             the model cannot take images, videos or sounds of this size, no bucket has a batch of images, all are too
-            small, or no held-out video has a bucket; or see `load_tokens`.
+            small, all videos are skipped, or no held-out video has a bucket; or see `load_tokens`.
     """
     seed, media, buckets = config.train.seed_of("data"), media_of(config.data), None
     names = [source.dataset for _, source in sources_of(config.data)]
@@ -58,9 +58,10 @@ def load_data(accelerator: Accelerator, family, config: Config) -> Data:
                 pairs.refuse_equal(part, part.source.dataset)
         rows, validation_rows = split_rows(rows, config.data)
         knows_lengths = media is video and streamed is None and not config.data.buckets  # with buckets they are told of
-        if knows_lengths and (skipped := count_short(rows, config.data)):
-            why = f"unreadable or too short for {config.data.num_frames} frames at {config.data.fps:g} a second"
-            accelerator.print(f"data.on_bad_row: {skipped} of {len(rows)} videos are skipped, {why}")
+        if knows_lengths:
+            tell_skipped(accelerator, rows, "videos", config.data)
+            if validation_rows is not None and config.train.eval_every:
+                tell_skipped(accelerator, validation_rows, "held-out videos", config.data)
         if media is video and config.data.window == "all":
             rows = spread_clips(accelerator, rows, config.data)
         elif media is audio and config.data.window == "all":

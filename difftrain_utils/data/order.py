@@ -58,7 +58,7 @@ class Order:
         self._epoch, self._rows = 0, self._draw(0)  # keys grow: the rows of one epoch at a time
         self.epoch_length = len(self._rows)
         if self.epoch_length == 0:
-            raise InputError(f"data.buckets: no bucket has the {batch_size} images of a batch (train.batch_size)")
+            raise InputError(f"data.buckets: no bucket has the {batch_size} samples of a batch (train.batch_size)")
 
     def __getitem__(self, k: int) -> int:
         epoch, position = divmod(k, self.epoch_length)

@@ -21,6 +21,7 @@ from difftrain_utils.errors import InputError
 # word.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl")
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
+VIDEO_ENDINGS += (".mts", ".m2ts", ".3gp", ".vob")
 SOUND_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64")
 SOUND_ENDINGS += (".m4a", ".aac", ".wma", ".mp2", ".ac3", ".ape", ".wv", ".mka")
 # By the kind of the folder, as `datasets` calls it

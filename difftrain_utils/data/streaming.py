@@ -34,6 +34,7 @@ from difftrain_utils.data.sources import (
 )
 from difftrain_utils.data.units import FEATURE_FINDERS, FINDERS, NAME, VERSION, FileRows, TableRows, Units, find_units
 from difftrain_utils.errors import InputError, RowError, blame
+from difftrain_utils.media import text
 from difftrain_utils.media.media import Row, media_of
 
 END_BYTES = 2**16  # of each end of a file, for its digest: the end of a parquet file says where all its columns lie
@@ -113,9 +114,11 @@ def _open_source(field: str, source: SourceConfig, config: DataConfig, reader: R
 
 def _urls(source: SourceConfig, culprit: str) -> tuple[list[str], dict[str, Any]]:
     """The files of a URL, and how `datasets` opens the first, which says what columns there are."""
-    urls = list_urls(source.dataset, kinds := (*FILE_KINDS, "jsonl"))
+    is_text = media_of(source) is text  # of others a JSONL file is a metadata.jsonl, whose files are not in it
+    urls = list_urls(source.dataset, kinds := (*FILE_KINDS, "jsonl") if is_text else FILE_KINDS)
     if not urls:
-        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(kinds)}")
+        here = "" if is_text else "; a folder with a metadata.jsonl must be here, or a data set on the hub"
+        raise InputError(f"{culprit}: {source.dataset} has no files that end in {', '.join(kinds)}{here}")
     ending = urls[0].rpartition(".")[2]
     if other := next((url for url in urls if not url.endswith(f".{ending}")), None):
         raise InputError(f"{culprit}: {source.dataset} has files of several kinds, {urls[0]} and {other}")

@@ -20,7 +20,7 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
-from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file
+from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file, remedy_for
 from difftrain_utils.media.spectrogram import spectrogram
 
 MARGIN = 2048  # samples at the lower rate on both sides of a window that is resampled: with them it is as of the whole
@@ -282,8 +282,7 @@ def _check(header: Header, name: str, config: AudioDataConfig) -> None:
         raise RowError(f"{name}: it has no samples")
     if (seconds := header.num_samples / header.sampling_rate) < config.min_length_in_s:
         least = f"data.min_length_in_s, {config.min_length_in_s:g}"
-        remedy = " (data.on_bad_row skip leaves such out)" if config.on_bad_row == "stop" else ""
-        raise RowError(f"{name}: {seconds:.3g} s, shorter than {least}{remedy}")
+        raise RowError(f"{name}: {seconds:.3g} s, shorter than {least}{remedy_for(config)}")
 
 
 def read_header(row: Row, config: AudioDataConfig) -> Header:

@@ -9,10 +9,16 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from difftrain_utils.config.rows import RowsConfig
 from difftrain_utils.errors import RowError, one_line
 
 STARTS = {"start": 0.0, "middle": 0.5, "all": 0.0}  # of windows whose place is the same each time
 BLOCK = 2**20  # bytes that are read at once
+
+
+def remedy_for(config: RowsConfig) -> str:
+    """What a config that stops at bad rows is told at the end of why one is bad, though nothing is damaged."""
+    return " (data.on_bad_row skip leaves such out)" if config.on_bad_row == "stop" else ""
 
 
 @contextlib.contextmanager

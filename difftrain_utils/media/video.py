@@ -19,7 +19,7 @@ from difftrain_utils.keyed_random import generator_for
 from difftrain_utils.media import image
 from difftrain_utils.media.captions import captions_in, captions_of, find_caption_problems
 from difftrain_utils.media.grids import labelled_grid
-from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file
+from difftrain_utils.media.recordings import STARTS, digest_of, least_to_most, open_file, remedy_for
 
 TICK = 6e-4  # seconds: Matroska rounds a frame's time to thousandths
 BLOCK = 2**20  # bytes that are read at once
@@ -296,14 +296,15 @@ def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
     """How many frames a video has at `data.fps`. Raises RowError if they are no clip; an image is one of one frame."""
     num_frames = header.num_frames(config.fps)
     if num_frames < config.fewest_frames:
-        raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps))
+        raise RowError(_too_short(name, header.seconds, config.fewest_frames, config.fps) + remedy_for(config))
     return num_frames
 
 
 def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
     if seconds is None:
-        return f"{name}: an image, which is one frame and no {num_frames}"
-    return f"{name}: {seconds:.2f} s, too short for {num_frames} frames at {fps:g} a second"
+        return f"{name}: an image, which is one frame and no {num_frames}; data.buckets may have one of 1 frame"
+    needed = f"{num_frames} frames at {fps:g} a second, which take more than {(num_frames - 1) / fps:.2f}"
+    return f"{name}: {seconds:.2f} s, too short for {needed}"
 
 
 def read_frames(row: Row, start: float, num_frames: int, fps: float) -> Iterator[Image.Image]:

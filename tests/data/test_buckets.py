@@ -246,7 +246,7 @@ def test_too_few_images_are_reported_before_anything_is_written(short_run, mixed
     fields = {"data.dataset": mixed_folder, "train.batch_size": 32, "data.cache_dir": tmp_path / "cache"}
     fields |= {"data.cache_latents": True, "data.center_crop": True}
     result = launch([*short_run, *options(BUCKETS | fields)])
-    assert_refused(result, "data.buckets: no bucket has the 32 images of a batch")
+    assert_refused(result, "data.buckets: no bucket has the 32 samples of a batch")
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("latents*"))
 
 

@@ -95,7 +95,7 @@ class TestBuckets:
         assert 70 < (firsts[1:] != firsts[:-1]).sum() < 130
 
     def test_where_no_bucket_has_a_batch_it_is_refused(self):
-        with pytest.raises(InputError, match=r"^data.buckets: no bucket has the 12 images of a batch"):
+        with pytest.raises(InputError, match=r"^data.buckets: no bucket has the 12 samples of a batch"):
             Order(0, [20], buckets=self.buckets, batch_size=12)
 
     def test_with_weights(self):

@@ -137,7 +137,7 @@ def test_what_fails_for_good_says_so(waits, memory, tmp_path):
         again(partial(fail, FileNotFoundError("gone")))
     assert len(calls) == 7
     for url, message in (
-        ("memory://none", r"^data.dataset: memory://none has no files that end in tar, parquet, arrow, jsonl$"),
+        ("memory://none", r"^data.dataset: memory://none has no files that end in tar, parquet, arrow; a folder with"),
         ("memory://rows/none.parquet", r"^data.dataset: cannot load 'memory://rows/none.parquet'"),
         ("nonsense://rows", r"^data.dataset: cannot load 'nonsense://rows'.*nonsense"),
     ):

@@ -4,16 +4,19 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import tarfile
 import wave
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from helpers import data_of, encode, options
+from helpers import ROOT, data_of, encode, options
 from PIL import Image
 
 from difftrain_utils.commands import check_data, generate, plan
@@ -22,7 +25,7 @@ from difftrain_utils.config.config import require_of
 from difftrain_utils.config.data import DataConfig
 from difftrain_utils.config.text_to_video import TextToVideoConfig
 from difftrain_utils.config.video_data import VideoDataConfig
-from difftrain_utils.data.caches import load_caches
+from difftrain_utils.data.caches import describe_crops, load_caches
 from difftrain_utils.data.clips import (
     ClipBuckets,
     count_short,
@@ -40,7 +43,15 @@ from difftrain_utils.data.samples import Samples, collate, scale_pixels
 from difftrain_utils.data.streaming import open_stream
 from difftrain_utils.errors import InputError, RowError
 from difftrain_utils.families.load import load_family
-from difftrain_utils.media.video import FOR_BROWSERS, LOSSLESS, lasting_names, library_versions, write_video
+from difftrain_utils.media.video import (
+    FOR_BROWSERS,
+    LOSSLESS,
+    Header,
+    check_length,
+    lasting_names,
+    library_versions,
+    write_video,
+)
 
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
 LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
@@ -105,7 +116,7 @@ def test_a_folder_is_checked_again_for_longer_clips(films, tmp_path):
     found = map_rows(config := config_of(tmp_path / "films", tmp_path, default_caption="x")).inspect(config)
     for fields, short in (({"num_frames": 41}, "41 frames at 12 a"), ({"fps": 0.001}, "5 frames at 0.001 a")):
         longer = config_of(tmp_path / "films", tmp_path, default_caption="x", **fields)
-        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second$"):
+        with pytest.raises(RowError, match=rf"a.mp4: 1.00 s, too short for {short} second, which take more t"):
             map_rows(longer).inspect(longer)
     assert map_rows(config).inspect(config) == found
 
@@ -115,7 +126,7 @@ def test_a_still_is_no_clip_of_several_frames(folder, tmp_path):
         config = config_of(folder, tmp_path, on_bad_row=policy)
         samples = Samples(data_of(map_rows(config)), config, 0, 4)
         if error:
-            with pytest.raises(error, match=r"d.png: an image, which is one frame and no 5$"):
+            with pytest.raises(error, match=r"d.png: an image, which is one frame and no 5; data.bu"):
                 [samples[k] for k in range(4)]
         else:
             assert [samples[k]["skipped"] for k in range(4)].count(True) == 1
@@ -185,6 +196,27 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(films, tmp_path):
     assert known <= count_short(rows, skipping) <= len(bad) and count_short(rows, config) == 0
 
 
+@pytest.mark.parametrize("noun", ["videos", "held-out videos"])
+def test_where_all_would_be_skipped_there_is_no_run(folder, films, tmp_path, capsys, noun):
+    """Which is said before anything is written, and not when the first of them is due."""
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.mp4").write_bytes(films["a.mp4"])
+    fields = {"dataset": folder, "validation_dataset": tmp_path / "short", "default_caption": "x"}
+    fields |= {"on_bad_row": "skip", "cache_dir": tmp_path / "cache", "fps": 12, "height": 32, "width": 32}
+    fields |= {"num_frames": 13} if noun == "held-out videos" else {"num_frames": 41}
+    model = {"model.pretrained_model_name_or_path": "builtin:tiny-wan", "model.max_sequence_length": 40}
+    argv = options(model | {f"data.{field}": value for field, value in fields.items()})
+    config, accelerator = command_line.parse_config(TextToVideoConfig, argv), Accelerator(cpu=True)
+    family, number = load_family(config), {"videos": 4, "held-out videos": 1}[noun]
+    why = f"unreadable or too short for {config.data.num_frames} frames at 12 a second; none is left"
+    with pytest.raises(InputError, match=f"^data.on_bad_row: {number} of {number} {noun} are skipped, {why}$"):
+        load_data(accelerator, family, config)
+    if noun == "held-out videos":
+        assert "data.on_bad_row: 2 of 4 videos are skipped, unreadable or too short for 13 f" in capsys.readouterr().out
+        config.train.eval_every = 0
+        assert len(load_data(accelerator, family, config).validation_rows) == 1, "what is not looked at may be short"
+
+
 def test_a_clip_is_a_function_of_the_seed_and_the_sample(folder, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.webm", "text": "x"}))
     config = config_of(folder, tmp_path, random_flip=True)
@@ -240,6 +272,38 @@ def test_a_stream_of_a_folder_and_of_tar_files(films, folder, tmp_path):
     assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
 
 
+@pytest.mark.parametrize("kind", ["parquet", "tar", "metadata.jsonl"])
+def test_a_stream_of_another_machine(films, tmp_path, kind):
+    """Of parquet and tar files; what a metadata.jsonl names there is refused."""
+    file, fields = tmp_path / kind, {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
+    if kind == "parquet":
+        columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
+        features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(columns, features).to_parquet(file)
+    elif kind == "tar":
+        with tarfile.open(file, "w") as tar:
+            for number, name in enumerate(films):
+                for ending, content in (("mp4", films["a.mp4"]), ("txt", name.encode())):
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        fields |= {"video_column": "mp4", "caption_column": "txt"}
+    else:
+        file.write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in films))
+    system = fsspec.filesystem("memory")
+    system.pipe(f"/videos-{kind}/{file.name if kind == 'metadata.jsonl' else f'train.{kind}'}", file.read_bytes())
+    config = config_of(f"memory://videos-{kind}", tmp_path, **fields)
+    if kind == "metadata.jsonl":
+        with pytest.raises(
+            InputError, match=r"^data.dataset: memory://.* has no files that end in .*; a folder with a met"
+        ):
+            open_stream(config)
+        return
+    samples = Samples(data_of(open_stream(config)), config, 0, 3)
+    assert sorted(samples[k]["caption"] for k in range(3)) == sorted(films)
+    assert samples[0]["pixel_values"].shape == (3, 5, 32, 32)
+
+
 def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):
     """Each with all that fits of a video; a still, or what is too short, is a bad row once. What is left out, 4 of 60
     frames, is said."""
@@ -258,7 +322,7 @@ def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):
     sample = next(samples[k] for k in range(24) if samples.order[k] == 10)  # the last of c.avi
     assert sample["pixel_values"][0, :, 0, 0].tolist() == [80, 88, 96, 104, 112]
     assert rows.inspect(config)["num_videos"] == len(rows) == 12
-    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60$"):
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 60 \(data.on_bad_row skip"):
         spread_clips(accelerator, map_rows(config), config_of(folder, tmp_path, window="all", num_frames=60))
 
 
@@ -289,7 +353,7 @@ def test_each_video_has_the_bucket_of_most_frames_and_of_its_shape(folder, tmp_p
     samples = Samples(data_of(kept, buckets=buckets), config, 0, 8)
     shapes = {samples.order[k]: tuple(samples[k]["pixel_values"].shape[1:]) for k in range(8)}
     assert shapes == dict(enumerate(sizes[:4]))
-    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13$"):
+    with pytest.raises(RowError, match=r"a.mp4: 12 frames at 12 a second, too short for 13 \(data.on_bad_row skip"):
         config = config_of(folder, tmp_path, buckets=[[13, 32, 32]])
         refuse_short(rows, np.array([[12, 32, 48]]), config)
 
@@ -362,6 +426,20 @@ def test_latents_and_prompts_from_caches_are_those_of_the_encoders(folder, tmp_p
     assert {cached[k]["key"]: cached[k]["skipped"] for k in range(8)} == {k: plain[k]["skipped"] for k in range(8)}
 
 
+def test_the_name_of_a_cache_has_all_that_decides_its_clips(tmp_path, monkeypatch):
+    """The window, frames a second, size and FFmpeg's libraries."""
+
+    def key(**fields) -> str:
+        config = config_of("films", tmp_path, **{"window": "middle", "center_crop": True} | fields)
+        return json.dumps(describe_crops(SimpleNamespace(buckets=None), "of the data", config, {}))
+
+    others = ({"window": "start"}, {"fps": 8.0}, {"num_frames": 9}, {"height": 48}, {"width": 48})
+    found = [key(), *(key(**fields) for fields in others)]
+    newer = library_versions() | {"libavcodec": (999, 0, 0)}
+    monkeypatch.setattr("difftrain_utils.media.video.library_versions", lambda: newer)
+    assert len({*found, key()}) == len(found) + 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -411,3 +489,15 @@ def test_check_data_says_what_is_wrong_and_what_videos_are(folder, tmp_path, cap
     assert f"error: {metadata} line 4: d.png: an image, which is one frame and no 5" in out
     assert f"warning: {metadata} line 1: a.mp4: 48 × 32 pixels, to be enlarged to 64 × 32" in out
     assert f"{folder}: 3 videos of 1 to 1.42 s (median 1), 12 frames a second, 48x32 pixels; 1 image\n" in out
+
+
+@pytest.mark.parametrize("name", ["wan21_lora", "ltx_lora"])
+def test_the_configs_say_how_long_videos_have_to_be(name):
+    """81 frames at 16 a second are more than 5 s: the last of them begins there."""
+    content = (ROOT / f"configs/{name}.yaml").read_text()
+    bound, seconds = re.search(r"(at least|more than)[\s#]+(\d+) seconds", content).groups()
+    config = VideoDataConfig(**yaml.safe_load(content)["data"])
+    check_length(Header(int(seconds) + 0.01 * (bound == "more than"), 480, 832), "a.mp4", config)
+    if bound == "more than":
+        with pytest.raises(RowError):
+            check_length(Header(float(seconds), 480, 832), "a.mp4", config)
