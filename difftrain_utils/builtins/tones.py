@@ -34,12 +34,12 @@ def make_tone(index: int, length: int, sampling_rate: int, seed: int = 0) -> tup
     """Sound `index` of the data set, (length,) float64 within [-0.7, 0.7], and its caption, e.g. "a rising tone".
 
     The captions take turns; pitch, phase, loudness and pace come from (seed, index). A low tone has 150 to 250 Hz, a
-    high one 700 to 1100; one that rises goes from the middle half of the low to that of the high, equally far in equal
-    times.
+    high one 700 to 1100, a high square wave half of that. What changes is of the middle halves of these: a tone rises
+    from 175 to 225 Hz to 800 to 1000, equally far in equal times, and beeps have 400 to 500.
     """
     caption, generator = TONES[index % len(TONES)], generator_for(seed, "tone", index)
     pitch, phase, loudness, pace = generator.random(4)
-    pitch = pitch / 2 + 0.25 if caption in ("a rising tone", "a falling tone") else pitch
+    pitch = pitch / 2 + 0.25 if caption in ("a rising tone", "a falling tone", "a beeping tone") else pitch
     low, high, times = 150 + 100 * pitch, 700 + 400 * pitch, np.arange(length) / sampling_rate
     if "noise" in caption:
         spectrum = np.fft.rfft(generator.standard_normal(length))
