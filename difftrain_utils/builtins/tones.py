@@ -91,7 +91,7 @@ def judge_tone(sound: Sound) -> str | None:
       elsewhere, and no pitch has half of it.
 
     Right are 900 of 900 sounds of the data; of 360 with white noise of 0.1, 0.3 or 0.5 of their standard deviation all;
-    with such noise in the latents of `builtin:tiny-tones` 360, 338 or 306 (high noise, which is quiet, is lost first);
+    with such noise in the latents of `builtin:tiny-tones` 360, 338 or 307 (high noise, which is quiet, is lost first);
     with random signs of the latents 359.
     """
     samples = sound.samples.mean(0, dtype=np.float64)
