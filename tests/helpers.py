@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,6 +117,16 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
+    """A WebDataset file: the contents of each sample by their endings."""
+    with tarfile.open(path, "w") as tar:
+        for name, contents in samples.items():
+            for ending, content in contents.items():
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def options(fields: dict) -> list[str]:

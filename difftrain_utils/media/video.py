@@ -303,7 +303,7 @@ def check_length(header: Header, name: str, config: VideoDataConfig) -> int:
 def _too_short(name: str, seconds: float | None, num_frames: int, fps: float) -> str:
     if seconds is None:
         return f"{name}: an image, which is one frame and no {num_frames}; data.buckets may have one of 1 frame"
-    needed = f"{num_frames} frames at {fps:g} a second, which take more than {(num_frames - 1) / fps:.2f}"
+    needed = f"{num_frames} frames at {fps:g} a second, which take more than {(num_frames - 1) / fps:.2f} s"
     return f"{name}: {seconds:.2f} s, too short for {needed}"
 
 

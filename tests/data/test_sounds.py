@@ -1,6 +1,5 @@
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,7 @@ import soundfile
 import soxr
 import torch
 from accelerate import Accelerator
-from helpers import data_of, options
+from helpers import data_of, options, write_tar
 from warm import ROOT
 
 from difftrain_utils.builtins.tones import TONES
@@ -222,12 +221,8 @@ def test_parquet_and_tar_files(sounds, tmp_path, kind, streaming):
     """{bytes, path} is enough in parquet that is mapped; streams need to be told that these are sounds."""
     (tmp_path / "data").mkdir()
     if kind == "tar":
-        with tarfile.open(tmp_path / "data/train.tar", "w") as tar:
-            for number in range(4):
-                for ending, content in (("flac", sounds["b.flac"]), ("txt", f"caption {number}".encode())):
-                    member = tarfile.TarInfo(f"{number:03d}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        samples = {f"{i:03d}": {"flac": sounds["b.flac"], "txt": f"caption {i}".encode()} for i in range(4)}
+        write_tar(tmp_path / "data/train.tar", samples)
     else:
         columns = {"audio": [{"bytes": content, "path": name} for name, content in sounds.items()], "text": [*sounds]}
         data = datasets.Dataset.from_dict(columns)

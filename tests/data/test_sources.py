@@ -1,17 +1,14 @@
 import dataclasses
-import io
 import json
 import os
 import shutil
-import tarfile
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import encode, make_data, metrics_without_times, options, read_row, train
+from helpers import encode, make_data, metrics_without_times, options, read_row, train, write_tar
 from PIL import Image, PngImagePlugin
 
 from difftrain_utils.config.data import DataConfig, SourceConfig
@@ -28,22 +25,14 @@ def grey(level: int, size=(20, 16)) -> Image.Image:
     return Image.new("RGB", size, (level,) * 3)
 
 
-def write_tar(path: Path, samples: list[dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for i, sample in enumerate(samples):
-            for ending, content in sample.items():
-                info = tarfile.TarInfo(f"{i:04d}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 @pytest.fixture
 def two(tmp_path) -> DataConfig:
     """Four parquet rows with a caption each, and three rows of a tar whose captions are in a list."""
     (tmp_path / "parquet").mkdir()
     make_data([grey(i) for i in range(4)], [f"p{i}" for i in range(4)]).to_parquet(tmp_path / "parquet/train.parquet")
     (tmp_path / "tars").mkdir()
-    samples = [{"png": encode(grey(100 + i)), "json": json.dumps({"all": [f"t{i}", "x"]}).encode()} for i in range(3)]
+    captions = [json.dumps({"all": [f"t{i}", "x"]}).encode() for i in range(3)]
+    samples = {f"{i:04d}": {"png": encode(grey(100 + i)), "json": captions[i]} for i in range(3)}
     write_tar(tmp_path / "tars/train-0000.tar", samples)
     sources = [
         SourceConfig(str(tmp_path / "parquet"), weight=1),
@@ -121,7 +110,7 @@ class TestCaptionColumns:
 class TestFormats:
     def test_tars_of_images_and_texts(self, tmp_path):
         for t in range(2):
-            samples = [{"jpg": encode(grey(i), "JPEG"), "txt": f"{t} {i}".encode()} for i in range(3)]
+            samples = {f"{i:04d}": {"jpg": encode(grey(i), "JPEG"), "txt": f"{t} {i}".encode()} for i in range(3)}
             write_tar(tmp_path / f"train-{t:04d}.tar", samples)
         config = DataConfig(str(tmp_path), image_column="jpg", caption_column="txt")
         rows = map_rows(config)

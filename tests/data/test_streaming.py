@@ -1,8 +1,6 @@
-import io
 import itertools
 import json
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import data_of, encode, make_data, metrics_without_times, options, pipeline_bytes, train
+from helpers import data_of, encode, make_data, metrics_without_times, options, pipeline_bytes, train, write_tar
 from PIL import Image
 
 from difftrain_utils import processes
@@ -65,12 +63,8 @@ def write_arrow(folder: Path, image=image_of, sizes=SIZES) -> Path:
 def write_tars(folder: Path, image=image_of, sizes=SIZES) -> Path:
     folder.mkdir(parents=True)
     for file, rows in enumerate(numbers(sizes)):
-        with tarfile.open(folder / f"{file}.tar", "w") as tar:
-            for i in rows:
-                for kind, content in (("png", encode(image(i))), ("txt", str(i).encode())):
-                    member = tarfile.TarInfo(f"{i:03d}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        samples = {f"{i:03d}": {"png": encode(image(i)), "txt": str(i).encode()} for i in rows}
+        write_tar(folder / f"{file}.tar", samples)
     return folder
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import re
-import tarfile
 import wave
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from helpers import ROOT, data_of, encode, options
+from helpers import ROOT, data_of, encode, options, write_tar
 from PIL import Image
 
 from difftrain_utils.commands import check_data, generate, plan
@@ -55,6 +54,7 @@ from difftrain_utils.media.video import (
 
 FIELDS = {"num_frames": 5, "fps": 12.0, "height": 32, "width": 32}
 LENGTHS = {"a.mp4": 12, "b.webm": 30, "sub/c.avi": 17}
+STREAM = {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
 
 
 def film(name: str, num_frames: int) -> bytes:
@@ -241,13 +241,17 @@ def test_what_is_wrong_with_a_folder(folder, tmp_path):
         map_rows(config_of(plain, tmp_path))
 
 
+def write_parquet(path, films):
+    columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
+    features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features).to_parquet(path)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_with_the_bytes_of_videos(films, tmp_path, streaming):
     (tmp_path / "parquet").mkdir()
-    columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
-    features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
-    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "parquet/train.parquet")
-    fields = {"streaming": True, "shuffle_buffer": 4, "lanes": 1} if streaming else {}
+    write_parquet(tmp_path / "parquet/train.parquet", films)
+    fields = STREAM if streaming else {}
     config = config_of(tmp_path / "parquet", tmp_path, **fields)
     rows = open_stream(config) if streaming else map_rows(config)
     samples = Samples(data_of(rows), config, 0, 3)
@@ -257,51 +261,38 @@ def test_parquet_with_the_bytes_of_videos(films, tmp_path, streaming):
 
 def test_a_stream_of_a_folder_and_of_tar_files(films, folder, tmp_path):
     (tmp_path / "tar").mkdir()
-    with tarfile.open(tmp_path / "tar/train.tar", "w") as tar:
-        for number in range(3):
-            for ending, content in (("mp4", films["a.mp4"]), ("txt", f"caption {number}".encode())):
-                member = tarfile.TarInfo(f"{number:03d}.{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    fields = {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
-    of_tar = config_of(tmp_path / "tar", tmp_path, **fields, video_column="mp4", caption_column="txt")
+    samples = {f"{i:03d}": {"mp4": films["a.mp4"], "txt": f"caption {i}".encode()} for i in range(3)}
+    write_tar(tmp_path / "tar/train.tar", samples)
+    of_tar = config_of(tmp_path / "tar", tmp_path, **STREAM, video_column="mp4", caption_column="txt")
     samples = Samples(data_of(open_stream(of_tar)), of_tar, 0, 3)
     assert sorted(samples[k]["caption"] for k in range(3)) == ["caption 0", "caption 1", "caption 2"]
-    of_folder = config_of(folder, tmp_path, **fields, num_frames=1)
+    of_folder = config_of(folder, tmp_path, **STREAM, num_frames=1)
     samples = Samples(data_of(open_stream(of_folder)), of_folder, 0, 4)
     assert {samples[k]["caption"] for k in range(4)} == {f"caption of {name}" for name in (*LENGTHS, "d.png")}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tar", "metadata.jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_a_stream_of_another_machine(films, tmp_path, kind):
-    """Of parquet and tar files; what a metadata.jsonl names there is refused."""
-    file, fields = tmp_path / kind, {"streaming": True, "shuffle_buffer": 4, "lanes": 1}
+    file, fields = tmp_path / kind, STREAM
     if kind == "parquet":
-        columns = {"video": [{"bytes": content, "path": name} for name, content in films.items()], "text": [*films]}
-        features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
-        datasets.Dataset.from_dict(columns, features).to_parquet(file)
-    elif kind == "tar":
-        with tarfile.open(file, "w") as tar:
-            for number, name in enumerate(films):
-                for ending, content in (("mp4", films["a.mp4"]), ("txt", name.encode())):
-                    member = tarfile.TarInfo(f"{number}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        fields |= {"video_column": "mp4", "caption_column": "txt"}
+        write_parquet(file, films)
     else:
-        file.write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in films))
-    system = fsspec.filesystem("memory")
-    system.pipe(f"/videos-{kind}/{file.name if kind == 'metadata.jsonl' else f'train.{kind}'}", file.read_bytes())
+        samples = {f"{i}": {"mp4": films["a.mp4"], "txt": name.encode()} for i, name in enumerate(films)}
+        write_tar(file, samples)
+        fields = STREAM | {"video_column": "mp4", "caption_column": "txt"}
+    fsspec.filesystem("memory").pipe(f"/videos-{kind}/train.{kind}", file.read_bytes())
     config = config_of(f"memory://videos-{kind}", tmp_path, **fields)
-    if kind == "metadata.jsonl":
-        with pytest.raises(
-            InputError, match=r"^data.dataset: memory://.* has no files that end in .*; a folder with a met"
-        ):
-            open_stream(config)
-        return
     samples = Samples(data_of(open_stream(config)), config, 0, 3)
     assert sorted(samples[k]["caption"] for k in range(3)) == sorted(films)
     assert samples[0]["pixel_values"].shape == (3, 5, 32, 32)
+
+
+def test_what_a_metadata_jsonl_of_another_machine_names_is_refused(films, tmp_path):
+    lines = [json.dumps({"file_name": name, "text": name}) for name in films]
+    fsspec.filesystem("memory").pipe("/videos/metadata.jsonl", "\n".join(lines).encode())
+    message = r"^data.dataset: memory://.* has no files that end in .*; a folder with a met"
+    with pytest.raises(InputError, match=message):
+        open_stream(config_of("memory://videos", tmp_path, **STREAM))
 
 
 def test_clips_one_after_another_are_rows(folder, tmp_path, capsys):

@@ -261,7 +261,7 @@ def test_a_row_cannot_name_another_file(film, tmp_path, monkeypatch):
 
 def test_what_is_short_or_missing_is_a_bad_row(film):
     config = VideoDataConfig("memory", **(FIELDS | {"num_frames": 41}))
-    short = r"^b.mp4: 3.33 s, too short for 41 frames at 12 a second, which take more than 3.33"
+    short = r"^b.mp4: 3.33 s, too short for 41 frames at 12 a second, which take more than 3.33 s"
     with pytest.raises(RowError, match=f"{short}$"):
         read(row_of(film, "b.mp4"), MIDDLE, (41, 32, 48), config)
     with pytest.raises(RowError, match=rf"{short} \(data.on_bad_row skip leaves such out\)$"):
@@ -276,7 +276,7 @@ def test_what_is_short_or_missing_is_a_bad_row(film):
     assert find_problems(row_of(film)._replace(captions=" "), config)[1] == [
         (
             "error",
-            "a.mp4: 3.33 s, too short for 41 frames at 12 a second, which take more than 3.33 (data.on_bad_row skip "
+            "a.mp4: 3.33 s, too short for 41 frames at 12 a second, which take more than 3.33 s (data.on_bad_row skip "
             "leaves such out)",
         ),
         ("warning", "a.mp4: an empty caption"),
